@@ -1,0 +1,246 @@
+"""A checkpoint on disk: which files hold which tensors, and one tensor at a time out of them.
+
+Nothing here is trusted. Every safetensors header is parsed and checked before a byte of data is read: a header that
+points outside its file, overlaps itself or leaves a gap is an error that names the tensor. Pickled shards
+(`pytorch_model*.bin`) are opened by `torch.load(weights_only=True, mmap=True)` and by nothing else.
+
+Reads go through `pread`, not `mmap`: pages of a mapped file count as resident memory of the process, and a job with
+a memory limit is killed for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from milora_init.errors import CheckpointError
+from milora_init.safetensors_format import (
+    DTYPE_NAMES,
+    DTYPES,
+    REFETCH,
+    Header,
+    TensorInfo,
+    plan_header,
+    read_header,
+)
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+SAFETENSORS_SINGLE = "model.safetensors"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
+
+_PREAD_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
+
+
+class Shard(Protocol):
+    """One file of weights, open."""
+
+    path: Path
+    header: Header
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the file, in memory of its own, on the CPU. Raises CheckpointError."""
+
+    def close(self) -> None: ...
+
+
+class SafetensorsShard:
+    """A `.safetensors` file. `header` is checked before this exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+        self.fileno = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, name: str) -> Tensor:
+        info = self.header.tensors[name]
+        data = bytearray(info.size_bytes)
+        view, position = memoryview(data), self.offset(name)
+        while view:
+            try:
+                count = os.preadv(self.fileno, [view[:_PREAD_BYTES]], position)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot read {name}: {error.strerror}") from error
+            if count == 0:
+                raise CheckpointError(f"{self.path}: the file ended inside {name}; it changed during the run")
+            view, position = view[count:], position + count
+        if not data:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+    def offset(self, name: str) -> int:
+        """Where the tensor's bytes start in the file."""
+        return len(self.header.raw) + self.header.tensors[name].start
+
+    def close(self) -> None:
+        os.close(self.fileno)
+
+
+class PickleShard:
+    """A `pytorch_model*.bin` file; its `header` is the one that its safetensors twin will have."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises half a dozen types here, pickle's own among them
+            raise CheckpointError(
+                f"{path}: torch.load(weights_only=True, mmap=True) refuses it: {str(error).splitlines()[0]}",
+                hint="save it as safetensors: model.save_pretrained(FOLDER) from a machine that trusts the file",
+            ) from error
+        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise CheckpointError(f"{path}: not a plain mapping of names to tensors")
+        self._tensors: dict[str, Tensor] = tensors
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
+                raise CheckpointError(
+                    f"{path}: {name} is {tensor.dtype} {tensor.layout}, which has no safetensors form"
+                )
+        self.header = plan_header(
+            ((name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()),
+            metadata={"format": "pt"},
+        )
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def open_shard(path: Path) -> SafetensorsShard | PickleShard:
+    """Open one file of weights. Raises CheckpointError."""
+    return SafetensorsShard(path) if path.suffix == ".safetensors" else PickleShard(path)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of weights, its headers read and checked, its data untouched.
+
+    Attributes:
+        folder: Where it lies.
+        headers: Header of each file of weights, by file name, in order.
+        index: The index file's content, None for a single file.
+        is_pickle: Whether the files are `.bin`.
+    """
+
+    folder: Path
+    headers: Mapping[str, Header]
+    index: Mapping[str, Any] | None
+    is_pickle: bool
+
+    @cached_property
+    def config_bytes(self) -> bytes:
+        return (self.folder / "config.json").read_bytes()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json. Raises CheckpointError where it is not a JSON object."""
+        return _json_object(self.folder / "config.json")
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the checkpoint by name."""
+        return {name: info for header in self.headers.values() for name, info in header.tensors.items()}
+
+    @cached_property
+    def digest(self) -> Mapping[str, str]:
+        """What identifies the source without reading it all: a hash of each header and of the ends of its data."""
+        digests = {name: _digest(self.folder / name, header) for name, header in self.headers.items()}
+        return digests | {"config.json": hashlib.sha256(self.config_bytes).hexdigest()}
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Find a folder's weights as transformers finds them, and check every header.
+
+    Raises:
+        CheckpointError: No folder, no config.json, no weights, a missing or broken shard, an index that lies.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such folder", hint="name a folder with a config.json, or a Hub id org/name"
+        )
+    if not (folder / "config.json").is_file():
+        hint = "this is an adapter: name the base model" if (folder / "adapter_config.json").is_file() else ""
+        raise CheckpointError(f"{folder}: no config.json", hint=hint or "name the folder that save_pretrained wrote")
+    # transformers' own order: a single file wins over an index beside it, safetensors over pickles.
+    index: dict[str, Any] | None = None
+    for single, index_name in ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
+        if (folder / single).is_file():
+            files = [single]
+            break
+        if (folder / index_name).is_file():
+            index = _json_object(folder / index_name)
+            files = _indexed_files(folder / index_name, index)
+            break
+    else:
+        raise CheckpointError(
+            f"{folder}: no weights: neither {SAFETENSORS_SINGLE} nor {PICKLE_SINGLE}, nor an index of either",
+            hint="other formats (gguf, pth, h5) have to be converted to safetensors first",
+        )
+    headers: dict[str, Header] = {}
+    home: dict[str, str] = {}
+    for file in files:
+        shard = open_shard(folder / file)
+        shard.close()
+        headers[file] = shard.header
+        for name in shard.header.tensors:
+            if name in home:
+                raise CheckpointError(f"{folder}: {name} stands in {home[name]} and again in {file}")
+            home[name] = file
+    for name, file in (index or {}).get("weight_map", {}).items():
+        if home.get(name) != file:
+            where = home.get(name)
+            raise CheckpointError(
+                f"{folder}: the index puts {name} into {file}, " + (f"it is in {where}" if where else "which lacks it"),
+                hint=REFETCH,
+            )
+    checkpoint = Checkpoint(folder, headers, index, is_pickle=files[0].endswith(".bin"))
+    _ = checkpoint.config  # a broken config.json is found now, not after the planning
+    return checkpoint
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content
+
+
+def _indexed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{path}: no weight_map from tensor names to files")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise CheckpointError(f"{path}: {file!r} is outside the folder; a shard must be a plain file name")
+        if Path(file).suffix != Path(path.name.removesuffix(".index.json")).suffix:
+            raise CheckpointError(f"{path}: {file!r} is another format than the index")
+        if not (path.parent / file).is_file():
+            raise CheckpointError(f"{path.parent}: {file} is missing, and the index names it", hint=REFETCH)
+    return files
+
+
+def _digest(path: Path, header: Header) -> str:
+    digest = hashlib.sha256(header.raw)
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        for i in range(65):
+            file.seek(max(size_bytes * i // 64 - 4096, 0))
+            digest.update(file.read(4096))
+    return digest.hexdigest()
