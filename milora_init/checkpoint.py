@@ -209,6 +209,41 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def side_files(folder: Path) -> list[str]:
+    """What travels with the weights, as paths relative to the folder: tokenizer, chat template, licence, code.
+
+    Left behind are other forms of the weights, hidden files, and what speaks of the source and not of the output:
+    its README (a model card), and an adapter_config.json, which would make transformers load an adapter over it.
+    Of the subfolders, those that modules.json names (sentence-transformers) and the additional chat templates come.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and travels(path.name))
+    subfolders = ["additional_chat_templates"]
+    if (folder / "modules.json").is_file():
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        subfolders += [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
+    for subfolder in subfolders:
+        if subfolder and Path(subfolder).parts == (subfolder,) and subfolder != "..":
+            names += sorted(str(path.relative_to(folder)) for path in (folder / subfolder).rglob("*") if path.is_file())
+    return names
+
+
+WEIGHT_SUFFIXES = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack",
+    ".tflite", ".ot", ".mlmodel", ".npz", ".nemo", ".llamafile", ".partial",
+})  # fmt: skip
+_LEFT_BEHIND = frozenset({"config.json", "adapter_config.json", "milora_init.json"})
+
+
+def travels(name: str) -> bool:
+    """Whether a file beside the weights goes into the output."""
+    return not (
+        name.startswith((".", "README"))
+        or name.endswith(".index.json")
+        or name in _LEFT_BEHIND
+        or Path(name).suffix.lower() in WEIGHT_SUFFIXES
+    )
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

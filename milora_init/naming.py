@@ -257,7 +257,9 @@ def _why_not(module: nn.Module, parent: nn.Module) -> str:
         return f"a {type(module).__name__}, not a linear layer"
     if isinstance(parent, nn.MultiheadAttention):
         return "read by its parent, nn.MultiheadAttention, and never called"
-    rows, columns = module.weight.shape
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    rows, columns = weight.shape
     out_features, in_features = (columns, rows) if _is_conv1d(module) else (rows, columns)
     try:
         with torch.no_grad():

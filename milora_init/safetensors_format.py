@@ -153,7 +153,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-class ShardWriter:
+class SafetensorsWriter:
     """Writes one safetensors file whose header is known: each tensor at its own offset, in any order, once.
 
     The file grows under `<name>.partial` and takes its name only in `finish()`, after every byte the header promises
@@ -170,7 +170,7 @@ class ShardWriter:
         self._missing = set(header.tensors)
         self._fileno: int | None = None
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> SafetensorsWriter:
         with _writing(self._partial):
             self._fileno = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             size_bytes = len(self._header.raw) + sum(info.size_bytes for info in self._header.tensors.values())

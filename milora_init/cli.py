@@ -1,0 +1,179 @@
+"""The command line: parse, one call, print. Data goes to stdout, all else to stderr.
+
+Nothing heavy is imported here, so that `--help` and a mistyped option answer at once; torch comes with the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from milora_init import __version__
+from milora_init.errors import MiloraError, UsageError
+
+if TYPE_CHECKING:
+    from milora_init.options import InitOptions
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+_RESUME = "run the same command to resume"
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Entry point of `milora-init`: run, and leave with the exit status."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run a command line; return its exit status: 0 done, 1 failed, 2 usage, 130 interrupted."""
+    try:
+        return int(app(argv, standalone_mode=False, prog_name="milora-init") or 0)
+    except MiloraError as error:
+        return _fail(argv, error.message, error.hint, error.exit_code, error)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _fail(argv, "interrupted", _RESUME, 130, error)
+    except Exception as error:
+        # Typer's own usage errors; which package defines their class depends on its version.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _fail(argv, error.format_message(), "milora-init --help", error.exit_code, error)
+        hint = "please report this; MILORA_DEBUG=1 shows where it happened"
+        return _fail(argv, f"{type(error).__name__}: {error}", hint, 1, error)
+
+
+def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseException) -> int:
+    if os.environ.get("MILORA_DEBUG"):
+        raise error
+    from milora_init.terminal import print_error
+
+    print_error(message, hint)
+    if "--json" in argv:
+        print(json.dumps({"status": "failed", "error": message, "hint": hint, "exit_code": status}))
+    return status
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"milora-init {__version__}")
+        raise typer.Exit
+
+
+_WHAT, _ADAPTER, _SOURCE, _RUN = "What to factor out", "The adapter", "The source", "The run"
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option("--model", "-m", help="Local folder or Hub id.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", "-r", help="Singular triplets per weight. [default: 64]", rich_help_panel=_WHAT),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="min (MiLoRA), max (PiSSA), mid or random. [default: min]", rich_help_panel=_WHAT)
+    ] = None,
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="Recipe: a name in configs/ or a YAML file.", rich_help_panel=_WHAT)
+    ] = "llm-adapters",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="Module suffix, full name, all-linear, or re:PATTERN. Repeatable.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="What to leave out, in the same language. Repeatable.", rich_help_panel=_WHAT),
+    ] = None,
+    alpha: Annotated[int | None, typer.Option(help="lora_alpha. [default: the rank]", rich_help_panel=_ADAPTER)] = None,
+    rslora: Annotated[
+        bool | None, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).", rich_help_panel=_ADAPTER)
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="lora_dropout. [default: the recipe's]", rich_help_panel=_ADAPTER)
+    ] = None,
+    task_type: Annotated[
+        str | None, typer.Option(help="PEFT's task type. [default: the architecture's]", rich_help_panel=_ADAPTER)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the residual weights: auto, float32, bfloat16, float16. [default: auto, the source's]",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=_SOURCE)
+    ] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Hub cache.", rich_help_panel=_SOURCE)] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN", show_default=False, rich_help_panel=_SOURCE)
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="auto, cpu, cuda or cuda:N. Repeatable. [default: auto]", rich_help_panel=_RUN),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="For --mode random and the solver's start. [default: 0]", rich_help_panel=_RUN)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan; write nothing.", rich_help_panel=_RUN)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output of milora-init.", rich_help_panel=_RUN)
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_RUN)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.", rich_help_panel=_RUN)] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="A line for every weight.", rich_help_panel=_RUN)
+    ] = False,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version.", rich_help_panel=_RUN
+        ),
+    ] = False,
+) -> None:
+    """Factor singular components of a checkpoint into a LoRA adapter: a residual base and a ready-to-train lora/."""
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose contradict each other", hint="drop one of them")
+    from milora_init.options import InitOptions
+
+    options = InitOptions.from_recipe(
+        config, model=model, out=out, rank=rank, mode=mode, target=target or None, exclude=exclude or None,
+        alpha=alpha, rslora=rslora, dropout=dropout, task_type=task_type, dtype=dtype, revision=revision,
+        cache_dir=cache_dir, token=token, device=device or None, seed=seed, overwrite=overwrite or None,
+    )  # fmt: skip
+    _initialize(options, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)
+
+
+def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+    from milora_init.decompose import decompose, locate
+    from milora_init.plan import describe, make_plan
+    from milora_init.report import summary
+    from milora_init.terminal import Bar, print_plan, print_summary, waiting
+    from milora_init.workers import multiply_rate
+
+    with waiting("reading headers and names", quiet=quiet):
+        plan = make_plan(options, *locate(options))
+    if dry_run:
+        estimate_s = plan.solve_flops / multiply_rate()
+        if as_json:
+            print(json.dumps({**describe(plan), "estimate_s": round(estimate_s, 1)}, indent=2))
+        else:
+            print_plan(plan, estimate_s)
+        return
+    with Bar(quiet=quiet, verbose=verbose) as bar:
+        manifest = decompose(plan, progress=bar)
+    if as_json:
+        print(json.dumps(summary(manifest, unchanged=not bar.began), indent=2))
+    elif not quiet:
+        print_summary(manifest, unchanged=not bar.began)

@@ -1,0 +1,112 @@
+"""milora_init.json: what was done, to which weight, and how well. The file that says the output is whole.
+
+It is written last. A folder without it is unfinished, whatever else lies in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_init.errors import OutputError
+
+MANIFEST = "milora_init.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRecord:
+    """One weight that was split.
+
+    Attributes:
+        module, tensor: Its names in the model and on disk.
+        shape: (out, in).
+        source_dtype, dtype: Before and after, in torch's names.
+        rank: Of its component.
+        s_first, s_last: Largest and smallest singular value of the component; `s_max`: of the whole weight.
+        energy: Share of the component in the squared Frobenius norm of the weight.
+        untrainable: Directions with s < 1e-6 * s_max. Their rows of A and columns of B are next to zero, so that
+            neither gets a gradient.
+        certificate: `svd.Certificate`, field by field.
+        rounding: `split.Rounding`, field by field.
+        device: Where it was solved.
+        elapsed_s: Seconds for solving and splitting.
+    """
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    source_dtype: str
+    dtype: str
+    rank: int
+    s_first: float
+    s_last: float
+    s_max: float
+    energy: float
+    untrainable: int
+    certificate: Mapping[str, Any]
+    rounding: Mapping[str, Any]
+    device: str
+    elapsed_s: float
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> WeightRecord:
+        return cls(**{**content, "shape": tuple(content["shape"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole run.
+
+    Attributes:
+        source: The model as given, its revision and its architecture.
+        out: The output folder as given.
+        fingerprint: Hash of `inputs`.
+        inputs: All that decides the output's bytes: a digest of each source file, the options, the version.
+        versions: Of this program and of what it computes with.
+        adapter: adapter_config.json.
+        files: Size in bytes of every file of the output but this one.
+        notices: What a person should know.
+        weights: One record a weight, in the model's order.
+        elapsed_s: Seconds for the whole run; when it was resumed, for its last part.
+    """
+
+    source: Mapping[str, Any]
+    out: str
+    fingerprint: str
+    inputs: Mapping[str, Any]
+    versions: Mapping[str, str]
+    adapter: Mapping[str, Any]
+    files: Mapping[str, int]
+    notices: tuple[str, ...]
+    weights: tuple[WeightRecord, ...]
+    elapsed_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished output, None where there is none.
+
+    Raises:
+        OutputError: A file of that name which this version cannot read.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError("written by another version")
+        content["weights"] = tuple(WeightRecord.from_json(record) for record in content["weights"])
+        content["notices"] = tuple(content["notices"])
+        return Manifest(**content)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OutputError(
+            f"{path} is not a manifest that this version reads: {error}", hint="choose another --out"
+        ) from error

@@ -1,0 +1,198 @@
+"""The output folder: what may already stand in it, what an unfinished run left, and how a run ends.
+
+Three states, told apart by two files. `milora_init.json`: finished. `.milora-init/journal.jsonl`: begun, resumable.
+Neither: not ours, and nothing in it is touched. config.json and the index are written after every shard and the
+adapter, so an unfinished folder cannot be loaded as a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from milora_init.checkpoint import WEIGHT_SUFFIXES
+from milora_init.errors import OutputError
+from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.plan import Plan
+from milora_init.safetensors_format import sync_folder
+
+WORK = ".milora-init"
+
+
+class OutputFolder:
+    """One output folder and its journal."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.work = path / WORK
+        self.journal = self.work / "journal.jsonl"
+
+    def enter(self, plan: Plan) -> Literal["fresh", "resumed", "finished"]:
+        """Make the folder ready for a plan, or find that it has been carried out.
+
+        Raises:
+            OutputError: The folder holds something else, or cannot be written, or the disk is too small.
+        """
+        self._require_apart(plan.checkpoint.folder)
+        manifest, journal = read_manifest(self.path), self._read_journal()
+        if (manifest or journal) and plan.options.overwrite:
+            self._clear(manifest.files if manifest else journal[0]["files"])
+            manifest, journal = None, []
+        if manifest:
+            self._require_same(manifest.fingerprint, manifest.inputs, plan)
+            self._require_whole(manifest)
+            return "finished"
+        if journal:
+            self._require_same(journal[0]["fingerprint"], journal[0]["inputs"], plan)
+            self._require_room(plan)
+            return "resumed"
+        self._require_empty(plan)
+        self._require_room(plan)
+        with writing(self.path):
+            self.work.mkdir(parents=True, exist_ok=True)
+        self.record({"fingerprint": plan.fingerprint, "inputs": plan.inputs, "files": list(plan.files)})
+        return "fresh"
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Append a line to the journal, safe on disk when this returns."""
+        with writing(self.journal), self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Journal lines of finished shards whose files still stand, by file name."""
+        lines = {line["shard"]: line for line in self._read_journal()[1:]}
+        return {
+            name: line
+            for name, line in lines.items()
+            if all((self.path / file).is_file() and (self.path / file).stat().st_size == size
+                   for file, size in line["files"].items())
+        }  # fmt: skip
+
+    def abandon(self) -> None:
+        """Remove what a run left that finished no shard; an empty folder goes with it."""
+        if len(self._read_journal()) <= 1:
+            shutil.rmtree(self.work, ignore_errors=True)
+            if self.path.is_dir() and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file whole: under another name first, then renamed."""
+        path = self.path / name
+        partial = path.with_name(path.name + ".partial")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write the manifest: from here on the output is whole."""
+        self.write(MANIFEST, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
+        shutil.rmtree(self.work)
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        try:
+            lines = self.journal.read_text(encoding="utf-8").split("\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise OutputError(f"{self.journal}: {error.strerror}") from error
+        # What stands behind the last newline was cut off while it was written: it was never done.
+        return [json.loads(line) for line in lines[:-1]]
+
+    def _require_apart(self, source: Path) -> None:
+        out, model = self.path.resolve(), source.resolve()
+        if out == model or model in out.parents:
+            where = "is the model's folder" if out == model else "lies inside the model's folder"
+            raise OutputError(f"--out {self.path} {where}", hint="write beside it: --out ./svd_init")
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"--out {self.path} is a file", hint="name a folder")
+
+    def _require_same(self, fingerprint: str, before: Mapping[str, Any], plan: Plan) -> None:
+        if fingerprint == plan.fingerprint:
+            return
+        changed = [key for key, value in plan.inputs.items() if before.get(key) != value]
+        what = "; ".join(
+            "the source's files differ"
+            if key == "source"
+            else f"{key} was {_short(before.get(key))}, now {_short(now)}"
+            for key, now in ((key, plan.inputs[key]) for key in changed)
+        )
+        raise OutputError(
+            f"{self.path} holds the output of another request: {what}",
+            hint="choose another --out, or replace it with --overwrite",
+        )
+
+    def _require_whole(self, manifest: Manifest) -> None:
+        for name, size in manifest.files.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise OutputError(
+                    f"{self.path} was finished, but {name} has since been changed or removed",
+                    hint="make it again with --overwrite",
+                )
+
+    def _require_empty(self, plan: Plan) -> None:
+        if not self.path.is_dir():
+            return
+        planned = {Path(name).parts[0] for name in (*plan.files, MANIFEST)}
+        for path in sorted(self.path.iterdir()):
+            if path.name in planned or (path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES):
+                raise OutputError(
+                    f"{self.path} already holds {path.name}, which is not an output of milora-init",
+                    hint="choose another --out, or move it away",
+                )
+
+    def _require_room(self, plan: Plan) -> None:
+        parent = self.path.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"--out {self.path} cannot be written: no permission in {parent}")
+        # The adapter counts twice: once in pieces beside the journal, once assembled.
+        needed = plan.base_bytes + 2 * plan.adapter_bytes
+        for line in self.done().values():
+            needed -= sum(line["files"].values())
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise OutputError(
+                f"--out {self.path} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free",
+                hint="free some space, or choose an --out on another disk",
+            )
+
+    def _clear(self, files: Iterable[str]) -> None:
+        # The marks of a finished output go first: cut off here, the folder is nobody's model.
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        (self.path / "config.json").unlink(missing_ok=True)
+        for name in files:
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        for folder in {(self.path / name).parent for name in files} - {self.path}:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write into an OutputError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}", hint="free some space, or choose another --out"
+        ) from error
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

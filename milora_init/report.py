@@ -1,0 +1,110 @@
+"""What a person or a program reads of a run: tables, warnings and the lines that load the pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from milora_init.manifest import Manifest, WeightRecord
+
+LEAK_LINE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """All weights of one name and shape, taken together."""
+
+    suffix: str
+    shape: tuple[int, int]
+    count: int
+    rank: int
+    energy: float
+    leak: float
+    certificate: float
+    elapsed_s: float
+
+
+def kinds(weights: Iterable[WeightRecord]) -> list[Kind]:
+    """Weights by suffix and shape: mean share of energy, worst leak, worst certificate, seconds together."""
+    groups: dict[tuple[str, tuple[int, int]], list[WeightRecord]] = {}
+    for weight in weights:
+        groups.setdefault((weight.module.rpartition(".")[2], weight.shape), []).append(weight)
+    return [
+        Kind(
+            suffix=suffix,
+            shape=shape,
+            count=len(group),
+            rank=group[0].rank,
+            energy=sum(weight.energy for weight in group) / len(group),
+            leak=max(weight.rounding["leak"] for weight in group),
+            certificate=max(weight.certificate["component_error"] for weight in group),
+            elapsed_s=sum(weight.elapsed_s for weight in group),
+        )
+        for (suffix, shape), group in groups.items()
+    ]
+
+
+def warnings(manifest: Manifest) -> list[str]:
+    """What a person should know of this output before training on it."""
+    found = list(manifest.notices)
+    worst = max(manifest.weights, key=lambda weight: weight.rounding["leak"])
+    leak = worst.rounding["leak"]
+    if leak > LEAK_LINE:
+        better = {
+            dtype: value
+            for dtype, value in worst.rounding["leak_if"].items()
+            if value is not None and value < leak and dtype != worst.dtype
+        }
+        instead = " or ".join(f"--dtype {dtype} ({value:.1e})" for dtype, value in better.items())
+        found.append(
+            f"rounding to {worst.dtype} leaves {leak:.0%} of the component of {worst.module} in the base"
+            + (f"; instead: {instead}" if instead else "")
+        )
+    idle = [weight for weight in manifest.weights if weight.untrainable]
+    if idle:
+        found.append(
+            f"{sum(w.untrainable for w in idle)} directions in {len(idle)} weights have a singular value of almost zero"
+            f" and can hardly train, {idle[0].module} first"
+        )
+    return found
+
+
+def loading_lines(manifest: Manifest) -> str:
+    """Python that loads the pair for training."""
+    causal = manifest.adapter["task_type"] == "CAUSAL_LM"
+    cls = "AutoModelForCausalLM" if causal else manifest.source["architecture"]
+    return (
+        f"from peft import PeftModel\n"
+        f"from transformers import {cls}\n\n"
+        f'base = {cls}.from_pretrained("{manifest.out}", dtype="auto")\n'
+        f'model = PeftModel.from_pretrained(base, "{manifest.out}", subfolder="lora", is_trainable=True)'
+    )
+
+
+def summary(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
+    """The one object that `--json` prints: the manifest and what follows from it."""
+    return {
+        "status": "unchanged" if unchanged else "done",
+        **manifest.to_json(),
+        "warnings": warnings(manifest),
+        "load": loading_lines(manifest),
+    }
+
+
+def size(size_bytes: float) -> str:
+    """Bytes for people: 13.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def duration(elapsed_s: float) -> str:
+    """Seconds for people: 1 h 02 min, 3 min 05 s, 4.2 s."""
+    if elapsed_s < 60:
+        return f"{elapsed_s:.1f} s"
+    minutes, seconds = divmod(round(elapsed_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

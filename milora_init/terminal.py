@@ -1,0 +1,159 @@
+"""What a person sees: the bar, the tables, the errors. The only file that knows rich; nothing here decides anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from milora_init.report import duration, kinds, loading_lines, size, warnings
+
+if TYPE_CHECKING:
+    from milora_init.decompose import ShardResult
+    from milora_init.manifest import Manifest
+    from milora_init.plan import Plan
+
+
+def print_error(message: str, hint: str) -> None:
+    """An error and its repair, on stderr, never wrapped: paths and commands must survive a copy."""
+    console = _stderr()
+    console.print("[bold red]error:[/]", end=" ")
+    console.print(message, markup=False)
+    if hint:
+        console.print("\n[bold cyan]hint:[/]", end=" ")
+        console.print(hint, markup=False)
+
+
+@contextmanager
+def waiting(what: str, *, quiet: bool) -> Iterator[None]:
+    """A spinner on a terminal, nothing elsewhere."""
+    console = _stderr(quiet)
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        yield
+
+
+class Bar:
+    """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere. A `decompose.Progress`."""
+
+    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+        self.began = False
+        self._console = _stderr(quiet)
+        self._verbose = verbose
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[current]}"),
+            console=self._console,
+            transient=True,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("splitting", total=None, current="")
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, plan: Plan, done_bytes: int) -> None:
+        self.began = True
+        self._started = time.monotonic()
+        self._bar.update(self._task, total=plan.source_bytes, completed=done_bytes)
+        if done_bytes:
+            self._console.print(f"resuming: {size(done_bytes)} of {size(plan.source_bytes)} were done before")
+
+    def tensor(self, name: str, size_bytes: int) -> None:
+        self._bar.update(self._task, advance=size_bytes, current=name.removesuffix(".weight"))
+
+    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+        if self._verbose:
+            for record in result.records:
+                certificate = record.certificate
+                self._console.print(
+                    f"{record.module}  {certificate['path']}  error {certificate['component_error']:.0e}"
+                    f"  leak {record.rounding['leak']:.1e}  {duration(record.elapsed_s)}"
+                )
+        if self._verbose or not self._console.is_terminal:
+            weights = f"{len(result.records)} weight{'s' if len(result.records) != 1 else ''} split"
+            self._console.print(f"[{finished}/{of}] {result.shard}: {weights}, {duration(elapsed_s)}", markup=False)
+
+
+def print_plan(plan: Plan, estimate_s: float) -> None:
+    """What `--dry-run` shows."""
+    console = _stdout()
+    options = plan.options
+    table = _table("module", "shape", "dtype", "weights", "rank")
+    for (suffix, (m, n), dtype), count in plan.kinds().items():
+        table.add_row(suffix, f"{m} x {n}", dtype, str(count), str(options.rank))
+    console.print(table)
+    console.print(
+        f"{plan.naming.architecture}, mode {options.mode}: {len(plan.weights)} weights in {len(plan.jobs)} files\n"
+        f"base     {size(plan.base_bytes)} (source {size(plan.source_bytes)})\n"
+        f"adapter  {size(plan.adapter_bytes)}\n"
+        f"memory   about {size(plan.peak_memory_bytes)}\n"
+        f"time     about {duration(estimate_s)} of solving here, and the copying"
+    )
+    for job in plan.jobs:
+        console.print(f"  {job.source.name} -> {options.out}/{job.target}  ({len(job.weights)} weights)", markup=False)
+    _print_warnings(plan.notices)
+    console.print("nothing was written")
+
+
+def print_summary(manifest: Manifest, *, unchanged: bool) -> None:
+    """What stands at the end of a run."""
+    console = _stdout()
+    table = _table("module", "shape", "weights", "rank", "energy", "worst leak", "worst error", "time")
+    for kind in kinds(manifest.weights):
+        m, n = kind.shape
+        table.add_row(
+            kind.suffix,
+            f"{m} x {n}",
+            str(kind.count),
+            str(kind.rank),
+            f"{kind.energy:.2%}" if kind.energy > 1e-4 else f"{kind.energy:.1e}",
+            f"{kind.leak:.1e}",
+            f"{kind.certificate:.0e}",
+            duration(kind.elapsed_s),
+        )
+    console.print(table)
+    total = size(sum(manifest.files.values()))
+    done = "already done, nothing to do" if unchanged else f"done in {duration(manifest.elapsed_s)}"
+    console.print(f"{manifest.out}: {len(manifest.weights)} weights, {total}, {done}", markup=False)
+    _print_warnings(warnings(manifest))
+    console.print("\nLoad the pair, for training or inference:\n")
+    for line in loading_lines(manifest).splitlines():
+        console.print(f"    {line}", markup=False)
+
+
+def _print_warnings(lines: tuple[str, ...] | list[str]) -> None:
+    console = _stderr()
+    for line in lines:
+        console.print("[bold yellow]warning:[/]", end=" ")
+        console.print(line, markup=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
+    return table
+
+
+def _stdout() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _stderr(quiet: bool = False) -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
