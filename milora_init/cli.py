@@ -72,10 +72,10 @@ def init(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
     rank: Annotated[
         int | None,
-        typer.Option("--rank", "-r", help="Singular triplets per weight. [default: 64]", rich_help_panel=_WHAT),
+        typer.Option("--rank", "-r", help="Singular triplets per weight. (default: 64)", rich_help_panel=_WHAT),
     ] = None,
     mode: Annotated[
-        str | None, typer.Option(help="min (MiLoRA), max (PiSSA), mid or random. [default: min]", rich_help_panel=_WHAT)
+        str | None, typer.Option(help="min (MiLoRA), max (PiSSA), mid or random. (default: min)", rich_help_panel=_WHAT)
     ] = None,
     config: Annotated[
         str, typer.Option("--config", "-c", help="Recipe: a name in configs/ or a YAML file.", rich_help_panel=_WHAT)
@@ -93,20 +93,20 @@ def init(
         list[str] | None,
         typer.Option(help="What to leave out, in the same language. Repeatable.", rich_help_panel=_WHAT),
     ] = None,
-    alpha: Annotated[int | None, typer.Option(help="lora_alpha. [default: the rank]", rich_help_panel=_ADAPTER)] = None,
+    alpha: Annotated[int | None, typer.Option(help="lora_alpha. (default: the rank)", rich_help_panel=_ADAPTER)] = None,
     rslora: Annotated[
         bool | None, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).", rich_help_panel=_ADAPTER)
     ] = None,
     dropout: Annotated[
-        float | None, typer.Option(help="lora_dropout. [default: the recipe's]", rich_help_panel=_ADAPTER)
+        float | None, typer.Option(help="lora_dropout. (default: the recipe's)", rich_help_panel=_ADAPTER)
     ] = None,
     task_type: Annotated[
-        str | None, typer.Option(help="PEFT's task type. [default: the architecture's]", rich_help_panel=_ADAPTER)
+        str | None, typer.Option(help="PEFT's task type. (default: the architecture's)", rich_help_panel=_ADAPTER)
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of the residual weights: auto, float32, bfloat16, float16. [default: auto, the source's]",
+            help="Of the residual weights: auto, float32, bfloat16, float16. (default: auto, the source's)",
             rich_help_panel=_ADAPTER,
         ),
     ] = None,
@@ -119,10 +119,10 @@ def init(
     ] = None,
     device: Annotated[
         list[str] | None,
-        typer.Option(help="auto, cpu, cuda or cuda:N. Repeatable. [default: auto]", rich_help_panel=_RUN),
+        typer.Option(help="auto, cpu, cuda or cuda:N. Repeatable. (default: auto)", rich_help_panel=_RUN),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="For --mode random and the solver's start. [default: 0]", rich_help_panel=_RUN)
+        int | None, typer.Option(help="For --mode random and the solver's start. (default: 0)", rich_help_panel=_RUN)
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan; write nothing.", rich_help_panel=_RUN)
