@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import time
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from milora_init.options import InitOptions
 from milora_init.output import WORK, OutputFolder
 from milora_init.plan import Plan, ShardJob, WeightPlan, make_plan
 from milora_init.safetensors_format import DTYPES, SafetensorsWriter, read_header
-from milora_init.split import split
+from milora_init.split import Rounding, split
+from milora_init.svd import Certificate
 from milora_init.workers import resolve_devices, run
 
 
@@ -175,8 +177,8 @@ def _split_one(
         s_max=triplets.s_max,
         energy=result.rounding.component**2,
         untrainable=sum(value < 1e-6 * triplets.s_max or value == 0 for value in s),
-        certificate=dataclasses.asdict(triplets.certificate),
-        rounding=dataclasses.asdict(result.rounding),
+        certificate=_plain(triplets.certificate),
+        rounding=_plain(result.rounding),
         device=str(device),
         elapsed_s=round(time.monotonic() - started, 4),
     )
@@ -253,6 +255,12 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
     }
+
+
+def _plain(figures: Certificate | Rounding) -> dict[str, Any]:
+    """A dataclass as JSON has it, which knows no infinity."""
+    values = dataclasses.asdict(figures)
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def _torch_name(dtype: str) -> str:

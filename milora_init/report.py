@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +39,17 @@ def kinds(weights: Iterable[WeightRecord]) -> list[Kind]:
             rank=group[0].rank,
             energy=sum(weight.energy for weight in group) / len(group),
             leak=max(weight.rounding["leak"] for weight in group),
-            certificate=max(weight.certificate["component_error"] for weight in group),
+            certificate=max(component_error(weight) for weight in group),
             elapsed_s=sum(weight.elapsed_s for weight in group),
         )
         for (suffix, shape), group in groups.items()
     ]
+
+
+def component_error(weight: WeightRecord) -> float:
+    """The certified relative error of a component; infinite where the cut falls in a cluster and none is *the* one."""
+    error = weight.certificate["component_error"]
+    return math.inf if error is None else float(error)
 
 
 def warnings(manifest: Manifest) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from milora_init.report import duration, kinds, loading_lines, size, warnings
+from milora_init.report import component_error, duration, kinds, loading_lines, size, warnings
 
 if TYPE_CHECKING:
     from milora_init.decompose import ShardResult
@@ -82,7 +84,7 @@ class Bar:
             for record in result.records:
                 certificate = record.certificate
                 self._console.print(
-                    f"{record.module}  {certificate['path']}  error {certificate['component_error']:.0e}"
+                    f"{record.module}  {certificate['path']}  error {component_error(record):.0e}"
                     f"  leak {record.rounding['leak']:.1e}  {duration(record.elapsed_s)}"
                 )
         if self._verbose or not self._console.is_terminal:
@@ -94,10 +96,11 @@ def print_plan(plan: Plan, estimate_s: float) -> None:
     """What `--dry-run` shows."""
     console = _stdout()
     options = plan.options
-    table = _table("module", "shape", "dtype", "weights", "rank")
-    for (suffix, (m, n), dtype), count in plan.kinds().items():
-        table.add_row(suffix, f"{m} x {n}", dtype, str(count), str(options.rank))
-    console.print(table)
+    rows = [
+        (suffix, f"{m} x {n}", dtype, str(count), str(options.rank))
+        for (suffix, (m, n), dtype), count in plan.kinds().items()
+    ]
+    _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
     console.print(
         f"{plan.naming.architecture}, mode {options.mode}: {len(plan.weights)} weights in {len(plan.jobs)} files\n"
         f"base     {size(plan.base_bytes)} (source {size(plan.source_bytes)})\n"
@@ -114,20 +117,21 @@ def print_plan(plan: Plan, estimate_s: float) -> None:
 def print_summary(manifest: Manifest, *, unchanged: bool) -> None:
     """What stands at the end of a run."""
     console = _stdout()
-    table = _table("module", "shape", "weights", "rank", "energy", "worst leak", "worst error", "time")
-    for kind in kinds(manifest.weights):
-        m, n = kind.shape
-        table.add_row(
+    columns = ("module", "shape", "weights", "rank", "energy", "worst leak", "worst error", "time")
+    rows = [
+        (
             kind.suffix,
-            f"{m} x {n}",
+            "{} x {}".format(*kind.shape),
             str(kind.count),
             str(kind.rank),
             f"{kind.energy:.2%}" if kind.energy > 1e-4 else f"{kind.energy:.1e}",
             f"{kind.leak:.1e}",
-            f"{kind.certificate:.0e}",
+            f"{kind.certificate:.0e}" if math.isfinite(kind.certificate) else "not unique",
             duration(kind.elapsed_s),
         )
-    console.print(table)
+        for kind in kinds(manifest.weights)
+    ]
+    _print_table(console, columns, rows, spare=("energy", "time", "weights", "rank"))
     total = size(sum(manifest.files.values()))
     done = "already done, nothing to do" if unchanged else f"done in {duration(manifest.elapsed_s)}"
     console.print(f"{manifest.out}: {len(manifest.weights)} weights, {total}, {done}", markup=False)
@@ -144,15 +148,24 @@ def _print_warnings(lines: tuple[str, ...] | list[str]) -> None:
         console.print(line, markup=False)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
-    return table
+def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> None:
+    """Print a table; where the terminal is too narrow, columns of `spare` go, first ones first."""
+    kept = list(columns)
+    for column in [*spare, None]:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for number, name in enumerate(kept):
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
+        if column is None or console.measure(table).maximum <= console.width:
+            break
+        kept.remove(column)
+    console.print(table)
 
 
 def _stdout() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    # Where nobody watches there is no width to keep to, and a name that is cut off is lost.
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
 def _stderr(quiet: bool = False) -> Console:
