@@ -1,0 +1,138 @@
+"""Matrices whose spectrum is known to be hard, small enough that a full float64 SVD is the truth.
+
+Every generator is seeded: the same arguments give the same matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+F64 = torch.float64
+
+
+def gaussian(m: int, n: int, *, seed: int = 0) -> Tensor:
+    """Independent normal entries, (m, n) float64."""
+    return torch.randn(m, n, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(m: int, n: int, *, seed: int = 0) -> Tensor:
+    """(m, n) with orthonormal columns, m >= n."""
+    Q: Tensor = torch.linalg.qr(gaussian(m, n, seed=seed)).Q
+    return Q
+
+
+def with_spectrum(s: Tensor, m: int, n: int, *, seed: int = 0) -> Tensor:
+    """(m, n) with the singular values s (min(m, n),) and random singular vectors."""
+    q = min(m, n)
+    W: Tensor = (orthonormal(m, q, seed=seed) * s.to(F64)) @ orthonormal(n, q, seed=seed + 1).mT
+    return W
+
+
+def language_model_like(m: int, n: int, *, seed: int = 0) -> Tensor:
+    """A Gaussian bulk and a power-law head of one eighth of the directions, bfloat16."""
+    k = max(1, min(m, n) // 8)
+    head = 30.0 / torch.arange(1, k + 1, dtype=F64) ** 0.8
+    bulk = gaussian(m, n, seed=seed) * 0.02
+    left, right = orthonormal(m, k, seed=seed + 1), orthonormal(n, k, seed=seed + 2)
+    edge = 0.02 * (m**0.5 + n**0.5)
+    W: Tensor = bulk + (left * (head * edge)) @ right.mT
+    return W.to(torch.bfloat16)
+
+
+def flat(m: int, n: int) -> Tensor:
+    return with_spectrum(torch.linspace(1.0, 0.9, min(m, n)), m, n)
+
+
+def power_law(m: int, n: int) -> Tensor:
+    return with_spectrum(torch.arange(1, min(m, n) + 1, dtype=F64) ** -1.0, m, n)
+
+
+def steep(m: int, n: int) -> Tensor:
+    """Six decades, evenly in the logarithm."""
+    return with_spectrum(torch.logspace(0, -6, min(m, n), dtype=F64), m, n)
+
+
+def clustered(m: int, n: int, *, lo: int = 6, hi: int = 14) -> Tensor:
+    """Ranks lo to hi, from either end, share one value to twelve digits: a cut at 8 falls inside."""
+    q = min(m, n)
+    s = torch.linspace(2.0, 1.0, q, dtype=F64)
+    for part in (slice(lo, hi), slice(q - hi, q - lo)):
+        s[part] = s[part].mean() * (1 + 1e-12 * torch.arange(hi - lo, 0, -1, dtype=F64))
+    return with_spectrum(s, m, n)
+
+
+def rank_deficient(m: int, n: int) -> Tensor:
+    """Exact rank q/2: small integers, so that every product is exact."""
+    k = max(1, min(m, n) // 2)
+    left = gaussian(m, k).mul(3).round()
+    return left @ gaussian(k, n, seed=1).mul(3).round()
+
+
+def zero(m: int, n: int) -> Tensor:
+    return torch.zeros(m, n, dtype=F64)
+
+
+def dead_rows_and_columns(m: int, n: int) -> Tensor:
+    W = gaussian(m, n)
+    W[1 : 1 + m // 12] = 0
+    W[:, n // 3 : n // 3 + max(1, n // 16)] = 0
+    return W
+
+
+def duplicated_rows(m: int, n: int) -> Tensor:
+    W = gaussian(m, n)
+    k = m // 3
+    W[:k] = W[k : 2 * k]
+    return W
+
+
+def outlier(m: int, n: int) -> Tensor:
+    """One singular value 1e8 times the smallest; the square of that is beyond float64."""
+    s = torch.linspace(2.0, 1.0, min(m, n), dtype=F64)
+    s[0] = 1e8
+    return with_spectrum(s, m, n)
+
+
+def orthogonal(m: int, n: int) -> Tensor:
+    return with_spectrum(torch.ones(min(m, n), dtype=F64), m, n)
+
+
+def float16_near_overflow(m: int, n: int) -> Tensor:
+    return (gaussian(m, n) * 3e4).clamp(-65504, 65504).to(torch.float16)
+
+
+def subnormal(m: int, n: int) -> Tensor:
+    """float32 entries of 1e-40: below the smallest normal number."""
+    return (gaussian(m, n) * 1e-40).to(torch.float32)
+
+
+def huge(m: int, n: int) -> Tensor:
+    """float64 entries whose squares overflow."""
+    return gaussian(m, n) * 1e200
+
+
+# The component is well defined: the cut falls between distinct values.
+DISTINCT: dict[str, Callable[[int, int], Tensor]] = {
+    "gaussian": gaussian,
+    "language_model_like": language_model_like,
+    "flat": flat,
+    "power_law": power_law,
+    "steep": steep,
+    "outlier": outlier,
+    "float16_near_overflow": float16_near_overflow,
+    "subnormal": subnormal,
+    "huge": huge,
+}
+
+# The cut falls among equal values, or among zeros: any of many components is right.
+AMBIGUOUS: dict[str, Callable[[int, int], Tensor]] = {
+    "clustered": clustered,
+    "rank_deficient": rank_deficient,
+    "zero": zero,
+    "dead_rows_and_columns": dead_rows_and_columns,
+    "duplicated_rows": duplicated_rows,
+    "orthogonal": orthogonal,
+}
