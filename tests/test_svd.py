@@ -88,9 +88,7 @@ def test_ambiguous_spectrum(name: str, shape: tuple[int, int], mode: Mode) -> No
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("m", "n", "r"), [(1, 1, 1), (1, 7, 1), (7, 1, 1), (2, 3, 2), (9, 9, 8), (40, 30, 30)]
-)
+@pytest.mark.parametrize(("m", "n", "r"), [(1, 1, 1), (1, 7, 1), (7, 1, 1), (2, 3, 2), (9, 9, 8), (40, 30, 30)])
 def test_tiny_and_full(m: int, n: int, r: int, mode: Mode) -> None:
     W = matrices.gaussian(m, n)
     t = singular_triplets(W, r, mode=mode)
@@ -101,9 +99,7 @@ def test_tiny_and_full(m: int, n: int, r: int, mode: Mode) -> None:
         assert float((component(t) - W).norm()) <= 100 * EPS * float(W.norm())
 
 
-@pytest.mark.parametrize(
-    ("mode", "expected"), [("min", [7, 8, 9]), ("max", [0, 1, 2]), ("mid", [3, 4, 5])], ids=str
-)
+@pytest.mark.parametrize(("mode", "expected"), [("min", [7, 8, 9]), ("max", [0, 1, 2]), ("mid", [3, 4, 5])], ids=str)
 def test_wanted_indices(mode: Mode, expected: list[int]) -> None:
     assert wanted_indices(10, 3, mode, 0).tolist() == expected
 
