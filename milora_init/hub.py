@@ -36,9 +36,12 @@ def fetch(model: str, *, revision: str | None, cache_dir: str | None, token: str
             snapshot_download(model, revision=revision, cache_dir=cache_dir, token=token, ignore_patterns=side)
         )
         for single, index in ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
-            # Numbered folders are sentence-transformers' own; their weights are side files of ours.
-            names = [*_shards(folder / index, single), "[0-9]_*/*"]
-            snapshot_download(model, revision=folder.name, cache_dir=cache_dir, token=token, allow_patterns=names)
+            names = _shards(folder / index, single)
+            # Asked only for what is missing: a complete cache must serve without a network.
+            if not all((folder / name).is_file() for name in names):
+                # Numbered folders are sentence-transformers' own; their weights are side files of ours.
+                patterns = [*names, "[0-9]_*/*"]
+                snapshot_download(model, revision=folder.name, cache_dir=cache_dir, token=token, allow_patterns=patterns)
             if (folder / names[0]).is_file():
                 break
         return folder
@@ -53,8 +56,9 @@ def fetch(model: str, *, revision: str | None, cache_dir: str | None, token: str
             hint="check the name; for a private model `hf auth login`, or set HF_TOKEN",
         ) from error
     except hub.LocalEntryNotFoundError as error:
+        what = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
         raise HubError(
-            f"{model!r} is neither a folder here nor in the local cache, and the Hub cannot be reached",
+            f"{what} is neither a folder here nor in the local cache, and the Hub cannot be reached",
             hint=f"name an existing folder, or, with a network, fetch it first: hf download {model}",
         ) from error
     except Exception as error:  # huggingface_hub lets its HTTP library's errors through, and changes that library
