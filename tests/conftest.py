@@ -1,0 +1,137 @@
+"""What every test stands on: no network, tiny offline checkpoints built once, and outputs made once for many looks."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import settings
+
+from milora_init.decompose import initialize
+from milora_init.manifest import Manifest
+from milora_init.options import InitOptions
+
+# A run that finds nothing today must not find something else tomorrow: examples follow from the test alone.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+
+Built = Callable[..., Path]
+
+
+class NetworkUsedError(RuntimeError):
+    """A test tried to leave this machine."""
+
+
+def _is_local(host: object) -> bool:
+    return host in ("127.0.0.1", "localhost")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way out of this machine raises; 127.0.0.1 and Unix sockets stay open."""
+    if request.node.get_closest_marker("network"):
+        return
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: socket.socket, *args: Any) -> Any:
+            address = args[-1]
+            outward = isinstance(address, tuple) and not _is_local(address[0])
+            if outward and self.family != socket.AF_UNIX:
+                raise NetworkUsedError(f"a test tried to reach {address}; mark it `network` if it must")
+            return method(self, *args)
+
+        return call
+
+    def resolved(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(host: object, *args: Any, **kwargs: Any) -> Any:
+            if host is not None and not _is_local(host):
+                raise NetworkUsedError(f"a test tried to look up {host!r}; mark it `network` if it must")
+            return function(host, *args, **kwargs)
+
+        return call
+
+    for name in ("connect", "connect_ex", "sendto", "sendmsg"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+    for name in ("getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, resolved(getattr(socket, name)))
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The person's own settings do not reach a test."""
+    for name in ("HF_TOKEN", "MILORA_DEBUG", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """checkpoint(kind, dtype="float32") is a folder with that tiny model in several shards; never write into it."""
+    built: dict[tuple[str, str], Path] = {}
+
+    def get(kind: str, dtype: str = "float32") -> Path:
+        if (kind, dtype) not in built:
+            folder = tmp_path_factory.mktemp(f"{kind.replace(' ', '-')}-{dtype}-")
+            built[kind, dtype] = tiny_models.save(folder, kind, getattr(torch, dtype))
+        return built[kind, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pickled(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """pickled(shards) is the tiny llama in float32 as one pytorch_model.bin, or as several with an index."""
+    built: dict[int, Path] = {}
+
+    def get(shards: int) -> Path:
+        if shards not in built:
+            folder = tmp_path_factory.mktemp(f"pickled-{shards}-")
+            built[shards] = tiny_models.as_pickles(checkpoint("llama"), folder, shards=shards)
+        return built[shards]
+
+    return get
+
+
+@pytest.fixture
+def own(checkpoint: Built, tmp_path: Path) -> Built:
+    """own(kind, dtype="float32") is a copy of a tiny checkpoint that the test may damage."""
+
+    def get(kind: str, dtype: str = "float32") -> Path:
+        folder = tmp_path / "own"
+        folder.mkdir()
+        for path in checkpoint(kind, dtype).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        return folder
+
+    return get
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Manifest]:
+    """start(model, **options) runs the main job on the CPU into tmp_path/out, or into `out`."""
+
+    def run(model: Path, /, **options: Any) -> Manifest:
+        progress = options.pop("progress", None)
+        given = {"out": str(tmp_path / "out"), "rank": 4, "device": ("cpu",), **options}
+        return initialize(InitOptions(model=str(model), **given), progress=progress)
+
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Tiny matrices gain nothing from many threads, and the machine may be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, 2))
+    yield
+    torch.set_num_threads(before)
