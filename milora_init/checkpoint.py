@@ -219,7 +219,9 @@ def side_files(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and travels(path.name))
     subfolders = ["additional_chat_templates"]
     if (folder / "modules.json").is_file():
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        modules = _json(folder / "modules.json")
+        if not isinstance(modules, list):
+            raise CheckpointError(f"{folder / 'modules.json'}: not a list of modules")
         subfolders += [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
     for subfolder in subfolders:
         if subfolder and Path(subfolder).parts == (subfolder,) and subfolder != "..":
@@ -244,13 +246,17 @@ def travels(name: str) -> bool:
     )
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from error
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    content = _json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
