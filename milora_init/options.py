@@ -75,7 +75,10 @@ class InitOptions:
             value = getattr(self, name)
             if isinstance(value, str):
                 raise UsageError(f"{name} is the string {value!r}", hint=f"give a list: {name}: [{value}]")
+            _require(isinstance(value, (list, tuple)), f"{name} is {value!r}, expected a list")
             object.__setattr__(self, name, tuple(value))
+        for name in ("model", "out", "revision", "cache_dir", "token"):
+            _require(isinstance(getattr(self, name), str | None), f"{name} is not text", "quote it in the recipe")
         _require(bool(self.model), "--model is empty", "name a local folder or a Hub id")
         _require(bool(self.out), "--out is empty", "name the folder to write")
         _require(
