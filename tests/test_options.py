@@ -1,0 +1,172 @@
+"""options: a request is checked when it is made, and a recipe says nothing that is not understood."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from milora_init import options, svd
+from milora_init.errors import UsageError
+from milora_init.options import DEFAULT_RECIPE, InitOptions, read_recipe, recipe_names
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+Q_K_V_UP_DOWN = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+def request(**values: Any) -> InitOptions:
+    return InitOptions(**{"model": "m", "out": "o", **values})
+
+
+def test_the_modes_are_the_solvers() -> None:
+    assert set(options.MODES) == set(get_args(svd.Mode)) == {"min", "max", "mid", "random"}
+
+
+def test_every_recipe_in_configs_is_found_by_its_name() -> None:
+    assert recipe_names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_recipe_parses_and_says_what_its_file_says(name: str) -> None:
+    made = InitOptions.from_recipe(name, model="m", out="o")
+    for key, value in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()).items():
+        found = getattr(made, key.replace("-", "_"))
+        assert found == (tuple(value) if isinstance(value, list) else value), key
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "dropout"),
+    [("commonsense", 32, 0.05), ("math", 64, 0.05), ("instruction", 32, 0.05), ("llm-adapters", 64, 0.05)],
+)
+def test_the_papers_settings_are_the_papers(name: str, rank: int, dropout: float) -> None:
+    """NAACL 2025, tables 10 to 12: five linears, alpha = r."""
+    made = InitOptions.from_recipe(name, model="m", out="o")
+    assert (made.rank, made.dropout, made.mode, made.scale) == (rank, dropout, "min", 1.0)
+    assert set(made.target) == set(Q_K_V_UP_DOWN)
+
+
+def test_qlora_takes_all_seven_linears() -> None:
+    made = InitOptions.from_recipe("qlora", model="m", out="o")
+    assert set(made.target) == {*Q_K_V_UP_DOWN, "o_proj", "gate_proj"}
+    assert made.dropout == 0.1
+
+
+def test_the_defaults_of_the_class_are_the_default_recipe() -> None:
+    assert InitOptions.from_recipe(DEFAULT_RECIPE, model="m", out="o") == request()
+
+
+def test_arguments_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("rank: 8\nalpha: 32\ntask-type: SEQ_CLS\ntarget: fc\n")
+    made = InitOptions.from_recipe(str(path), model="m", out="o", rank=16, alpha=None)
+    assert (made.rank, made.alpha, made.task_type, made.target, made.seed) == (16, 32, "SEQ_CLS", ("fc",), 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("ranks", "rank"), ("targets", "target"), ("task_typ", "task-type"), ("drop-out", "dropout")]
+)
+def test_an_unknown_key_names_the_closest(key: str, meant: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"{key}: 1\n")
+    with pytest.raises(UsageError, match=f"unknown key `{key}`") as caught:
+        read_recipe(str(path))
+    assert caught.value.hint == f"did you mean `{meant}`?"
+    assert caught.value.exit_code == 2
+
+
+def test_a_key_like_no_other_lists_them_all(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("xyzzy: 1\n")
+    with pytest.raises(UsageError) as caught:
+        read_recipe(str(path))
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(InitOptions)} - {"token", "overwrite"}
+    assert set(caught.value.hint.removeprefix("known keys: ").split(", ")) == known
+
+
+@pytest.mark.parametrize("key", ["token", "overwrite"])
+def test_a_recipe_holds_neither_a_secret_nor_a_licence_to_replace(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"{key}: true\n")
+    with pytest.raises(UsageError, match="unknown key"):
+        read_recipe(str(path))
+
+
+@pytest.mark.parametrize("content", ["- rank\n", "7\n", "", "rank: [\n", "a: b: c\n"])
+def test_a_recipe_that_is_no_mapping_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=str(path)):
+        read_recipe(str(path))
+
+
+@pytest.mark.parametrize("name", ["absent", "../pyproject", "../configs/qlora"])
+def test_an_unknown_recipe_lists_those_there_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"no recipe '{name}'") as caught:
+        read_recipe(name)
+    assert all(recipe in caught.value.hint for recipe in recipe_names())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", ""), ("out", ""),
+        ("rank", 0), ("rank", -4), ("rank", 1.5), ("rank", True), ("rank", "8"), ("rank", None),
+        ("mode", "minor"), ("mode", "MIN"), ("mode", None),
+        ("target", ()), ("target", ("",)), ("target", "q_proj"), ("target", (1,)), ("exclude", ("",)),
+        ("alpha", 0), ("alpha", -1), ("alpha", 1.5), ("alpha", True),
+        ("rslora", 1), ("rslora", "yes"),
+        ("dropout", 1), ("dropout", -0.1), ("dropout", math.nan), ("dropout", "0.1"),
+        ("task_type", "causal"), ("dtype", "fp16"), ("dtype", "float64"),
+        ("seed", -1), ("seed", 2**63), ("seed", 0.5),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_its_range_is_a_usage_error_that_shows_it(field: str, value: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        request(**{field: value})
+    shown = value if not isinstance(value, tuple) or not value else value[0]
+    assert repr(shown) in caught.value.message or not value
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("field", "value"), [("target", 5), ("target", None), ("device", 7), ("exclude", 1.5)])
+def test_a_list_that_is_no_list_is_a_usage_error(field: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({field: value}))
+    with pytest.raises(UsageError, match=field):
+        InitOptions.from_recipe(str(path), model="m", out="o")
+
+
+@pytest.mark.parametrize("field", ["model", "out", "revision", "cache-dir"])
+def test_text_that_yaml_took_for_a_number_is_a_usage_error(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "out": "o"} | {field: 1234567}))
+    with pytest.raises(UsageError, match=field.replace("-", "_")):
+        InitOptions.from_recipe(str(path))
+
+
+@pytest.mark.parametrize("field", ["model", "out"])
+def test_a_request_without_a_source_or_a_place_is_refused(field: str) -> None:
+    given = {"model": "m", "out": "o"}
+    del given[field]
+    with pytest.raises(UsageError, match=f"no --{field} given"):
+        InitOptions.from_recipe(**given)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(8, 16), (64, 16), (3, 7)])
+def test_the_scale_is_pefts(rank: int, alpha: int) -> None:
+    assert request(rank=rank, alpha=alpha).scale == alpha / rank
+    assert request(rank=rank, alpha=alpha, rslora=True).scale == alpha / math.sqrt(rank)
+    assert request(rank=rank).scale == 1.0
+    assert request(rank=rank).lora_alpha == rank
+
+
+def test_a_request_cannot_be_changed_and_hides_its_token() -> None:
+    made = request(token="hf_secret")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.rank = 3  # type: ignore[misc]
+    assert "hf_secret" not in repr(made)
