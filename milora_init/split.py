@@ -89,7 +89,7 @@ def _residual(W: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype)
         w = W[block].to(exact, torch.float64)
         D = B[block].to(exact, torch.float64) @ A64
         R = w - D
-        stored = R.to(dtype)
+        stored = _round_once(R, dtype)
         residual[block] = stored
         roundings = [stored, *(R.to(candidate) for candidate in CANDIDATES.values())]
         sums += torch.stack([x.square().sum() for x in (w, D, *(s.double() - R for s in roundings))])
@@ -105,6 +105,18 @@ def _residual(W: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype)
             for name, e2 in zip(CANDIDATES, candidates2, strict=True)
         },
     )
+
+
+def _round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
+    """R (float64) to the nearest value of dtype."""
+    if dtype.itemsize > 2:
+        return R.to(dtype)
+    # torch goes by way of float32, which can round to the middle of two 16-bit values and then to the farther one.
+    # So round to odd there: what float32 does not hold exactly keeps an odd last bit and is never a middle.
+    nearest = R.float()
+    bits = nearest.view(torch.int32)
+    odd = (bits - (nearest.double().abs() > R.abs()).int()) | 1
+    return torch.where(nearest.double() == R, bits, odd).view(torch.float32).to(dtype)
 
 
 def _ratio(squared: float, squared_whole: float) -> float:
