@@ -1,0 +1,246 @@
+"""naming: what can be adapted is decided on modules, and is what PEFT would adapt."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from milora_init.checkpoint import open_checkpoint
+from milora_init.errors import CheckpointError, PlanError
+from milora_init.naming import Naming, resolve, select, suffixes
+
+Built = Callable[..., Path]
+
+
+def names_of(folder: Path) -> Naming:
+    opened = open_checkpoint(folder)
+    return resolve(folder, opened.config, {name: info.shape for name, info in opened.tensors.items()})
+
+
+def chosen(naming: Naming, targets: list[str], exclude: list[str] | None = None) -> list[str]:
+    return [weight.module for weight in select(naming, targets, exclude or [])]
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_only_weights_of_linear_layers_can_be_adapted(kind: str, checkpoint: Built) -> None:
+    """Biases, norms and embeddings never, whatever their names contain; and the shape is (out, in)."""
+    naming = names_of(checkpoint(kind))
+    modules = dict(tiny_models.on_meta(kind).named_modules())
+    assert naming.adaptable
+    for name, weight in naming.adaptable.items():
+        module = modules[name]
+        assert weight.module == name
+        assert weight.tensor.endswith(".weight")
+        assert isinstance(module, nn.Linear) != weight.fan_in_fan_out
+        assert weight.fan_in_fan_out == (kind == "gpt2")
+        if isinstance(module, nn.Linear):
+            assert weight.shape == (module.out_features, module.in_features)
+        else:
+            assert weight.shape == tuple(module.weight.T.shape)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "tied llama", "gemma"])
+def test_the_output_head_is_never_adapted(kind: str, checkpoint: Built) -> None:
+    naming = names_of(checkpoint(kind))
+    assert "lm_head" not in naming.adaptable
+    with pytest.raises(PlanError, match="lm_head is the output head"):
+        select(naming, ["lm_head"])
+
+
+@pytest.mark.parametrize(("kind", "embedding"), [("llama", "embed_tokens"), ("gpt2", "wte"), ("gemma", "embed_tokens")])
+def test_an_embedding_is_refused_with_the_reason(kind: str, embedding: str, checkpoint: Built) -> None:
+    with pytest.raises(PlanError, match=rf"{embedding} is an? \w*Embedding, not a linear layer"):
+        select(names_of(checkpoint(kind)), [embedding])
+
+
+@pytest.mark.parametrize("kind", ["tied llama", "gemma", "gpt2"])
+def test_tied_weights_are_never_adapted(kind: str, checkpoint: Built) -> None:
+    model = tiny_models.on_meta(kind)
+    model.tie_weights()  # type: ignore[operator]
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    shared = {name for name, p in parameters if sum(p is other for _, other in parameters) > 1}
+    assert shared
+    naming = names_of(checkpoint(kind))
+    assert not shared & {f"{weight.module}.weight" for weight in select(naming, ["all-linear"])}
+    assert not shared & {weight.tensor for weight in naming.adaptable.values()}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
+def test_a_target_hits_no_bias(kind: str, checkpoint: Built) -> None:
+    folder = checkpoint(kind)
+    assert any(name.endswith(".bias") for name in tiny_models.tensors(folder))
+    for weight in select(names_of(folder), tiny_models.TARGETS[kind]):
+        assert len(weight.shape) == 2
+        assert not weight.tensor.endswith(".bias")
+
+
+def test_a_suffix_names_the_module_of_every_layer_in_the_models_order(checkpoint: Built) -> None:
+    naming = names_of(checkpoint("llama"))
+    assert chosen(naming, ["v_proj", "q_proj"]) == [
+        f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")
+    ]
+
+
+def test_a_longer_suffix_and_a_full_name_are_understood(checkpoint: Built) -> None:
+    naming = names_of(checkpoint("llama"))
+    assert chosen(naming, ["1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
+    assert chosen(naming, ["model.layers.0.mlp.up_proj"]) == ["model.layers.0.mlp.up_proj"]
+
+
+def test_a_part_of_a_name_is_no_suffix(checkpoint: Built) -> None:
+    with pytest.raises(PlanError, match="'proj' matches no module"):
+        select(names_of(checkpoint("llama")), ["proj"])
+
+
+def test_all_linear_takes_everything_but_the_heads(checkpoint: Built) -> None:
+    llama = names_of(checkpoint("llama"))
+    assert chosen(llama, ["all-linear"]) == list(llama.adaptable)
+    classifier = names_of(checkpoint("bert classifier"))
+    assert classifier.heads == {"classifier"}
+    assert set(chosen(classifier, ["all-linear"])) == set(classifier.adaptable) - {"classifier"}
+
+
+def test_a_regular_expression_matches_from_end_to_end(checkpoint: Built) -> None:
+    naming = names_of(checkpoint("llama"))
+    assert chosen(naming, [r"re:.*\.0\..*(q|k)_proj"]) == [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]
+    with pytest.raises(PlanError, match="matches no module"):
+        select(naming, ["re:q_proj"])
+    with pytest.raises(PlanError, match="not a regular expression"):
+        select(naming, ["re:("])
+
+
+def test_exclude_speaks_the_same_language(checkpoint: Built) -> None:
+    naming = names_of(checkpoint("llama"))
+    both = ["q_proj", "v_proj"]
+    assert chosen(naming, both, ["v_proj"]) == chosen(naming, ["q_proj"])
+    assert chosen(naming, both, [r"re:.*layers\.1\..*"]) == [f"model.layers.0.self_attn.{n}" for n in both]
+    assert chosen(naming, both, ["model.layers.0.self_attn.q_proj"]) == chosen(naming, both)[1:]
+    with pytest.raises(PlanError, match="exclude 'absent' matches no module"):
+        select(naming, both, ["absent"])
+    with pytest.raises(PlanError, match="every target is excluded"):
+        select(naming, both, both)
+
+
+@pytest.mark.parametrize("targets", [["w_proj"], ["q_proj", "w_proj"]])
+def test_a_target_that_matches_nothing_lists_what_would(targets: list[str], checkpoint: Built) -> None:
+    naming = names_of(checkpoint("llama"))
+    with pytest.raises(PlanError, match="target 'w_proj' matches no module of LlamaForCausalLM") as caught:
+        select(naming, targets)
+    assert caught.value.hint.endswith(", ".join(suffixes(naming)))
+    assert set(suffixes(naming)) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def adapted_by_peft(kind: str, targets: list[str] | str, exclude: list[str] | str | None = None) -> set[str]:
+    """What get_peft_model wraps, on the meta device."""
+    config = LoraConfig(r=2, target_modules=targets, exclude_modules=exclude, fan_in_fan_out=kind == "gpt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(tiny_models.on_meta(kind), config)
+    return {
+        name.removeprefix("base_model.model.") for name, module in model.named_modules() if hasattr(module, "lora_A")
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "exclude"),
+    [
+        *((kind, list(targets), []) for kind, targets in tiny_models.TARGETS.items()),
+        ("llama", ["q_proj", "model.layers.1.mlp.up_proj", "0.mlp.gate_proj"], []),
+        ("llama", ["model.layers.0.self_attn.q_proj"], []),
+        ("llama", ["q_proj", "v_proj", "up_proj"], ["v_proj", "model.layers.1.mlp.up_proj"]),
+        ("bert", ["dense"], []),
+        ("bert", ["output.dense"], ["attention.output.dense"]),
+        ("gpt2", ["c_fc", "attn.c_proj"], []),
+    ],
+)
+def test_peft_adapts_exactly_what_is_selected(
+    kind: str, targets: list[str], exclude: list[str], checkpoint: Built
+) -> None:
+    ours = chosen(names_of(checkpoint(kind)), targets, exclude)
+    assert set(ours) == adapted_by_peft(kind, targets, exclude or None)
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_all_linear_is_pefts(kind: str, checkpoint: Built) -> None:
+    heads = {"classifier", "score"}  # ours are left out for every task; PEFT's only where the task type is given
+    assert set(chosen(names_of(checkpoint(kind)), ["all-linear"])) == adapted_by_peft(kind, "all-linear") - heads
+
+
+@pytest.mark.parametrize("pattern", [r".*\.layers\.1\..*proj", r".*(q|v)_proj", r"model\.layers\.0\.mlp\.up_proj"])
+def test_a_regular_expression_is_pefts(pattern: str, checkpoint: Built) -> None:
+    assert set(chosen(names_of(checkpoint("llama")), [f"re:{pattern}"])) == adapted_by_peft("llama", pattern)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("bert", None), ("bert classifier", None), ("gemma", "CAUSAL_LM")],
+)
+def test_the_task_type_is_named_only_where_the_class_says_it(kind: str, task: str | None, checkpoint: Built) -> None:
+    naming = names_of(checkpoint(kind))
+    assert naming.task_type == task
+    assert naming.architecture == tiny_models.KINDS[kind][0]
+
+
+def test_a_headless_checkpoint_finds_its_modules_in_the_class_with_a_head(own: Built) -> None:
+    """`layers.0...` on disk is `model.layers.0...` in LlamaForCausalLM."""
+    folder = own("llama")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tiny_models.tensors(folder).items()}
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weight = select(names_of(folder), ["model.layers.0.self_attn.q_proj"])[0]
+    assert weight.tensor == "layers.0.self_attn.q_proj.weight"
+
+
+def test_a_weight_that_the_checkpoint_lacks_is_refused_with_the_reason(own: Built) -> None:
+    folder = own("llama")
+    tensors = tiny_models.tensors(folder)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match="no tensor of the checkpoint fills it"):
+        select(names_of(folder), ["0.self_attn.q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "names no class under `architectures`"),
+        ({"architectures": []}, "names no class"),
+        ({"architectures": ["NoSuchForCausalLM"]}, "names NoSuchForCausalLM, which transformers"),
+        ({"architectures": ["BertModel"]}, "does not build a BertModel|no tensor belongs to"),
+        ({"model_type": "no_such"}, "does not build a LlamaForCausalLM"),
+        ({"num_attention_heads": "many"}, "does not build a LlamaForCausalLM"),
+        ({"intermediate_size": 40}, r"\[48, 32\] on disk, config.json makes it \[40, 32\]"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(bitsandbytes\)"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, r"quantised \(fp8\)"),
+        ({"quantization_config": [4]}, r"quantised \(unknown\)"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(
+    changes: dict[str, object], message: str, own: Built
+) -> None:
+    folder = own("llama")
+    tiny_models.edit_json(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        names_of(folder)
+
+
+def test_code_in_the_folder_is_never_run(own: Built, tmp_path: Path) -> None:
+    folder = own("llama")
+    (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto}))
+    assert chosen(names_of(folder), ["q_proj"])
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto, "model_type": "own"}))
+    with pytest.raises(CheckpointError):
+        names_of(folder)
+    assert not (tmp_path / "ran").exists()

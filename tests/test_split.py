@@ -1,0 +1,180 @@
+"""split: W is taken apart exactly, against the paper's method in float64. Every tolerance follows from an eps."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from milora_init.options import Mode
+from milora_init.split import Rounding, Split, split
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}
+MODES: tuple[Mode, ...] = ("min", "max", "mid", "random")
+
+
+def weight(m: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def product(made: Split, scale: float) -> Tensor:
+    """scale * B @ A of the stored factors, in float64."""
+    return scale * (made.B.double() @ made.A.double())
+
+
+def taken(W: Tensor, D: Tensor, r: int, mode: Mode) -> tuple[reference.Spectrum, list[int]]:
+    truth = reference.spectrum(W)
+    return truth, reference.drawn(truth, D, r) if mode == "random" else reference.wanted(len(truth.s), r, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("source", DTYPES)
+def test_the_product_is_the_component_that_the_mode_names(mode: Mode, shape: str, source: str) -> None:
+    W, r = weight(*SHAPES[shape], DTYPES[source]), 5
+    made = split(W, r, mode=mode, dtype=torch.float32)
+    D = product(made, 1.0)
+    truth, indices = taken(W, D, r, mode)
+    assert (D - truth.component(indices)).norm() <= truth.tolerance(indices)
+    assert torch.allclose(made.triplets.s, truth.s[indices], rtol=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.25, 16 / 5**0.5])
+def test_the_scale_moves_into_the_factors_and_not_into_the_component(mode: Mode, scale: float) -> None:
+    W, r = weight(24, 40), 5
+    made = split(W, r, mode=mode, scale=scale, dtype=torch.float32)
+    D = product(made, scale)
+    truth, indices = taken(W, D, r, mode)
+    assert (D - truth.component(indices)).norm() <= truth.tolerance(indices)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 16 / 5**0.5])
+def test_the_factors_share_the_spectrum_evenly(scale: float) -> None:
+    """B^T B = A A^T = diag(s / scale): orthogonal directions, and the square root of s on each side."""
+    W, r = weight(24, 40), 5
+    made = split(W, r, scale=scale, dtype=torch.float32)
+    expected = torch.diag(reference.spectrum(W).s[-r:] / scale)
+    # Each entry of a Gram matrix of float32 roundings is off by at most eps of the norms it is a product of.
+    tolerance = 2 * reference.EPS32 * expected.max()
+    assert (made.B.double().T @ made.B.double() - expected).abs().max() <= tolerance
+    assert (made.A.double() @ made.A.double().T - expected).abs().max() <= tolerance
+    assert (made.B.dtype, made.A.dtype) == (torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_and_pair_agree_to_half_a_unit_in_the_last_place(mode: Mode, dtype: str, shape: str) -> None:
+    W = weight(*SHAPES[shape])
+    made = split(W, 5, mode=mode, scale=0.5, dtype=DTYPES[dtype])
+    exact = W.double() - product(made, 0.5)
+    # The product here and there may differ by the order of its float64 sums.
+    noise = 8 * reference.EPS64 * W.abs().max()
+    off = (exact - made.residual.double()).abs()
+    assert made.residual.dtype == DTYPES[dtype]
+    assert (off <= reference.ulp(exact, DTYPES[dtype]) / 2 + noise).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_residual_is_rounded_once(dtype: str) -> None:
+    """By way of float32, a value just beside the middle of two neighbours would fall to the wrong side."""
+    info = torch.finfo(DTYPES[dtype])
+    W = torch.ones(8, 8, dtype=torch.float64)
+    W[0, 0] = 1 + info.eps / 2 + 2.0**-45  # a little above the middle of 1 and its neighbour
+    W[1, 1] = 1 + 3 * info.eps / 2 - 2.0**-45  # a little below the next one
+    made = split(W, 1, dtype=DTYPES[dtype])  # rank 3 at most: the minor component is nothing but noise
+    exact = W - product(made, 1.0)
+    assert torch.equal(made.residual, reference.round_once(exact, DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_figures_are_what_they_say(mode: Mode, dtype: str) -> None:
+    W = weight(32, 32)
+    made = split(W, 4, mode=mode, dtype=DTYPES[dtype])
+    D = product(made, 1.0)
+    E = W.double() - (made.residual.double() + D)
+    figures = made.rounding
+    close = 1e-6  # sums of some thousand squares, in another order
+    assert figures.component == pytest.approx(float(D.norm() / W.double().norm()), rel=close)
+    assert figures.error == pytest.approx(float(E.norm() / W.double().norm()), rel=close)
+    assert figures.leak == pytest.approx(float(E.norm() / D.norm()), rel=close)
+    assert figures.leak_if[dtype] == pytest.approx(figures.leak, rel=close)
+
+
+def test_the_leak_of_every_other_dtype_is_the_one_it_would_have() -> None:
+    W = weight(32, 32)
+    figures = split(W, 4, dtype=torch.float32).rounding
+    for name, dtype in DTYPES.items():
+        assert figures.leak_if[name] == pytest.approx(split(W, 4, dtype=dtype).rounding.leak, rel=1e-6)
+
+
+def test_a_shorter_mantissa_leaks_more() -> None:
+    """bfloat16 keeps 8 bits, float16 11, float32 24: a factor of 8 and of 2**13 between them, but for luck."""
+    leak = split(weight(32, 32), 4, dtype=torch.bfloat16).rounding.leak_if
+    assert leak["bfloat16"] is not None
+    assert leak["float16"] is not None
+    assert leak["float32"] is not None
+    assert leak["bfloat16"] / leak["float16"] == pytest.approx(2**3, rel=0.2)
+    assert leak["float16"] / leak["float32"] == pytest.approx(2**13, rel=0.2)
+
+
+@pytest.mark.parametrize("large", [7e4, 1e30])
+def test_a_residual_beyond_float16_is_refused_and_said_to_be(large: float) -> None:
+    W = weight(16, 16)
+    W[3, 5] = large
+    with pytest.raises(ValueError, match="overflows float16"):
+        split(W, 2, dtype=torch.float16)
+    figures = split(W, 2, dtype=torch.float32).rounding
+    assert figures.leak_if["float16"] is None
+    assert figures.leak_if["bfloat16"] is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
+    W = weight(16, 16)
+    W[7, 7] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        split(W, 2, dtype=torch.float32)
+
+
+def test_a_zero_weight_has_figures_and_no_division_by_zero() -> None:
+    made = split(torch.zeros(8, 12), 3, dtype=torch.bfloat16)
+    assert made.rounding == Rounding(0.0, 0.0, 0.0, dict.fromkeys(("bfloat16", "float16", "float32"), 0.0))
+    assert not made.residual.any()
+    assert not product(made, 1.0).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_as_large_as_the_weight_takes_everything(mode: Mode) -> None:
+    W = weight(6, 9)
+    made = split(W, 6, mode=mode, dtype=torch.float32)
+    truth = reference.spectrum(W)
+    assert (product(made, 1.0) - W.double()).norm() <= truth.tolerance(list(range(6)))
+
+
+def test_a_transposed_weight_gives_the_transposed_parts() -> None:
+    """GPT-2 stores (in, out): a view that is not contiguous must do as well as a copy."""
+    W = weight(40, 24)
+    view, copy = split(W.T, 4, dtype=torch.bfloat16), split(W.T.contiguous(), 4, dtype=torch.bfloat16)
+    assert torch.equal(view.residual, copy.residual)
+    assert torch.equal(view.B, copy.B)
+    assert torch.equal(view.A, copy.A)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_another_draw() -> None:
+    W = weight(24, 40)
+    one, again, other = (split(W, 4, mode="random", dtype=torch.bfloat16, seed=seed) for seed in (1, 1, 2))
+    assert reference.same_bytes(one.B, again.B)
+    assert reference.same_bytes(one.residual, again.residual)
+    assert not torch.equal(one.triplets.s, other.triplets.s)
+
+
+def test_blocks_of_rows_leave_no_seam() -> None:
+    """A weight of more elements than one block: the parts must be those of the whole."""
+    W = weight(700, 400)
+    made = split(W, 3, mode="max", dtype=torch.bfloat16)
+    assert torch.equal(made.residual, reference.round_once(W.double() - product(made, 1.0), torch.bfloat16))
