@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,11 +82,12 @@ def loading_lines(manifest: Manifest) -> str:
     """Python that loads the pair for training."""
     causal = manifest.adapter["task_type"] == "CAUSAL_LM"
     cls = "AutoModelForCausalLM" if causal else manifest.source["architecture"]
+    out = json.dumps(manifest.out, ensure_ascii=False)  # quotes and backslashes in a path stay what they are
     return (
         f"from peft import PeftModel\n"
         f"from transformers import {cls}\n\n"
-        f'base = {cls}.from_pretrained("{manifest.out}", dtype="auto")\n'
-        f'model = PeftModel.from_pretrained(base, "{manifest.out}", subfolder="lora", is_trainable=True)'
+        f'base = {cls}.from_pretrained({out}, dtype="auto")\n'
+        f'model = PeftModel.from_pretrained(base, {out}, subfolder="lora", is_trainable=True)'
     )
 
 
