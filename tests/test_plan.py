@@ -1,0 +1,226 @@
+"""plan: everything is decided before anything is done, and the fingerprint holds what decides the bytes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import save_file
+
+from milora_init.checkpoint import SAFETENSORS_INDEX
+from milora_init.errors import PlanError
+from milora_init.options import InitOptions
+from milora_init.plan import Plan, describe, make_plan
+
+Built = Callable[..., Path]
+
+
+def plan(folder: Path, **options: Any) -> Plan:
+    given = {"out": "out", "rank": 4, "device": ("cpu",), **options}
+    return make_plan(InitOptions(model=str(folder), **given), folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 5}, {"mode": "max"}, {"mode": "random"}, {"alpha": 8}, {"rslora": True}, {"dropout": 0.1},
+        {"task_type": "SEQ_CLS"}, {"dtype": "float16"}, {"seed": 1}, {"target": ("q_proj",)}, {"exclude": ("q_proj",)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_fingerprint_changes_with_every_option_that_decides_the_output(
+    change: dict[str, Any], checkpoint: Built
+) -> None:
+    folder = checkpoint("llama")
+    assert plan(folder, **change).fingerprint != plan(folder).fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"out": "elsewhere"}, {"device": ("auto",)}, {"overwrite": True}, {"token": "hf_x"}, {"cache_dir": "cache"},
+        {"alpha": 4}, {"task_type": "CAUSAL_LM"},
+        {"target": ("re:.*[qkv]_proj", "up_proj", "down_proj")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_fingerprint_does_not_change_with_what_leaves_the_output_as_it_is(
+    change: dict[str, Any], checkpoint: Built
+) -> None:
+    folder = checkpoint("llama")
+    assert plan(folder, **change).fingerprint == plan(folder).fingerprint
+
+
+def test_the_fingerprint_changes_with_the_source(checkpoint: Built, own: Built) -> None:
+    folder = own("llama")
+    assert plan(folder).fingerprint == plan(checkpoint("llama")).fingerprint
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    assert plan(folder).fingerprint != plan(checkpoint("llama")).fingerprint
+
+
+def test_no_secret_is_written_anywhere(checkpoint: Built) -> None:
+    made = plan(checkpoint("llama"), token="hf_secret")
+    assert "hf_secret" not in json.dumps(describe(made)) + json.dumps(made.inputs) + repr(made.options)
+
+
+def test_planning_writes_nothing(own: Built, tmp_path: Path) -> None:
+    folder = own("llama")
+    before = tiny_models.contents(tmp_path)
+    plan(folder, out=str(tmp_path / "out"))
+    assert tiny_models.contents(tmp_path) == before
+
+
+def test_a_rank_too_high_names_the_smallest_weight_and_its_shape(checkpoint: Built) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(checkpoint("llama"), rank=20, target=("q_proj", "v_proj", "up_proj"))
+    assert "rank 20 is above the 16 that model.layers.0.self_attn.v_proj allows" in caught.value.message
+    assert "[16, 32]" in caught.value.message
+    assert caught.value.hint == "--rank 16, or --exclude v_proj"
+
+
+def test_a_rank_as_high_as_the_smallest_weight_is_planned(checkpoint: Built) -> None:
+    made = plan(checkpoint("llama"), rank=16)
+    assert min(min(w.weight.shape) for w in made.weights) == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_a_packed_weight_is_refused_by_name(dtype: torch.dtype, own: Built) -> None:
+    folder = own("llama")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = tiny_models.tensors(folder)
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match=f"{name} is stored as") as caught:
+        plan(folder)
+    assert "unquantised" in caught.value.hint
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_config_json_keeps_every_byte_unless_its_dtype_changes(source: str, dtype: str, checkpoint: Built) -> None:
+    folder = checkpoint("llama", source)
+    before = (folder / "config.json").read_bytes()
+    after = plan(folder, dtype=dtype).config_bytes
+    if dtype in ("auto", source):
+        assert after == before
+    else:
+        assert json.loads(after) == {**json.loads(before), "dtype": dtype}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dtype": None, "torch_dtype": "float32"}, {"torch_dtype": "float16"}),
+        ({"dtype": None, "torch_dtype": None}, {"dtype": "float16"}),
+        ({"torch_dtype": "float32"}, {"dtype": "float16", "torch_dtype": "float16"}),
+        ({"nested": {"dtype": "float32", "n": 1}}, {"dtype": "float16", "nested": {"dtype": "float16", "n": 1}}),
+    ],
+)
+def test_config_json_says_its_dtype_wherever_it_stands(
+    changes: dict[str, Any], expected: dict[str, Any], own: Built
+) -> None:
+    folder = own("llama")
+    tiny_models.edit_json(folder / "config.json", **changes)
+    before = json.loads((folder / "config.json").read_text())
+    assert json.loads(plan(folder, dtype="float16").config_bytes) == before | expected
+
+
+def test_shards_and_headers_stay_as_they_are_where_no_dtype_changes(checkpoint: Built) -> None:
+    folder = checkpoint("llama", "bfloat16")
+    made = plan(folder)
+    assert [job.target for job in made.jobs] == [path.name for path in sorted(folder.glob("*.safetensors"))]
+    assert len(made.jobs) > 2
+    for job in made.jobs:
+        assert (folder / job.target).read_bytes().startswith(job.header.raw)
+    assert made.index == (folder / SAFETENSORS_INDEX).read_bytes()
+
+
+def test_the_index_follows_a_new_dtype(own: Built) -> None:
+    folder = own("llama", "bfloat16")
+    path = folder / SAFETENSORS_INDEX
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, "own": 1, "metadata": {"total_size": 0, "total_parameters": 7}}))
+    made = plan(folder, dtype="float32")
+    assert made.index is not None
+    index = json.loads(made.index)
+    sizes = {name: tensor.nbytes for name, tensor in tiny_models.tensors(folder).items()}
+    doubled = {w.weight.tensor for w in made.weights}
+    expected = sum(size * (2 if name in doubled else 1) for name, size in sizes.items())
+    assert index == {
+        "own": 1,
+        "metadata": {"total_size": expected, "total_parameters": 7},
+        "weight_map": before["weight_map"],
+    }
+
+
+def test_pickles_become_safetensors_under_transformers_names(pickled: Built) -> None:
+    single = plan(pickled(1))
+    assert [job.target for job in single.jobs] == ["model.safetensors"]
+    assert single.index is None
+    sharded = plan(pickled(3))
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [job.target for job in sharded.jobs] == names
+    assert sharded.index is not None
+    before = json.loads((pickled(3) / "pytorch_model.bin.index.json").read_text())
+    assert json.loads(sharded.index) == {
+        **before,
+        "weight_map": {
+            name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+            for name, file in before["weight_map"].items()
+        },
+    }
+    assert "pytorch_model.bin.index.json" not in sharded.files
+
+
+def test_every_weight_has_one_job_and_every_job_its_own_weights(checkpoint: Built) -> None:
+    made = plan(checkpoint("llama"))
+    done = [w.weight.module for job in made.jobs for w in job.weights.values()]
+    assert sorted(done) == sorted(w.weight.module for w in made.weights)
+    assert all(name in job.header.tensors for job in made.jobs for name in job.weights)
+    assert len({w.seed for w in made.weights}) == len(made.weights)
+
+
+def test_a_job_can_travel_to_another_machine(checkpoint: Built) -> None:
+    for job in plan(checkpoint("llama"), dtype="float16").jobs:
+        assert pickle.loads(pickle.dumps(job)) == job
+
+
+def test_a_single_file_beside_an_index_is_noticed(own: Built) -> None:
+    folder = own("llama")
+    assert plan(folder).notices == ()
+    save_file(tiny_models.tensors(folder), folder / "model.safetensors", metadata={"format": "pt"})
+    (notice,) = plan(folder).notices
+    assert "the index is ignored" in notice
+
+
+def test_a_config_that_would_round_the_residuals_again_is_noticed(own: Built) -> None:
+    folder = own("llama")
+    tiny_models.edit_json(folder / "config.json", dtype="bfloat16")
+    (notice,) = plan(folder).notices
+    assert "residuals are stored as float32, but config.json says bfloat16" in notice
+    assert "`--dtype float32`" in notice
+    assert plan(folder, dtype="float32").notices == ()
+
+
+def test_the_sizes_promised_are_the_sizes_made(start: Callable[..., Any], checkpoint: Built, tmp_path: Path) -> None:
+    folder = checkpoint("llama", "bfloat16")
+    described = describe(plan(folder, dtype="float32", out=str(tmp_path / "out")))
+    start(folder, dtype="float32")
+    made = tiny_models.contents(tmp_path / "out")
+    assert set(described["files"]) == set(made)
+    assert described["adapter_bytes"] == len(made["lora/adapter_model.safetensors"])
+    assert {s["target"]: s["bytes"] for s in described["shards"]} == {
+        name: len(content) for name, content in made.items() if name.startswith("model-") and "index" not in name
+    }
+    assert described["base_bytes"] == sum(shard["bytes"] for shard in described["shards"])
+    assert described["source_bytes"] == sum(tensor.nbytes for tensor in tiny_models.tensors(folder).values())
+    json.dumps(described)

@@ -1,0 +1,146 @@
+"""report: what a person reads follows from the manifest."""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from milora_init.manifest import Manifest, WeightRecord
+from milora_init.report import LEAK_LINE, duration, kinds, loading_lines, size, summary, warnings
+
+
+def record(module: str = "model.layers.0.q_proj", **values: Any) -> WeightRecord:
+    leak = values.pop("leak", 0.01)
+    leak_if = values.pop("leak_if", {"bfloat16": leak, "float16": leak / 8, "float32": leak / 2**16})
+    given: dict[str, Any] = {
+        "module": module,
+        "tensor": f"{module}.weight",
+        "shape": (32, 32),
+        "source_dtype": "bfloat16",
+        "dtype": "bfloat16",
+        "rank": 4,
+        "s_first": 0.2,
+        "s_last": 0.1,
+        "s_max": 1.0,
+        "energy": 0.25,
+        "untrainable": 0,
+        "certificate": {"path": "svd", "component_error": 1e-14},
+        "rounding": {"component": 0.5, "error": 0.001, "leak": leak, "leak_if": leak_if},
+        "device": "cpu",
+        "elapsed_s": 1.5,
+    }
+    return WeightRecord(**{**given, **values})
+
+
+def manifest(*weights: WeightRecord, **values: Any) -> Manifest:
+    given: dict[str, Any] = {
+        "source": {"model": "m", "revision": None, "architecture": "LlamaForCausalLM"},
+        "out": "./out",
+        "fingerprint": "f" * 64,
+        "inputs": {},
+        "versions": {},
+        "adapter": {"task_type": "CAUSAL_LM"},
+        "files": {"model.safetensors": 10},
+        "notices": (),
+        "weights": weights or (record(),),
+        "elapsed_s": 3.0,
+    }
+    return Manifest(**{**given, **values})
+
+
+def test_weights_of_one_name_and_shape_are_one_line() -> None:
+    found = kinds([
+        record("a.0.q_proj", energy=0.2, leak=0.01, certificate={"component_error": 1e-12}, elapsed_s=1.0),
+        record("a.0.up_proj", shape=(48, 32)),
+        record("a.1.q_proj", energy=0.4, leak=0.03, certificate={"component_error": 1e-14}, elapsed_s=2.5),
+        record("b.0.q_proj", shape=(16, 32)),
+    ])  # fmt: skip
+    assert [(kind.suffix, kind.shape, kind.count) for kind in found] == [
+        ("q_proj", (32, 32), 2),
+        ("up_proj", (48, 32), 1),
+        ("q_proj", (16, 32), 1),
+    ]
+    first = found[0]
+    assert first.energy == pytest.approx(0.3)  # the mean
+    assert (first.leak, first.certificate, first.elapsed_s) == (0.03, 1e-12, 3.5)  # the worst, the worst, the sum
+
+
+def test_a_small_leak_is_no_warning() -> None:
+    assert warnings(manifest(record(leak=LEAK_LINE))) == []
+
+
+def test_a_large_leak_names_the_weight_and_the_dtypes_that_mend_it() -> None:
+    (warning,) = warnings(manifest(record("a.q_proj", leak=0.2), record("b.q_proj", leak=0.48)))
+    assert "leaves 48% of the component of b.q_proj in the base" in warning
+    assert "--dtype float16" in warning
+    assert "--dtype float32" in warning
+    assert "--dtype bfloat16" not in warning
+
+
+def test_a_dtype_that_overflows_or_is_no_better_is_not_advised() -> None:
+    leaks = {"bfloat16": 0.5, "float16": None, "float32": 1e-5}
+    (warning,) = warnings(manifest(record(leak=0.5, leak_if=leaks)))
+    assert "float16 (" not in warning.replace("bfloat16 (", "")
+    assert "--dtype float32" in warning
+    (warning,) = warnings(manifest(record(leak=0.5, leak_if={"bfloat16": 0.5, "float16": None, "float32": None})))
+    assert "instead" not in warning
+
+
+def test_directions_that_cannot_train_are_counted() -> None:
+    (warning,) = warnings(manifest(record("a"), record("b", untrainable=3), record("c", untrainable=1)))
+    assert "4 directions in 2 weights" in warning
+    assert "b first" in warning
+
+
+def test_notices_of_the_plan_are_warnings() -> None:
+    assert warnings(manifest(notices=("look here",))) == ["look here"]
+
+
+@pytest.mark.parametrize("unchanged", [False, True])
+def test_the_json_is_the_manifest_and_what_follows_from_it(unchanged: bool) -> None:
+    made = manifest(record(leak=0.3))
+    content = summary(made, unchanged=unchanged)
+    assert content["status"] == ("unchanged" if unchanged else "done")
+    assert content["warnings"] == warnings(made)
+    assert content["load"] == loading_lines(made)
+    assert content.items() >= made.to_json().items()
+    assert json.loads(json.dumps(content))["weights"][0]["module"] == made.weights[0].module
+
+
+@pytest.mark.parametrize("out", ["./out", "/a b/ü", 'quo"te', "back\\slash", "it's"])
+def test_the_loading_lines_are_python_that_names_the_folder(out: str) -> None:
+    tree = ast.parse(loading_lines(replace(manifest(), out=out)))
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    assert texts.count(out) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "architecture", "cls"),
+    [("CAUSAL_LM", "LlamaForCausalLM", "AutoModelForCausalLM"), (None, "BertModel", "BertModel")],
+)
+def test_the_loading_lines_name_the_class(task: str | None, architecture: str, cls: str) -> None:
+    source = {"model": "m", "revision": None, "architecture": architecture}
+    made = manifest(source=source, adapter={"task_type": task})
+    assert f"from transformers import {cls}\n" in loading_lines(made)
+    assert f"base = {cls}.from_pretrained(" in loading_lines(made)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (13.5e9, "13.5 GB"), (2.69e9, "2.7 GB"), (3.2e12, "3.2 TB")],
+)
+def test_bytes_for_people(size_bytes: float, text: str) -> None:
+    assert size(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "text"),
+    [(0, "0.0 s"), (4.21, "4.2 s"), (60, "1 min 00 s"), (185, "3 min 05 s"), (3599.6, "1 h 00 min"),
+     (3725, "1 h 02 min")],
+)  # fmt: skip
+def test_seconds_for_people(elapsed_s: float, text: str) -> None:
+    assert duration(elapsed_s) == text
