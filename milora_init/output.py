@@ -40,8 +40,11 @@ class OutputFolder:
         """
         self._require_apart(plan.checkpoint.folder)
         manifest, journal = read_manifest(self.path), self._read_journal()
+        ours: list[str] = []
         if (manifest or journal) and plan.options.overwrite:
-            self._clear(manifest.files if manifest else journal[0]["files"])
+            ours = list(manifest.files if manifest else journal[0]["files"])
+            self._require_empty(plan, ours)  # before anything is removed
+            self._clear(ours)
             manifest, journal = None, []
         if manifest:
             self._require_same(manifest.fingerprint, manifest.inputs, plan)
@@ -51,7 +54,7 @@ class OutputFolder:
             self._require_same(journal[0]["fingerprint"], journal[0]["inputs"], plan)
             self._require_room(plan)
             return "resumed"
-        self._require_empty(plan)
+        self._require_empty(plan, ours)
         self._require_room(plan)
         with writing(self.path):
             self.work.mkdir(parents=True, exist_ok=True)
@@ -76,9 +79,11 @@ class OutputFolder:
         }  # fmt: skip
 
     def abandon(self) -> None:
-        """Remove what a run left that finished no shard; an empty folder goes with it."""
-        if len(self._read_journal()) <= 1:
-            shutil.rmtree(self.work, ignore_errors=True)
+        """Remove what a run left that recorded no shard; an empty folder goes with it."""
+        lines = self._read_journal()
+        if len(lines) <= 1:
+            # Other devices may have finished shards since the failure; without a line they would look foreign.
+            self._clear(lines[0]["files"] if lines else ())
             if self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
 
@@ -102,13 +107,20 @@ class OutputFolder:
 
     def _read_journal(self) -> list[dict[str, Any]]:
         try:
-            lines = self.journal.read_text(encoding="utf-8").split("\n")
+            content = self.journal.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise OutputError(f"{self.journal}: {error.strerror}") from error
-        # What stands behind the last newline was cut off while it was written: it was never done.
-        return [json.loads(line) for line in lines[:-1]]
+        try:
+            # What stands behind the last newline was cut off while it was written: it was never done.
+            journal = [dict(json.loads(line)) for line in content.decode().split("\n")[:-1]]
+            kinds = ({"fingerprint", "inputs", "files"}, {"shard", "files", "records"})
+            if all(kinds[number > 0] <= line.keys() for number, line in enumerate(journal)):
+                return journal
+        except (ValueError, TypeError):
+            pass
+        raise OutputError(f"{self.journal} is damaged", hint=f"choose another --out, or remove {self.path}")
 
     def _require_apart(self, source: Path) -> None:
         out, model = self.path.resolve(), source.resolve()
@@ -142,11 +154,14 @@ class OutputFolder:
                     hint="make it again with --overwrite",
                 )
 
-    def _require_empty(self, plan: Plan) -> None:
+    def _require_empty(self, plan: Plan, ours: Iterable[str] = ()) -> None:
         if not self.path.is_dir():
             return
         planned = {Path(name).parts[0] for name in (*plan.files, MANIFEST)}
+        known = {Path(name).parts[0] for name in (*ours, MANIFEST)} if ours else set()
         for path in sorted(self.path.iterdir()):
+            if path.name.removesuffix(".partial") in known:
+                continue
             if path.name in planned or (path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES):
                 raise OutputError(
                     f"{self.path} already holds {path.name}, which is not an output of milora-init",
@@ -174,10 +189,12 @@ class OutputFolder:
         # The marks of a finished output go first: cut off here, the folder is nobody's model.
         (self.path / MANIFEST).unlink(missing_ok=True)
         (self.path / "config.json").unlink(missing_ok=True)
-        for name in files:
-            (self.path / name).unlink(missing_ok=True)
+        inside = [self.path / name for name in files if not Path(name).is_absolute() and ".." not in Path(name).parts]
+        for path in inside:
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + ".partial").unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
-        for folder in {(self.path / name).parent for name in files} - {self.path}:
+        for folder in {path.parent for path in inside} - {self.path}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
