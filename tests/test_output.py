@@ -1,0 +1,397 @@
+"""output: what is not ours is never touched, and what is ours is finished, resumable, or gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import contents
+
+from milora_init import decompose
+from milora_init.decompose import ShardResult, Silent
+from milora_init.errors import OutputError
+from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.options import InitOptions
+from milora_init.output import WORK, OutputFolder
+from milora_init.plan import make_plan
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+
+
+class PulledPlugError(Exception):
+    """What stands for a cut-off run."""
+
+
+class PullThePlug(Silent):
+    """Raises when a given shard begins (0 is the first), or when it is done."""
+
+    def __init__(self, at: int, *, when: str) -> None:
+        self.at, self.when, self.seen = at, when, 0
+
+    def tensor(self, name: str, size_bytes: int) -> None:
+        if self.when == "inside" and self.seen == self.at:
+            raise PulledPlugError
+
+    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+        if self.when == "after" and self.seen == self.at:
+            raise PulledPlugError
+        self.seen += 1
+
+
+class Count(Silent):
+    """Remembers which shards were made, and how much an earlier run had done."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.done_bytes = -1
+
+    def begin(self, plan: Any, done_bytes: int) -> None:
+        self.done_bytes = done_bytes
+
+    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+        self.made.append(result.shard)
+
+
+def weights_and_adapter(out: Path) -> dict[str, bytes]:
+    """Everything but the manifest, which holds seconds."""
+    return {name: content for name, content in contents(out).items() if name != MANIFEST}
+
+
+def shards(source: Path) -> list[str]:
+    return sorted(path.name for path in source.glob("*.safetensors"))
+
+
+def states(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_finished_output_holds_the_contracts_files_and_nothing_else(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    made = start(source)
+    side = {"LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    lora = {"lora/adapter_config.json", "lora/adapter_model.safetensors"}
+    expected = {*shards(source), *side, *lora, "config.json", "model.safetensors.index.json", MANIFEST}
+    assert set(contents(tmp_path / "out")) == expected
+    for name in side:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert read_manifest(tmp_path / "out") == made
+    assert made.files == {n: len(c) for n, c in contents(tmp_path / "out").items() if n != MANIFEST}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "old.gguf", "lora/notes", "tokenizer.json"]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_foreign_folder_is_refused_and_left_as_it_was(
+    name: str, overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    (tmp_path / "out" / "notes.txt").write_bytes(b"mine too")
+    before = states(tmp_path / "out")
+    with pytest.raises(OutputError, match=f"already holds {Path(name).parts[0]}") as caught:
+        start(checkpoint("llama"), overwrite=overwrite)
+    assert caught.value.hint
+    assert states(tmp_path / "out") == before
+
+
+def test_notes_beside_the_output_stay(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
+    start(checkpoint("llama"))
+    start(checkpoint("llama"), rank=3, overwrite=True)
+    assert (tmp_path / "out" / "notes.txt").read_bytes() == b"mine"
+
+
+def test_a_finished_output_is_left_alone(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    first = start(checkpoint("llama"))
+    before = states(tmp_path / "out")
+    count = Count()
+    assert start(checkpoint("llama"), progress=count) == first
+    assert states(tmp_path / "out") == before
+    assert (count.made, count.done_bytes) == ([], -1)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"rank": 5}, "rank was 4, now 5"),
+        ({"mode": "max"}, 'mode was "min", now "max"'),
+        ({"dtype": "float16"}, 'dtype was "auto", now "float16"'),
+        ({"target": ("q_proj",)}, "modules was"),
+    ],
+)
+def test_another_request_is_refused_and_the_difference_named(
+    options: dict[str, Any], difference: str, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    before = states(tmp_path / "out")
+    with pytest.raises(OutputError, match="the output of another request") as caught:
+        start(checkpoint("llama"), **options)
+    assert difference in caught.value.message
+    assert "--overwrite" in caught.value.hint
+    assert states(tmp_path / "out") == before
+
+
+def test_another_source_is_refused_even_halfway(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
+    before = states(tmp_path / "out")
+    with pytest.raises(OutputError, match="the source's files differ"):
+        start(checkpoint("llama", "float16"))
+    assert states(tmp_path / "out") == before
+
+
+def test_a_finished_output_that_was_changed_is_not_taken_for_whole(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    (tmp_path / "out" / "lora" / "adapter_model.safetensors").unlink()
+    with pytest.raises(OutputError, match=r"lora/adapter_model\.safetensors has since been changed or removed"):
+        start(checkpoint("llama"))
+    start(checkpoint("llama"), overwrite=True)
+    assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_overwrite_removes_our_files_and_no_others(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    start(checkpoint("llama"))
+    (out / "lora" / "trained.txt").write_bytes(b"mine")
+    (out / "runs").mkdir()
+    (out / "runs" / "log").write_bytes(b"mine")
+    single = tiny_models.as_single_file(checkpoint("llama"), tmp_path / "single")
+    start(single, overwrite=True, rank=3)
+    found = contents(out)
+    assert found["lora/trained.txt"] == found["runs/log"] == b"mine"
+    assert not any(name.startswith("model-") or name.endswith(".index.json") for name in found)
+    assert read_manifest(out) is not None
+
+
+def test_overwrite_of_a_half_finished_output_starts_anew(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
+    count = Count()
+    start(checkpoint("llama"), rank=3, overwrite=True, progress=count)
+    assert count.made == shards(checkpoint("llama"))
+    assert not (tmp_path / "out" / WORK).exists()
+
+
+def test_overwrite_removes_nothing_outside_whatever_a_manifest_claims(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    path = tmp_path / "out" / MANIFEST
+    content = json.loads(path.read_text())
+    content["files"] |= {"../mine": 4, str(mine): 4}
+    path.write_text(json.dumps(content))
+    start(checkpoint("llama"), rank=3, overwrite=True)
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("when", ["inside", "after"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_run_cut_off_anywhere_and_resumed_makes_the_bytes_of_a_straight_one(
+    at: int, when: str, start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("straight", "resumed"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "straight")
+    straight = start(checkpoint("llama", "bfloat16"), out="out", mode="random")
+    monkeypatch.chdir(tmp_path / "resumed")
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=PullThePlug(at, when=when))
+    assert not (Path("out") / "config.json").exists()
+    assert not (Path("out") / MANIFEST).exists()
+    count = Count()
+    resumed = start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=count)
+    done = at + (when == "after")
+    assert len(count.made) == len(shards(checkpoint("llama", "bfloat16"))) - done
+    assert (count.done_bytes > 0) == (done > 0)
+    assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "straight" / "out")
+    assert [record.module for record in resumed.weights] == [record.module for record in straight.weights]
+
+
+def test_a_run_that_fails_before_its_first_shard_leaves_nothing(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_output_holds_only_whole_shards_and_the_journal(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
+    found = contents(tmp_path / "out")
+    assert [name for name in found if not name.startswith(WORK)] == shards(checkpoint("llama"))[:1]
+    assert not [name for name in found if name.endswith(".partial")]
+
+
+def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that other threads complete after the failure are not in the journal; they must not bar the way."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(decompose, "resolve_devices", lambda _: (cpu,) * 3)
+    monkeypatch.setattr(OutputFolder, "record", _record_only_the_first)
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"))
+    monkeypatch.undo()
+    assert start(checkpoint("llama")).files
+    assert read_manifest(tmp_path / "out") is not None
+
+
+def _record_only_the_first(self: OutputFolder, line: dict[str, Any]) -> None:
+    if "shard" in line:
+        raise PulledPlugError
+    with self.journal.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def halfway(start: Start, source: Path, out: Path) -> Path:
+    """An output with two shards done; returns its journal."""
+    with pytest.raises(PulledPlugError):
+        start(source, progress=PullThePlug(2, when="inside"))
+    return out / WORK / "journal.jsonl"
+
+
+def test_a_journal_line_cut_off_in_the_middle_counts_for_nothing(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3
+    journal.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    count = Count()
+    start(checkpoint("llama"), progress=count)
+    assert count.made == shards(checkpoint("llama"))[1:]
+
+
+def test_a_shard_that_lost_its_file_is_made_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    halfway(start, checkpoint("llama"), tmp_path / "out")
+    shard = tmp_path / "out" / shards(checkpoint("llama"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    count = Count()
+    start(checkpoint("llama"), progress=count)
+    assert count.made == shards(checkpoint("llama"))[1:]
+
+
+@pytest.mark.parametrize("content", [b"garbage\n", b"{}\n", b"[]\n", b"\xff\n", bytes(64) + b"\n"])
+def test_a_damaged_journal_is_an_error_that_names_it(
+    content: bytes, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+    journal.write_bytes(content)
+    with pytest.raises(OutputError, match=r"journal\.jsonl") as caught:
+        start(checkpoint("llama"))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"{", b'{"format": 99}', b"\xff"])
+def test_a_manifest_of_someone_else_is_refused_and_kept(
+    content: bytes, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MANIFEST).write_bytes(content)
+    with pytest.raises(OutputError, match=rf"{MANIFEST} is not a manifest"):
+        start(checkpoint("llama"), overwrite=True)
+    assert contents(tmp_path / "out") == {MANIFEST: content}
+
+
+@pytest.mark.parametrize("where", ["", "inside", "deep/inside"])
+def test_an_output_at_or_inside_the_source_is_refused(where: str, start: Start, own: Built) -> None:
+    source = own("llama")
+    before = states(source)
+    with pytest.raises(OutputError, match="the model's folder"):
+        start(source, out=str(source / where))
+    assert states(source) == before
+
+
+def test_an_output_that_is_the_source_by_a_link_is_refused(start: Start, own: Built, tmp_path: Path) -> None:
+    source = own("llama")
+    before = states(source)
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(OutputError, match="is the model's folder"):
+        start(source, out=str(tmp_path / "link"), overwrite=True)
+    assert states(source) == before
+
+
+def test_an_output_that_is_a_file_or_below_one_is_refused(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    for out in ("file", "file/out"):
+        with pytest.raises(OutputError, match="file"):
+            start(checkpoint("llama"), out=str(tmp_path / out))
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_without_permission_is_refused(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with pytest.raises(OutputError, match="no permission"):
+        start(checkpoint("llama"), out=str(tmp_path / "closed" / "out"))
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_too_small_is_found_before_anything_is_written(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 40_000))
+    with pytest.raises(OutputError, match=r"needs .* its disk has .* free"):
+        start(checkpoint("llama"))
+    assert contents(tmp_path) == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_needs_room_only_for_the_rest(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama")
+    planned = make_plan(InitOptions(model=str(source), out="out", rank=4), source)
+    needed = planned.base_bytes + 2 * planned.adapter_bytes
+    halfway(start, source, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, needed - 1))
+    with pytest.raises(OutputError, match="needs"):
+        start(source, out=str(tmp_path / "another"))
+    assert start(source).files
+
+
+def test_what_a_killed_run_left_is_taken_up_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    """A kill runs no cleaning code: the partial file of the shard at work still stands."""
+    source = checkpoint("llama")
+    for options in ({}, {"rank": 3, "overwrite": True}):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        halfway(start, source, tmp_path / "out")
+        partial = tmp_path / "out" / f"{shards(source)[2]}.partial"
+        partial.write_bytes(b"half")
+        assert start(source, **options).files
+        assert not partial.exists()
+
+
+def test_overwrite_loses_nothing_where_it_has_to_refuse(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    """Weights of someone else beside ours would win over our index; the earlier output must survive the refusal."""
+    start(checkpoint("llama"))
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")
+    before = states(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"already holds model\.safetensors"):
+        start(checkpoint("llama"), rank=3, overwrite=True)
+    assert states(tmp_path / "out") == before
