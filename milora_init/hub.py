@@ -41,7 +41,9 @@ def fetch(model: str, *, revision: str | None, cache_dir: str | None, token: str
             if not all((folder / name).is_file() for name in names):
                 # Numbered folders are sentence-transformers' own; their weights are side files of ours.
                 patterns = [*names, "[0-9]_*/*"]
-                snapshot_download(model, revision=folder.name, cache_dir=cache_dir, token=token, allow_patterns=patterns)
+                snapshot_download(
+                    model, revision=folder.name, cache_dir=cache_dir, token=token, allow_patterns=patterns
+                )
             if (folder / names[0]).is_file():
                 break
         return folder

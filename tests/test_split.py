@@ -137,7 +137,7 @@ def test_a_residual_beyond_float16_is_refused_and_said_to_be(large: float) -> No
 def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
     W = weight(16, 16)
     W[7, 7] = value
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN or Inf"):
         split(W, 2, dtype=torch.float32)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+import matrices
 import pytest
 import torch
 from torch import Tensor
 
 from milora_init.svd import Mode, Triplets, singular_triplets, wanted_indices
-from tests import matrices
 
 EPS = torch.finfo(torch.float64).eps
 MODES: tuple[Mode, ...] = get_args(Mode)
