@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from milora_init.options import InitOptions
 
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": False},
 )
 
 _RESUME = "run the same command to resume"
@@ -78,7 +80,13 @@ def init(
         str | None, typer.Option(help="min (MiLoRA), max (PiSSA), mid or random. (default: min)", rich_help_panel=_WHAT)
     ] = None,
     config: Annotated[
-        str, typer.Option("--config", "-c", help="Recipe: a name in configs/ or a YAML file.", rich_help_panel=_WHAT)
+        str,
+        typer.Option(
+            "--config",
+            "-c",
+            help="Recipe: a name in configs/ or a YAML file. (default: llm-adapters)",
+            rich_help_panel=_WHAT,
+        ),
     ] = "llm-adapters",
     target: Annotated[
         list[str] | None,
