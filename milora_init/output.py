@@ -63,8 +63,10 @@ class OutputFolder:
 
     def record(self, line: dict[str, Any]) -> None:
         """Append a line to the journal, safe on disk when this returns."""
-        with writing(self.journal), self.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(self.journal), self.journal.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off would swallow this one
+            file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
