@@ -285,6 +285,23 @@ def test_a_journal_line_cut_off_in_the_middle_counts_for_nothing(
     assert count.made == shards(checkpoint("llama"))[1:]
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_run_cut_off_in_the_middle_of_a_journal_line_may_be_cut_off_again(
+    kept: int, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    journal = halfway(start, source, tmp_path / "out")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:40])
+    for name in shards(source)[max(kept - 1, 0) :]:
+        (tmp_path / "out" / name).unlink(missing_ok=True)
+    with pytest.raises(PulledPlugError):
+        start(source, progress=PullThePlug(1, when="inside"))
+    count = Count()
+    start(source, progress=count)
+    assert count.made == shards(source)[max(kept - 1, 0) + 1 :]
+
+
 def test_a_shard_that_lost_its_file_is_made_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     halfway(start, checkpoint("llama"), tmp_path / "out")
     shard = tmp_path / "out" / shards(checkpoint("llama"))[1]
