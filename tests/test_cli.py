@@ -373,8 +373,8 @@ def test_the_command_leaves_with_its_status_and_pure_json(checkpoint: Built, tmp
     command = [sys.executable, "-c", MAIN, "-m", str(checkpoint("llama")), "-o", str(tmp_path / "out"), "--json"]
     good = subprocess.run([*command, "-r", "4"], capture_output=True, text=True, check=False)
     assert (good.returncode, json.loads(good.stdout)["status"]) == (0, "done")
-    bad = subprocess.run([*command, "-r", "5"], capture_output=True, text=True, check=False)
-    assert (bad.returncode, json.loads(bad.stdout)["status"]) == (1, "failed")
+    bad = subprocess.run([*command, "-r", "0"], capture_output=True, text=True, check=False)
+    assert (bad.returncode, json.loads(bad.stdout)["status"]) == (2, "failed")
     assert bad.stderr.startswith("error: ")
 
 

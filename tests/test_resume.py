@@ -1,0 +1,190 @@
+"""A run that was cut off: the same command takes it up, and the bytes are those of a straight run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interruptions import Count, PulledPlugError, PullThePlug, halfway, shards
+from tiny_models import contents
+
+from milora_init import decompose
+from milora_init.errors import OutputError
+from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.output import WORK, OutputFolder
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+
+
+def weights_and_adapter(out: Path) -> dict[str, bytes]:
+    """Everything but the manifest, which holds seconds."""
+    return {name: content for name, content in contents(out).items() if name != MANIFEST}
+
+
+@pytest.mark.parametrize("when", ["inside", "after"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_run_cut_off_anywhere_and_resumed_makes_the_bytes_of_a_straight_one(
+    at: int, when: str, start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("straight", "resumed"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "straight")
+    straight = start(checkpoint("llama", "bfloat16"), out="out", mode="random")
+    monkeypatch.chdir(tmp_path / "resumed")
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=PullThePlug(at, when=when))
+    assert not (Path("out") / "config.json").exists()
+    assert not (Path("out") / MANIFEST).exists()
+    count = Count()
+    resumed = start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=count)
+    done = at + (when == "after")
+    assert len(count.made) == len(shards(checkpoint("llama", "bfloat16"))) - done
+    assert (count.done_bytes > 0) == (done > 0)
+    assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "straight" / "out")
+    assert [record.module for record in resumed.weights] == [record.module for record in straight.weights]
+
+
+KILLED = """
+import os, signal, sys
+from milora_init import InitOptions, initialize
+from milora_init.decompose import Silent
+
+class Kill(Silent):
+    seen = 0
+    def tensor(self, name, size_bytes):
+        if self.seen == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def shard(self, result, finished, of, elapsed_s):
+        self.seen += 1
+
+options = InitOptions(model=sys.argv[1], out="out", rank=4, device=("cpu",), mode="random")
+initialize(options, progress=Kill())
+"""
+
+
+def test_a_process_that_is_killed_is_resumed_to_the_bytes_of_a_straight_run(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real SIGKILL in a process of its own: no line of ours runs after it."""
+    source = checkpoint("llama", "bfloat16")
+    for name in ("straight", "resumed"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "resumed")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(source)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (Path("out") / f"{shards(source)[2]}.partial").exists()
+    count = Count()
+    start(source, out="out", mode="random", progress=count)
+    assert count.made == shards(source)[2:]
+    monkeypatch.chdir(tmp_path / "straight")
+    start(source, out="out", mode="random")
+    assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "straight" / "out")
+
+
+def test_a_run_that_fails_before_its_first_shard_leaves_nothing(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_output_holds_only_whole_shards_and_the_journal(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
+    found = contents(tmp_path / "out")
+    assert [name for name in found if not name.startswith(WORK)] == shards(checkpoint("llama"))[:1]
+    assert not [name for name in found if name.endswith(".partial")]
+
+
+def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that other threads complete after the failure are not in the journal; they must not bar the way."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(decompose, "resolve_devices", lambda _: (cpu,) * 3)
+    monkeypatch.setattr(OutputFolder, "record", _record_only_the_first)
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"))
+    monkeypatch.undo()
+    assert start(checkpoint("llama")).files
+    assert read_manifest(tmp_path / "out") is not None
+
+
+def _record_only_the_first(self: OutputFolder, line: dict[str, Any]) -> None:
+    if "shard" in line:
+        raise PulledPlugError
+    with self.journal.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def test_a_journal_line_cut_off_in_the_middle_counts_for_nothing(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3
+    journal.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    count = Count()
+    start(checkpoint("llama"), progress=count)
+    assert count.made == shards(checkpoint("llama"))[1:]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_run_cut_off_in_the_middle_of_a_journal_line_may_be_cut_off_again(
+    kept: int, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    journal = halfway(start, source, tmp_path / "out")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:40])
+    for name in shards(source)[max(kept - 1, 0) :]:
+        (tmp_path / "out" / name).unlink(missing_ok=True)
+    with pytest.raises(PulledPlugError):
+        start(source, progress=PullThePlug(1, when="inside"))
+    count = Count()
+    start(source, progress=count)
+    assert count.made == shards(source)[max(kept - 1, 0) + 1 :]
+
+
+def test_a_shard_that_lost_its_file_is_made_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    halfway(start, checkpoint("llama"), tmp_path / "out")
+    shard = tmp_path / "out" / shards(checkpoint("llama"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    count = Count()
+    start(checkpoint("llama"), progress=count)
+    assert count.made == shards(checkpoint("llama"))[1:]
+
+
+@pytest.mark.parametrize("content", [b"garbage\n", b"{}\n", b"[]\n", b"\xff\n", bytes(64) + b"\n"])
+def test_a_damaged_journal_is_an_error_that_names_it(
+    content: bytes, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+    journal.write_bytes(content)
+    with pytest.raises(OutputError, match=r"journal\.jsonl") as caught:
+        start(checkpoint("llama"))
+    assert caught.value.hint
+
+
+def test_what_a_killed_run_left_is_taken_up_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    """A kill runs no cleaning code: the partial file of the shard at work still stands."""
+    source = checkpoint("llama")
+    for options in ({}, {"rank": 3, "overwrite": True}):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        halfway(start, source, tmp_path / "out")
+        partial = tmp_path / "out" / f"{shards(source)[2]}.partial"
+        partial.write_bytes(b"half")
+        assert start(source, **options).files
+        assert not partial.exists()
