@@ -43,7 +43,8 @@ class OutputFolder:
         ours: list[str] = []
         if (manifest or journal) and plan.options.overwrite:
             ours = list(manifest.files if manifest else journal[0]["files"])
-            self._require_empty(plan, ours)  # before anything is removed
+            self._require_empty(plan, ours)  # both before anything is removed
+            self._require_room(plan, ours)
             self._clear(ours)
             manifest, journal = None, []
         if manifest:
@@ -170,7 +171,7 @@ class OutputFolder:
                     hint="choose another --out, or move it away",
                 )
 
-    def _require_room(self, plan: Plan) -> None:
+    def _require_room(self, plan: Plan, ours: Iterable[str] = ()) -> None:
         parent = self.path.absolute()
         while not parent.exists():
             parent = parent.parent
@@ -178,8 +179,8 @@ class OutputFolder:
             raise OutputError(f"--out {self.path} cannot be written: no permission in {parent}")
         # The adapter counts twice: once in pieces beside the journal, once assembled.
         needed = plan.base_bytes + 2 * plan.adapter_bytes
-        for line in self.done().values():
-            needed -= sum(line["files"].values())
+        standing = ours or [name for line in self.done().values() for name in line["files"]]
+        needed -= sum((self.path / name).stat().st_size for name in standing if (self.path / name).is_file())
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(
