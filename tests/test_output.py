@@ -226,6 +226,17 @@ def test_a_disk_too_small_is_found_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_overwrite_loses_nothing_where_the_new_output_would_not_fit(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(checkpoint("llama", "float16"))
+    before = states(tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100))
+    with pytest.raises(OutputError, match="needs"):
+        start(checkpoint("llama", "float16"), dtype="float32", overwrite=True)
+    assert states(tmp_path / "out") == before
+
+
 def test_a_resumed_run_needs_room_only_for_the_rest(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
