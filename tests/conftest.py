@@ -72,6 +72,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "MILORA_DEBUG", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for processes that a test starts
 
 
 @pytest.fixture(scope="session")
@@ -129,9 +130,9 @@ def start(tmp_path: Path) -> Callable[..., Manifest]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> Iterator[None]:
-    """Tiny matrices gain nothing from many threads, and the machine may be shared."""
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and lose much where the machine is shared."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, 2))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
