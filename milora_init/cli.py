@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -27,23 +29,33 @@ app = typer.Typer(
 _RESUME = "run the same command to resume"
 
 
+class _Terminated(BaseException):
+    """SIGTERM, on its way out like a KeyboardInterrupt."""
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of `milora-init`: run, and leave with the exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: list[str]) -> int:
-    """Run a command line; return its exit status: 0 done, 1 failed, 2 usage, 130 interrupted."""
+    """Run a command line; return its exit status: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
     try:
-        return int(app(argv, standalone_mode=False, prog_name="milora-init") or 0)
+        status = int(app(argv, standalone_mode=False, prog_name="milora-init") or 0)
+        # Some versions of typer turn an interruption into a bare status.
+        return _fail(argv, "interrupted", _RESUME, 130, KeyboardInterrupt()) if status == 130 else status
     except MiloraError as error:
         return _fail(argv, error.message, error.hint, error.exit_code, error)
     except (KeyboardInterrupt, typer.Abort) as error:
         return _fail(argv, "interrupted", _RESUME, 130, error)
+    except _Terminated as error:
+        return _fail(argv, "terminated", _RESUME, 143, error)
     except Exception as error:
         # Typer's own usage errors; which package defines their class depends on its version.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            return _fail(argv, error.format_message(), "milora-init --help", error.exit_code, error)
+            message = error.format_message() + _offending_value(argv, getattr(error, "param", None))
+            return _fail(argv, message, "milora-init --help", error.exit_code, error)
         hint = "please report this; MILORA_DEBUG=1 shows where it happened"
         return _fail(argv, f"{type(error).__name__}: {error}", hint, 1, error)
 
@@ -57,6 +69,18 @@ def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseExce
     if "--json" in argv:
         print(json.dumps({"status": "failed", "error": message, "hint": hint, "exit_code": status}))
     return status
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _offending_value(argv: list[str], parameter: object) -> str:
+    """What was given for the option that typer complains about: its messages do not always say."""
+    for option, value in pairwise([part for word in argv for part in word.split("=", 1)]):
+        if option in getattr(parameter, "opts", ()):
+            return f" (got {value!r})"
+    return ""
 
 
 def _show_version(wanted: bool) -> None:

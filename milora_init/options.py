@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,6 +79,8 @@ class InitOptions:
             _require(isinstance(value, (list, tuple)), f"{name} is {value!r}, expected a list")
             object.__setattr__(self, name, tuple(value))
         for name in ("model", "out", "revision", "cache_dir", "token"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
             _require(isinstance(getattr(self, name), str | None), f"{name} is not text", "quote it in the recipe")
         _require(bool(self.model), "--model is empty", "name a local folder or a Hub id")
         _require(bool(self.out), "--out is empty", "name the folder to write")

@@ -315,7 +315,6 @@ def test_a_residual_that_overflows_names_the_tensor_and_the_way_out(cli: Cli, ow
     assert contents(Path()) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="typer 0.29 turns the interruption into a bare status before cli.run sees it")
 def test_an_interruption_is_status_130_and_says_how_to_go_on(
     cli: Cli, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
