@@ -33,12 +33,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from . import dense, krylov
+
 Mode = Literal["min", "max", "mid", "random"]
 
 EPS = torch.finfo(torch.float64).eps
 TINY = 1e-200  # against division by zero; X is scaled, so only a zero matrix has an s_max below 1/2
 BLOCK_BYTES = 64 * 2**20  # of X, upcast at a time
-ERROR_LIMIT = 1e-8  # a component error above this sends the solve to the next path
+KRYLOV_FROM = 512  # the smallest q for which a Krylov space beats all eigenvectors
+KRYLOV_BLOCK = 48  # MKL multiplies by 48 columns faster than by 32, and by 96 than by 64
+ANGLES = (2e-7, 1e-9)  # where the Krylov loop stops, and where it stops if that was not enough
+ERROR_LIMIT = 5e-8  # a component error above this sends the solve to the next path
 BACKWARD_LIMIT = 1e-13  # the residual, relative to s_max, of a result that float64 cannot improve
 CLUSTER_GAP = 1e-6  # below this gap the component is not unique, and the backward error is judged instead
 
@@ -121,7 +126,7 @@ def singular_triplets(W: Tensor, r: int, *, mode: Mode = "min", seed: int = 0) -
     exponent = math.frexp(max(-low, high))[1]
     X = Scaled(W.mT if wide else W, exponent)
 
-    left, s, right, s_max, certificate = _solve(X, wanted, seed)
+    left, s, right, s_max, certificate = _solve(X, wanted, mode, seed)
     U, V = (right, left) if wide else (left, right)
     sign = _signs(V)
     unit = math.ldexp(1.0, exponent)
@@ -142,8 +147,14 @@ class Scaled:
             rows = slice(start, min(p, start + step))
             # Two factors, for 2^1074 is no float64.
             half = self.exponent // 2
-            block = self.X[rows].to(torch.float64, copy=True)
+            block = self._upcast(rows)
             yield rows, block.mul_(math.ldexp(1.0, -half)).mul_(math.ldexp(1.0, half - self.exponent))
+
+    def _upcast(self, rows: slice) -> Tensor:
+        block = self.X[rows]
+        if block.stride(0) < block.stride(1):  # a wide W, seen transposed: convert along its own rows
+            return block.mT.to(torch.float64, copy=True).mT
+        return block.to(torch.float64, copy=True)
 
     def times(self, V: Tensor) -> Tensor:
         """X V (p, k) for V (q, k)."""
@@ -159,11 +170,33 @@ class Scaled:
             out.addmm_(block.mT, U[rows])
         return out
 
+    def whole(self) -> Tensor:
+        """X itself, in float64."""
+        out = torch.empty(self.X.shape, dtype=torch.float64, device=self.X.device)
+        for rows, block in self.blocks():
+            out[rows] = block
+        return out
+
+    def normal_operator(self) -> dense.Operator:
+        """V -> X^T X V.  X is kept in float64 where that takes no more than 3 q^2 numbers."""
+        p, q = self.X.shape
+        if p <= 3 * q:
+            full = self.whole()
+            return lambda V: full.mT @ (full @ V)
+
+        def apply(V: Tensor) -> Tensor:
+            out = torch.zeros_like(V)
+            for _, block in self.blocks():
+                out.addmm_(block.mT, block @ V)
+            return out
+
+        return apply
+
     def gram(self) -> Tensor:
         """X^T X (q, q), its lower triangle only: what lies above is not filled in."""
         q = self.X.shape[1]
         G = torch.zeros(q, q, dtype=torch.float64, device=self.X.device)
-        width = max(64, -(-q // 16))
+        width = 384  # a multiple of the 24 columns that MKL multiplies at a time
         for _, block in self.blocks():
             for start in range(0, q, width):
                 stop = min(q, start + width)
@@ -174,13 +207,22 @@ class Scaled:
 _Solution = tuple[Tensor, Tensor, Tensor, float, Certificate]
 
 
-def _solve(X: Scaled, wanted: Tensor, seed: int) -> _Solution:
+def _solve(X: Scaled, wanted: Tensor, mode: Mode, seed: int) -> _Solution:
     """Left (p, r), s (r,), right (q, r), s_max and the certificate, by the first path that is good enough."""
-    solution = _by_eigh(X, wanted, seed, "every eigenvalue of the Gram matrix")
+    q, r = X.X.shape[1], wanted.numel()
+    if mode not in ("min", "max"):
+        doubt = f"mode {mode} needs interior triplets"
+    elif q < KRYLOV_FROM or r > q // 8:
+        doubt = f"r = {r} of q = {q} is beyond a Krylov space"
+    else:
+        found, doubt = _by_lanczos(X, wanted, mode)
+        if found is not None:
+            return found
+    solution = _by_eigh(X, wanted, seed, doubt)
     if _is_good(solution):
         return solution
-    doubt = f"eigh left a residual of {solution[4].residual:.1e}"
-    return _by_svd(X, wanted, doubt)
+    error = f"eigh left a component error of {solution[4].component_error:.1e}"
+    return _by_svd(X, wanted, f"{doubt}; {error}")
 
 
 def _is_good(solution: _Solution) -> bool:
@@ -194,34 +236,93 @@ def _is_good(solution: _Solution) -> bool:
     return (certificate.gap < CLUSTER_GAP or negligible) and certificate.residual <= BACKWARD_LIMIT
 
 
+def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode) -> tuple[_Solution | None, str]:
+    """By a Krylov space; or None, and why."""
+    q, r = X.X.shape[1], wanted.numel()
+    factor = None
+    if mode == "max":
+        apply = X.normal_operator()
+    else:
+        factor = dense.cholesky(X.gram())
+        if factor is None:
+            return None, "the Gram matrix is not positive definite"
+        apply = factor.solve
+    max_basis = min(3 * q // 4, 16 * r + 768)
+    doubt = ""
+    for angle in ANGLES:
+        ritz = krylov.largest(
+            apply, q, r, block=KRYLOV_BLOCK, max_basis=max_basis, tolerance=angle, device=X.X.device
+        )
+        if isinstance(ritz, str):
+            return None, ritz
+        if not ritz.probe < float(ritz.values[-1]):
+            return None, "an independent block found what the Krylov space had missed"
+        left, s, right, image = rayleigh_ritz(X, ritz.basis)
+        s_max = float(s[0]) if factor is None else _largest(factor)
+        nearest = torch.full_like(s, ritz.nearest**0.5 if factor is None else ritz.nearest**-0.5)
+        certificate = certify(
+            X,
+            left,
+            s,
+            right,
+            image,
+            (nearest, (s - nearest).abs()),
+            s_max,
+            path="lanczos",
+            reason=f"r = {r} of q = {q}, {ritz.steps} steps of {KRYLOV_BLOCK}",
+            complete="an independent block found nothing beyond the cut",
+            inverse=None if factor is None else factor.solve,
+        )
+        solution = left, s, right, s_max, certificate
+        if _is_good(solution):
+            return solution, ""
+        doubt = f"lanczos left a component error of {certificate.component_error:.1e}"
+    return None, doubt
+
+
+def _largest(factor: dense.Cholesky) -> float:
+    """The largest singular value, from below, to about a percent: a scale, not a result."""
+    q = factor.L.shape[0]
+    block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block = block.to(factor.L.device)
+    for _ in range(3):
+        block, _ = krylov.orthonormalise(factor.times(block))
+    return math.sqrt(float(torch.linalg.matrix_norm(block.mT @ factor.times(block), ord=2)))
+
+
 def _by_eigh(X: Scaled, wanted: Tensor, seed: int, reason: str) -> _Solution:
-    eigenvalues, vectors = torch.linalg.eigh(X.gram())
+    eigenvalues, vectors = dense.eigh(X.gram())
     spectrum = eigenvalues.clamp_(min=0).sqrt_().flip(0)
     vectors = vectors.flip(1)
-    left, s, right = rayleigh_ritz(X, vectors[:, wanted])
+    left, s, right, image = rayleigh_ritz(X, vectors[:, wanted])
     s_max = max(float(spectrum[0]), float(s[0]))
     if bool((s <= math.sqrt(EPS) * s_max).any()):
         left = _purify(X, left, s, spectrum, vectors, seed)
     spectrum[wanted] = s
-    certificate = certify(X, left, s, right, _gaps(spectrum, wanted), s_max, "eigh", reason, "all computed")
+    certificate = certify(
+        X, left, s, right, image, _gaps(spectrum, wanted), s_max, "eigh", reason, "all computed"
+    )
     return left, s, right, s_max, certificate
 
 
 def _by_svd(X: Scaled, wanted: Tensor, reason: str) -> _Solution:
-    full = torch.cat([block for _, block in X.blocks()])
-    left, spectrum, right = torch.linalg.svd(full, full_matrices=False)
+    full = X.whole()
+    left, spectrum, right = dense.svd(full)
     del full
     left, s, right = left[:, wanted], spectrum[wanted], right.mT[:, wanted]
     s_max = float(spectrum[0])
-    certificate = certify(X, left, s, right, _gaps(spectrum, wanted), s_max, "svd", reason, "all computed")
+    certificate = certify(
+        X, left, s, right, X.times(right), _gaps(spectrum, wanted), s_max, "svd", reason, "all computed"
+    )
     return left, s, right, s_max, certificate
 
 
-def rayleigh_ritz(X: Scaled, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular triplets of X within the orthonormal basis (q, k): left (p, k), s (k,), right (q, k)."""
-    Q, R = torch.linalg.qr(X.times(basis))
-    u, s, vh = torch.linalg.svd(R)
-    return Q @ u, s, basis @ vh.mT
+def rayleigh_ritz(X: Scaled, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The triplets of X within an orthonormal basis (q, k): left (p, k), s, right (q, k), X right."""
+    image = X.times(basis)
+    Q, R = dense.qr(image)
+    u, s, vh = dense.svd(R)
+    return Q @ u, s, basis @ vh.mT, image @ vh.mT
 
 
 def _purify(X: Scaled, left: Tensor, s: Tensor, spectrum: Tensor, vectors: Tensor, seed: int) -> Tensor:
@@ -244,7 +345,7 @@ def _purify(X: Scaled, left: Tensor, s: Tensor, spectrum: Tensor, vectors: Tenso
         weak = weak - X.times(right @ (inverse * (right.mT @ X.transposed_times(weak))))
         left[:, small] = weak / weak.norm(dim=0).clamp_min(1e-300)
         # QR keeps the leading columns, which are those with the larger s.
-        Q, R = torch.linalg.qr(left)
+        Q, R = dense.qr(left)
         left = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
     return left
 
@@ -266,22 +367,36 @@ def certify(
     left: Tensor,
     s: Tensor,
     right: Tensor,
+    image: Tensor,
     gaps: tuple[Tensor, Tensor],
     s_max: float,
     path: str,
     reason: str,
     complete: str,
+    inverse: dense.Operator | None = None,
 ) -> Certificate:
-    """Measure left (p, r), s (r,), right (q, r) against X; gaps as `_gaps` returns them."""
-    a = (X.times(right) - left * s).norm(dim=0)
-    b = (X.transposed_times(left) - right * s).norm(dim=0)
+    """Measure left (p, r), s (r,), right (q, r) against X; image is X right, gaps as from `_gaps`.
+
+    Where the inverse of X^T X is at hand and the wanted end is the smallest, it weighs the residual b.  Most
+    of b is rounding error along the largest singular vectors, where it does no harm: the part along s_j moves
+    D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that falls with s_j.
+    """
+    a = (image - left * s).norm(dim=0)
+    lean_on = X.transposed_times(left) - right * s
+    b = lean_on.norm(dim=0)
     nearest, distance = gaps
     identity = torch.eye(s.numel(), dtype=s.dtype, device=s.device)
     orthogonality = max(float((Q.mT @ Q - identity).abs().max()) for Q in (left, right))
     scale = max(s_max, TINY)
     larger = torch.maximum(s, nearest).clamp_min(TINY)
     lean = (s / distance.clamp_min(TINY)).clamp_min(1.0)
-    moved = float((torch.hypot(a, b) * lean).norm())
+    moved_by_b = b * lean
+    if inverse is not None:
+        outside = lean_on - right @ (right.mT @ lean_on)
+        weighed = (outside * inverse(outside)).sum(dim=0).clamp_min(0).sqrt()
+        factor = nearest * torch.hypot(nearest, s) / (distance * (nearest + s)).clamp_min(TINY)
+        moved_by_b = torch.minimum(moved_by_b, s * weighed * factor)
+    moved = float(torch.hypot(a * lean, moved_by_b).norm())
     resolution = X.X.shape[1] * EPS * scale * math.sqrt(s.numel())
     return Certificate(
         path=path,
