@@ -102,9 +102,7 @@ def cholesky(G: Tensor) -> Cholesky | None:
             L, failed = torch.linalg.cholesky_ex(G[block, block])
             if int(failed):
                 return None
-            inverses.append(
-                torch.linalg.solve_triangular(L, torch.eye(L.shape[0], dtype=L.dtype), upper=False)
-            )
+            inverses.append(torch.linalg.solve_triangular(L, torch.eye(L.shape[0], dtype=L.dtype), upper=False))
         G[block, block] = L
         G[below, block] = G[below, block] @ inverses[-1].mT
     return Cholesky(G, inverses)

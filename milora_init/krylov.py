@@ -33,8 +33,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import dense
-from .dense import Operator
+from milora_init import dense
+from milora_init.dense import Operator
 
 LONGEST_WAIT = 6  # steps between two looks at convergence
 PROBE_WIDTH = 24
@@ -68,9 +68,7 @@ def largest(
     start = torch.randn(q, block + PROBE_WIDTH, generator=generator, dtype=torch.float64).to(device)
     newest, _ = orthonormalise(start[:, :block])
     columns = max_basis + 2 * block
-    basis = torch.empty(
-        columns, q, dtype=torch.float64, device=device
-    ).mT  # column-major: columns are appended
+    basis = torch.empty(columns, q, dtype=torch.float64, device=device).mT  # column-major: columns are appended
     T = torch.zeros(columns, columns, dtype=torch.float64, device=device)
     k, step, look = 0, 0, -(-3 * r // (2 * block)) + 2
     previous = (0, math.inf)

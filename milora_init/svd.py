@@ -33,7 +33,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import dense, krylov
+from milora_init import dense, krylov
 
 Mode = Literal["min", "max", "mid", "random"]
 
@@ -250,9 +250,7 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode) -> tuple[_Solution | None
     max_basis = min(3 * q // 4, 16 * r + 768)
     doubt = ""
     for angle in ANGLES:
-        ritz = krylov.largest(
-            apply, q, r, block=KRYLOV_BLOCK, max_basis=max_basis, tolerance=angle, device=X.X.device
-        )
+        ritz = krylov.largest(apply, q, r, block=KRYLOV_BLOCK, max_basis=max_basis, tolerance=angle, device=X.X.device)
         if isinstance(ritz, str):
             return None, ritz
         if not ritz.probe < float(ritz.values[-1]):
@@ -299,9 +297,7 @@ def _by_eigh(X: Scaled, wanted: Tensor, seed: int, reason: str) -> _Solution:
     if bool((s <= math.sqrt(EPS) * s_max).any()):
         left = _purify(X, left, s, spectrum, vectors, seed)
     spectrum[wanted] = s
-    certificate = certify(
-        X, left, s, right, image, _gaps(spectrum, wanted), s_max, "eigh", reason, "all computed"
-    )
+    certificate = certify(X, left, s, right, image, _gaps(spectrum, wanted), s_max, "eigh", reason, "all computed")
     return left, s, right, s_max, certificate
 
 
