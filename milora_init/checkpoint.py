@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,39 @@ PICKLE_SINGLE = "pytorch_model.bin"
 _PREAD_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 
 
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """Where one tensor can be read: a value, for whoever is to read it.
+
+    `offset` is where its bytes start in a safetensors file; None in a pickle, which is searched by name.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int | None
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own, on the CPU. Raises CheckpointError."""
+        if self.offset is None:
+            return PickleShard(self.path).read(self.name)
+        data = bytearray(math.prod(self.shape) * DTYPES[self.dtype].itemsize)
+        view, position = memoryview(data), self.offset
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while view:
+                    count = os.preadv(file.fileno(), [view[:_PREAD_BYTES]], position)
+                    if count == 0:
+                        raise CheckpointError(f"{self.path} ended inside {self.name}: it changed during the run")
+                    view, position = view[count:], position + count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot read {self.name}: {error.strerror}") from error
+        if not data:
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(self.shape)
+
+
 class Shard(Protocol):
     """One file of weights, open."""
 
@@ -49,6 +83,9 @@ class Shard(Protocol):
 
     def read(self, name: str) -> Tensor:
         """A tensor of the file, in memory of its own, on the CPU. Raises CheckpointError."""
+
+    def locate(self, name: str) -> TensorSource:
+        """Where the tensor can be read by somebody else."""
 
     def close(self) -> None: ...
 
@@ -62,20 +99,11 @@ class SafetensorsShard:
         self.fileno = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, name: str) -> Tensor:
+        return self.locate(name).read()
+
+    def locate(self, name: str) -> TensorSource:
         info = self.header.tensors[name]
-        data = bytearray(info.size_bytes)
-        view, position = memoryview(data), self.offset(name)
-        while view:
-            try:
-                count = os.preadv(self.fileno, [view[:_PREAD_BYTES]], position)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot read {name}: {error.strerror}") from error
-            if count == 0:
-                raise CheckpointError(f"{self.path}: the file ended inside {name}; it changed during the run")
-            view, position = view[count:], position + count
-        if not data:
-            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
+        return TensorSource(self.path, name, info.dtype, info.shape, self.offset(name))
 
     def offset(self, name: str) -> int:
         """Where the tensor's bytes start in the file."""
@@ -110,6 +138,10 @@ class PickleShard:
             metadata={"format": "pt"},
         )
 
+    def locate(self, name: str) -> TensorSource:
+        info = self.header.tensors[name]
+        return TensorSource(self.path, name, info.dtype, info.shape, None)
+
     def read(self, name: str) -> Tensor:
         return self._tensors[name].clone(memory_format=torch.contiguous_format)
 
@@ -122,6 +154,18 @@ def open_shard(path: Path) -> SafetensorsShard | PickleShard:
     return SafetensorsShard(path) if path.suffix == ".safetensors" else PickleShard(path)
 
 
+Stamp = tuple[int, int]
+
+
+def stamp(path: Path) -> Stamp:
+    """Size and modification time of a file: what tells that it changed. Raises CheckpointError."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder of weights, its headers read and checked, its data untouched.
@@ -129,12 +173,14 @@ class Checkpoint:
     Attributes:
         folder: Where it lies.
         headers: Header of each file of weights, by file name, in order.
+        stamps: Size and time of each of those files when its header was read.
         index: The index file's content, None for a single file.
         is_pickle: Whether the files are `.bin`.
     """
 
     folder: Path
     headers: Mapping[str, Header]
+    stamps: Mapping[str, Stamp]
     index: Mapping[str, Any] | None
     is_pickle: bool
 
@@ -187,6 +233,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: no weights: neither {SAFETENSORS_SINGLE} nor {PICKLE_SINGLE}, nor an index of either",
             hint="other formats (gguf, pth, h5) have to be converted to safetensors first",
         )
+    stamps = {file: stamp(folder / file) for file in files}
     headers: dict[str, Header] = {}
     home: dict[str, str] = {}
     for file in files:
@@ -204,7 +251,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder}: the index puts {name} into {file}, " + (f"it is in {where}" if where else "which lacks it"),
                 hint=REFETCH,
             )
-    checkpoint = Checkpoint(folder, headers, index, is_pickle=files[0].endswith(".bin"))
+    checkpoint = Checkpoint(folder, headers, stamps, index, is_pickle=files[0].endswith(".bin"))
     _ = checkpoint.config  # a broken config.json is found now, not after the planning
     return checkpoint
 

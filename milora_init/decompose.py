@@ -1,8 +1,9 @@
 """Carry a plan out: split every planned weight, copy the rest, assemble the adapter, account for all of it.
 
-Per shard: the output file is laid out and opened under a partial name; targeted weights are read, split and written
-at their offsets; everything else is copied as bytes; factors go into a piece of the adapter beside the journal; the
-file takes its name; the journal gets a line. A run that is cut off anywhere is resumed by the same command.
+Per shard: the output file is laid out under a partial name; a crew reads its weights, splits them and writes them at
+their offsets, while this thread copies everything else as bytes; factors go into a piece of the adapter beside the
+journal; the file takes its name; the journal gets a line. A run that is cut off anywhere is resumed by the same
+command.
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from milora_init import __version__, adapter
-from milora_init.checkpoint import PickleShard, SafetensorsShard, open_shard
-from milora_init.errors import CheckpointError, OutputError, SolveError
+from milora_init import __version__, adapter, weight_job
+from milora_init.checkpoint import SafetensorsShard, open_shard, stamp
+from milora_init.errors import CheckpointError, OutputError
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.options import InitOptions
 from milora_init.output import WORK, OutputFolder
-from milora_init.plan import Plan, ShardJob, WeightPlan, make_plan
-from milora_init.safetensors_format import DTYPES, SafetensorsWriter, read_header
-from milora_init.split import Rounding, split
-from milora_init.svd import Certificate
-from milora_init.workers import resolve_devices, run
+from milora_init.plan import Plan, ShardJob, make_plan
+from milora_init.safetensors_format import read_header
+from milora_init.safetensors_writer import SafetensorsWriter
+from milora_init.weight_job import WeightJob
+from milora_init.workers import Crew, resolve_devices
 
 
 class Progress(Protocol):
@@ -95,10 +99,9 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
         return _finished(out)
     try:
         lines = out.done()
-        todo = [job for job in plan.jobs if job.target not in lines]
         sizes = {job.target: sum(i.size_bytes for i in job.header.tensors.values()) for job in plan.jobs}
         progress.begin(plan, sum(sizes[name] for name in lines))
-        for result in run(todo, devices, lambda job, device: run_shard(job, device, out.path, progress)):
+        for result in _run_shards([job for job in plan.jobs if job.target not in lines], devices, out, progress):
             line = dataclasses.asdict(result)
             out.record(line)
             lines[result.shard] = json.loads(json.dumps(line))
@@ -111,77 +114,111 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
     return manifest
 
 
-def run_shard(job: ShardJob, device: torch.device, out: Path, progress: Progress) -> ShardResult:
-    """Turn one file of the source into one file of the output and one piece of the adapter.
+def _run_shards(
+    jobs: Sequence[ShardJob], devices: Sequence[torch.device], out: OutputFolder, progress: Progress
+) -> Iterator[ShardResult]:
+    """Turn files of the source into files of the output, two at a time.
+
+    The crew has the weights of the next file before this one is waited for, so it never runs dry; this thread copies
+    what is not adapted meanwhile.
+    """
+    with Crew(devices) as crew, ExitStack() as stack:
+        before: OpenShard | None = None
+        for job in jobs:
+            opened = stack.enter_context(OpenShard(job, out.path, progress))
+            opened.start(crew)
+            opened.copy_the_rest()
+            if before:
+                yield before.finish()
+            before = opened
+        if before:
+            yield before.finish()
+
+
+class OpenShard:
+    """One file of the output on its way, and its piece of the adapter.
 
     Raises:
         CheckpointError: The source changed since it was planned, or cannot be read.
         OutputError: The output cannot be written.
         SolveError: A weight that cannot be decomposed.
     """
-    piece = f"{WORK}/{job.target}.adapter"
-    factors = adapter.plan_adapter([(w.weight.module, w.weight.shape) for w in job.weights.values()], job.rank)
-    source = open_shard(job.source)
-    records = []
-    try:
-        with SafetensorsWriter(out / job.target, job.header) as base, SafetensorsWriter(out / piece, factors) as lora:
-            for name, info in source.header.tensors.items():
-                if name not in job.header.tensors:
-                    raise CheckpointError(f"{job.source} changed during the run: {name} is new")
-                if name in job.weights:
-                    records.append(_split_one(job, job.weights[name], source, device, base, lora))
-                elif isinstance(source, SafetensorsShard):
-                    base.copy(name, source.fileno, source.offset(name))
-                else:
-                    base.write(name, source.read(name))
-                progress.tensor(name, info.size_bytes)
-            files = {piece: lora.finish(), job.target: base.finish()}
-    finally:
-        source.close()
-    return ShardResult(job.target, files, tuple(records))
 
+    def __init__(self, job: ShardJob, out: Path, progress: Progress) -> None:
+        self._job = job
+        self._progress = progress
+        self._piece = f"{WORK}/{job.target}.adapter"
+        weights = [(w.weight.module, w.weight.shape) for w in job.weights.values()]
+        self._base = SafetensorsWriter(out / job.target, job.header)
+        self._factors = SafetensorsWriter(out / self._piece, adapter.plan_adapter(weights, job.rank))
+        self._running: list[Future[WeightRecord]] = []
 
-def _split_one(
-    job: ShardJob,
-    plan: WeightPlan,
-    source: SafetensorsShard | PickleShard,
-    device: torch.device,
-    base: SafetensorsWriter,
-    lora: SafetensorsWriter,
-) -> WeightRecord:
-    weight, started = plan.weight, time.monotonic()
-    W = source.read(weight.tensor).to(device)
-    if weight.fan_in_fan_out:
-        W = W.T
-    try:
-        result = split(W, job.rank, scale=job.scale, mode=job.mode, dtype=DTYPES[plan.dtype], seed=plan.seed)
-    except ValueError as error:
-        raise SolveError(
-            f"{weight.tensor} in {job.source}: {error}",
-            hint="--dtype float32" if "overflows" in str(error) else "repair the checkpoint, or --exclude the module",
-        ) from error
-    base.write(weight.tensor, (result.residual.T if weight.fan_in_fan_out else result.residual).cpu())
-    lora.write(adapter.lora_key(weight.module, "A"), result.A.cpu())
-    lora.write(adapter.lora_key(weight.module, "B"), result.B.cpu())
-    triplets = result.triplets
-    s = triplets.s.tolist()
-    return WeightRecord(
-        module=weight.module,
-        tensor=weight.tensor,
-        shape=weight.shape,
-        source_dtype=_torch_name(plan.source_dtype),
-        dtype=_torch_name(plan.dtype),
-        rank=job.rank,
-        s_first=s[0],
-        s_last=s[-1],
-        s_max=triplets.s_max,
-        energy=result.rounding.component**2,
-        untrainable=sum(value < 1e-6 * triplets.s_max or value == 0 for value in s),
-        certificate=_plain(triplets.certificate),
-        rounding=_plain(result.rounding),
-        device=str(device),
-        elapsed_s=round(time.monotonic() - started, 4),
-    )
+    def __enter__(self) -> OpenShard:
+        with ExitStack() as stack:
+            self._source = open_shard(self._job.source)
+            stack.callback(self._source.close)
+            self._require_unchanged()
+            stack.enter_context(self._base)
+            stack.enter_context(self._factors)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def start(self, crew: Crew) -> None:
+        """Give every weight to the crew, the largest first."""
+        for plan in sorted(self._job.weights.values(), key=lambda plan: -math.prod(plan.weight.shape)):
+            weight = plan.weight
+            job = WeightJob(
+                module=weight.module,
+                source=self._source.locate(weight.tensor),
+                residual=self._base.place(weight.tensor),
+                A=self._factors.place(adapter.lora_key(weight.module, "A")),
+                B=self._factors.place(adapter.lora_key(weight.module, "B")),
+                fan_in_fan_out=weight.fan_in_fan_out,
+                rank=self._job.rank,
+                scale=self._job.scale,
+                mode=self._job.mode,
+                seed=plan.seed,
+            )
+            self._running.append(crew.submit(self._split, job))
+
+    def copy_the_rest(self) -> None:
+        """Copy what is not adapted, byte for byte."""
+        for name, info in self._source.header.tensors.items():
+            if name in self._job.weights:
+                continue
+            if isinstance(self._source, SafetensorsShard):
+                self._base.copy(name, self._source.fileno, self._source.offset(name))
+            else:
+                self._base.write(name, self._source.read(name))
+            self._progress.tensor(name, info.size_bytes)
+
+    def finish(self) -> ShardResult:
+        """Wait for the weights, account for them, and give the files their names."""
+        records = []
+        for future in self._running:
+            record = future.result()
+            self._base.written(record.tensor)
+            for factor in "AB":
+                self._factors.written(adapter.lora_key(record.module, factor))
+            records.append(record)
+        self._require_unchanged()
+        files = {self._piece: self._factors.finish(), self._job.target: self._base.finish()}
+        self._stack.close()
+        return ShardResult(self._job.target, files, tuple(records))
+
+    def _split(self, job: WeightJob, device: torch.device, turn: AbstractContextManager[Any]) -> WeightRecord:
+        record = weight_job.run(job, device, turn)
+        self._progress.tensor(job.source.name, self._source.header.tensors[job.source.name].size_bytes)
+        return record
+
+    def _require_unchanged(self) -> None:
+        if stamp(self._job.source) != self._job.stamp:
+            raise CheckpointError(
+                f"{self._job.source} changed during the run", hint="wait until nobody writes to it, and run again"
+            )
 
 
 def _assemble(plan: Plan, out: OutputFolder, lines: dict[str, dict[str, Any]], started: float) -> Manifest:
@@ -255,16 +292,6 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
     }
-
-
-def _plain(figures: Certificate | Rounding) -> dict[str, Any]:
-    """A dataclass as JSON has it, which knows no infinity."""
-    values = dataclasses.asdict(figures)
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-
-
-def _torch_name(dtype: str) -> str:
-    return str(DTYPES[dtype]).removeprefix("torch.")
 
 
 def _is_hub_id(model: str) -> bool:

@@ -7,6 +7,7 @@ adapter, so an unfinished folder cannot be loaded as a model.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,9 +20,10 @@ from milora_init.checkpoint import WEIGHT_SUFFIXES
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.plan import Plan
-from milora_init.safetensors_format import sync_folder
+from milora_init.safetensors_writer import sync_folder
 
 WORK = ".milora-init"
+_LOCK = "lock"
 
 
 class OutputFolder:
@@ -31,6 +33,7 @@ class OutputFolder:
         self.path = path
         self.work = path / WORK
         self.journal = self.work / "journal.jsonl"
+        self._lock: int | None = None
 
     def enter(self, plan: Plan) -> Literal["fresh", "resumed", "finished"]:
         """Make the folder ready for a plan, or find that it has been carried out.
@@ -43,22 +46,24 @@ class OutputFolder:
         ours: list[str] = []
         if (manifest or journal) and plan.options.overwrite:
             ours = list(manifest.files if manifest else journal[0]["files"])
-            self._require_empty(plan, ours)  # both before anything is removed
-            self._require_room(plan, ours)
-            self._clear(ours)
-            manifest, journal = None, []
-        if manifest:
+        elif manifest:
             self._require_same(manifest.fingerprint, manifest.inputs, plan)
             self._require_whole(manifest)
             return "finished"
-        if journal:
+        elif journal:
             self._require_same(journal[0]["fingerprint"], journal[0]["inputs"], plan)
-            self._require_room(plan)
+        resuming = bool(journal) and not ours
+        if not resuming:
+            self._require_empty(plan, ours)
+        self._require_room(plan, ours)
+        # All that can be refused has been; from here on the folder is this run's.
+        self._take_lock()
+        if self._read_journal() != journal:
+            raise self._busy()
+        if resuming:
             return "resumed"
-        self._require_empty(plan, ours)
-        self._require_room(plan)
-        with writing(self.path):
-            self.work.mkdir(parents=True, exist_ok=True)
+        if ours:
+            self._clear(ours)
         self.record({"fingerprint": plan.fingerprint, "inputs": plan.inputs, "files": list(plan.files)})
         return "fresh"
 
@@ -87,8 +92,10 @@ class OutputFolder:
         if len(lines) <= 1:
             # Other devices may have finished shards since the failure; without a line they would look foreign.
             self._clear(lines[0]["files"] if lines else ())
+            shutil.rmtree(self.work, ignore_errors=True)
             if self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
+        self._release_lock()
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file whole: under another name first, then renamed."""
@@ -107,6 +114,26 @@ class OutputFolder:
         """Write the manifest: from here on the output is whole."""
         self.write(MANIFEST, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
         shutil.rmtree(self.work)
+        self._release_lock()
+
+    def _take_lock(self) -> None:
+        with writing(self.path):
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._busy() from None
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _busy(self) -> OutputError:
+        self._release_lock()
+        hint = "wait for it, or choose another --out"
+        return OutputError(f"another milora-init is writing to {self.path} at this moment", hint=hint)
 
     def _read_journal(self) -> list[dict[str, Any]]:
         try:
@@ -196,7 +223,9 @@ class OutputFolder:
         for path in inside:
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".partial").unlink(missing_ok=True)
-        shutil.rmtree(self.work, ignore_errors=True)
+        for path in self.work.iterdir() if self.work.is_dir() else ():
+            if path.name != _LOCK:
+                path.unlink()
         for folder in {path.parent for path in inside} - {self.path}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_init import __version__, adapter
-from milora_init.checkpoint import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, open_checkpoint, side_files
+from milora_init.checkpoint import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, Stamp, open_checkpoint, side_files
 from milora_init.errors import PlanError
 from milora_init.manifest import MANIFEST
 from milora_init.naming import Adaptable, Naming, resolve, select
@@ -40,9 +40,10 @@ class WeightPlan:
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One file of the source and the file it becomes."""
+    """One file of the source and the file it becomes; `stamp` is the source's when it was planned."""
 
     source: Path
+    stamp: Stamp
     target: str
     header: Header
     weights: Mapping[str, WeightPlan]
@@ -225,6 +226,7 @@ def _plan_shard(
         header = plan_header(entries, metadata=source.metadata)
     return ShardJob(
         source=checkpoint.folder / file,
+        stamp=checkpoint.stamps[file],
         target=target,
         header=header,
         weights=weights,

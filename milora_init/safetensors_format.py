@@ -1,27 +1,23 @@
-"""The safetensors format on disk: headers read and checked, headers planned, files written in place.
+"""The safetensors format: headers read and checked, headers planned.
 
-The library reads tensors well but says nothing about where they lie, and writes a file only from a whole dict of
-tensors. Streaming needs both: a header laid out before the first tensor exists, and each tensor written at its own
-offset when it is ready. Format: https://github.com/huggingface/safetensors#format
+The library reads tensors well but says nothing about where they lie, and lays a file out only from a whole dict of
+tensors. Streaming needs both: where each tensor's bytes are, and a header before the first tensor exists.
+Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from milora_init.errors import CheckpointError, OutputError
+from milora_init.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, attribute)
@@ -37,7 +33,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_CHUNK_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 REFETCH = "fetch the file again: it is damaged or incomplete"
 
 
@@ -151,151 +146,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name!r} stands in it twice")
         mapping[name] = value
     return mapping
-
-
-class SafetensorsWriter:
-    """Writes one safetensors file whose header is known: each tensor at its own offset, in any order, once.
-
-    The file grows under `<name>.partial` and takes its name only in `finish()`, after every byte the header promises
-    was written and synced. Left without `finish()`, it is removed.
-
-    Raises:
-        OutputError: Disk full, no permission, and the like; an unfinished or a doubly written tensor.
-    """
-
-    def __init__(self, path: Path, header: Header) -> None:
-        self.path = path
-        self._header = header
-        self._partial = path.with_name(path.name + ".partial")
-        self._missing = set(header.tensors)
-        self._fileno: int | None = None
-
-    def __enter__(self) -> SafetensorsWriter:
-        try:
-            with _writing(self._partial):
-                self._fileno = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-                size_bytes = len(self._header.raw) + sum(info.size_bytes for info in self._header.tensors.values())
-                # Reserve the room at once: a full disk is found here, not after an hour of work.
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._fileno, 0, size_bytes)
-                else:
-                    os.ftruncate(self._fileno, size_bytes)
-                _write_all(self._fileno, memoryview(self._header.raw), 0)
-        except BaseException:  # __exit__ is not called for what fails here
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._fileno is not None:
-            os.close(self._fileno)
-            self._partial.unlink(missing_ok=True)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; its dtype and shape must be those of the header."""
-        info = self._take(name)
-        if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (info.dtype, info.shape):
-            raise OutputError(f"{name} is {tensor.dtype} {list(tensor.shape)}, planned {info.dtype} {list(info.shape)}")
-        with _writing(self._partial):
-            _write_all(self._open(), _bytes_of(tensor), self._offset(info))
-
-    def copy(self, name: str, source: int, offset: int) -> None:
-        """Copy a tensor's bytes from `offset` of the open file `source`, inside the kernel where it can."""
-        info = self._take(name)
-        with _writing(self._partial):
-            _copy_range(source, self._open(), info.size_bytes, offset, self._offset(info))
-
-    def finish(self) -> int:
-        """Sync the file and give it its name; return its size in bytes."""
-        if self._missing:
-            raise OutputError(
-                f"{self.path}: {len(self._missing)} tensors were never written, {min(self._missing)} first"
-            )
-        fileno = self._open()
-        with _writing(self._partial):
-            os.fsync(fileno)
-            size_bytes = os.fstat(fileno).st_size
-            os.close(fileno)
-            self._fileno = None
-            self._partial.replace(self.path)
-            sync_folder(self.path.parent)
-        return size_bytes
-
-    def _take(self, name: str) -> TensorInfo:
-        if name not in self._missing:
-            raise OutputError(f"{self.path}: {name} was written twice, or never planned")
-        self._missing.remove(name)
-        return self._header.tensors[name]
-
-    def _offset(self, info: TensorInfo) -> int:
-        return len(self._header.raw) + info.start
-
-    def _open(self) -> int:
-        if self._fileno is None:
-            raise OutputError(f"{self.path}: not open for writing")
-        return self._fileno
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    fileno = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fileno)
-    finally:
-        os.close(fileno)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", hint="free some space, or choose another --out"
-        ) from error
-
-
-def _write_all(fileno: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fileno, data[:_CHUNK_BYTES], offset)
-        data, offset = data[count:], offset + count
-
-
-def _copy_range(source: int, target: int, length: int, source_offset: int, target_offset: int) -> None:
-    while length and hasattr(os, "copy_file_range"):
-        try:
-            count = os.copy_file_range(source, target, min(length, _CHUNK_BYTES), source_offset, target_offset)
-        except OSError as error:
-            if error.errno in (
-                errno.EXDEV,
-                errno.EINVAL,
-                errno.ENOSYS,
-                errno.EOPNOTSUPP,
-                errno.EBADF,
-                errno.EPERM,
-            ):
-                break  # another file system, or one that cannot: copy through memory
-            raise
-        if count == 0:
-            break
-        length, source_offset, target_offset = length - count, source_offset + count, target_offset + count
-    while length:
-        chunk = os.pread(source, min(length, 1 << 24), source_offset)
-        if not chunk:
-            raise OutputError("the source file ended early; it changed during the run")
-        _write_all(target, memoryview(chunk), target_offset)
-        length, source_offset, target_offset = (
-            length - len(chunk),
-            source_offset + len(chunk),
-            target_offset + len(chunk),
-        )
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, without a copy and without NumPy, which torch does not require."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    buffer = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
-    buffer.tensor = flat  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
-    return memoryview(buffer).cast("B")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +19,7 @@ from milora_init.errors import UsageError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Work = Callable[[Job, torch.device, AbstractContextManager[Any]], Result]
 
 
 def resolve_devices(names: Sequence[str]) -> tuple[torch.device, ...]:
@@ -51,53 +54,46 @@ def multiply_rate() -> float:
     return rate
 
 
-def run(
-    jobs: Iterable[Job], devices: Sequence[torch.device], work: Callable[[Job, torch.device], Result]
-) -> Iterator[Result]:
-    """Do every job on some device and yield the results as they come.
+class Crew:
+    """Threads that take jobs from one queue, `HANDS` of them to a device.
 
-    One device works in the caller's thread. With several, each has a thread that takes the next job when it is free;
-    the first error stops the dealing of jobs and is raised here once the running ones have ended.
+    One solves, and only one, for it holds the device's turn; another reads the next weight or writes the last. A job
+    is in memory only while a thread has it, so memory is bounded by the number of threads, not of jobs.
     """
-    if len(devices) == 1:
-        for job in jobs:
-            yield work(job, devices[0])
-        return
-    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        todo.put(job)
-    results: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
-    stop = threading.Event()
 
-    def serve(device: torch.device) -> None:
-        try:
-            while not stop.is_set():
-                results.put(work(todo.get_nowait(), device))
-        except queue.Empty:
-            pass
-        except BaseException as error:
-            stop.set()
-            results.put(error)
-        finally:
-            results.put(None)
+    HANDS = 2
 
-    threads = [threading.Thread(target=serve, args=(device,), name=f"milora-{device}") for device in devices]
-    for thread in threads:
-        thread.start()
-    failure: BaseException | None = None
-    running = len(threads)
-    try:
-        while running:
-            result = results.get()
-            if result is None:
-                running -= 1
-            elif isinstance(result, BaseException):
-                failure = failure or result
-            else:
-                yield result
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    if failure:
-        raise failure
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._seats: queue.SimpleQueue[tuple[torch.device, threading.Lock]] = queue.SimpleQueue()
+        for device in devices:
+            turn = threading.Lock()
+            for _ in range(self.HANDS):
+                self._seats.put((device, turn))
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(len(devices) * self.HANDS, "milora", initializer=self._sit_down)
+        self._threads = torch.get_num_threads()
+        if len(devices) > 1:
+            # The solver counts on one thread where it asks for one, and the count is the whole process's.
+            torch.set_num_threads(1)
+
+    def submit(self, work: Work[Job, Result], job: Job) -> Future[Result]:
+        """Have `work(job, device, turn)` done by the next free thread."""
+        return self._pool.submit(self._do, work, job)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a failure nobody waits for what is still running: its files are about to go.
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        torch.set_num_threads(self._threads)
+
+    def _sit_down(self) -> None:
+        self._own.device, self._own.turn = self._seats.get()
+        if self._own.device.type == "cuda":
+            # A stream of its own: its copies run beside the other hand's arithmetic.
+            torch.cuda.set_device(self._own.device)
+            torch.cuda.set_stream(torch.cuda.Stream(self._own.device))  # type: ignore[no-untyped-call]
+
+    def _do(self, work: Work[Job, Result], job: Job) -> Result:
+        return work(job, self._own.device, self._own.turn)

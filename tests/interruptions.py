@@ -55,5 +55,5 @@ def shards(source: Path) -> list[str]:
 def halfway(start: Callable[..., Manifest], source: Path, out: Path) -> Path:
     """An output with two shards done; returns its journal."""
     with pytest.raises(PulledPlugError):
-        start(source, progress=PullThePlug(2, when="inside"))
+        start(source, progress=PullThePlug(1, when="after"))
     return out / WORK / "journal.jsonl"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import contents, tensors
 
-from milora_init import __version__, decompose
+from milora_init import __version__, weight_job
 from milora_init.cli import run
 from milora_init.manifest import MANIFEST
 from milora_init.output import WORK
@@ -321,7 +321,7 @@ def test_an_interruption_is_status_130_and_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decompose, "split", interrupted)
+    monkeypatch.setattr(weight_job, "split", interrupted)
     require_error(cli(checkpoint("llama")), 130, "interrupted", "run the same command to resume")
 
 
@@ -331,7 +331,7 @@ def test_an_error_of_ours_is_reported_as_one_and_not_as_a_traceback(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("unforeseen")
 
-    monkeypatch.setattr(decompose, "split", fail)
+    monkeypatch.setattr(weight_job, "split", fail)
     require_error(cli(checkpoint("llama")), 1, "ZeroDivisionError: unforeseen", "MILORA_DEBUG=1")
     monkeypatch.setenv("MILORA_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):

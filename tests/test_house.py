@@ -17,8 +17,9 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # Bottom to top: a file imports only from files before it. A new file takes its place here.
 ORDER = [
-    "errors", "safetensors_format", "manifest", "dense", "krylov", "svd", "split", "checkpoint", "naming", "options",
-    "adapter", "plan", "output", "workers", "hub", "decompose", "report", "terminal", "cli",
+    "errors", "safetensors_format", "safetensors_writer", "manifest", "dense", "krylov", "svd", "split", "checkpoint",
+    "naming", "options", "adapter", "plan", "output", "workers", "weight_job", "hub", "decompose", "report",
+    "terminal", "cli",
 ]  # fmt: skip
 
 # Who alone may import a package, wherever in the file the import stands.

@@ -152,7 +152,7 @@ def test_a_run_cut_off_in_the_middle_of_a_journal_line_may_be_cut_off_again(
     for name in shards(source)[max(kept - 1, 0) :]:
         (tmp_path / "out" / name).unlink(missing_ok=True)
     with pytest.raises(PulledPlugError):
-        start(source, progress=PullThePlug(1, when="inside"))
+        start(source, progress=PullThePlug(0, when="after"))
     count = Count()
     start(source, progress=count)
     assert count.made == shards(source)[max(kept - 1, 0) + 1 :]

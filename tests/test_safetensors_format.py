@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import contents
 
 from milora_init.errors import CheckpointError, OutputError
-from milora_init.safetensors_format import DTYPES, Header, SafetensorsWriter, plan_header, read_header
+from milora_init.safetensors_format import DTYPES, Header, plan_header, read_header
+from milora_init.safetensors_writer import SafetensorsWriter
 
 F32 = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -334,7 +335,8 @@ NO_ROOM = """
 import resource, sys, torch
 from pathlib import Path
 from milora_init.errors import OutputError
-from milora_init.safetensors_format import SafetensorsWriter, plan_header
+from milora_init.safetensors_format import plan_header
+from milora_init.safetensors_writer import SafetensorsWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     with SafetensorsWriter(Path(sys.argv[1]), plan_header([("w", "F32", (100, 100))])) as writer:

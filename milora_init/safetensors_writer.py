@@ -1,0 +1,200 @@
+"""Safetensors files written in place: each tensor at its own offset when it is ready, by whoever has it.
+
+A `Place` is a value. It can be given to another thread, or another process that sees the same disk, which writes its
+tensor there; the writer lays the file out, keeps account and gives it its name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from milora_init.errors import OutputError
+from milora_init.safetensors_format import DTYPE_NAMES, Header
+
+_CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that calls cost nothing
+_NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one tensor belongs: `offset` bytes into a file that is laid out already."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[Tensor], None]]:
+        """A function that writes the tensor, which must have this dtype and shape. Raises OutputError.
+
+        The file is opened here, before the tensor is computed: should the run fail meanwhile, its file is removed and
+        a late write goes nowhere, instead of into the file that the next run has put in its place.
+        """
+        with _writing(self.path):
+            fileno = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+
+        def write(tensor: Tensor) -> None:
+            if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (self.dtype, self.shape):
+                planned = f"planned {self.dtype} {list(self.shape)}"
+                raise OutputError(f"{self.name} is {tensor.dtype} {list(tensor.shape)}, {planned}")
+            with _writing(self.path):
+                _write_all(fileno, _bytes_of(tensor), self.offset)
+
+        try:
+            yield write
+        finally:
+            os.close(fileno)
+
+
+class SafetensorsWriter:
+    """Writes one safetensors file whose header is known: each tensor at its own offset, in any order, once.
+
+    The file grows under `<name>.partial` and takes its name only in `finish()`, after every byte the header promises
+    was written and synced. Left without `finish()`, it is removed.
+
+    Raises:
+        OutputError: Disk full, no permission, and the like; an unfinished or a doubly written tensor.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        self._header = header
+        self._partial = path.with_name(path.name + ".partial")
+        self._unplaced, self._missing = set(header.tensors), set(header.tensors)
+        self._fileno: int | None = None
+
+    def __enter__(self) -> SafetensorsWriter:
+        try:
+            with _writing(self._partial):
+                self._fileno = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                size_bytes = len(self._header.raw) + sum(info.size_bytes for info in self._header.tensors.values())
+                # Reserve the room at once: a full disk is found here, not after an hour of work.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._fileno, 0, size_bytes)
+                else:
+                    os.ftruncate(self._fileno, size_bytes)
+                _write_all(self._fileno, memoryview(self._header.raw), 0)
+        except BaseException:  # __exit__ is not called for what fails here
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fileno is not None:
+            os.close(self._fileno)
+            self._partial.unlink(missing_ok=True)
+
+    def place(self, name: str) -> Place:
+        """Where somebody else is to write a tensor. Once it is there, `written` must be told."""
+        if name not in self._unplaced:
+            raise OutputError(f"{self.path}: {name} was written twice, or never planned")
+        self._unplaced.remove(name)
+        info = self._header.tensors[name]
+        return Place(self._partial, name, info.dtype, info.shape, len(self._header.raw) + info.start)
+
+    def written(self, name: str) -> None:
+        """A tensor stands in its place."""
+        self._missing.remove(name)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor; its dtype and shape must be those of the header."""
+        with self.place(name).opened() as write:
+            write(tensor)
+        self.written(name)
+
+    def copy(self, name: str, source: int, offset: int) -> None:
+        """Copy a tensor's bytes from `offset` of the open file `source`, inside the kernel where it can."""
+        place = self.place(name)
+        with _writing(self._partial):
+            _copy_range(source, self._open(), self._header.tensors[name].size_bytes, offset, place.offset)
+        self.written(name)
+
+    def finish(self) -> int:
+        """Sync the file and give it its name; return its size in bytes."""
+        if self._missing:
+            raise OutputError(
+                f"{self.path}: {len(self._missing)} tensors were never written, {min(self._missing)} first"
+            )
+        fileno = self._open()
+        with _writing(self._partial):
+            os.fsync(fileno)
+            size_bytes = os.fstat(fileno).st_size
+            os.close(fileno)
+            self._fileno = None
+            self._partial.replace(self.path)
+            sync_folder(self.path.parent)
+        return size_bytes
+
+    def _open(self) -> int:
+        if self._fileno is None:
+            raise OutputError(f"{self.path}: not open for writing")
+        return self._fileno
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    fileno = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fileno)
+    finally:
+        os.close(fileno)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}", hint="free some space, or choose another --out"
+        ) from error
+
+
+def _write_all(fileno: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(fileno, data[:_CHUNK_BYTES], offset)
+        data, offset = data[count:], offset + count
+
+
+def _copy_range(source: int, target: int, length: int, source_offset: int, target_offset: int) -> None:
+    while length and hasattr(os, "copy_file_range"):
+        try:
+            count = os.copy_file_range(source, target, min(length, _CHUNK_BYTES), source_offset, target_offset)
+        except OSError as error:
+            if error.errno in _NOT_IN_KERNEL:
+                break  # another file system, or one that cannot: copy through memory
+            raise
+        if count == 0:
+            break
+        length, source_offset, target_offset = length - count, source_offset + count, target_offset + count
+    while length:
+        chunk = os.pread(source, min(length, 1 << 24), source_offset)
+        if not chunk:
+            raise OutputError("the source file ended early; it changed during the run")
+        _write_all(target, memoryview(chunk), target_offset)
+        length, source_offset, target_offset = (
+            length - len(chunk),
+            source_offset + len(chunk),
+            target_offset + len(chunk),
+        )
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, without a copy and without NumPy, which torch does not require."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.numel() == 0:
+        return memoryview(b"")
+    buffer = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
+    buffer.tensor = flat  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
+    return memoryview(buffer).cast("B")

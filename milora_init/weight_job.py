@@ -1,0 +1,121 @@
+"""One weight, from its place on disk to the places of its residual and factors: the unit of work, as a value.
+
+A WeightJob holds paths and numbers, never tensors, and its result is a record. So the same job runs on a thread of
+this process, on a GPU, or on another machine that sees the same disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from milora_init.checkpoint import TensorSource
+from milora_init.errors import SolveError
+from milora_init.manifest import WeightRecord
+from milora_init.safetensors_format import DTYPES
+from milora_init.safetensors_writer import Place
+from milora_init.split import Rounding, Split, split
+from milora_init.svd import Certificate, Mode
+
+
+@dataclass(frozen=True, slots=True)
+class WeightJob:
+    """Split the weight at `source` and write its parts to `residual`, `A` and `B`."""
+
+    module: str
+    source: TensorSource
+    residual: Place
+    A: Place
+    B: Place
+    fan_in_fan_out: bool
+    rank: int
+    scale: float
+    mode: Mode
+    seed: int
+
+
+def run(job: WeightJob, device: torch.device, turn: AbstractContextManager[Any]) -> WeightRecord:
+    """Do a job on a device.
+
+    Reading, copying to and from the device and writing happen outside `turn`, the split inside: while one worker of a
+    device has its turn, another reads the next weight or writes the last one.
+
+    Raises:
+        CheckpointError: The weight cannot be read.
+        SolveError: It cannot be decomposed, or its residual does not fit the dtype.
+        OutputError: The result cannot be written.
+    """
+    with job.residual.opened() as write_residual, job.A.opened() as write_A, job.B.opened() as write_B:
+        W = job.source.read().to(device)
+        with turn:
+            started = time.monotonic()
+            result, where = _split(job, W, device)
+            elapsed_s = time.monotonic() - started
+        del W
+        write_residual((result.residual.mT if job.fan_in_fan_out else result.residual).cpu())
+        write_A(result.A.cpu())
+        write_B(result.B.cpu())
+    return _record(job, result, where, elapsed_s)
+
+
+def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:
+    def attempt(W: torch.Tensor) -> Split:
+        W = W.mT if job.fan_in_fan_out else W
+        dtype = DTYPES[job.residual.dtype]
+        return split(W, job.rank, scale=job.scale, mode=job.mode, dtype=dtype, seed=job.seed)
+
+    try:
+        try:
+            return attempt(W), str(device)
+        except torch.OutOfMemoryError:
+            # This worker has the device's turn: what else lies there waits or is cached.
+            torch.cuda.empty_cache()
+        try:
+            return attempt(W), str(device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        return attempt(W.cpu()), f"cpu, because {device} ran out of memory"
+    except ValueError as error:
+        raise SolveError(
+            f"{job.source.name} in {job.source.path}: {error}",
+            hint="--dtype float32" if "overflows" in str(error) else "repair the checkpoint, or --exclude the module",
+        ) from error
+
+
+def _record(job: WeightJob, result: Split, where: str, elapsed_s: float) -> WeightRecord:
+    triplets = result.triplets
+    s = triplets.s.tolist()
+    m, n = result.residual.shape
+    return WeightRecord(
+        module=job.module,
+        tensor=job.source.name,
+        shape=(m, n),
+        source_dtype=_torch_name(job.source.dtype),
+        dtype=_torch_name(job.residual.dtype),
+        rank=job.rank,
+        s_first=s[0],
+        s_last=s[-1],
+        s_max=triplets.s_max,
+        energy=result.rounding.component**2,
+        untrainable=sum(value < 1e-6 * triplets.s_max or value == 0 for value in s),
+        certificate=_plain(triplets.certificate),
+        rounding=_plain(result.rounding),
+        device=where,
+        elapsed_s=round(elapsed_s, 4),
+    )
+
+
+def _plain(figures: Certificate | Rounding) -> dict[str, Any]:
+    """A dataclass as JSON has it, which knows no infinity."""
+    values = dataclasses.asdict(figures)
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
+def _torch_name(dtype: str) -> str:
+    return str(DTYPES[dtype]).removeprefix("torch.")
