@@ -36,7 +36,8 @@ from torch import Tensor
 from milora_init import dense
 from milora_init.dense import Operator
 
-LONGEST_WAIT = 6  # steps between two looks at convergence
+LONGEST_WAIT = 8  # steps between two looks at convergence
+ROUGH_STEPS = 4
 PROBE_WIDTH = 24
 PROBE_STEPS = 2
 
@@ -70,7 +71,7 @@ def largest(
     columns = max_basis + 2 * block
     basis = torch.empty(columns, q, dtype=torch.float64, device=device).mT  # column-major: columns are appended
     T = torch.zeros(columns, columns, dtype=torch.float64, device=device)
-    k, step, look = 0, 0, -(-3 * r // (2 * block)) + 2
+    k, step, look = 0, 0, -(-3 * r // (2 * block)) + 4
     previous = (0, math.inf)
     while True:
         basis[:, k : k + block] = newest
@@ -83,7 +84,6 @@ def largest(
         image -= K @ second
         T[:k, k - block : k] = first + second
         newest, factor = orthonormalise(image)
-        newest, _ = orthonormalise(newest - K @ (K.mT @ newest))
         if k > r and (step >= look or k >= max_basis):
             small = T[:k, :k].triu()
             small = (small + small.triu(1).mT).cpu()
@@ -105,6 +105,20 @@ def largest(
     improved, _ = orthonormalise(K @ y + newest @ (factor @ y[-block:]) / top)
     probe = _probe(apply, K, start[:, block:])
     return Ritz(top, improved, float(values[r]), probe, step)
+
+
+def rough_largest(apply: Operator, q: int, *, block: int, device: torch.device) -> float:
+    """The largest eigenvalue of a float32 operator, from below, to a few percent."""
+    generator = torch.Generator().manual_seed(1)
+    newest = torch.randn(q, block, generator=generator, dtype=torch.float32).to(device)
+    basis, _ = orthonormalise(newest)
+    newest = basis
+    for _ in range(ROUGH_STEPS - 1):
+        image = apply(newest)
+        newest, _ = orthonormalise(image - basis @ (basis.mT @ image))
+        basis = torch.cat([basis, newest], dim=1)
+    projected = (basis.mT @ apply(basis)).cpu()
+    return float(dense.eigh(projected)[0][-1])
 
 
 def _wait(previous: tuple[int, float], now: tuple[int, float], tolerance: float) -> int:

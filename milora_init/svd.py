@@ -43,6 +43,7 @@ BLOCK_BYTES = 64 * 2**20  # of X, upcast at a time
 KRYLOV_FROM = 512  # the smallest q for which a Krylov space beats all eigenvectors
 KRYLOV_BLOCK = 48  # MKL multiplies by 48 columns faster than by 32, and by 96 than by 64
 ANGLES = (2e-7, 1e-9)  # where the Krylov loop stops, and where it stops if that was not enough
+SHIFT = 0.9  # of the smallest eigenvalue of X^T X
 ERROR_LIMIT = 5e-8  # a component error above this sends the solve to the next path
 BACKWARD_LIMIT = 1e-13  # the residual, relative to s_max, of a result that float64 cannot improve
 CLUSTER_GAP = 1e-6  # below this gap the component is not unique, and the backward error is judged instead
@@ -158,17 +159,19 @@ class Scaled:
 
     def times(self, V: Tensor) -> Tensor:
         """X V (p, k) for V (q, k)."""
+        padded = _pad(V)
         out = V.new_empty(self.X.shape[0], V.shape[1])
         for rows, block in self.blocks():
-            torch.mm(block, V, out=out[rows])
+            out[rows] = (block @ padded)[:, : V.shape[1]]
         return out
 
     def transposed_times(self, U: Tensor) -> Tensor:
         """X^T U (q, k) for U (p, k)."""
-        out = U.new_zeros(self.X.shape[1], U.shape[1])
+        padded = _pad(U)
+        out = U.new_zeros(self.X.shape[1], padded.shape[1])
         for rows, block in self.blocks():
-            out.addmm_(block.mT, U[rows])
-        return out
+            out.addmm_(block.mT, padded[rows])
+        return out[:, : U.shape[1]].contiguous()
 
     def whole(self) -> Tensor:
         """X itself, in float64."""
@@ -202,6 +205,11 @@ class Scaled:
                 stop = min(q, start + width)
                 G[start:, start:stop].addmm_(block[:, start:].mT, block[:, start:stop])
         return G
+
+
+def _pad(V: Tensor) -> Tensor:
+    """V with zero columns up to a multiple of 24: MKL takes twice as long for 64 columns as for 72."""
+    return torch.nn.functional.pad(V, (0, -V.shape[1] % 24))
 
 
 _Solution = tuple[Tensor, Tensor, Tensor, float, Certificate]
@@ -239,11 +247,11 @@ def _is_good(solution: _Solution) -> bool:
 def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode) -> tuple[_Solution | None, str]:
     """By a Krylov space; or None, and why."""
     q, r = X.X.shape[1], wanted.numel()
-    factor = None
+    factor, shift = None, 0.0
     if mode == "max":
         apply = X.normal_operator()
     else:
-        factor = dense.cholesky(X.gram())
+        factor, shift = _factor(X)
         if factor is None:
             return None, "the Gram matrix is not positive definite"
         apply = factor.solve
@@ -256,8 +264,8 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode) -> tuple[_Solution | None
         if not ritz.probe < float(ritz.values[-1]):
             return None, "an independent block found what the Krylov space had missed"
         left, s, right, image = rayleigh_ritz(X, ritz.basis)
-        s_max = float(s[0]) if factor is None else _largest(factor)
-        nearest = torch.full_like(s, ritz.nearest**0.5 if factor is None else ritz.nearest**-0.5)
+        s_max = float(s[0]) if factor is None else math.sqrt(_largest(factor) + shift)
+        nearest = torch.full_like(s, ritz.nearest if factor is None else shift + 1 / ritz.nearest).sqrt()
         certificate = certify(
             X,
             left,
@@ -278,14 +286,36 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode) -> tuple[_Solution | None
     return None, doubt
 
 
+def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
+    """The Cholesky factor of X^T X - shift I, and the shift.
+
+    The spectrum of a clearly rectangular matrix does not reach down to zero, and a shift just below its
+    smallest eigenvalue takes a third off the number of Krylov steps.  A rough, float32 eigenvalue will do:
+    that the shifted matrix has a Cholesky factor is the proof that the shift is below the spectrum.
+    """
+    p, q = X.X.shape
+    G = X.gram()
+    if 2 * p >= 3 * q:
+        rough = dense.cholesky(G.to(torch.float32))
+        if rough is not None:
+            shift = SHIFT / krylov.rough_largest(rough.solve, q, block=KRYLOV_BLOCK, device=G.device)
+            del rough
+            shifted = G.clone()
+            shifted.diagonal().sub_(shift)
+            factor = dense.cholesky(shifted) if shift > 0 else None
+            if factor is not None:
+                return factor, shift
+    return dense.cholesky(G), 0.0
+
+
 def _largest(factor: dense.Cholesky) -> float:
-    """The largest singular value, from below, to about a percent: a scale, not a result."""
+    """The largest eigenvalue of the factored matrix, from below, to about a percent: only a scale."""
     q = factor.L.shape[0]
     block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block = block.to(factor.L.device)
-    for _ in range(3):
+    for _ in range(2):
         block, _ = krylov.orthonormalise(factor.times(block))
-    return math.sqrt(float(torch.linalg.matrix_norm(block.mT @ factor.times(block), ord=2)))
+    return float(torch.linalg.matrix_norm(block.mT @ factor.times(block), ord=2))
 
 
 def _by_eigh(X: Scaled, wanted: Tensor, seed: int, reason: str) -> _Solution:
