@@ -4,29 +4,32 @@ What.  W (m, n) = U diag(s) V^T; `singular_triplets` returns r columns of U and 
 `mode`: the smallest ("min", what MiLoRA adapts), the largest ("max"), the middle, or a random draw.
 
 How.  X is W or its transpose, with p rows >= q columns.  The eigenvectors of the Gram matrix G = X^T X are
-the right vectors of X, and G is (q, q) whatever p is.  One Rayleigh-Ritz step in X itself (a QR of X V and
-the SVD of its small factor) then gives s and U from the weight, not from its square.
+the right vectors of X, and G is (q, q) whatever p is.  The two ends come from a Krylov space: of G applied
+as X^T (X v) for the largest, of G^-1 by a Cholesky factor for the smallest, shifted to just below the
+spectrum where that does not reach down to zero.  The interior, small matrices and large r come from all
+the eigenvectors of G.  One Rayleigh-Ritz step in X itself (a QR of X V and the SVD of its small factor) then
+gives s and U from the weight, not from its square.
 
 Precision.  float64 throughout: a checkpoint's bfloat16, float16 or float32 is upcast exactly, and the squared
 condition number of G costs digits that float64 has (s is good to about eps * s_max^2 / (2 s)).  A float32 SVD
 is not an alternative: its error is relative to the largest singular value, which in a language model is 10^4
-to 10^6 times the smallest.
+to 10^6 times the smallest.  float32 serves once, to place the shift, where any value below the spectrum does.
 
-Cost.  p q^2 operations for G and 9 q^3 for its eigenvectors; 3 q^2 float64 numbers of memory, since X is
-upcast one block of rows at a time.
+Cost.  p q^2 operations for G and q^3 / 3 for its factor, then 4 q^2 for each of some hundreds of vectors;
+9 q^3 where all eigenvectors are needed.  3 q^2 float64 numbers of memory and the Krylov basis, since X is
+upcast one block of rows at a time.  The bits do not depend on the number of threads (dense.py).
 
-Failure.  Every result is measured against W (`Certificate`).  Where squaring lost the wanted end, the answer
-comes from a full float64 SVD instead, which holds a float64 copy of W; the certificate says which path ran
-and why.
+Failure.  Every result is measured against W (certificate.py), and one that is not converged, or in doubt, is
+not returned: the next path is taken, all eigenvectors of G, then, where squaring lost the wanted end, a full
+float64 SVD, which holds a float64 copy of W.  The certificate says which path ran and why.
 
 Sources: MiLoRA, https://arxiv.org/abs/2406.09044.  Perturbation of singular subspaces: P.-A. Wedin (1972),
-https://doi.org/10.1007/BF01932678.
+https://doi.org/10.1007/BF01932678.  The Krylov space: krylov.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,48 +37,29 @@ import torch
 from torch import Tensor
 
 from milora_init import dense, krylov
+from milora_init.certificate import EPS, Certificate, certify, gaps, is_good
+from milora_init.scaled import Scaled
+
+__all__ = ["Certificate", "Mode", "Triplets", "singular_triplets", "wanted_indices"]
 
 Mode = Literal["min", "max", "mid", "random"]
 
-EPS = torch.finfo(torch.float64).eps
-TINY = 1e-200  # against division by zero; X is scaled, so only a zero matrix has an s_max below 1/2
-BLOCK_BYTES = 64 * 2**20  # of X, upcast at a time
 KRYLOV_FROM = 512  # the smallest q for which a Krylov space beats all eigenvectors
-KRYLOV_BLOCK = 48  # MKL multiplies by 48 columns faster than by 32, and by 96 than by 64
-ANGLES = (2e-7, 1e-9)  # where the Krylov loop stops, and where it stops if that was not enough
-SHIFT = 0.9  # of the smallest eigenvalue of X^T X
-ERROR_LIMIT = 5e-8  # a component error above this sends the solve to the next path
-BACKWARD_LIMIT = 1e-13  # the residual, relative to s_max, of a result that float64 cannot improve
-CLUSTER_GAP = 1e-6  # below this gap the component is not unique, and the backward error is judged instead
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """What is known about a result, measured against W in float64.
-
-    gap is the distance from the wanted singular values to the nearest unwanted one, relative to the larger of
-    the two; inf where nothing is unwanted (r = q).
-
-    component_error estimates ||D - D_true||_F / ||D||_F for D = U diag(s) V^T.  To first order a triplet
-    with residuals a = ||X v - s u|| and b = ||X^T u - s v|| leans on an unwanted triplet s_j by an angle of
-    at most sqrt(a^2 + b^2) / |s_j - s|, and D moves by s times that; the r moves add in squares.
-    Where the cut falls in a cluster (gap near 0) it is large or inf: the component is not unique, and what
-    holds is the residual, by which D is exactly a component of a matrix that close to W.  ||D||_F is replaced
-    by q * eps * s_max * sqrt(r) where D is below that, the resolution of float64.
-    """
-
-    path: str  # the algorithm: "eigh" or "svd"
-    reason: str  # why that one
-    residual: float  # max over the triplets of max(||X v - s u||, ||X^T u - s v||) / s_max
-    orthogonality: float  # max(||U^T U - I||_max, ||V^T V - I||_max)
-    gap: float
-    component_error: float
-    complete: str  # the evidence that no wanted triplet was missed
+KRYLOV_BLOCKS = (24, 48)  # up to 2047 columns, and from there; MKL is fastest on multiples of 24
+ANGLES = (4.0, 0.04)  # times the tolerance: where the Krylov loop stops, and if that was not enough
+SHIFT = 0.95  # of the smallest eigenvalue of X^T X
+TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below
+NULL = 100 * EPS  # times s_max: below it a singular value is rounding error
+SMALL = EPS**0.5  # times s_max: below it X v / s has lost half its digits or more
 
 
 @dataclass(frozen=True, slots=True)
 class Triplets:
-    """U (m, r), s (r,) descending, V (n, r), all float64 on the device of W; s_max the largest of all."""
+    """U (m, r), s (r,) descending, V (n, r), all float64 on the device of W.
+
+    s_max is the largest singular value of W; on the path "lanczos" of mode "min" an estimate of it, from
+    below, to a percent on trained weights and a tenth on a flat spectrum.
+    """
 
     U: Tensor
     s: Tensor
@@ -99,12 +83,14 @@ def wanted_indices(q: int, r: int, mode: Mode, seed: int) -> Tensor:
     raise ValueError(f"mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
 
 
-def singular_triplets(W: Tensor, r: int, *, mode: Mode = "min", seed: int = 0) -> Triplets:
+def singular_triplets(
+    W: Tensor, r: int, *, mode: Mode = "min", seed: int = 0, tolerance: float = TOLERANCE
+) -> Triplets:
     """The r singular triplets of W (m, n) that `mode` names, s descending, with a certificate.
 
     W may be of any floating dtype, on any device; one without float64 is served by the CPU.  In every column
     of V the entry of largest magnitude is positive.  `seed` draws the indices of mode "random" and the
-    completion of U where s is zero.
+    completion of U where s is zero.  `tolerance` is the largest certified component_error that is accepted.
 
     Raises ValueError if W is not a floating matrix, has NaN or Inf, or r is not in 1..min(m, n).
     """
@@ -127,95 +113,17 @@ def singular_triplets(W: Tensor, r: int, *, mode: Mode = "min", seed: int = 0) -
     exponent = math.frexp(max(-low, high))[1]
     X = Scaled(W.mT if wide else W, exponent)
 
-    left, s, right, s_max, certificate = _solve(X, wanted, mode, seed)
+    left, s, right, s_max, certificate = _solve(X, wanted, mode, seed, tolerance)
     U, V = (right, left) if wide else (left, right)
     sign = _signs(V)
     unit = math.ldexp(1.0, exponent)
     return Triplets((U * sign).to(home), (s * unit).to(home), (V * sign).to(home), s_max * unit, certificate)
 
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """X * 2^-exponent (p, q) in float64, read a block of rows at a time and never held whole."""
-
-    X: Tensor
-    exponent: int
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        p, q = self.X.shape
-        step = max(1, BLOCK_BYTES // (8 * q))
-        for start in range(0, p, step):
-            rows = slice(start, min(p, start + step))
-            # Two factors, for 2^1074 is no float64.
-            half = self.exponent // 2
-            block = self._upcast(rows)
-            yield rows, block.mul_(math.ldexp(1.0, -half)).mul_(math.ldexp(1.0, half - self.exponent))
-
-    def _upcast(self, rows: slice) -> Tensor:
-        block = self.X[rows]
-        if block.stride(0) < block.stride(1):  # a wide W, seen transposed: convert along its own rows
-            return block.mT.to(torch.float64, copy=True).mT
-        return block.to(torch.float64, copy=True)
-
-    def times(self, V: Tensor) -> Tensor:
-        """X V (p, k) for V (q, k)."""
-        padded = _pad(V)
-        out = V.new_empty(self.X.shape[0], V.shape[1])
-        for rows, block in self.blocks():
-            out[rows] = (block @ padded)[:, : V.shape[1]]
-        return out
-
-    def transposed_times(self, U: Tensor) -> Tensor:
-        """X^T U (q, k) for U (p, k)."""
-        padded = _pad(U)
-        out = U.new_zeros(self.X.shape[1], padded.shape[1])
-        for rows, block in self.blocks():
-            out.addmm_(block.mT, padded[rows])
-        return out[:, : U.shape[1]].contiguous()
-
-    def whole(self) -> Tensor:
-        """X itself, in float64."""
-        out = torch.empty(self.X.shape, dtype=torch.float64, device=self.X.device)
-        for rows, block in self.blocks():
-            out[rows] = block
-        return out
-
-    def normal_operator(self) -> dense.Operator:
-        """V -> X^T X V.  X is kept in float64 where that takes no more than 3 q^2 numbers."""
-        p, q = self.X.shape
-        if p <= 3 * q:
-            full = self.whole()
-            return lambda V: full.mT @ (full @ V)
-
-        def apply(V: Tensor) -> Tensor:
-            out = torch.zeros_like(V)
-            for _, block in self.blocks():
-                out.addmm_(block.mT, block @ V)
-            return out
-
-        return apply
-
-    def gram(self) -> Tensor:
-        """X^T X (q, q), its lower triangle only: what lies above is not filled in."""
-        q = self.X.shape[1]
-        G = torch.zeros(q, q, dtype=torch.float64, device=self.X.device)
-        width = 384  # a multiple of the 24 columns that MKL multiplies at a time
-        for _, block in self.blocks():
-            for start in range(0, q, width):
-                stop = min(q, start + width)
-                G[start:, start:stop].addmm_(block[:, start:].mT, block[:, start:stop])
-        return G
-
-
-def _pad(V: Tensor) -> Tensor:
-    """V with zero columns up to a multiple of 24: MKL takes twice as long for 64 columns as for 72."""
-    return torch.nn.functional.pad(V, (0, -V.shape[1] % 24))
-
-
 _Solution = tuple[Tensor, Tensor, Tensor, float, Certificate]
 
 
-def _solve(X: Scaled, wanted: Tensor, mode: Mode, seed: int) -> _Solution:
+def _solve(X: Scaled, wanted: Tensor, mode: Mode, seed: int, tolerance: float) -> _Solution:
     """Left (p, r), s (r,), right (q, r), s_max and the certificate, by the first path that is good enough."""
     q, r = X.X.shape[1], wanted.numel()
     if mode not in ("min", "max"):
@@ -223,28 +131,17 @@ def _solve(X: Scaled, wanted: Tensor, mode: Mode, seed: int) -> _Solution:
     elif q < KRYLOV_FROM or r > q // 8:
         doubt = f"r = {r} of q = {q} is beyond a Krylov space"
     else:
-        found, doubt = _by_lanczos(X, wanted, mode)
+        found, doubt = _by_lanczos(X, wanted, mode, tolerance)
         if found is not None:
             return found
     solution = _by_eigh(X, wanted, seed, doubt)
-    if _is_good(solution):
+    if is_good(solution[1], solution[3], solution[4], tolerance):
         return solution
     error = f"eigh left a component error of {solution[4].component_error:.1e}"
     return _by_svd(X, wanted, f"{doubt}; {error}")
 
 
-def _is_good(solution: _Solution) -> bool:
-    _, s, _, s_max, certificate = solution
-    negligible = float(s[0]) <= BACKWARD_LIMIT * s_max
-    if not math.isfinite(certificate.residual) or certificate.orthogonality > 1e-10:
-        return False
-    if certificate.component_error <= ERROR_LIMIT:
-        return True
-    # No path can do better where the component is not unique, or is itself rounding error.
-    return (certificate.gap < CLUSTER_GAP or negligible) and certificate.residual <= BACKWARD_LIMIT
-
-
-def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode) -> tuple[_Solution | None, str]:
+def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode, tolerance: float) -> tuple[_Solution | None, str]:
     """By a Krylov space; or None, and why."""
     q, r = X.X.shape[1], wanted.numel()
     factor, shift = None, 0.0
@@ -255,10 +152,19 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode) -> tuple[_Solution | None
         if factor is None:
             return None, "the Gram matrix is not positive definite"
         apply = factor.solve
-    max_basis = min(3 * q // 4, 16 * r + 768)
+    block = _krylov_block(q)
+    max_basis = min(q - 2 * block, 16 * r + 768)
     doubt = ""
-    for angle in ANGLES:
-        ritz = krylov.largest(apply, q, r, block=KRYLOV_BLOCK, max_basis=max_basis, tolerance=angle, device=X.X.device)
+    for factor_of_tolerance in ANGLES:
+        ritz = krylov.largest(
+            apply,
+            q,
+            r,
+            block=block,
+            max_basis=max_basis,
+            tolerance=factor_of_tolerance * tolerance,
+            device=X.X.device,
+        )
         if isinstance(ritz, str):
             return None, ritz
         if not ritz.probe < float(ritz.values[-1]):
@@ -275,15 +181,19 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode) -> tuple[_Solution | None
             (nearest, (s - nearest).abs()),
             s_max,
             path="lanczos",
-            reason=f"r = {r} of q = {q}, {ritz.steps} steps of {KRYLOV_BLOCK}",
+            reason=f"r = {r} of q = {q}, {ritz.steps} steps of {block}",
             complete="an independent block found nothing beyond the cut",
             inverse=None if factor is None else factor.solve,
         )
         solution = left, s, right, s_max, certificate
-        if _is_good(solution):
+        if is_good(solution[1], solution[3], solution[4], tolerance):
             return solution, ""
         doubt = f"lanczos left a component error of {certificate.component_error:.1e}"
     return None, doubt
+
+
+def _krylov_block(q: int) -> int:
+    return KRYLOV_BLOCKS[q >= 2048]
 
 
 def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
@@ -298,7 +208,10 @@ def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
     if 2 * p >= 3 * q:
         rough = dense.cholesky(G.to(torch.float32))
         if rough is not None:
-            shift = SHIFT / krylov.rough_largest(rough.solve, q, block=KRYLOV_BLOCK, device=G.device)
+            rough_inverse = krylov.rough_largest(rough.solve, q, block=_krylov_block(q), device=G.device)
+            # float32 products do depend on the number of threads: of the shift, five bits are kept.
+            mantissa, exponent = math.frexp(SHIFT / rough_inverse)
+            shift = math.ldexp(math.floor(32 * mantissa) / 32, exponent)
             del rough
             shifted = G.clone()
             shifted.diagonal().sub_(shift)
@@ -309,7 +222,7 @@ def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
 
 
 def _largest(factor: dense.Cholesky) -> float:
-    """The largest eigenvalue of the factored matrix, from below, to about a percent: only a scale."""
+    """The largest eigenvalue of the factored matrix, from below, to a tenth or so: only a scale."""
     q = factor.L.shape[0]
     block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block = block.to(factor.L.device)
@@ -324,10 +237,10 @@ def _by_eigh(X: Scaled, wanted: Tensor, seed: int, reason: str) -> _Solution:
     vectors = vectors.flip(1)
     left, s, right, image = rayleigh_ritz(X, vectors[:, wanted])
     s_max = max(float(spectrum[0]), float(s[0]))
-    if bool((s <= math.sqrt(EPS) * s_max).any()):
+    if bool((s <= SMALL * s_max).any()):
         left = _purify(X, left, s, spectrum, vectors, seed)
     spectrum[wanted] = s
-    certificate = certify(X, left, s, right, image, _gaps(spectrum, wanted), s_max, "eigh", reason, "all computed")
+    certificate = certify(X, left, s, right, image, gaps(spectrum, wanted), s_max, "eigh", reason, "all computed")
     return left, s, right, s_max, certificate
 
 
@@ -338,7 +251,7 @@ def _by_svd(X: Scaled, wanted: Tensor, reason: str) -> _Solution:
     left, s, right = left[:, wanted], spectrum[wanted], right.mT[:, wanted]
     s_max = float(spectrum[0])
     certificate = certify(
-        X, left, s, right, X.times(right), _gaps(spectrum, wanted), s_max, "svd", reason, "all computed"
+        X, left, s, right, X.times(right), gaps(spectrum, wanted), s_max, "svd", reason, "all computed"
     )
     return left, s, right, s_max, certificate
 
@@ -358,14 +271,14 @@ def _purify(X: Scaled, left: Tensor, s: Tensor, spectrum: Tensor, vectors: Tenso
     will do, so a random one takes its place, orthogonal to what X makes of every other right vector.
     """
     s_max = float(spectrum[0])
-    null = s <= 100 * EPS * s_max
+    null = s <= NULL * s_max
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(left.shape, generator=generator, dtype=torch.float64).to(left.device)
     left = torch.where(null, noise, left)
     # Below this an eigenvalue of G may be rounding error, and its inverse would be noise.
     strong = spectrum > 1e-6 * s_max
     right, inverse = vectors[:, strong], spectrum[strong].pow(-2).unsqueeze(1)
-    small = s <= math.sqrt(EPS) * s_max
+    small = s <= SMALL * s_max
     for _ in range(3):
         weak = left[:, small]
         weak = weak - X.times(right @ (inverse * (right.mT @ X.transposed_times(weak))))
@@ -374,65 +287,6 @@ def _purify(X: Scaled, left: Tensor, s: Tensor, spectrum: Tensor, vectors: Tenso
         Q, R = dense.qr(left)
         left = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
     return left
-
-
-def _gaps(spectrum: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """For each wanted value of a descending spectrum, the nearest unwanted one and the distance to it."""
-    unwanted = torch.ones_like(spectrum, dtype=torch.bool)
-    unwanted[wanted] = False
-    others = spectrum[unwanted]
-    s = spectrum[wanted]
-    if others.numel() == 0:
-        return s, torch.full_like(s, math.inf)
-    nearest = (s.unsqueeze(1) - others).abs().min(dim=1)
-    return others[nearest.indices], nearest.values
-
-
-def certify(
-    X: Scaled,
-    left: Tensor,
-    s: Tensor,
-    right: Tensor,
-    image: Tensor,
-    gaps: tuple[Tensor, Tensor],
-    s_max: float,
-    path: str,
-    reason: str,
-    complete: str,
-    inverse: dense.Operator | None = None,
-) -> Certificate:
-    """Measure left (p, r), s (r,), right (q, r) against X; image is X right, gaps as from `_gaps`.
-
-    Where the inverse of X^T X is at hand and the wanted end is the smallest, it weighs the residual b.  Most
-    of b is rounding error along the largest singular vectors, where it does no harm: the part along s_j moves
-    D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that falls with s_j.
-    """
-    a = (image - left * s).norm(dim=0)
-    lean_on = X.transposed_times(left) - right * s
-    b = lean_on.norm(dim=0)
-    nearest, distance = gaps
-    identity = torch.eye(s.numel(), dtype=s.dtype, device=s.device)
-    orthogonality = max(float((Q.mT @ Q - identity).abs().max()) for Q in (left, right))
-    scale = max(s_max, TINY)
-    larger = torch.maximum(s, nearest).clamp_min(TINY)
-    lean = (s / distance.clamp_min(TINY)).clamp_min(1.0)
-    moved_by_b = b * lean
-    if inverse is not None:
-        outside = lean_on - right @ (right.mT @ lean_on)
-        weighed = (outside * inverse(outside)).sum(dim=0).clamp_min(0).sqrt()
-        factor = nearest * torch.hypot(nearest, s) / (distance * (nearest + s)).clamp_min(TINY)
-        moved_by_b = torch.minimum(moved_by_b, s * weighed * factor)
-    moved = float(torch.hypot(a * lean, moved_by_b).norm())
-    resolution = X.X.shape[1] * EPS * scale * math.sqrt(s.numel())
-    return Certificate(
-        path=path,
-        reason=reason,
-        residual=float(torch.maximum(a, b).max()) / scale,
-        orthogonality=orthogonality,
-        gap=float((distance / larger).min()),
-        component_error=moved / max(float(s.norm()), resolution),
-        complete=complete,
-    )
 
 
 def _signs(V: Tensor) -> Tensor:

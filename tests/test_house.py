@@ -17,9 +17,9 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # Bottom to top: a file imports only from files before it. A new file takes its place here.
 ORDER = [
-    "errors", "safetensors_format", "safetensors_writer", "manifest", "dense", "krylov", "svd", "split", "checkpoint",
-    "naming", "options", "adapter", "plan", "output", "workers", "weight_job", "hub", "decompose", "report",
-    "terminal", "cli",
+    "errors", "safetensors_format", "safetensors_writer", "manifest", "dense", "scaled", "certificate", "krylov", "svd",
+    "split", "checkpoint", "naming", "options", "adapter", "plan", "output", "workers", "weight_job", "hub",
+    "decompose", "report", "terminal", "cli",
 ]  # fmt: skip
 
 # Who alone may import a package, wherever in the file the import stands.
@@ -67,7 +67,7 @@ def test_no_file_reaches_the_network_past_the_hub(module: str) -> None:
 
 
 def test_the_mathematics_knows_no_files_and_the_files_no_mathematics() -> None:
-    mathematics = {"dense", "krylov", "svd", "split"}
+    mathematics = {"dense", "scaled", "certificate", "krylov", "svd", "split"}
     for module in mathematics:
         assert own_imports(module) <= mathematics
         assert {name.split(".")[0] for name in imports(module)} & {"os", "pathlib", "safetensors", "io"} == set()

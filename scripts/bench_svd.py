@@ -1,0 +1,280 @@
+"""Time the solver against what others use, in one run, on the layer shapes of known models.
+
+For the minor end the rivals are the reference's method, a full `torch.linalg.svd` in float32, and a float64
+`eigh` of the Gram matrix; for the principal end also `torch.svd_lowrank` with niter=16.  The eigh result,
+after a Rayleigh-Ritz step in float64, is the truth that the others' components are measured against.
+
+The weights are synthetic: a Gaussian bulk with a power-law head, in bfloat16, as trained weights look.
+
+    python scripts/bench_svd.py                        # TinyLlama's layers, r = 64, under a minute
+    python scripts/bench_svd.py --model llama-2-7b     # some minutes
+    python scripts/bench_svd.py --full --json bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from milora_init.svd import Mode, singular_triplets
+
+# Each model: how often a weight of that shape (out, in) occurs among the targeted ones of one layer.
+MODELS: dict[str, dict[tuple[int, int], int]] = {
+    "tinyllama": {(2048, 2048): 1, (256, 2048): 1, (5632, 2048): 1},
+    "llama-2-7b": {(4096, 4096): 3, (11008, 4096): 1, (4096, 11008): 1},
+    "llama-3-8b": {(4096, 4096): 1, (1024, 4096): 2, (14336, 4096): 1, (4096, 14336): 1},
+    "qwen2.5-72b": {(8192, 29568): 1},
+}
+PRINCIPAL_ONLY = ("svd_lowrank niter=16", "milora-init tol=1e-3")
+RANKS = (16, 64, 128)
+Factors = tuple[Tensor, Tensor, Tensor]  # U (m, r), s (r,), V (n, r)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One solver on one weight; ratio is its time over ours, error that of the component."""
+
+    model: str
+    shape: tuple[int, int]
+    count: int
+    r: int
+    mode: Mode
+    solver: str
+    time_s: float
+    ratio: float
+    error: float
+    peak_extra_bytes: int | None
+    note: str
+
+
+def weight(m: int, n: int, *, device: torch.device) -> Tensor:
+    """A seeded (m, n) bfloat16 weight: bulk of standard deviation 0.02, head of q/8 power-law directions."""
+    generator = torch.Generator().manual_seed(m * 100_003 + n)
+    k = min(m, n) // 8
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    left, right = torch.linalg.qr(normal(m, k)).Q, torch.linalg.qr(normal(n, k)).Q
+    head = 30 / torch.arange(1, k + 1) ** 0.8 * 0.02 * (m**0.5 + n**0.5)
+    return (normal(m, n).mul_(0.02).addmm_(left * head, right.mT)).to(torch.bfloat16).to(device)
+
+
+def ours(W: Tensor, r: int, mode: Mode) -> Factors:
+    t = singular_triplets(W, r, mode=mode)
+    return t.U, t.s, t.V
+
+
+def ours_rough(W: Tensor, r: int, mode: Mode) -> Factors:
+    t = singular_triplets(W, r, mode=mode, tolerance=1e-3)
+    return t.U, t.s, t.V
+
+
+def svd_float32(W: Tensor, r: int, mode: Mode) -> Factors:
+    U, s, Vh = torch.linalg.svd(W.to(torch.float32), full_matrices=False)
+    end = slice(-r, None) if mode == "min" else slice(r)
+    return U[:, end], s[end], Vh[end].mT
+
+
+def eigh_float64(W: Tensor, r: int, mode: Mode) -> Factors:
+    X = (W if W.shape[0] >= W.shape[1] else W.mT).to(torch.float64)
+    vectors = torch.linalg.eigh(X.mT @ X).eigenvectors
+    V = vectors[:, :r] if mode == "min" else vectors[:, -r:]
+    Q, R = torch.linalg.qr(X @ V)
+    u, s, vh = torch.linalg.svd(R)
+    left, right = Q @ u, V @ vh.mT
+    return (left, s, right) if W.shape[0] >= W.shape[1] else (right, s, left)
+
+
+def lowrank_niter_16(W: Tensor, r: int, _mode: Mode) -> Factors:
+    U, s, V = torch.svd_lowrank(W.to(torch.float32), q=r, niter=16)
+    return U, s, V
+
+
+SOLVERS: dict[str, Callable[[Tensor, int, Mode], Factors]] = {
+    "milora-init": ours,
+    "svd float32": svd_float32,
+    "eigh float64": eigh_float64,
+    "milora-init tol=1e-3": ours_rough,
+    "svd_lowrank niter=16": lowrank_niter_16,
+}
+
+
+def component_error(a: Factors, truth: Factors) -> float:
+    """||A - T||_F / ||T||_F of the two components, without forming either."""
+    (Ua, sa, Va), (Ut, st, Vt) = ([x.to(torch.float64) for x in factors] for factors in (a, truth))
+    left = torch.linalg.qr(torch.cat([Ua * sa, -Ut * st], dim=1)).R
+    right = torch.linalg.qr(torch.cat([Va, Vt], dim=1)).R
+    return float((left @ right.mT).norm() / st.norm())
+
+
+def timed(solve: Callable[[Tensor, int, Mode], Factors], W: Tensor, r: int, mode: Mode) -> tuple[float, Factors]:
+    if W.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = solve(W, r, mode)
+    if W.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def peak_extra(solver: str, m: int, n: int, r: int, mode: Mode, device: str, threads: int) -> int:
+    """Bytes that a solve takes at its peak beyond the weight; on the CPU, in a process of its own."""
+    torch.set_num_threads(threads)
+    W = weight(m, n, device=torch.device(device))
+    if W.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        SOLVERS[solver](W, r, mode)
+        return int(torch.cuda.max_memory_allocated()) - int(before)
+    # Making the weight took more than the weight, so the high-water mark of the process starts anew.
+    clear = Path("/proc/self/clear_refs")
+    try:
+        clear.write_text("5")
+    except OSError:
+        return -1
+    before = _status("VmRSS")
+    SOLVERS[solver](W, r, mode)
+    return (_status("VmHWM") - before) * 1024
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise KeyError(key)
+
+
+def bench(args: argparse.Namespace) -> list[Row]:
+    device = torch.device(args.device)
+    rows: list[Row] = []
+    spawn = multiprocessing.get_context("spawn")
+    for model in args.model:
+        for shape, count in MODELS[model].items():
+            W = weight(*shape, device=device)
+            ours(W[:600, :600], 8, "min")  # the first call of a process pays for loading the libraries
+            for mode in args.mode:
+                for r in args.rank:
+                    names = [n for n in SOLVERS if mode == "max" or n not in PRINCIPAL_ONLY]
+                    names = [n for n in names if n not in args.skip]
+                    results = {}
+                    for name in names:
+                        runs = [timed(SOLVERS[name], W, r, mode) for _ in range(args.repeat)]
+                        results[name] = min(runs, key=lambda run: run[0])
+                    base = results["milora-init"][0]
+                    truth = results["eigh float64"][1] if "eigh float64" in results else None
+                    for name, (seconds, factors) in results.items():
+                        peak = None
+                        if args.memory and name == "milora-init":
+                            with spawn.Pool(1) as pool:
+                                job = (name, *shape, r, mode, args.device, torch.get_num_threads())
+                                peak = pool.apply(peak_extra, job)
+                        error = float("nan")
+                        note = ""
+                        if name == "eigh float64":
+                            note = "the truth"
+                        elif truth is not None:
+                            error = component_error(factors, truth)
+                        row = Row(model, shape, count, r, mode, name, seconds, seconds / base, error, peak, note)
+                        rows.append(row)
+                        print(line(row), flush=True)
+    return rows
+
+
+def line(row: Row) -> str:
+    memory = "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:7.0f} MiB"
+    error = row.note if row.note else f"{row.error:.1e}"
+    size = f"{row.shape[0]} x {row.shape[1]}"
+    return (
+        f"{row.model:12} {row.count} x {size:13} r={row.r:<4}{row.mode:4} {row.solver:21}"
+        f"{row.time_s:9.2f} s {row.ratio:7.1f}x  {error:>9} {memory}"
+    )
+
+
+def totals(rows: list[Row]) -> list[dict[str, object]]:
+    """For each model, rank and mode: the seconds that one layer's targeted weights take, and the ratio."""
+    out: list[dict[str, object]] = []
+    keys = dict.fromkeys((row.model, row.r, row.mode) for row in rows)
+    for model, r, mode in keys:
+        chosen = [row for row in rows if (row.model, row.r, row.mode) == (model, r, mode)]
+        seconds: dict[str, float] = {}
+        for row in chosen:
+            seconds[row.solver] = seconds.get(row.solver, 0.0) + row.count * row.time_s
+        base = seconds["milora-init"]
+        for solver, total in seconds.items():
+            out.append(
+                {
+                    "model": model,
+                    "r": r,
+                    "mode": mode,
+                    "solver": solver,
+                    "time_s": total,
+                    "ratio": total / base,
+                }
+            )
+    return out
+
+
+def machine(device: str) -> dict[str, object]:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+    }
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["tinyllama"])
+    parser.add_argument("--rank", nargs="+", type=int, default=[64])
+    parser.add_argument("--mode", nargs="+", choices=["min", "max"], default=["min", "max"])
+    parser.add_argument("--skip", nargs="+", choices=list(SOLVERS)[1:], default=[], help="leave rivals out")
+    parser.add_argument("--repeat", type=int, default=1, help="take the fastest of so many runs")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--full", action="store_true", help=f"every model, r = {RANKS}: hours on a CPU")
+    parser.add_argument("--json", type=Path, help="write the rows, totals and machine here")
+    args = parser.parse_args(argv)
+    if args.full:
+        args.model, args.rank = list(MODELS), list(RANKS)
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    about = machine(args.device)
+    print("  ".join(f"{key} {value}" for key, value in about.items() if value is not None))
+    rows = bench(args)
+    print("\nOne layer's targeted weights:")
+    summary = totals(rows)
+    for entry in summary:
+        print(
+            f"{entry['model']!s:12} r={entry['r']!s:<4}{entry['mode']!s:4} {entry['solver']!s:21}"
+            f"{entry['time_s']:9.2f} s {entry['ratio']:7.1f}x"
+        )
+    if args.json:
+        body = {"machine": about, "rows": [asdict(row) for row in rows], "totals": summary}
+        args.json.write_text(json.dumps(body, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
