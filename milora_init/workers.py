@@ -54,6 +54,25 @@ def multiply_rate() -> float:
     return rate
 
 
+class Turn:
+    """The right to compute on a device: one thread at a time, on `threads` CPU threads.
+
+    torch takes the number of threads from whichever thread asked last, and a thread that first computes while another
+    is down to one, as the solver is for small factorisations, would stay at one. So whoever has the turn says it anew.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._lock = threading.Lock()
+        self._threads = threads
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        torch.set_num_threads(self._threads)
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Crew:
     """Threads that take jobs from one queue, `HANDS` of them to a device.
 
@@ -64,17 +83,16 @@ class Crew:
     HANDS = 2
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._seats: queue.SimpleQueue[tuple[torch.device, threading.Lock]] = queue.SimpleQueue()
+        self._threads = torch.get_num_threads()
+        self._seats: queue.SimpleQueue[tuple[torch.device, Turn]] = queue.SimpleQueue()
         for device in devices:
-            turn = threading.Lock()
+            # With several devices the solver could not count on one thread where it asks for one, since the count is
+            # the whole process's. What is left for the CPU is little then.
+            turn = Turn(self._threads if len(devices) == 1 else 1)
             for _ in range(self.HANDS):
                 self._seats.put((device, turn))
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(len(devices) * self.HANDS, "milora", initializer=self._sit_down)
-        self._threads = torch.get_num_threads()
-        if len(devices) > 1:
-            # The solver counts on one thread where it asks for one, and the count is the whole process's.
-            torch.set_num_threads(1)
 
     def submit(self, work: Work[Job, Result], job: Job) -> Future[Result]:
         """Have `work(job, device, turn)` done by the next free thread."""
