@@ -88,7 +88,7 @@ def singular_triplets(
 ) -> Triplets:
     """The r singular triplets of W (m, n) that `mode` names, s descending, with a certificate.
 
-    W may be of any floating dtype, on any device; one without float64 is served by the CPU.  In every column
+    W may be of any floating dtype, on any device; for one without float64 the result is on the CPU.  In every column
     of V the entry of largest magnitude is positive.  `seed` draws the indices of mode "random" and the
     completion of U where s is zero.  `tolerance` is the largest certified component_error that is accepted.
 
@@ -99,9 +99,8 @@ def singular_triplets(
     q = min(W.shape)
     if not 1 <= r <= q:
         raise ValueError(f"r is {r}, expected 1 to {q} for a matrix of shape {tuple(W.shape)}")
-    home = W.device
     W = W.detach()
-    if home.type == "mps":
+    if W.device.type == "mps":
         W = W.cpu()
     low, high = (float(x) for x in torch.aminmax(W))
     if not math.isfinite(low) or not math.isfinite(high):
@@ -117,7 +116,7 @@ def singular_triplets(
     U, V = (right, left) if wide else (left, right)
     sign = _signs(V)
     unit = math.ldexp(1.0, exponent)
-    return Triplets((U * sign).to(home), (s * unit).to(home), (V * sign).to(home), s_max * unit, certificate)
+    return Triplets(U * sign, s * unit, V * sign, s_max * unit, certificate)
 
 
 _Solution = tuple[Tensor, Tensor, Tensor, float, Certificate]
