@@ -88,8 +88,8 @@ def singular_triplets(
 ) -> Triplets:
     """The r singular triplets of W (m, n) that `mode` names, s descending, with a certificate.
 
-    W may be of any floating dtype, on any device; for one without float64 the result is on the CPU.  In every column
-    of V the entry of largest magnitude is positive.  `seed` draws the indices of mode "random" and the
+    W may be of any floating dtype, on any device; for one without float64 the result is on the CPU.  In every
+    column of V the entry of largest magnitude is positive.  `seed` draws the indices of mode "random" and the
     completion of U where s is zero.  `tolerance` is the largest certified component_error that is accepted.
 
     Raises ValueError if W is not a floating matrix, has NaN or Inf, or r is not in 1..min(m, n).
