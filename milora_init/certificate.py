@@ -19,7 +19,7 @@ from milora_init.dense import Operator
 from milora_init.scaled import Scaled
 
 EPS = torch.finfo(torch.float64).eps
-TINY = 1e-200  # against division by zero; X is scaled, so only a zero matrix has an s_max below 1/2
+TINY = 1e-200  # against division by zero; X is scaled, so only a zero matrix has an s_max below 2^-17
 BACKWARD_LIMIT = 1e-13  # the residual, relative to s_max, of a result that float64 cannot improve
 CLUSTER_GAP = 1e-6  # below this gap the component is not unique, and the backward error is judged instead
 

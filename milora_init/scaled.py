@@ -30,10 +30,12 @@ class Scaled:
         step = max(1, BLOCK_BYTES // (8 * q))
         for start in range(0, p, step):
             rows = slice(start, min(p, start + step))
-            # Two factors, for 2^1074 is no float64.
-            half = self.exponent // 2
             block = self._upcast(rows)
-            yield rows, block.mul_(math.ldexp(1.0, -half)).mul_(math.ldexp(1.0, half - self.exponent))
+            if self.exponent:
+                # Two factors, for 2^1074 is no float64.
+                half = self.exponent // 2
+                block.mul_(math.ldexp(1.0, -half)).mul_(math.ldexp(1.0, half - self.exponent))
+            yield rows, block
 
     def _upcast(self, rows: slice) -> Tensor:
         block = self.X[rows]

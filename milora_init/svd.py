@@ -47,6 +47,7 @@ Mode = Literal["min", "max", "mid", "random"]
 KRYLOV_FROM = 512  # the smallest q for which a Krylov space beats all eigenvectors
 KRYLOV_BLOCKS = (24, 48)  # up to 2047 columns, and from there; MKL is fastest on multiples of 24
 ANGLES = (4.0, 0.04)  # times the tolerance: where the Krylov loop stops, and if that was not enough
+NEAR_ONE = 16  # binary orders of magnitude
 SHIFT = 0.95  # of the smallest eigenvalue of X^T X
 TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below
 NULL = 100 * EPS  # times s_max: below it a singular value is rounding error
@@ -108,8 +109,11 @@ def singular_triplets(
     wanted = wanted_indices(q, r, mode, seed).to(W.device)
 
     wide = W.shape[0] < W.shape[1]
-    # A power of two brings the entries near 1, exactly, so that no square over- or underflows.
+    # A power of two brings the entries near 1, exactly, so that no square over- or underflows, in float32 neither.
+    # Those of a language model are near enough as they are.
     exponent = math.frexp(max(-low, high))[1]
+    if abs(exponent) <= NEAR_ONE:
+        exponent = 0
     X = Scaled(W.mT if wide else W, exponent)
 
     left, s, right, s_max, certificate = _solve(X, wanted, mode, seed, tolerance)
