@@ -23,6 +23,7 @@ from torch import Tensor
 from milora_init.svd import Mode, Triplets, singular_triplets
 
 CANDIDATES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SAMPLE = 8
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # 2 MiB of float64 stays in a core's cache; a GPU wants large ones
 
 
@@ -34,7 +35,8 @@ class Rounding:
         component: ||D|| / ||W||, Frobenius norms here and below. 0 for a zero weight.
         error: ||E|| / ||W||, how far the pair is from the source.
         leak: ||E|| / ||D||, how much of the component stays in the base, or of its opposite. 0 where D is zero.
-        leak_if: The leak that `bfloat16`, `float16` and `float32` would have; None where the residual overflows.
+        leak_if: The leak that `bfloat16`, `float16` and `float32` would have, measured on an eighth of the rows; None
+            where the residual overflows.
     """
 
     component: float
@@ -81,42 +83,59 @@ def _residual(W: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype)
     exact = B.device if B.device.type != "mps" else torch.device("cpu")  # Apple's GPUs have no float64
     A64 = scale * A.to(exact, torch.float64)
     residual = torch.empty(m, n, dtype=dtype, device=W.device)
-    # Squared norms of W, D and E, then of E for each candidate; kept on the device, read once.
-    sums = torch.zeros(3 + len(CANDIDATES), dtype=torch.float64, device=exact)
+    # Squared norms of W, D and E; of D and of each candidate's E over the sample. On the device, and read once.
+    sums = torch.zeros(3, dtype=torch.float64, device=exact)
+    sample = torch.zeros(1 + len(CANDIDATES), dtype=torch.float64, device=exact)
     rows = max(1, _BLOCK_ELEMENTS.get(exact.type, 1 << 18) // n)
-    for top in range(0, m, rows):
+    for number, top in enumerate(range(0, m, rows)):
         block = slice(top, top + rows)
         w = W[block].to(exact, torch.float64)
         D = B[block].to(exact, torch.float64) @ A64
         R = w - D
         stored = _round_once(R, dtype)
         residual[block] = stored
-        roundings = [stored, *(R.to(candidate) for candidate in CANDIDATES.values())]
-        sums += torch.stack([x.square().sum() for x in (w, D, *(s.double() - R for s in roundings))])
-    W2, D2, E2, *candidates2 = sums.tolist()
+        sums += _squares(w, D, stored.double() - R)
+        if number % _SAMPLE == 0:
+            sample += _squares(D, *(R.to(candidate).double() - R for candidate in CANDIDATES.values()))
+    W2, D2, E2 = sums.tolist()
+    sampled_D2, *sampled_E2 = sample.tolist()
     if not math.isfinite(E2):
         raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
+    leak = _ratio(E2, D2)
     return residual, Rounding(
         component=_ratio(D2, W2),
         error=_ratio(E2, W2),
-        leak=_ratio(E2, D2),
+        leak=leak,
         leak_if={
-            name: _ratio(e2, D2) if math.isfinite(e2) else None
-            for name, e2 in zip(CANDIDATES, candidates2, strict=True)
+            name: leak if CANDIDATES[name] == dtype else _ratio(e2, sampled_D2) if math.isfinite(e2) else None
+            for name, e2 in zip(CANDIDATES, sampled_E2, strict=True)
         },
     )
 
 
+def _squares(*tensors: Tensor) -> Tensor:
+    """The squared Frobenius norm of each."""
+    return torch.stack([tensor.square().sum() for tensor in tensors])
+
+
 def _round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
     """R (float64) to the nearest value of dtype."""
-    if dtype.itemsize > 2:
-        return R.to(dtype)
-    # torch goes by way of float32, which can round to the middle of two 16-bit values and then to the farther one.
-    # So round to odd there: what float32 does not hold exactly keeps an odd last bit and is never a middle.
+    nearest = R.float()
+    stored = nearest.to(dtype)
+    if dtype.itemsize <= 2:
+        # torch goes by way of float32, which can round to the middle of two 16-bit values and then to the farther one.
+        # A middle ends in twelve zero bits at least; what does is rounded again, to odd, which is never a middle.
+        suspects = (nearest.view(torch.int32) & 0xFFF).eq(0).nonzero(as_tuple=True)
+        stored[suspects] = _round_to_odd(R[suspects]).to(dtype)
+    return stored if dtype != torch.float64 else R
+
+
+def _round_to_odd(R: Tensor) -> Tensor:
+    """R (float64) to float32; what that does not hold exactly goes to the neighbour whose last bit is odd."""
     nearest = R.float()
     bits = nearest.view(torch.int32)
     odd = (bits - (nearest.double().abs() > R.abs()).int()) | 1
-    return torch.where(nearest.double() == R, bits, odd).view(torch.float32).to(dtype)
+    return torch.where(nearest.double() == R, bits, odd).view(torch.float32)
 
 
 def _ratio(squared: float, squared_whole: float) -> float:
