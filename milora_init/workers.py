@@ -54,11 +54,11 @@ def multiply_rate() -> float:
     return rate
 
 
-class Turn:
-    """The right to compute on a device: one thread at a time, on `threads` CPU threads.
+class _Turn:
+    """The right to solve on a device, for one thread at a time.
 
-    torch takes the number of threads from whichever thread asked last, and a thread that first computes while another
-    is down to one, as the solver is for small factorisations, would stay at one. So whoever has the turn says it anew.
+    A thread that first meets torch while another one's solver asks for one CPU thread would keep to one for good; so
+    the number is set where nobody else on the device is solving.
     """
 
     def __init__(self, threads: int) -> None:
@@ -84,11 +84,12 @@ class Crew:
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._threads = torch.get_num_threads()
-        self._seats: queue.SimpleQueue[tuple[torch.device, Turn]] = queue.SimpleQueue()
+        if len(devices) > 1:
+            # The solver counts on one thread where it asks for one, and the count is the whole process's.
+            torch.set_num_threads(1)
+        self._seats: queue.SimpleQueue[tuple[torch.device, _Turn]] = queue.SimpleQueue()
         for device in devices:
-            # With several devices the solver could not count on one thread where it asks for one, since the count is
-            # the whole process's. What is left for the CPU is little then.
-            turn = Turn(self._threads if len(devices) == 1 else 1)
+            turn = _Turn(torch.get_num_threads())
             for _ in range(self.HANDS):
                 self._seats.put((device, turn))
         self._own = threading.local()
