@@ -88,10 +88,10 @@ class Crew:
             # The solver counts on one thread where it asks for one, and the count is the whole process's.
             torch.set_num_threads(1)
         self._seats: queue.SimpleQueue[tuple[torch.device, _Turn]] = queue.SimpleQueue()
-        for device in devices:
-            turn = _Turn(torch.get_num_threads())
-            for _ in range(self.HANDS):
-                self._seats.put((device, turn))
+        turns = [_Turn(torch.get_num_threads()) for _ in devices]
+        for _ in range(self.HANDS):  # every device gets a hand before any gets its second: jobs may be few
+            for seat in zip(devices, turns, strict=True):
+                self._seats.put(seat)
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(len(devices) * self.HANDS, "milora", initializer=self._sit_down)
 
