@@ -1,0 +1,266 @@
+"""workers: one solves while another reads, no more than that at once, and the first error ends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import contents
+
+from milora_init import decompose, dense
+from milora_init.errors import UsageError
+from milora_init.manifest import MANIFEST
+from milora_init.workers import Crew, multiply_rate, resolve_devices
+
+CPU = torch.device("cpu")
+PATIENCE_S = 20  # for what happens at once, on a machine that is busy with something else
+
+Turn = AbstractContextManager[Any]
+
+
+def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "expected"),
+    [
+        (0, ["auto"], ["cpu"]),
+        (0, ["cpu", "cpu"], ["cpu"]),
+        (2, ["auto"], ["cuda:0", "cuda:1"]),
+        (2, ["cuda"], ["cuda:0", "cuda:1"]),
+        (2, ["cuda:1"], ["cuda:1"]),
+        (2, ["cuda:1", "cpu", "cuda"], ["cuda:1", "cpu", "cuda:0"]),
+    ],
+)
+def test_devices_are_those_that_are_there(
+    count: int, names: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(count, monkeypatch)
+    assert [str(device) for device in resolve_devices(names)] == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2"), (2, "gpu"), (0, "meta"), (0, "")]
+)
+def test_a_device_that_is_not_there_is_a_usage_error_that_lists_those_that_are(
+    count: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(count, monkeypatch)
+    with pytest.raises(UsageError, match=f"no device {name!r}") as caught:
+        resolve_devices(["cpu", name])
+    assert caught.value.hint == "this machine has: " + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+
+
+def test_the_rate_of_this_machine_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(0, monkeypatch)
+    assert 1e6 < multiply_rate() < 1e15
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_every_job_is_done_once_and_its_result_is_its_own(count: int) -> None:
+    done: list[int] = []
+
+    def work(job: int, device: torch.device, turn: Turn) -> tuple[int, str]:
+        done.append(job)
+        return job, device.type
+
+    with Crew([CPU] * count) as crew:
+        results = [crew.submit(work, job).result(PATIENCE_S) for job in range(30)]
+    assert results == [(job, "cpu") for job in range(30)]
+    assert sorted(done) == list(range(30))
+
+
+def test_one_job_of_a_device_solves_while_another_reads() -> None:
+    """The second job gets as far as its turn while the first one has it, and not into it."""
+    second_waits, first_left = threading.Event(), threading.Event()
+    solving: list[int] = []
+    together: list[int] = []
+
+    def work(job: int, device: torch.device, turn: Turn) -> bool:
+        if job == 1:
+            second_waits.set()
+        with turn:
+            solving.append(job)
+            together.append(len(solving))
+            was_read_meanwhile = job == 1 or second_waits.wait(PATIENCE_S)
+            first_left_before = job == 0 or first_left.is_set()
+            solving.remove(job)
+            if job == 0:
+                first_left.set()
+        return was_read_meanwhile and first_left_before
+
+    with Crew([CPU]) as crew:
+        futures = [crew.submit(work, job) for job in range(2)]
+        assert all(future.result(PATIENCE_S) for future in futures)
+    assert together == [1, 1]
+
+
+def test_devices_solve_at_the_same_time() -> None:
+    together = threading.Barrier(3, timeout=PATIENCE_S)
+
+    def work(job: int, device: torch.device, turn: Turn) -> int:
+        with turn:
+            return together.wait()
+
+    with Crew([CPU] * 3) as crew:
+        # Each hand meets the barrier inside its turn: three at once are three devices.
+        assert sorted(f.result(PATIENCE_S) for f in [crew.submit(work, job) for job in range(3)]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_more_jobs_are_begun_than_there_are_hands(count: int) -> None:
+    """What bounds the memory: a job that no thread has holds no tensor."""
+    hands = count * Crew.HANDS
+    release = threading.Event()
+    all_hands = threading.Barrier(hands + 1, timeout=PATIENCE_S)
+    begun: list[int] = []
+
+    def work(job: int, device: torch.device, turn: Turn) -> bool:
+        begun.append(job)
+        if job < hands:
+            all_hands.wait()
+        return release.wait(PATIENCE_S)
+
+    with Crew([CPU] * count) as crew:
+        futures = [crew.submit(work, job) for job in range(50)]
+        all_hands.wait()
+        assert sorted(begun) == list(range(hands))
+        release.set()
+        assert all(future.result(PATIENCE_S) for future in futures)
+    assert len(begun) == 50
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> None:
+    release = threading.Event()
+    begun: list[int] = []
+
+    def work(job: int, device: torch.device, turn: Turn) -> None:
+        begun.append(job)
+        if job == 0:
+            raise KeyError("the first")
+        release.wait(PATIENCE_S)
+
+    def fail() -> None:
+        with Crew([CPU] * count) as crew:
+            futures.extend(crew.submit(work, job) for job in range(500))
+            futures[0].result(PATIENCE_S)
+
+    futures: list[Any] = []
+    with pytest.raises(KeyError, match="the first"):
+        fail()
+    release.set()
+    assert len(begun) <= 1 + count * Crew.HANDS
+    with pytest.raises(CancelledError):
+        futures[-1].result(PATIENCE_S)
+
+
+def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
+    """A LAPACK call cannot be interrupted; whoever pressed Ctrl-C does not sit it out."""
+    solving, release, finished = threading.Event(), threading.Event(), threading.Event()
+
+    def work(job: int, device: torch.device, turn: Turn) -> None:
+        with turn:
+            solving.set()
+            release.wait(PATIENCE_S)
+        finished.set()
+
+    def interrupted() -> None:
+        with Crew([CPU]) as crew:
+            crew.submit(work, 0)
+            assert solving.wait(PATIENCE_S)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not finished.is_set()
+    release.set()
+    assert finished.wait(PATIENCE_S)
+
+
+def test_a_finished_crew_leaves_no_thread() -> None:
+    with Crew([CPU] * 2) as crew:
+        names = [crew.submit(lambda *_: threading.current_thread().name, job).result(PATIENCE_S) for job in range(4)]
+    assert all(name.startswith("milora") for name in names)
+    assert not [thread for thread in threading.enumerate() if thread.name in names]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_number_of_threads_is_given_back(count: int, fails: bool, two_threads: None) -> None:
+    class FailureError(Exception):
+        pass
+
+    def run() -> None:
+        with Crew([CPU] * count) as crew:
+            inside.append(crew.submit(lambda *_: torch.get_num_threads(), 0).result(PATIENCE_S))
+            if fails:
+                raise FailureError
+
+    inside: list[int] = []
+    if fails:
+        with pytest.raises(FailureError):
+            run()
+    else:
+        run()
+    assert torch.get_num_threads() == 2
+    assert inside == [2 if count == 1 else 1]  # several devices at once share out the cores
+
+
+def test_every_hand_solves_with_all_threads_whenever_it_came(two_threads: None) -> None:
+    """A thread of torch's begins with the count that stands at that moment, and the solver sets it to one at times."""
+    inside, arrived = threading.Event(), threading.Event()
+
+    def work(job: int, device: torch.device, turn: Turn) -> int:
+        if job == 1:
+            torch.ones(2).add(1)  # what reading a weight does: the first touch of torch in this thread
+            torch.get_num_threads()
+            arrived.set()
+        with turn:
+            if job == 0:
+                with dense.one_thread():
+                    inside.set()
+                    assert arrived.wait(PATIENCE_S)
+            return torch.get_num_threads()
+
+    with Crew([CPU]) as crew:
+        first = crew.submit(work, 0)
+        assert inside.wait(PATIENCE_S)
+        second = crew.submit(work, 1)
+        assert [first.result(PATIENCE_S), second.result(PATIENCE_S)] == [2, 2]
+
+
+@pytest.mark.parametrize("mode", ["min", "random"])
+def test_several_devices_make_the_same_bytes_as_one(
+    mode: str,
+    start: Callable[..., Any],
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    for count in (1, 2, 3):
+        (tmp_path / str(count)).mkdir()
+        monkeypatch.chdir(tmp_path / str(count))
+        monkeypatch.setattr(decompose, "resolve_devices", lambda _, count=count: (CPU,) * count)
+        start(checkpoint("llama", "bfloat16"), out="out", mode=mode)
+        made.append(contents(Path("out")))
+        del made[-1][MANIFEST]  # it holds seconds
+    assert made[0] == made[1] == made[2]
+    assert {"lora/adapter_model.safetensors", "model.safetensors.index.json"} < made[0].keys()
