@@ -36,7 +36,14 @@ class _Terminated(BaseException):
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of `milora-init`: run, and leave with the exit status."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    status = run(sys.argv[1:] if argv is None else argv)
+    if status in (130, 143):
+        # A factorisation cannot be interrupted, and the interpreter would wait minutes for its thread. All that it
+        # could still do is write into files that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> int:
