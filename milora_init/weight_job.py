@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,9 @@ def run(job: WeightJob, device: torch.device, turn: AbstractContextManager[Any])
         OutputError: The result cannot be written.
     """
     with job.residual.opened() as write_residual, job.A.opened() as write_A, job.B.opened() as write_B:
-        W = job.source.read().to(device)
+        W = job.source.read()
+        with suppress(torch.OutOfMemoryError):  # then it goes there in its turn, when the other hand's has left
+            W = W.to(device)
         with turn:
             started = time.monotonic()
             result, where = _split(job, W, device)
@@ -65,22 +67,23 @@ def run(job: WeightJob, device: torch.device, turn: AbstractContextManager[Any])
 
 
 def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:
-    def attempt(W: torch.Tensor) -> Split:
-        W = W.mT if job.fan_in_fan_out else W
+    def attempt(device: torch.device) -> Split:
+        there = W.to(device)
+        there = there.mT if job.fan_in_fan_out else there
         dtype = DTYPES[job.residual.dtype]
-        return split(W, job.rank, scale=job.scale, mode=job.mode, dtype=dtype, seed=job.seed)
+        return split(there, job.rank, scale=job.scale, mode=job.mode, dtype=dtype, seed=job.seed)
 
     try:
         try:
-            return attempt(W), str(device)
+            return attempt(device), str(device)
         except torch.OutOfMemoryError:
             # This worker has the device's turn: what else lies there waits or is cached.
             torch.cuda.empty_cache()
         try:
-            return attempt(W), str(device)
+            return attempt(device), str(device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-        return attempt(W.cpu()), f"cpu, because {device} ran out of memory"
+        return attempt(torch.device("cpu")), f"cpu, because {device} ran out of memory"
     except ValueError as error:
         raise SolveError(
             f"{job.source.name} in {job.source.path}: {error}",
