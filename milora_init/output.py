@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class OutputFolder:
         elif manifest:
             self._require_same(manifest.fingerprint, manifest.inputs, plan)
             self._require_whole(manifest)
+            self._sweep()
             return "finished"
         elif journal:
             self._require_same(journal[0]["fingerprint"], journal[0]["inputs"], plan)
@@ -58,13 +59,21 @@ class OutputFolder:
         self._require_room(plan, ours)
         # All that can be refused has been; from here on the folder is this run's.
         self._take_lock()
-        if self._read_journal() != journal:
+        if self._read_journal() != journal or read_manifest(self.path) != manifest:
             raise self._busy()
         if resuming:
             return "resumed"
-        if ours:
-            self._clear(ours)
-        self.record({"fingerprint": plan.fingerprint, "inputs": plan.inputs, "files": list(plan.files)})
+        try:
+            if ours:
+                if manifest and not journal:
+                    # Cut off while it is cleared, the folder must still be known as ours.
+                    old = {"fingerprint": manifest.fingerprint, "inputs": manifest.inputs, "files": ours}
+                    self.record(old)
+                self._clear(ours)
+            self.record({"fingerprint": plan.fingerprint, "inputs": plan.inputs, "files": list(plan.files)})
+        except BaseException:
+            self.abandon()
+            raise
         return "fresh"
 
     def record(self, line: dict[str, Any]) -> None:
@@ -112,9 +121,19 @@ class OutputFolder:
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest: from here on the output is whole."""
-        self.write(MANIFEST, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
-        shutil.rmtree(self.work)
-        self._release_lock()
+        try:
+            self.write(MANIFEST, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
+            shutil.rmtree(self.work, ignore_errors=True)
+        finally:
+            self._release_lock()
+
+    def _sweep(self) -> None:
+        """Remove what a run left that was cut off behind its manifest, unless it is still at it."""
+        if self.work.is_dir():
+            with suppress(OutputError):
+                self._take_lock()
+                shutil.rmtree(self.work, ignore_errors=True)
+                self._release_lock()
 
     def _take_lock(self) -> None:
         with writing(self.path):
@@ -122,8 +141,12 @@ class OutputFolder:
             self._lock = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._busy() from None
+            # A run that ended meanwhile took its lock file with it, and who comes next locks another one.
+            mine = os.path.samestat(os.fstat(self._lock), (self.work / _LOCK).stat())
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise self._busy()
 
     def _release_lock(self) -> None:
         if self._lock is not None:
