@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,10 +17,11 @@ import tiny_models
 from interruptions import Count, PulledPlugError, PullThePlug, halfway, shards
 from tiny_models import contents
 
+from milora_init.decompose import Silent
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
-from milora_init.output import WORK
+from milora_init.output import WORK, OutputFolder
 from milora_init.plan import make_plan
 
 Built = Callable[..., Path]
@@ -248,3 +251,110 @@ def test_a_resumed_run_needs_room_only_for_the_rest(
     with pytest.raises(OutputError, match="needs"):
         start(source, out=str(tmp_path / "another"))
     assert start(source).files
+
+
+class Meanwhile(Silent):
+    """Does something once, when the first shard is done."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.acts = [act]
+
+    def shard(self, *_: Any) -> None:
+        if self.acts:
+            self.acts.pop()()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "another milora-init is writing to .* at this moment"),
+        ({"overwrite": True}, "another milora-init is writing to .* at this moment"),
+        ({"overwrite": True, "rank": 3}, "another milora-init is writing to .* at this moment"),
+        ({"rank": 3}, "the output of another request"),
+    ],
+)
+def test_a_second_run_at_the_same_time_is_refused_and_does_not_disturb_the_first(
+    options: dict[str, Any], message: str, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"), out=str(tmp_path / "straight"))
+
+    def second() -> None:
+        before = states(tmp_path / "out")
+        with pytest.raises(OutputError, match=message) as caught:
+            start(checkpoint("llama"), **options)
+        refused.append(caught.value.hint)
+        assert states(tmp_path / "out").keys() >= before.keys()
+
+    refused: list[str] = []
+    start(checkpoint("llama"), progress=Meanwhile(second))
+    assert len(refused) == 1
+    assert "--out" in refused[0]
+    straight, out = contents(tmp_path / "straight"), contents(tmp_path / "out")
+    assert straight.keys() == out.keys()
+    own = {MANIFEST, "lora/adapter_config.json"}  # the one holds seconds, both the name of the folder
+    assert {n: c for n, c in out.items() if n not in own} == {n: c for n, c in straight.items() if n not in own}
+
+
+def test_a_run_that_looked_before_another_one_and_locks_after_it_is_refused(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at the folder and its lock another run began and ended."""
+    real = OutputFolder._take_lock
+
+    def late(self: OutputFolder) -> None:
+        monkeypatch.setattr(OutputFolder, "_take_lock", real)
+        start(checkpoint("llama"), rank=3)
+        before.update(states(tmp_path / "out"))
+        real(self)
+
+    before: dict[str, tuple[bytes, int]] = {}
+    monkeypatch.setattr(OutputFolder, "_take_lock", late)
+    with pytest.raises(OutputError, match="another milora-init"):
+        start(checkpoint("llama"))
+    shutil.rmtree(tmp_path / "out" / WORK)
+    assert states(tmp_path / "out") == before
+
+
+def test_a_lock_on_a_file_that_is_gone_is_no_lock(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened while the other run was at it, locked when that one had removed it: a third may hold the new one."""
+
+    def removed_meanwhile(file: int, _: int) -> None:
+        (tmp_path / "out" / WORK / "lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with pytest.raises(OutputError, match="another milora-init"):
+        start(checkpoint("llama"))
+    monkeypatch.undo()
+    assert start(checkpoint("llama")).files
+
+
+def test_a_run_that_cannot_even_begin_its_journal_leaves_nothing_and_no_lock(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        start(checkpoint("llama"))
+    assert contents(tmp_path) == {}
+    monkeypatch.undo()
+    assert start(checkpoint("llama")).files
+
+
+def test_what_a_run_left_that_was_cut_off_behind_its_manifest_is_swept_up(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    made = start(checkpoint("llama"))
+    pieces = tmp_path / "out" / WORK
+    pieces.mkdir()
+    (pieces / "model-00001-of-00004.safetensors.adapter").write_bytes(b"half")
+    before = contents(tmp_path / "out")
+    with (tmp_path / "out" / WORK / "lock").open("w") as lock:  # not while another run is at it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert start(checkpoint("llama")) == made
+        assert contents(tmp_path / "out").keys() > before.keys()
+    assert start(checkpoint("llama")) == made
+    assert not pieces.exists()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,43 +48,6 @@ def test_a_run_cut_off_anywhere_and_resumed_makes_the_bytes_of_a_straight_one(
     assert (count.done_bytes > 0) == (done > 0)
     assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "straight" / "out")
     assert [record.module for record in resumed.weights] == [record.module for record in straight.weights]
-
-
-KILLED = """
-import os, signal, sys
-from milora_init import InitOptions, initialize
-from milora_init.decompose import Silent
-
-class Kill(Silent):
-    seen = 0
-    def tensor(self, name, size_bytes):
-        if self.seen == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    def shard(self, result, finished, of, elapsed_s):
-        self.seen += 1
-
-options = InitOptions(model=sys.argv[1], out="out", rank=4, device=("cpu",), mode="random")
-initialize(options, progress=Kill())
-"""
-
-
-def test_a_process_that_is_killed_is_resumed_to_the_bytes_of_a_straight_run(
-    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A real SIGKILL in a process of its own: no line of ours runs after it."""
-    source = checkpoint("llama", "bfloat16")
-    for name in ("straight", "resumed"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "resumed")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(source)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert (Path("out") / f"{shards(source)[2]}.partial").exists()
-    count = Count()
-    start(source, out="out", mode="random", progress=count)
-    assert count.made == shards(source)[2:]
-    monkeypatch.chdir(tmp_path / "straight")
-    start(source, out="out", mode="random")
-    assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "straight" / "out")
 
 
 def test_a_run_that_fails_before_its_first_shard_leaves_nothing(
