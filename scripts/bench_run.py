@@ -1,0 +1,139 @@
+"""The whole job against the reference method and against a plain copy, in one run on one checkpoint.
+
+    python scripts/bench_run.py                     a 160M checkpoint, made for it
+    python scripts/bench_run.py --size 1b           2 GB
+    python scripts/bench_run.py --model FOLDER --no-reference
+
+Each contender is a process of its own; its seconds and its peak memory are the operating system's account of it.
+
+    reference   what the MiLoRA authors' svd_init.py does: load the whole model, torch.linalg.svd in float32 of every
+                target, subtract, save_pretrained
+    ours        milora-init, the same targets and rank
+    copy        cp -r, and sync: what writing the checkpoint costs at least
+    one module  milora-init with a single small target: how far the rest is from a copy
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+REFERENCE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+source, out, rank, *targets = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+with torch.no_grad():
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in targets:
+            W = module.weight.data.float()
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            r = int(rank)
+            root = S[-r:].sqrt()
+            module.weight.data -= ((U[:, -r:] * root) @ (root[:, None] * Vh[-r:])).to(module.weight.dtype)
+model.save_pretrained(out)
+"""
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+def main() -> None:
+    """Run the contenders and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a Llama-like checkpoint; made if not given")
+    parser.add_argument("--size", default="160m", help="of the one that is made: tiny, 160m, 1b, 7b")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--no-reference", action="store_true", help="leave the reference method out")
+    parser.add_argument("--work", type=Path, help="where to write; a temporary folder if not given")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+
+    work = Path(tempfile.mkdtemp(dir=args.work))
+    try:
+        model = args.model
+        if model is None:
+            model = work / "model"
+            # In a process of its own: a child is charged for what its parent held when it was born.
+            maker = Path(__file__).parent / "make_checkpoint.py"
+            subprocess.run([sys.executable, str(maker), str(model), "--size", args.size], check=True)
+        tool = [sys.executable, "-c", "from milora_init.cli import main; main()"]
+        ours = [*tool, "--model", str(model), "--rank", str(args.rank), "--quiet"]
+        targets = [part for target in TARGETS for part in ("--target", target)]
+        small = ["--target", "model.layers.0.self_attn.k_proj"]
+        script = [sys.executable, "-c", REFERENCE, str(model), str(work / "reference"), str(args.rank), *TARGETS]
+        copy = ["sh", "-c", 'cp -r "$0" "$1" && sync', str(model), str(work / "copy")]
+        contenders = {
+            "copy": copy,
+            "one module": [*ours, *small, "--out", str(work / "one")],
+            "ours": [*ours, *targets, "--out", str(work / "ours")],
+            **({} if args.no_reference else {"reference": script}),
+        }
+        warm(model)
+        figures = {}
+        for name, command in contenders.items():
+            figures[name] = measure(command)
+            print(f"{name}: {figures[name]['elapsed_s']:.1f} s", file=sys.stderr)
+            if name == "ours":
+                manifest = json.loads((work / "ours" / "milora_init.json").read_text())
+                figures[name]["solve_s"] = sum(weight["elapsed_s"] for weight in manifest["weights"])
+            shutil.rmtree(Path(command[-1]) if name != "reference" else work / "reference", ignore_errors=True)
+        report(figures, sum(path.stat().st_size for path in model.glob("*.safetensors")))
+        if args.json:
+            machine = {"processor": platform.processor(), "cores": os.cpu_count(), "torch": version("torch")}
+            args.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Seconds and peak resident bytes of a command."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"failed with {process.returncode}: {' '.join(command[:6])} ...")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"elapsed_s": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * unit}
+
+
+def warm(model: Path) -> None:
+    """Read the checkpoint once, so that no contender pays for the disk's first time."""
+    for path in model.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
+def report(figures: dict[str, dict[str, float]], size_bytes: int) -> None:
+    """Print the table."""
+    table = Table(title=f"{size_bytes / 1e9:.2f} GB, {os.cpu_count()} cores, torch {version('torch')}", box=None)
+    for column in ("", "seconds", "against copy", "against reference", "peak memory"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, figure in figures.items():
+        seconds = figure["elapsed_s"]
+        reference = figures.get("reference", {}).get("elapsed_s")
+        table.add_row(
+            name,
+            f"{seconds:.1f}",
+            f"{seconds / figures['copy']['elapsed_s']:.2f} x",
+            f"{reference / seconds:.1f} times faster" if reference else "",
+            f"{figure['peak_bytes'] / 2**20:.0f} MiB",
+        )
+    Console().print(table)
+    print(f"ours: {figures['ours']['solve_s']:.1f} s of solving and splitting")
+
+
+if __name__ == "__main__":
+    main()
