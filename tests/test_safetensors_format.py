@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import stat
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from raw_headers import entry, raw_file, written
 from reference import same_bytes
 from safetensors.torch import load_file, save_file
 from tiny_models import contents
@@ -25,21 +25,6 @@ from milora_init.safetensors_format import DTYPES, Header, plan_header, read_hea
 from milora_init.safetensors_writer import SafetensorsWriter
 
 F32 = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-
-
-def raw_file(header: Any, data: bytes = b"") -> bytes:
-    """A safetensors file with any header at all: bytes as they are, everything else as JSON."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def written(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-def entry(dtype: Any = "F32", shape: Any = (2, 3), offsets: Any = (0, 24)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 def test_a_header_read_is_the_one_that_the_library_wrote(tmp_path: Path) -> None:
@@ -129,58 +114,6 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.safetensors"):
         with pytest.raises(CheckpointError, match=str(path)):
             read_header(path)
-
-
-ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def require_sound_or_refused(path: Path) -> None:
-    """The only two outcomes: every tensor lies inside the file with room for its shape, or a CheckpointError."""
-    try:
-        header = read_header(path)
-    except CheckpointError:
-        return
-    size = path.stat().st_size - len(header.raw)
-    for info in header.tensors.values():
-        assert 0 <= info.start <= info.end <= size
-        assert info.size_bytes == math.prod(info.shape) * DTYPES[info.dtype].itemsize
-
-
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_mutated_header_field_is_believed_or_crashes(data: st.DataObject, tmp_path: Path) -> None:
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt"},
-        "v": entry(),
-        "w": entry("BF16", (3,), (24, 30)),
-        "x": entry("I8", (), (30, 31)),
-    }
-    for _ in range(data.draw(st.integers(1, 3))):
-        where = data.draw(st.sampled_from(["__metadata__", "v", "w", "x", "new"]))
-        field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "format", None]))
-        value = data.draw(ANY_JSON | st.lists(st.integers(-1, 40), max_size=3) | st.sampled_from(list(DTYPES)))
-        if field is None or not isinstance(header.get(where), dict):
-            header[where] = value
-        else:
-            header[where] = {**header[where], field: value}
-    require_sound_or_refused(written(tmp_path / "x.safetensors", raw_file(header, bytes(31))))
-
-
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    flips=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
-    length=st.integers(0, 420),
-)
-def test_no_mutated_byte_is_believed_or_crashes(flips: list[tuple[int, int]], length: int, tmp_path: Path) -> None:
-    sound = raw_file({"v": entry(), "w": entry("BF16", (3,), (24, 30)), "x": entry("I8", (), (30, 31))}, bytes(31))
-    content = bytearray(sound[:length])
-    for position, value in flips:
-        content[position % len(sound) : position % len(sound) + 1] = bytes([value])
-    require_sound_or_refused(written(tmp_path / "x.safetensors", bytes(content)))
 
 
 PLANNED = st.lists(
