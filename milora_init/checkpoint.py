@@ -166,6 +166,14 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
+def read_bytes(path: Path) -> bytes:
+    """A small file whole. Raises CheckpointError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder of weights, its headers read and checked, its data untouched.
@@ -186,7 +194,7 @@ class Checkpoint:
 
     @cached_property
     def config_bytes(self) -> bytes:
-        return (self.folder / "config.json").read_bytes()
+        return read_bytes(self.folder / "config.json")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -326,9 +334,12 @@ def _indexed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
 
 def _digest(path: Path, header: Header) -> str:
     digest = hashlib.sha256(header.raw)
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        for i in range(65):
-            file.seek(max(size_bytes * i // 64 - 4096, 0))
-            digest.update(file.read(4096))
+    size_bytes, _ = stamp(path)
+    try:
+        with path.open("rb") as file:
+            for i in range(65):
+                file.seek(max(size_bytes * i // 64 - 4096, 0))
+                digest.update(file.read(4096))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from milora_init import __version__, adapter, weight_job
-from milora_init.checkpoint import SafetensorsShard, open_shard, stamp
+from milora_init.checkpoint import SafetensorsShard, open_shard, read_bytes, stamp
 from milora_init.errors import CheckpointError, OutputError
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.options import InitOptions
@@ -190,7 +190,7 @@ class OpenShard:
             if name in self._job.weights:
                 continue
             if isinstance(self._source, SafetensorsShard):
-                self._base.copy(name, self._source.fileno, self._source.offset(name))
+                self._base.copy(name, self._source.fileno, self._source.offset(name), self._source.path)
             else:
                 self._base.write(name, self._source.read(name))
             self._progress.tensor(name, info.size_bytes)
@@ -229,13 +229,13 @@ def _assemble(plan: Plan, out: OutputFolder, lines: dict[str, dict[str, Any]], s
             piece = SafetensorsShard(out.path / WORK / f"{job.target}.adapter")
             try:
                 for key in piece.header.tensors:
-                    lora.copy(key, piece.fileno, piece.offset(key))
+                    lora.copy(key, piece.fileno, piece.offset(key), piece.path)
             finally:
                 piece.close()
         lora.finish()
     out.write(adapter.CONFIG, (json.dumps(plan.adapter_config, indent=2) + "\n").encode())
     for name in plan.side_files:
-        out.write(name, (plan.checkpoint.folder / name).read_bytes())
+        out.write(name, read_bytes(plan.checkpoint.folder / name))
     records = {record["module"]: record for line in lines.values() for record in line["records"]}
     _account(plan, out, set(records))
     if plan.index is not None:

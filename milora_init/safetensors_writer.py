@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.errors import OutputError
+from milora_init.errors import CheckpointError, OutputError
 from milora_init.safetensors_format import DTYPE_NAMES, Header
 
 _CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that calls cost nothing
-_NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+_NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +113,19 @@ class SafetensorsWriter:
             write(tensor)
         self.written(name)
 
-    def copy(self, name: str, source: int, offset: int) -> None:
-        """Copy a tensor's bytes from `offset` of the open file `source`, inside the kernel where it can."""
+    def copy(self, name: str, source: int, offset: int, origin: Path) -> None:
+        """Copy a tensor's bytes from `offset` of the open file `source`, inside the kernel where it can.
+
+        `origin` is what that file is called, for the CheckpointError of one that cannot be read.
+        """
         place = self.place(name)
         with _writing(self._partial):
-            _copy_range(source, self._open(), self._header.tensors[name].size_bytes, offset, place.offset)
+            length = self._header.tensors[name].size_bytes
+            done = _copy_in_kernel(source, self._open(), length, offset, place.offset)
+            while done < length:
+                chunk = _read(source, min(length - done, 1 << 24), offset + done, f"{origin}: cannot read {name}")
+                _write_all(self._open(), memoryview(chunk), place.offset + done)
+                done += len(chunk)
         self.written(name)
 
     def finish(self) -> int:
@@ -167,27 +175,32 @@ def _write_all(fileno: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def _copy_range(source: int, target: int, length: int, source_offset: int, target_offset: int) -> None:
-    while length and hasattr(os, "copy_file_range"):
+def _copy_in_kernel(source: int, target: int, length: int, source_offset: int, target_offset: int) -> int:
+    """Copy as many bytes as the file systems do by themselves; return how many."""
+    done = 0
+    while done < length and hasattr(os, "copy_file_range"):
+        size = min(length - done, _CHUNK_BYTES)
         try:
-            count = os.copy_file_range(source, target, min(length, _CHUNK_BYTES), source_offset, target_offset)
+            count = os.copy_file_range(source, target, size, source_offset + done, target_offset + done)
         except OSError as error:
+            # Another file system, or one that cannot; or a disk that fails, and reading by hand tells which.
             if error.errno in _NOT_IN_KERNEL:
-                break  # another file system, or one that cannot: copy through memory
+                break
             raise
         if count == 0:
             break
-        length, source_offset, target_offset = length - count, source_offset + count, target_offset + count
-    while length:
-        chunk = os.pread(source, min(length, 1 << 24), source_offset)
-        if not chunk:
-            raise OutputError("the source file ended early; it changed during the run")
-        _write_all(target, memoryview(chunk), target_offset)
-        length, source_offset, target_offset = (
-            length - len(chunk),
-            source_offset + len(chunk),
-            target_offset + len(chunk),
-        )
+        done += count
+    return done
+
+
+def _read(source: int, size: int, offset: int, complaint: str) -> bytes:
+    try:
+        chunk = os.pread(source, size, offset)
+    except OSError as error:
+        raise CheckpointError(f"{complaint}: {error.strerror}") from error
+    if not chunk:
+        raise CheckpointError(f"{complaint}: the file ended early; it changed during the run")
+    return chunk
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -177,7 +177,7 @@ def test_copied_bytes_are_the_same_whatever_the_file_system_can(
     header = read_header(source)
     with source.open("rb") as file, SafetensorsWriter(tmp_path / "copy.safetensors", header) as writer:
         for info in header.tensors.values():
-            writer.copy(info.name, file.fileno(), len(header.raw) + info.start)
+            writer.copy(info.name, file.fileno(), len(header.raw) + info.start, source)
         writer.finish()
     assert (tmp_path / "copy.safetensors").read_bytes() == source.read_bytes()
 
@@ -187,9 +187,9 @@ def test_a_source_that_shrinks_under_the_copy_is_an_error(tmp_path: Path) -> Non
     with (
         source.open("rb") as file,
         SafetensorsWriter(tmp_path / "x.safetensors", header_of(MIXED)) as writer,
-        pytest.raises(OutputError, match="changed during the run"),
+        pytest.raises(CheckpointError, match=f"{source}: cannot read wide: .* changed during the run"),
     ):
-        writer.copy("wide", file.fileno(), 0)
+        writer.copy("wide", file.fileno(), 0, source)
     assert list(contents(tmp_path)) == ["source"]
 
 
