@@ -1,4 +1,4 @@
-"""safetensors_format under fuzzing: every outcome is a sound header or a CheckpointError, in bounded time and memory."""
+"""safetensors_format fuzzed: every outcome is a sound header or a CheckpointError, in bounded time and memory."""
 
 from __future__ import annotations
 
