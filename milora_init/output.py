@@ -11,8 +11,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from milora_init.checkpoint import WEIGHT_SUFFIXES
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.plan import Plan
-from milora_init.safetensors_writer import sync_folder
+from milora_init.safetensors_writer import sync_folder, writing
 
 WORK = ".milora-init"
 _LOCK = "lock"
@@ -252,17 +252,6 @@ class OutputFolder:
         for folder in {path.parent for path in inside} - {self.path}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write into an OutputError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", hint="free some space, or choose another --out"
-        ) from error
 
 
 def _short(value: Any) -> str:

@@ -41,14 +41,14 @@ class Place:
         The file is opened here, before the tensor is computed: should the run fail meanwhile, its file is removed and
         a late write goes nowhere, instead of into the file that the next run has put in its place.
         """
-        with _writing(self.path):
+        with writing(self.path):
             fileno = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
 
         def write(tensor: Tensor) -> None:
             if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (self.dtype, self.shape):
                 planned = f"planned {self.dtype} {list(self.shape)}"
                 raise OutputError(f"{self.name} is {tensor.dtype} {list(tensor.shape)}, {planned}")
-            with _writing(self.path):
+            with writing(self.path):
                 _write_all(fileno, _bytes_of(tensor), self.offset)
 
         try:
@@ -76,7 +76,7 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         try:
-            with _writing(self._partial):
+            with writing(self._partial):
                 self._fileno = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
                 size_bytes = len(self._header.raw) + sum(info.size_bytes for info in self._header.tensors.values())
                 # Reserve the room at once: a full disk is found here, not after an hour of work.
@@ -119,7 +119,7 @@ class SafetensorsWriter:
         `origin` is what that file is called, for the CheckpointError of one that cannot be read.
         """
         place = self.place(name)
-        with _writing(self._partial):
+        with writing(self._partial):
             length = self._header.tensors[name].size_bytes
             done = _copy_in_kernel(source, self._open(), length, offset, place.offset)
             while done < length:
@@ -135,7 +135,7 @@ class SafetensorsWriter:
                 f"{self.path}: {len(self._missing)} tensors were never written, {min(self._missing)} first"
             )
         fileno = self._open()
-        with _writing(self._partial):
+        with writing(self._partial):
             os.fsync(fileno)
             size_bytes = os.fstat(fileno).st_size
             os.close(fileno)
@@ -160,7 +160,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write into an OutputError that names the path."""
     try:
         yield
     except OSError as error:
