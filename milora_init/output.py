@@ -246,12 +246,13 @@ class OutputFolder:
         for path in inside:
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".partial").unlink(missing_ok=True)
-        for path in self.work.iterdir() if self.work.is_dir() else ():
-            if path.name != _LOCK:
-                path.unlink()
         for folder in {path.parent for path in inside} - {self.path}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        # The journal goes last: as long as anything of ours stands, it says whose it is.
+        for path in sorted(self.work.iterdir(), key=self.journal.__eq__) if self.work.is_dir() else ():
+            if path.name != _LOCK:
+                path.unlink()
 
 
 def _short(value: Any) -> str:
