@@ -195,8 +195,9 @@ def main(source: Path, folder: Path, wanted: list[str]) -> None:
             while not killed.whole:
                 killed.overwrite(at_step(killed.runs * int(amount)))
         elif kind == "moments":
-            draw, straight_s = random.Random(0), killed.time_of_a_straight_run()
-            for _ in range(int(amount)):
+            draw = random.Random(0)
+            straight_s = min(killed.time_of_a_straight_run() for _ in range(3))
+            while killed.cut_short < int(amount) and killed.runs < 4 * int(amount):
                 killed.run(lambda: None, after_s=draw.uniform(0, straight_s))
         said[kind] = {"runs": killed.runs, "cut_short": killed.cut_short, "whole": killed.whole}
     print(json.dumps(said))

@@ -39,7 +39,7 @@ def test_a_run_killed_at_any_journal_line_or_step_or_moment_is_resumed_to_the_sa
     assert said["journal"] == {"runs": lines, "cut_short": lines, "whole": 0}
     assert said["steps"]["cut_short"] >= 5
     assert said["steps"]["whole"] == 1
-    assert said["moments"]["runs"] == 8
+    assert said["moments"]["cut_short"] == 8
     assert said["overwrites"]["cut_short"] >= 5
 
 
@@ -52,9 +52,6 @@ def test_a_run_killed_at_every_single_step_is_resumed_to_the_same_bytes(checkpoi
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_a_hundred_random_moments_is_resumed_to_the_same_bytes(
-    checkpoint: Built, tmp_path: Path
-) -> None:
-    said = killed(checkpoint("llama", "bfloat16"), tmp_path / "runs", "moments:100")
-    assert said["moments"]["runs"] == 100
-    assert said["moments"]["cut_short"] >= 50, "the machine was too fast or too slow for the moments drawn"
+def test_a_run_killed_at_sixty_random_moments_is_resumed_to_the_same_bytes(checkpoint: Built, tmp_path: Path) -> None:
+    said = killed(checkpoint("llama", "bfloat16"), tmp_path / "runs", "moments:60")
+    assert said["moments"]["cut_short"] == 60
