@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,23 +75,8 @@ class TensorSource:
         return torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(self.shape)
 
 
-class Shard(Protocol):
-    """One file of weights, open."""
-
-    path: Path
-    header: Header
-
-    def read(self, name: str) -> Tensor:
-        """A tensor of the file, in memory of its own, on the CPU. Raises CheckpointError."""
-
-    def locate(self, name: str) -> TensorSource:
-        """Where the tensor can be read by somebody else."""
-
-    def close(self) -> None: ...
-
-
 class SafetensorsShard:
-    """A `.safetensors` file. `header` is checked before this exists."""
+    """A `.safetensors` file, open. `header` is checked before this exists."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -99,9 +84,11 @@ class SafetensorsShard:
         self.fileno = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, name: str) -> Tensor:
+        """A tensor of the file, in memory of its own, on the CPU. Raises CheckpointError."""
         return self.locate(name).read()
 
     def locate(self, name: str) -> TensorSource:
+        """Where the tensor can be read by somebody else."""
         info = self.header.tensors[name]
         return TensorSource(self.path, name, info.dtype, info.shape, self.offset(name))
 
@@ -114,7 +101,7 @@ class SafetensorsShard:
 
 
 class PickleShard:
-    """A `pytorch_model*.bin` file; its `header` is the one that its safetensors twin will have."""
+    """A `pytorch_model*.bin` file, open; its `header` is the one that its safetensors twin will have."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -208,7 +195,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> Mapping[str, str]:
-        """What identifies the source without reading it all: a hash of each header and of the ends of its data."""
+        """What identifies the source without reading it all: a hash of each header and of samples of its data."""
         digests = {name: _digest(self.folder / name, header) for name, header in self.headers.items()}
         return digests | {"config.json": hashlib.sha256(self.config_bytes).hexdigest()}
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from milora_init import __version__, adapter, weight_job
-from milora_init.checkpoint import SafetensorsShard, open_shard, read_bytes, stamp
+from milora_init.checkpoint import SAFETENSORS_INDEX, SafetensorsShard, open_shard, read_bytes, stamp
 from milora_init.errors import CheckpointError, OutputError
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.options import InitOptions
@@ -95,16 +95,17 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
     started = time.monotonic()
     devices = resolve_devices(plan.options.device)
     out = OutputFolder(Path(plan.options.out).expanduser())
-    if out.enter(plan) == "finished":
-        return _finished(out)
+    if finished := out.enter(plan):
+        return finished
     try:
         lines = out.done()
-        sizes = {job.target: sum(i.size_bytes for i in job.header.tensors.values()) for job in plan.jobs}
-        progress.begin(plan, sum(sizes[name] for name in lines))
-        for result in _run_shards([job for job in plan.jobs if job.target not in lines], devices, out, progress):
+        done = [job for job in plan.jobs if job.target in lines]
+        todo = [job for job in plan.jobs if job.target not in lines]
+        progress.begin(plan, sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done))
+        for result in _run_shards(todo, devices, out, progress):
             line = dataclasses.asdict(result)
             out.record(line)
-            lines[result.shard] = json.loads(json.dumps(line))
+            lines[result.shard] = line
             progress.shard(result, len(lines), len(plan.jobs), time.monotonic() - started)
         manifest = _assemble(plan, out, lines, started)
     except BaseException:
@@ -239,7 +240,7 @@ def _assemble(plan: Plan, out: OutputFolder, lines: dict[str, dict[str, Any]], s
     records = {record["module"]: record for line in lines.values() for record in line["records"]}
     _account(plan, out, set(records))
     if plan.index is not None:
-        out.write("model.safetensors.index.json", plan.index)
+        out.write(SAFETENSORS_INDEX, plan.index)
     out.write("config.json", plan.config_bytes)
     options = plan.options
     return Manifest(
@@ -271,14 +272,6 @@ def _account(plan: Plan, out: OutputFolder, done: set[str]) -> None:
     keys = {adapter.lora_key(module, factor) for module in planned for factor in "AB"}
     if set(read_header(out.path / adapter.WEIGHTS).tensors) != keys:
         raise OutputError(f"{adapter.WEIGHTS} is not the adapter that was planned", hint="start again with --overwrite")
-
-
-def _finished(out: OutputFolder) -> Manifest:
-    from milora_init.manifest import read_manifest
-
-    manifest = read_manifest(out.path)
-    assert manifest is not None
-    return manifest
 
 
 def _versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from milora_init.checkpoint import WEIGHT_SUFFIXES
 from milora_init.errors import OutputError
@@ -35,8 +35,8 @@ class OutputFolder:
         self.journal = self.work / "journal.jsonl"
         self._lock: int | None = None
 
-    def enter(self, plan: Plan) -> Literal["fresh", "resumed", "finished"]:
-        """Make the folder ready for a plan, or find that it has been carried out.
+    def enter(self, plan: Plan) -> Manifest | None:
+        """Make the folder ready for a plan, fresh or to be resumed; or find it carried out and return its manifest.
 
         Raises:
             OutputError: The folder holds something else, or cannot be written, or the disk is too small.
@@ -50,7 +50,7 @@ class OutputFolder:
             self._require_same(manifest.fingerprint, manifest.inputs, plan)
             self._require_whole(manifest)
             self._sweep()
-            return "finished"
+            return manifest
         elif journal:
             self._require_same(journal[0]["fingerprint"], journal[0]["inputs"], plan)
         resuming = bool(journal) and not ours
@@ -62,7 +62,7 @@ class OutputFolder:
         if self._read_journal() != journal or read_manifest(self.path) != manifest:
             raise self._busy()
         if resuming:
-            return "resumed"
+            return None
         try:
             if ours:
                 if manifest and not journal:
@@ -74,7 +74,7 @@ class OutputFolder:
         except BaseException:
             self.abandon()
             raise
-        return "fresh"
+        return None
 
     def record(self, line: dict[str, Any]) -> None:
         """Append a line to the journal, safe on disk when this returns."""

@@ -10,20 +10,30 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from milora_init import __version__, adapter
-from milora_init.checkpoint import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, Stamp, open_checkpoint, side_files
+from milora_init.checkpoint import (
+    SAFETENSORS_INDEX,
+    SAFETENSORS_SINGLE,
+    Checkpoint,
+    Stamp,
+    open_checkpoint,
+    read_bytes,
+    side_files,
+)
 from milora_init.errors import PlanError
 from milora_init.manifest import MANIFEST
 from milora_init.naming import Adaptable, Naming, resolve, select
 from milora_init.options import InitOptions, Mode
-from milora_init.safetensors_format import DTYPES, Header, plan_header
+from milora_init.safetensors_format import DTYPES, Header, plan_header, torch_name
 
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and before transformers 4.56
 _SOLVABLE = ("F64", "F32", "BF16", "F16")
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
 
@@ -107,7 +117,7 @@ class Plan:
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """All that decides the bytes of the output, in a form that two runs can compare."""
+        """All that decides the bytes of the base and the adapter, in a form that two runs can compare."""
         options = self.options
         return {
             "version": __version__,
@@ -129,15 +139,15 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
-        return sum(info.size_bytes for info in self.checkpoint.tensors.values())
+        return sum(header.data_bytes for header in self.checkpoint.headers.values())
 
     @property
     def base_bytes(self) -> int:
-        return sum(_file_bytes(job.header) for job in self.jobs)
+        return sum(job.header.file_bytes for job in self.jobs)
 
     @property
     def adapter_bytes(self) -> int:
-        return _file_bytes(self.adapter_header)
+        return self.adapter_header.file_bytes
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -241,9 +251,9 @@ def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | N
         return None
     same = not checkpoint.is_pickle and all(job.header is checkpoint.headers[job.target] for job in jobs)
     if same:
-        return (checkpoint.folder / SAFETENSORS_INDEX).read_bytes()
+        return read_bytes(checkpoint.folder / SAFETENSORS_INDEX)
     renamed = {job.source.name: job.target for job in jobs}
-    total = sum(info.size_bytes for job in jobs for info in job.header.tensors.values())
+    total = sum(job.header.data_bytes for job in jobs)
     metadata = checkpoint.index.get("metadata")
     index = {
         **checkpoint.index,
@@ -255,21 +265,19 @@ def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | N
 
 def _plan_config(checkpoint: Checkpoint, dtype: str) -> bytes:
     """config.json with its dtype set where the residuals' differs: transformers casts the whole model to that one."""
-    config = checkpoint.config
-    if dtype == "auto" or _config_dtypes(config) == {dtype}:
+    if dtype == "auto" or _config_dtypes(checkpoint.config) == {dtype}:
         return checkpoint.config_bytes
+    config = deepcopy(checkpoint.config)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
-        for key in ("dtype", "torch_dtype"):
-            if key in part:
-                part[key] = dtype
-    if not {"dtype", "torch_dtype"} & config.keys():
+        part |= dict.fromkeys(_DTYPE_KEYS & part.keys(), dtype)
+    if not _DTYPE_KEYS & config.keys():
         config["dtype"] = dtype
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _config_dtypes(config: Mapping[str, Any]) -> set[str]:
-    return {str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)}
+    return {str(config[key]).removeprefix("torch.") for key in _DTYPE_KEYS if config.get(key)}
 
 
 def _notices(checkpoint: Checkpoint, weights: tuple[WeightPlan, ...], options: InitOptions) -> list[str]:
@@ -278,7 +286,7 @@ def _notices(checkpoint: Checkpoint, weights: tuple[WeightPlan, ...], options: I
         notices.append(
             f"the source has both {SAFETENSORS_SINGLE} and an index; as transformers does, the index is ignored"
         )
-    stored = {str(DTYPES[w.dtype]).removeprefix("torch.") for w in weights}
+    stored = {torch_name(w.dtype) for w in weights}
     for dtype in _config_dtypes(checkpoint.config) if options.dtype == "auto" else ():
         if stored != {dtype}:
             notices.append(
@@ -296,10 +304,6 @@ def _require_rank(weights: list[Adaptable], rank: int) -> None:
             f"rank {rank} is above the {limit} that {smallest.module} allows: its shape is {list(smallest.shape)}",
             hint=f"--rank {limit}, or --exclude {smallest.module.rpartition('.')[2]}",
         )
-
-
-def _file_bytes(header: Header) -> int:
-    return len(header.raw) + sum(info.size_bytes for info in header.tensors.values())
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -324,7 +328,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             {
                 "source": job.source.name,
                 "target": job.target,
-                "bytes": _file_bytes(job.header),
+                "bytes": job.header.file_bytes,
                 "weights": len(job.weights),
             }
             for job in plan.jobs

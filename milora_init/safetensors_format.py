@@ -33,6 +33,13 @@ DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def torch_name(dtype: str) -> str:
+    """`bfloat16` for `BF16`: a dtype as torch and config.json spell it."""
+    return str(DTYPES[dtype]).removeprefix("torch.")
+
+
 REFETCH = "fetch the file again: it is damaged or incomplete"
 
 
@@ -58,6 +65,16 @@ class Header:
     raw: bytes
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file that has this header."""
+        return len(self.raw) + self.data_bytes
 
 
 def read_header(path: Path) -> Header:

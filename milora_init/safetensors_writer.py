@@ -78,12 +78,11 @@ class SafetensorsWriter:
         try:
             with writing(self._partial):
                 self._fileno = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-                size_bytes = len(self._header.raw) + sum(info.size_bytes for info in self._header.tensors.values())
                 # Reserve the room at once: a full disk is found here, not after an hour of work.
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._fileno, 0, size_bytes)
+                    os.posix_fallocate(self._fileno, 0, self._header.file_bytes)
                 else:
-                    os.ftruncate(self._fileno, size_bytes)
+                    os.ftruncate(self._fileno, self._header.file_bytes)
                 _write_all(self._fileno, memoryview(self._header.raw), 0)
         except BaseException:  # __exit__ is not called for what fails here
             self.__exit__()

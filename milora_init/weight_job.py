@@ -18,7 +18,7 @@ import torch
 from milora_init.checkpoint import TensorSource
 from milora_init.errors import SolveError
 from milora_init.manifest import WeightRecord
-from milora_init.safetensors_format import DTYPES
+from milora_init.safetensors_format import DTYPES, torch_name
 from milora_init.safetensors_writer import Place
 from milora_init.split import Rounding, Split, split
 from milora_init.svd import Certificate, Mode
@@ -99,8 +99,8 @@ def _record(job: WeightJob, result: Split, where: str, elapsed_s: float) -> Weig
         module=job.module,
         tensor=job.source.name,
         shape=(m, n),
-        source_dtype=_torch_name(job.source.dtype),
-        dtype=_torch_name(job.residual.dtype),
+        source_dtype=torch_name(job.source.dtype),
+        dtype=torch_name(job.residual.dtype),
         rank=job.rank,
         s_first=s[0],
         s_last=s[-1],
@@ -118,7 +118,3 @@ def _plain(figures: Certificate | Rounding) -> dict[str, Any]:
     """A dataclass as JSON has it, which knows no infinity."""
     values = dataclasses.asdict(figures)
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-
-
-def _torch_name(dtype: str) -> str:
-    return str(DTYPES[dtype]).removeprefix("torch.")

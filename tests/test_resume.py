@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interruptions import Count, PulledPlugError, PullThePlug, halfway, shards
+from safetensors.torch import load_file
 from tiny_models import contents
 
 from milora_init import decompose
@@ -87,6 +88,17 @@ def _record_only_the_first(self: OutputFolder, line: dict[str, Any]) -> None:
         raise PulledPlugError
     with self.journal.open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def test_what_was_done_before_is_counted_in_bytes_of_the_source(start: Start, checkpoint: Built) -> None:
+    """The output's are twice as many where a 16-bit weight becomes float32."""
+    source = checkpoint("llama", "bfloat16")
+    with pytest.raises(PulledPlugError):
+        start(source, dtype="float32", progress=PullThePlug(1, when="after"))
+    count = Count()
+    start(source, dtype="float32", progress=count)
+    done = [load_file(source / name) for name in shards(source)[:2]]
+    assert count.done_bytes == sum(tensor.nbytes for shard in done for tensor in shard.values())
 
 
 def test_a_journal_line_cut_off_in_the_middle_counts_for_nothing(
