@@ -101,8 +101,8 @@ _WHAT, _ADAPTER, _SOURCE, _RUN = "What to factor out", "The adapter", "The sourc
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Option("--model", "-m", help="Local folder or Hub id.", show_default=False)],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="Local folder or Hub id.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
     rank: Annotated[
         int | None,
         typer.Option("--rank", "-r", help="Singular triplets per weight. (default: 64)", rich_help_panel=_WHAT),
@@ -153,9 +153,7 @@ def init(
         str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=_SOURCE)
     ] = None,
     cache_dir: Annotated[str | None, typer.Option(help="Hub cache.", rich_help_panel=_SOURCE)] = None,
-    token: Annotated[
-        str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN", show_default=False, rich_help_panel=_SOURCE)
-    ] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN", rich_help_panel=_SOURCE)] = None,
     device: Annotated[
         list[str] | None,
         typer.Option(help="auto, cpu, cuda or cuda:N. Repeatable. (default: auto)", rich_help_panel=_RUN),

@@ -147,11 +147,9 @@ def _probe(apply: Operator, K: Tensor, start: Tensor) -> float:
     """The largest Ritz value of the operator on the complement of K (q, k), from an independent start."""
     block = start
     value = torch.zeros((), dtype=start.dtype, device=start.device)
-    for step in range(PROBE_STEPS + 1):
+    for _ in range(PROBE_STEPS):
         for _ in range(2):
             block, _ = orthonormalise(block - K @ (K.mT @ block))
-        if step == PROBE_STEPS:
-            break
         image = apply(block)
         value = torch.linalg.matrix_norm(block.mT @ image, ord=2)
         block = image

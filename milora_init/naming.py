@@ -80,9 +80,8 @@ def resolve(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[
     _refuse_quantised(config)
     model = _build_on_meta(folder, config)
     homes = _homes(model, shapes)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     head = _output_head(model)
     adaptable: dict[str, Adaptable] = {}
@@ -94,28 +93,23 @@ def resolve(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[
             continue
         key = f"{name}.weight"
         tensors, plain = homes.get(key, ([], True))
-        parent = modules[name.rpartition(".")[0]]
-        reason = _why_not(module, parent)
-        if not reason and module is head:
-            reason = "the output head"
-        elif not reason and len(owners[id(weight)]) > 1:
-            reason = f"tied to {next(o for o in owners[id(weight)] if o != key)}"
-        elif not reason and not tensors:
-            reason = "no tensor of the checkpoint fills it"
-        elif not reason and (not plain or len(tensors) > 1):
-            reason = "transformers builds it from several tensors while loading"
-        elif not reason and shapes[tensors[0]] != tuple(weight.shape):
+        if reason := _why_not(module, modules[name.rpartition(".")[0]]):
+            refused[name] = reason
+        elif module is head:
+            refused[name] = "the output head"
+        elif len(owners[id(weight)]) > 1:
+            refused[name] = f"tied to {next(o for o in owners[id(weight)] if o != key)}"
+        elif not tensors:
+            refused[name] = "no tensor of the checkpoint fills it"
+        elif not plain or len(tensors) > 1:
+            refused[name] = "transformers builds it from several tensors while loading"
+        elif shapes[tensors[0]] != tuple(weight.shape):
             raise CheckpointError(
                 f"{tensors[0]} is {list(shapes[tensors[0]])} on disk, config.json makes it {list(weight.shape)}",
                 hint="config.json and the weights are of different models",
             )
-        if reason:
-            refused[name] = reason
         else:
-            transposed = _is_conv1d(module)
-            rows, columns = weight.shape
-            shape = (columns, rows) if transposed else (rows, columns)
-            adaptable[name] = Adaptable(name, tensors[0], shape, transposed)
+            adaptable[name] = Adaptable(name, tensors[0], _out_in(module), _is_conv1d(module))
     if not any(tensors for tensors, _ in homes.values()):
         raise CheckpointError(
             f"{folder}: no tensor belongs to {type(model).__name__}, which config.json names; "
@@ -257,10 +251,7 @@ def _why_not(module: nn.Module, parent: nn.Module) -> str:
         return f"a {type(module).__name__}, not a linear layer"
     if isinstance(parent, nn.MultiheadAttention):
         return "read by its parent, nn.MultiheadAttention, and never called"
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    rows, columns = weight.shape
-    out_features, in_features = (columns, rows) if _is_conv1d(module) else (rows, columns)
+    out_features, in_features = _out_in(module)
     try:
         with torch.no_grad():
             result = module(torch.empty(2, in_features, device="meta"))
@@ -268,6 +259,13 @@ def _why_not(module: nn.Module, parent: nn.Module) -> str:
     except Exception:  # a router may raise anything when called as a linear layer
         linear = False
     return "" if linear else f"a {type(module).__name__}, which does not compute x @ W.T"
+
+
+def _out_in(module: nn.Module) -> tuple[int, int]:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    rows, columns = weight.shape
+    return (columns, rows) if _is_conv1d(module) else (rows, columns)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -120,14 +120,15 @@ def _squares(*tensors: Tensor) -> Tensor:
 
 def _round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
     """R (float64) to the nearest value of dtype."""
+    if dtype.itemsize > 2:
+        return R.to(dtype)
+    # torch goes by way of float32, which can round to the middle of two 16-bit values and then to the farther one.
+    # A middle ends in twelve zero bits at least; what does is rounded again, to odd, which is never a middle.
     nearest = R.float()
     stored = nearest.to(dtype)
-    if dtype.itemsize <= 2:
-        # torch goes by way of float32, which can round to the middle of two 16-bit values and then to the farther one.
-        # A middle ends in twelve zero bits at least; what does is rounded again, to odd, which is never a middle.
-        suspects = (nearest.view(torch.int32) & 0xFFF).eq(0).nonzero(as_tuple=True)
-        stored[suspects] = _round_to_odd(R[suspects]).to(dtype)
-    return stored if dtype != torch.float64 else R
+    suspects = (nearest.view(torch.int32) & 0xFFF).eq(0).nonzero(as_tuple=True)
+    stored[suspects] = _round_to_odd(R[suspects]).to(dtype)
+    return stored
 
 
 def _round_to_odd(R: Tensor) -> Tensor:

@@ -188,9 +188,8 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode, tolerance: float) -> tupl
             complete="an independent block found nothing beyond the cut",
             inverse=None if factor is None else factor.solve,
         )
-        solution = left, s, right, s_max, certificate
-        if is_good(solution[1], solution[3], solution[4], tolerance):
-            return solution, ""
+        if is_good(s, s_max, certificate, tolerance):
+            return (left, s, right, s_max, certificate), ""
         doubt = f"lanczos left a component error of {certificate.component_error:.1e}"
     return None, doubt
 
