@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": False},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _RESUME = "run the same command to resume"
@@ -99,10 +99,11 @@ def _show_version(wanted: bool) -> None:
 _WHAT, _ADAPTER, _SOURCE, _RUN = "What to factor out", "The adapter", "The source", "The run"
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def init(
-    model: Annotated[str, typer.Option("--model", "-m", help="Local folder or Hub id.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Local folder or Hub id. Required.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write. Required.")] = None,
     rank: Annotated[
         int | None,
         typer.Option("--rank", "-r", help="Singular triplets per weight. (default: 64)", rich_help_panel=_WHAT),
@@ -116,6 +117,7 @@ def init(
             "--config",
             "-c",
             help="Recipe: a name in configs/ or a YAML file. (default: llm-adapters)",
+            show_default=False,
             rich_help_panel=_WHAT,
         ),
     ] = "llm-adapters",
@@ -180,6 +182,12 @@ def init(
     ] = False,
 ) -> None:
     """Factor singular components of a checkpoint into a LoRA adapter: a residual base and a ready-to-train lora/."""
+    if verb := context.invoked_subcommand:
+        _refuse_options_before(verb, context)
+        return
+    for name, value in (("--model", model), ("--out", out)):
+        if value is None:
+            raise UsageError(f"Missing option {name!r}", hint="milora-init --help")
     if quiet and verbose:
         raise UsageError("--quiet and --verbose contradict each other", hint="drop one of them")
     from milora_init.options import InitOptions
@@ -190,6 +198,16 @@ def init(
         cache_dir=cache_dir, token=token, device=device or None, seed=seed, overwrite=overwrite or None,
     )  # fmt: skip
     _initialize(options, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)
+
+
+def _refuse_options_before(verb: str, context: typer.Context) -> None:
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"{parameter.opts[0]} stands before `{verb}`: it is an option of the main job, not of `{verb}`",
+                hint=f"milora-init {verb} --help",
+            )
 
 
 def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
