@@ -1,8 +1,10 @@
 """Dense factorisations whose bits do not depend on the number of threads.
 
 A LAPACK routine splits its work by the number of threads, and the order of its sums with it: factor the
-same matrix with one thread and with two, and the last bits differ.  A matrix product does not behave so (MKL
-splits the rows and columns of the result, not the sum).  So here:
+same matrix with one thread and with two, and the last bits differ.  So does, on some processors, a product with
+a long inner dimension.  MKL, torch's library on x86, promises the same bits for any number of threads in its
+strict reproducible mode, for matrix products and at no measurable cost; the package asks for it when it is
+imported (__init__.py).  So:
 
 - the large factorisation, Cholesky, is blocked in Python, with all but a small part of its work in matrix
   products, and its triangular solves are products with the inverses of the diagonal blocks;

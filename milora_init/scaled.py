@@ -14,8 +14,9 @@ from torch import Tensor
 
 from milora_init.dense import Operator
 
-BLOCK_BYTES = 64 * 2**20  # of X, upcast at a time
+BLOCK_BYTES = 32 * 2**20  # of X, upcast at a time
 COLUMNS = 24  # MKL multiplies so many at a time: 72 columns take half the time of 64
+SMALL_GRAM = 256  # columns; below, halving a triangle further costs more than it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,22 @@ class Scaled:
         """X^T X (q, q), its lower triangle only: what lies above is not filled in."""
         q = self.X.shape[1]
         G = torch.zeros(q, q, dtype=torch.float64, device=self.X.device)
-        width = 16 * COLUMNS
         for _, block in self.blocks():
-            for start in range(0, q, width):
-                stop = min(q, start + width)
-                G[start:, start:stop].addmm_(block[:, start:].mT, block[:, start:stop])
+            _add_gram(G, block)
         return G
+
+
+def _add_gram(G: Tensor, block: Tensor) -> None:
+    """Add block^T block to the lower triangle of G, by halves: nearly all of it is large square products."""
+    q = G.shape[0]
+    if q <= SMALL_GRAM:
+        G.addmm_(block.mT, block)
+        return
+    half = -(-q // (2 * COLUMNS)) * COLUMNS
+    left, right = block[:, :half], block[:, half:]
+    _add_gram(G[:half, :half], left)
+    _add_gram(G[half:, half:], right)
+    G[half:, :half].addmm_(right.mT, left)
 
 
 def _pad(V: Tensor) -> Tensor:
