@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,8 +38,11 @@ from milora_init.workers import Crew, resolve_devices
 class Progress(Protocol):
     """Who wants to know how far the run is. Called from the workers' threads."""
 
-    def begin(self, plan: Plan, done_bytes: int) -> None:
-        """The run starts; `done_bytes` of `plan.source_bytes` were finished by an earlier one."""
+    def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
+        """The run starts; these of `plan.jobs` were finished by an earlier one."""
+
+    def solving(self, module: str, device: str) -> None:
+        """A device has taken a module up."""
 
     def tensor(self, name: str, size_bytes: int) -> None:
         """A tensor of the source has been dealt with."""
@@ -51,7 +54,8 @@ class Progress(Protocol):
 class Silent:
     """Progress that nobody watches."""
 
-    def begin(self, plan: Plan, done_bytes: int) -> None: ...
+    def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None: ...
+    def solving(self, module: str, device: str) -> None: ...
     def tensor(self, name: str, size_bytes: int) -> None: ...
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None: ...
 
@@ -101,7 +105,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
         lines = out.done()
         done = [job for job in plan.jobs if job.target in lines]
         todo = [job for job in plan.jobs if job.target not in lines]
-        progress.begin(plan, sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done))
+        progress.begin(plan, done)
         for result in _run_shards(todo, devices, out, progress):
             line = dataclasses.asdict(result)
             out.record(line)
@@ -211,7 +215,13 @@ class OpenShard:
         return ShardResult(self._job.target, files, tuple(records))
 
     def _split(self, job: WeightJob, device: torch.device, turn: AbstractContextManager[Any]) -> WeightRecord:
-        record = weight_job.run(job, device, turn)
+        @contextmanager
+        def announced() -> Iterator[None]:
+            with turn:
+                self._progress.solving(job.module, str(device))
+                yield
+
+        record = weight_job.run(job, device, announced())
         self._progress.tensor(job.source.name, self._source.header.tensors[job.source.name].size_bytes)
         return record
 

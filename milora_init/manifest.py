@@ -34,7 +34,7 @@ class WeightRecord:
         certificate: `svd.Certificate`, field by field.
         rounding: `split.Rounding`, field by field.
         device: Where it was solved.
-        elapsed_s: Seconds for solving and splitting.
+        elapsed_s: Seconds for solving and splitting; `read_s` and `write_s` for bringing it in and out.
     """
 
     module: str
@@ -52,6 +52,8 @@ class WeightRecord:
     rounding: Mapping[str, Any]
     device: str
     elapsed_s: float
+    read_s: float
+    write_s: float
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> WeightRecord:

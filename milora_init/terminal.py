@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from milora_init.report import component_error, duration, kinds, loading_lines, 
 if TYPE_CHECKING:
     from milora_init.decompose import ShardResult
     from milora_init.manifest import Manifest
-    from milora_init.plan import Plan
+    from milora_init.plan import Plan, ShardJob
 
 
 def print_error(message: str, hint: str) -> None:
@@ -43,10 +44,16 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
 
 
 class Bar:
-    """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere. A `decompose.Progress`."""
+    """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere. A `decompose.Progress`.
+
+    Either tells how many modules are done and how long the rest will take at this run's rate; the bar also which
+    module each device is at.
+    """
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self.began = False
+        self._at: dict[str, str] = {}  # device -> module
+        self._lock = threading.Lock()  # tensors are reported from the workers' threads
         self._console = _stderr(quiet)
         self._verbose = verbose
         self._bar = Progress(
@@ -55,12 +62,13 @@ class Bar:
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[modules]}"),
             TextColumn("[dim]{task.fields[current]}"),
             console=self._console,
             transient=True,
             disable=quiet or not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("splitting", total=None, current="")
+        self._task = self._bar.add_task("splitting", total=None, modules="", current="")
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -69,15 +77,40 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def begin(self, plan: Plan, done_bytes: int) -> None:
+    def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
         self.began = True
         self._started = time.monotonic()
-        self._bar.update(self._task, total=plan.source_bytes, completed=done_bytes)
-        if done_bytes:
-            self._console.print(f"resuming: {size(done_bytes)} of {size(plan.source_bytes)} were done before")
+        self._total = plan.source_bytes
+        self._earlier = self._done = sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done)
+        self._modules, self._split = len(plan.weights), sum(len(job.weights) for job in done)
+        self._adapted = {w.weight.tensor for w in plan.weights}
+        self._bar.update(self._task, total=self._total, completed=self._done, modules=self._count())
+        if done:
+            self._console.print(f"resuming: {size(self._done)} of {size(self._total)} were done before")
+
+    def solving(self, module: str, device: str) -> None:
+        self._at[device] = module
+        self._bar.update(self._task, current=self.current)
+
+    @property
+    def current(self) -> str:
+        """The module in work; with several devices, each device's."""
+        if len(self._at) == 1:
+            return next(iter(self._at.values()))
+        return "  ".join(f"{device} {module}" for device, module in sorted(self._at.items()))
 
     def tensor(self, name: str, size_bytes: int) -> None:
-        self._bar.update(self._task, advance=size_bytes, current=name.removesuffix(".weight"))
+        with self._lock:
+            self._done += size_bytes
+            self._split += name in self._adapted
+        self._bar.update(self._task, advance=size_bytes, modules=self._count())
+
+    def _count(self) -> str:
+        return f"{self._split}/{self._modules} modules"
+
+    def _time_left(self) -> str:
+        rate = (self._done - self._earlier) / (time.monotonic() - self._started)
+        return f"about {duration((self._total - self._done) / rate)} left"
 
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
         if self._verbose:
@@ -89,7 +122,9 @@ class Bar:
                 )
         if self._verbose or not self._console.is_terminal:
             weights = f"{len(result.records)} weight{'s' if len(result.records) != 1 else ''} split"
-            self._console.print(f"[{finished}/{of}] {result.shard}: {weights}, {duration(elapsed_s)}", markup=False)
+            left = f", {self._time_left()}" if finished < of else ""
+            line = f"[{finished}/{of}] {result.shard}: {weights}, {duration(elapsed_s)}{left}"
+            self._console.print(line, markup=False)
 
 
 def print_plan(plan: Plan, estimate_s: float) -> None:

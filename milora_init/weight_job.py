@@ -52,18 +52,21 @@ def run(job: WeightJob, device: torch.device, turn: AbstractContextManager[Any])
         OutputError: The result cannot be written.
     """
     with job.residual.opened() as write_residual, job.A.opened() as write_A, job.B.opened() as write_B:
+        began = time.monotonic()
         W = job.source.read()
         with suppress(torch.OutOfMemoryError):  # then it goes there in its turn, when the other hand's has left
             W = W.to(device)
+        read = time.monotonic()
         with turn:
             started = time.monotonic()
             result, where = _split(job, W, device)
-            elapsed_s = time.monotonic() - started
+            solved = time.monotonic()
         del W
         write_residual((result.residual.mT if job.fan_in_fan_out else result.residual).cpu())
         write_A(result.A.cpu())
         write_B(result.B.cpu())
-    return _record(job, result, where, elapsed_s)
+    written = time.monotonic()
+    return _record(job, result, where, read_s=read - began, elapsed_s=solved - started, write_s=written - solved)
 
 
 def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:
@@ -91,7 +94,7 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
         ) from error
 
 
-def _record(job: WeightJob, result: Split, where: str, elapsed_s: float) -> WeightRecord:
+def _record(job: WeightJob, result: Split, where: str, **seconds: float) -> WeightRecord:
     triplets = result.triplets
     s = triplets.s.tolist()
     m, n = result.residual.shape
@@ -110,7 +113,7 @@ def _record(job: WeightJob, result: Split, where: str, elapsed_s: float) -> Weig
         certificate=_plain(triplets.certificate),
         rounding=_plain(result.rounding),
         device=where,
-        elapsed_s=round(elapsed_s, 4),
+        **{name: round(value, 4) for name, value in seconds.items()},
     )
 
 

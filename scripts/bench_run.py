@@ -11,6 +11,8 @@ Each contender is a process of its own; its seconds and its peak memory are the 
     ours        milora-init, the same targets and rank
     copy        cp -r, and sync: what writing the checkpoint costs at least
     one module  milora-init with a single small target: how far the rest is from a copy
+
+Copy and one module run twice: with the checkpoint out of the page cache (cold) and in it (warm).
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ with torch.no_grad():
             module.weight.data -= ((U[:, -r:] * root) @ (root[:, None] * Vh[-r:])).to(module.weight.dtype)
 model.save_pretrained(out)
 """
+PARTS = {"read": "read_s", "solve": "elapsed_s", "write": "write_s"}  # of a weight's record
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
@@ -74,19 +77,22 @@ def main() -> None:
         script = [sys.executable, "-c", REFERENCE, str(model), str(work / "reference"), str(args.rank), *TARGETS]
         copy = ["sh", "-c", 'cp -r "$0" "$1" && sync', str(model), str(work / "copy")]
         contenders = {
+            "copy, cold": copy,
+            "one module, cold": [*ours, *small, "--out", str(work / "one")],
             "copy": copy,
             "one module": [*ours, *small, "--out", str(work / "one")],
             "ours": [*ours, *targets, "--out", str(work / "ours")],
             **({} if args.no_reference else {"reference": script}),
         }
-        warm(model)
         figures = {}
         for name, command in contenders.items():
+            cache(model, keep=not name.endswith("cold"))
             figures[name] = measure(command)
             print(f"{name}: {figures[name]['elapsed_s']:.1f} s", file=sys.stderr)
             if name == "ours":
                 manifest = json.loads((work / "ours" / "milora_init.json").read_text())
-                figures[name]["solve_s"] = sum(weight["elapsed_s"] for weight in manifest["weights"])
+                for part, key in PARTS.items():
+                    figures[name][f"{part}_s"] = sum(weight[key] for weight in manifest["weights"])
             shutil.rmtree(Path(command[-1]) if name != "reference" else work / "reference", ignore_errors=True)
         report(figures, sum(path.stat().st_size for path in model.glob("*.safetensors")))
         if args.json:
@@ -108,11 +114,14 @@ def measure(command: list[str]) -> dict[str, float]:
     return {"elapsed_s": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * unit}
 
 
-def warm(model: Path) -> None:
-    """Read the checkpoint once, so that no contender pays for the disk's first time."""
+def cache(model: Path, *, keep: bool) -> None:
+    """Bring the checkpoint into the page cache, or, where the platform can, out of it."""
     for path in model.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
-            while file.read(1 << 24):
+            if not keep:
+                os.fsync(file.fileno())  # dirty pages would stay
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while keep and file.read(1 << 24):
                 pass
 
 
@@ -127,12 +136,15 @@ def report(figures: dict[str, dict[str, float]], size_bytes: int) -> None:
         table.add_row(
             name,
             f"{seconds:.1f}",
-            f"{seconds / figures['copy']['elapsed_s']:.2f} x",
+            f"{seconds / figures['copy, cold' if name.endswith('cold') else 'copy']['elapsed_s']:.2f} x",
             f"{reference / seconds:.1f} times faster" if reference else "",
             f"{figure['peak_bytes'] / 2**20:.0f} MiB",
         )
     Console().print(table)
-    print(f"ours: {figures['ours']['solve_s']:.1f} s of solving and splitting")
+    ours = figures["ours"]
+    parts = (f"{ours[f'{part}_s']:.1f} s ({ours[f'{part}_s'] / ours['elapsed_s']:.0%})" for part in PARTS)
+    print("ours: " + ", ".join(f"{part} {figure}" for part, figure in zip(PARTS, parts, strict=True)) + " of the run;")
+    print("reading and writing of the adapted weights overlap the solving, copying of the rest is not counted")
 
 
 if __name__ == "__main__":

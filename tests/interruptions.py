@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from milora_init.decompose import ShardResult, Silent
 from milora_init.manifest import Manifest
 from milora_init.output import WORK
+from milora_init.plan import Plan, ShardJob
 
 
 class PulledPlugError(Exception):
@@ -40,8 +40,8 @@ class Count(Silent):
         self.made: list[str] = []
         self.done_bytes = -1
 
-    def begin(self, plan: Any, done_bytes: int) -> None:
-        self.done_bytes = done_bytes
+    def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
+        self.done_bytes = sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done)
 
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
         self.made.append(result.shard)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_checkpoint
 import pytest
 import tiny_models
 import torch
@@ -224,3 +227,19 @@ def test_the_sizes_promised_are_the_sizes_made(start: Callable[..., Any], checkp
     assert described["base_bytes"] == sum(shard["bytes"] for shard in described["shards"])
     assert described["source_bytes"] == sum(tensor.nbytes for tensor in tiny_models.tensors(folder).values())
     json.dumps(described)
+
+
+def test_the_memory_promised_is_the_memory_used(tmp_path: Path) -> None:
+    """Within 30 %, for weights large enough to matter beside the libraries."""
+    folder = tmp_path / "model"
+    make_checkpoint.make(folder, size="1b-layer")
+    described = describe(plan(folder, rank=64, target=("up_proj", "q_proj")))
+    script = (
+        "import resource, sys; from milora_init.cli import run; status = run(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024));"
+        "sys.exit(status)"
+    )
+    arguments = ["--model", folder, "--out", tmp_path / "out", "--rank", "64", "--target", "up_proj"]
+    arguments += ["--target", "q_proj", "--device", "cpu", "--quiet"]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, check=True)
+    assert described["peak_memory_bytes"] == pytest.approx(int(done.stdout), rel=0.3)

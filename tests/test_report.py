@@ -32,6 +32,8 @@ def record(module: str = "model.layers.0.q_proj", **values: Any) -> WeightRecord
         "rounding": {"component": 0.5, "error": 0.001, "leak": leak, "leak_if": leak_if},
         "device": "cpu",
         "elapsed_s": 1.5,
+        "read_s": 0.25,
+        "write_s": 0.5,
     }
     return WeightRecord(**{**given, **values})
 

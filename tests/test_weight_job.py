@@ -96,7 +96,11 @@ def test_a_job_and_its_record_survive_the_way_to_another_machine(tmp_path: Path)
     record, other = here.do(), there.do(travelled)
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
     assert pickle.loads(pickle.dumps(other)) == other
-    assert dataclasses.replace(other, elapsed_s=record.elapsed_s) == record
+    assert {f.name for f in dataclasses.fields(record) if getattr(record, f.name) != getattr(other, f.name)} <= {
+        "read_s",
+        "elapsed_s",
+        "write_s",
+    }
 
 
 def test_a_job_is_made_of_names_and_numbers(tmp_path: Path) -> None:

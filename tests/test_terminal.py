@@ -1,0 +1,60 @@
+"""terminal: what a person sees while a run goes on, with a terminal and without one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from interruptions import shards
+
+from milora_init.manifest import Manifest
+from milora_init.terminal import Bar
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+
+
+def test_without_a_terminal_each_shard_is_a_line_with_the_time_left(
+    start: Start, checkpoint: Built, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint("llama")
+    with Bar(quiet=False, verbose=False) as bar:
+        start(source, progress=bar)
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    count = len(shards(source))
+    assert [line.split("]")[0] for line in lines] == [f"[{n}/{count}" for n in range(1, count + 1)]
+    assert all(re.search(r", about [\d.]+ s left$", line) for line in lines[:-1])
+    assert "left" not in lines[-1]
+
+
+def test_on_a_terminal_the_bar_counts_modules_and_names_the_one_in_work(
+    start: Start, checkpoint: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    with Bar(quiet=False, verbose=False) as bar:
+        manifest = start(checkpoint("llama"), progress=bar)
+        bar._bar.refresh()
+    seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    count = len(manifest.weights)
+    assert f"{count}/{count} modules" in seen
+    assert any(weight.module in seen for weight in manifest.weights)
+
+
+def test_several_devices_are_shown_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar(quiet=False, verbose=False)
+    bar.solving("a.q_proj", "cuda:1")
+    assert bar.current == "a.q_proj"
+    bar.solving("b.q_proj", "cuda:0")
+    bar.solving("c.q_proj", "cuda:1")
+    assert bar.current == "cuda:0 b.q_proj  cuda:1 c.q_proj"
+
+
+def test_quiet_says_nothing(start: Start, checkpoint: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar(quiet=True, verbose=False) as bar:
+        start(checkpoint("llama"), progress=bar)
+    assert capsys.readouterr() == ("", "")
