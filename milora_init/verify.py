@@ -31,7 +31,7 @@ from milora_init.checkpoint import (
     sha256,
 )
 from milora_init.decompose import locate
-from milora_init.errors import MiloraError, UsageError
+from milora_init.errors import MiloraError, PlanError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.naming import resolve
 from milora_init.options import InitOptions
@@ -224,7 +224,10 @@ class _Inspection:
                 yield Difference(
                     name, f"{key} is {config[key]!r}, which this adapter was not made for", f"remove {key}"
                 )
-        hit = adapter.targeted(config.get("target_modules"), modules)
+        try:
+            hit = adapter.targeted(config.get("target_modules"), modules)
+        except PlanError:  # not a regular expression
+            hit = set()
         if odd := sorted(hit ^ self.records.keys()):
             what = f"target_modules {'hits' if odd[0] in hit else 'misses'} {odd[0]}, {len(odd)} differ in all"
             yield Difference(name, what, f'set "target_modules": {json.dumps(wanted["target_modules"])}')
@@ -234,7 +237,7 @@ class _Inspection:
         """base_model_name_or_path: this folder, or what it was recorded as, or the repository it was pushed to."""
         recorded, source = self.manifest.adapter["base_model_name_or_path"], self.manifest.source["model"]
         hint = f'set "base_model_name_or_path": {json.dumps(self.out)}'
-        here = isinstance(path, str) and bool(path) and Path(path).expanduser().resolve() == self.folder.resolve()
+        here = isinstance(path, str) and bool(path) and Path(path).resolve() == self.folder.resolve()
         if here:
             return
         if isinstance(path, str) and path == source:
@@ -284,7 +287,8 @@ class _Inspection:
         faults = list(_header_faults(weights, self.records))
         found += faults
         if faults or not comparable:
-            return bool(faults), found
+            # A file that cannot be read at all says nothing of its base.
+            return any(fault.where != str(weights) for fault in faults), found
         cosine, entries = _cosine(weights, self.folder / adapter.WEIGHTS)
         if not cosine > max(_COSINE, 6 / math.sqrt(entries)):
             what = f"unrelated to the adapter that this base was made with (cosine {cosine:.3f})"

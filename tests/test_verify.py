@@ -18,7 +18,7 @@ from tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_json, tensors
 from milora_init import verify as verdicts
 from milora_init.checkpoint import sha256
 from milora_init.cli import run
-from milora_init.decompose import initialize
+from milora_init.decompose import ShardResult, Silent, initialize
 from milora_init.errors import CheckpointError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
@@ -129,6 +129,20 @@ def test_the_manifest_has_the_hash_of_every_file(out: Path) -> None:
     assert manifest.hashes == {name: sha256(out / name) for name in manifest.files}
 
 
+def test_a_resumed_run_has_the_hashes_of_what_was_done_before(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    class CutOff(Silent):
+        def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+            if finished == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(checkpoint("llama"), progress=CutOff())
+    assert verify(str(tmp_path / "out")).kind == verdicts.UNFINISHED
+    start(checkpoint("llama"))
+    verdict = verify(str(tmp_path / "out"))
+    assert (verdict.kind, verdict.differences) == (verdicts.PAIR, ())
+
+
 def test_a_moved_or_downloaded_folder_passes(out: Path) -> None:
     verdict = verify(str(out))
     assert verdict.ok
@@ -228,6 +242,7 @@ def test_an_index_that_names_another_file(out: Path) -> None:
         ("rank_pattern", {"q_proj": 2}),
         ("use_dora", True),
         ("target_modules", ["q_proj"]),
+        ("target_modules", "(q_proj"),
         ("target_modules", ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]),
         ("base_model_name_or_path", ""),
         ("base_model_name_or_path", "/somewhere/else"),
@@ -319,6 +334,15 @@ def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, pristine: B
 
 def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: Built) -> None:
     require(verify(str(pristine(rank=2)), trained=str(trained)), verdicts.FOREIGN, "r is 4", "expected [2, 32]")
+
+
+def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pristine: Built, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "trained"))
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    require(verify(str(pristine()), trained=str(folder)), verdicts.DAMAGED, str(path))
+    path.unlink()
+    require(verify(str(pristine()), trained=str(folder)), verdicts.DAMAGED, f"{path}: missing")
 
 
 def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
