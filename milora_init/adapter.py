@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from milora_init.naming import matcher
+from milora_init.naming import REGEX, matcher
 from milora_init.safetensors_format import Header, plan_header
 
 FOLDER = "lora"
@@ -22,6 +22,22 @@ WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
 def lora_key(module: str, factor: str) -> str:
     """PEFT's name for factor `A` or `B` of a module."""
     return f"base_model.model.{module}.lora_{factor}.weight"
+
+
+def module_and_factor(key: str) -> tuple[str, str] | None:
+    """The module and the factor, `A` or `B`, that a key of an adapter file names; None for any other key."""
+    match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+    return (match[1], match[2]) if match else None
+
+
+def targeted(targets: object, modules: Sequence[str]) -> set[str]:
+    """The modules that PEFT resolves `target_modules` to: a list of names and suffixes, or one regular expression."""
+    if isinstance(targets, str):
+        targets = [f"{REGEX}{targets}"]
+    if not isinstance(targets, (list, tuple)):
+        return set()
+    matches = matcher([str(target) for target in targets])
+    return {module for module in modules if matches(module)}
 
 
 def plan_adapter(weights: Sequence[tuple[str, tuple[int, int]]], rank: int) -> Header:

@@ -153,6 +153,18 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
+def sha256(path: Path) -> str:
+    """Hash of a whole file, as the Hub names large files. Raises CheckpointError."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
 def read_bytes(path: Path) -> bytes:
     """A small file whole. Raises CheckpointError."""
     try:

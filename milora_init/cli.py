@@ -232,3 +232,30 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
         print(json.dumps(summary(manifest, unchanged=not bar.began), indent=2))
     elif not quiet:
         print_summary(manifest, unchanged=not bar.began)
+
+
+@app.command()
+def verify(
+    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
+    against: Annotated[
+        str | None, typer.Option(help="The source, to judge every tensor by: local folder or Hub id.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="With --against: solve every component anew, not a sample.")
+    ] = False,
+    adapter: Annotated[str | None, typer.Option(help="A trained adapter, to judge by the base in OUT.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> int:
+    """Say whether a folder holds a base and an adapter that belong together, and if not, what is wrong."""
+    from milora_init.terminal import print_verdict, waiting
+    from milora_init.verify import verify as judge
+
+    with waiting("reading and comparing", quiet=quiet):
+        verdict = judge(out, model=against, revision=revision, every=every, trained=adapter)
+    if as_json:
+        print(json.dumps(verdict.to_json(), indent=2))
+    elif not quiet or not verdict.ok:
+        print_verdict(verdict)
+    return 0 if verdict.ok else 1

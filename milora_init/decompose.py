@@ -14,7 +14,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from milora_init import __version__, adapter, weight_job
-from milora_init.checkpoint import SAFETENSORS_INDEX, SafetensorsShard, open_shard, read_bytes, stamp
+from milora_init.checkpoint import SAFETENSORS_INDEX, SafetensorsShard, open_shard, read_bytes, sha256, stamp
 from milora_init.errors import CheckpointError, OutputError
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.options import InitOptions
@@ -101,20 +101,26 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
     out = OutputFolder(Path(plan.options.out).expanduser())
     if finished := out.enter(plan):
         return finished
+    # Files are hashed from the page cache while the next one is made: the journal does not wait for it.
+    hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
     try:
         lines = out.done()
         done = [job for job in plan.jobs if job.target in lines]
         todo = [job for job in plan.jobs if job.target not in lines]
         progress.begin(plan, done)
+        hashes = {job.target: hasher.submit(sha256, out.path / job.target) for job in done}
         for result in _run_shards(todo, devices, out, progress):
             line = dataclasses.asdict(result)
             out.record(line)
             lines[result.shard] = line
+            hashes[result.shard] = hasher.submit(sha256, out.path / result.shard)
             progress.shard(result, len(lines), len(plan.jobs), time.monotonic() - started)
-        manifest = _assemble(plan, out, lines, started)
+        manifest = _assemble(plan, out, lines, hashes, started)
     except BaseException:
         out.abandon()
         raise
+    finally:
+        hasher.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a hash
     out.finish(manifest)
     return manifest
 
@@ -232,7 +238,9 @@ class OpenShard:
             )
 
 
-def _assemble(plan: Plan, out: OutputFolder, lines: dict[str, dict[str, Any]], started: float) -> Manifest:
+def _assemble(
+    plan: Plan, out: OutputFolder, lines: dict[str, dict[str, Any]], hashes: dict[str, Future[str]], started: float
+) -> Manifest:
     """All shards stand: put the adapter together, copy the side files, then make the folder loadable."""
     (out.path / adapter.FOLDER).mkdir(exist_ok=True)
     with SafetensorsWriter(out.path / adapter.WEIGHTS, plan.adapter_header) as lora:
@@ -267,6 +275,7 @@ def _assemble(plan: Plan, out: OutputFolder, lines: dict[str, dict[str, Any]], s
         files={name: (out.path / name).stat().st_size for name in plan.files},
         notices=plan.notices,
         weights=tuple(WeightRecord.from_json(records[w.weight.module]) for w in plan.weights),
+        hashes={name: hashes[name].result() if name in hashes else sha256(out.path / name) for name in plan.files},
         elapsed_s=round(time.monotonic() - started, 3),
     )
 

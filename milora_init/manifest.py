@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Manifest:
         notices: What a person should know.
         weights: One record a weight, in the model's order.
         elapsed_s: Seconds for the whole run; when it was resumed, for its last part.
+        hashes: SHA-256 of each of `files`.
     """
 
     source: Mapping[str, Any]
@@ -87,6 +88,7 @@ class Manifest:
     notices: tuple[str, ...]
     weights: tuple[WeightRecord, ...]
     elapsed_s: float
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}

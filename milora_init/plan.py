@@ -211,8 +211,12 @@ def _plan_weight(weight: Adaptable, checkpoint: Checkpoint, stored: str | None, 
             f"{weight.tensor} is stored as {dtype}: a packed or quantised weight has no singular components of its own",
             hint="start from the unquantised checkpoint, or dequantise it and save it again",
         )
-    own_seed = hashlib.sha256(f"{seed}:{weight.tensor}".encode()).digest()[:7]
-    return WeightPlan(weight, dtype, stored or dtype, int.from_bytes(own_seed, "big"))
+    return WeightPlan(weight, dtype, stored or dtype, own_seed(seed, weight.tensor))
+
+
+def own_seed(seed: int, tensor: str) -> int:
+    """The seed of one weight."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{tensor}".encode()).digest()[:7], "big")
 
 
 def _plan_shard(

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from milora_init.decompose import ShardResult
     from milora_init.manifest import Manifest
     from milora_init.plan import Plan, ShardJob
+    from milora_init.verify import Verdict
+
+_DIFFERENCES = 20  # of a verdict, before the rest is only counted
 
 
 def print_error(message: str, hint: str) -> None:
@@ -174,6 +177,21 @@ def print_summary(manifest: Manifest, *, unchanged: bool) -> None:
     console.print("\nLoad the pair, for training or inference:\n")
     for line in loading_lines(manifest).splitlines():
         console.print(f"    {line}", markup=False)
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """What `verify` found: the folder in one line on stdout; what differs, and its repair, on stderr."""
+    _stdout().print(f"{verdict.folder}: {verdict.kind}", markup=False)
+    console = _stderr()
+    for difference in verdict.differences[:_DIFFERENCES]:
+        console.print("[bold red]differs:[/]", end=" ")
+        console.print(f"{difference.where}: {difference.what}", markup=False)
+        console.print("   [bold cyan]hint:[/]", end=" ")
+        console.print(difference.hint, markup=False)
+    if (hidden := len(verdict.differences) - _DIFFERENCES) > 0:
+        console.print(f"and {hidden} more: --json lists them all", markup=False)
+    for note in verdict.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def _print_warnings(lines: tuple[str, ...] | list[str]) -> None:

@@ -1,0 +1,332 @@
+"""What a folder is: a residual base and its adapter that belong together, or what is wrong with it.
+
+The manifest says what was written. Files are compared with it by size and SHA-256, names with the model that
+config.json builds, adapter_config.json key by key, because trainers rewrite it and a push rewrites one key of it.
+With the source at hand, `audit` judges the tensors themselves.
+
+A trained adapter carries nothing of ours: PEFT drops what it does not know. But training starts from the factors in
+OUT/lora and stays on their side: trained and initial factors have a cosine well above zero, those of two bases are
+unrelated directions in thousands of dimensions. So the initial adapter is the fingerprint of the base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_init import adapter, audit
+from milora_init.audit import Difference
+from milora_init.checkpoint import (
+    SAFETENSORS_INDEX,
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    SafetensorsShard,
+    open_checkpoint,
+    read_bytes,
+    sha256,
+)
+from milora_init.decompose import locate
+from milora_init.errors import MiloraError, PlanError, UsageError
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
+from milora_init.naming import resolve
+from milora_init.options import InitOptions
+from milora_init.output import WORK
+from milora_init.safetensors_format import Header, read_header
+
+PAIR = "a matching pair: a residual base and its adapter"
+TRAINED = "a matching pair: a residual base and an adapter trained on it"
+FOREIGN = "a residual base with an adapter of another base"
+ORIGINAL = "an original model with a residual's adapter"
+BARE = "a residual base alone, which is not the original model"
+UNFINISHED = "an unfinished output"
+UNKNOWN = "not an output of milora-init, as far as can be told"
+DAMAGED = "an output of milora-init that was changed"
+
+_AGAIN = "make the output again: milora-init ... --overwrite, or fetch it again"
+_COSINE = 0.1  # between trained and initial factors; of unrelated ones it is about 1 / sqrt(number of entries)
+# What decides the function that the pair computes. Dropout and the like are the trainer's own business.
+_FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_EXTRAS = ("use_dora", "lora_bias", "layers_to_transform", "target_parameters", "modules_to_save", "exclude_modules")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found.
+
+    Attributes:
+        folder: As given.
+        kind: What it is, in one line.
+        differences: All that is not as it should be; empty if the folder is what it should be.
+        notes: What is no fault and yet worth knowing.
+        checked: What was looked at: files, modules, and tensors against which source.
+    """
+
+    folder: str
+    kind: str
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+    checked: Mapping[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        return {"status": "ok" if self.ok else "differs", **asdict(self)}
+
+
+def verify(
+    out: str,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    every: bool = False,
+    trained: str | None = None,
+) -> Verdict:
+    """Judge an output folder.
+
+    Args:
+        out: The folder.
+        model: The source, to judge every tensor by: a folder or a Hub id.
+        revision: Of the source.
+        every: Solve every component anew from the source, not a sample of three.
+        trained: The folder of a trained adapter, to judge by the base in `out`.
+
+    Raises:
+        UsageError: `every` without a source.
+        MiloraError: A folder that is not there, or a source that cannot be read.
+    """
+    if every and model is None:
+        raise UsageError("--all needs the source to solve from", hint="add --against MODEL")
+    folder = Path(out).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"{out}: no such folder", hint="name the --out of a run of milora-init")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        begun = (folder / WORK).is_dir()
+        hint = "run the same command again: it resumes" if begun else "get the file back from where the output was made"
+        missing = Difference(MANIFEST, "missing: it is written last, when all else is whole", hint)
+        return Verdict(out, UNFINISHED if begun else UNKNOWN, (missing,), (), {"files": 0})
+    return _Inspection(out, folder, manifest).verdict(model, revision, every, trained)
+
+
+class _Inspection:
+    """One folder under inspection; its differences as they are found."""
+
+    def __init__(self, out: str, folder: Path, manifest: Manifest) -> None:
+        self.out, self.folder, self.manifest = out, folder, manifest
+        self.records = {record.module: record for record in manifest.weights}
+        self.notes: list[str] = []
+        self.changed: set[str] = set()
+
+    def verdict(self, model: str | None, revision: str | None, every: bool, trained: str | None) -> Verdict:
+        found = [*self.files(), *self.strangers()]
+        checked: dict[str, Any] = {"files": len(self.manifest.files), "modules": len(self.records)}
+        base, kind = None, DAMAGED
+        try:
+            base = open_checkpoint(self.folder)
+            modules = self.modules(base)
+        except MiloraError as error:
+            found.append(Difference(self.out, error.message, error.hint or _AGAIN))
+            modules = tuple(self.records)
+        has_adapter = all((self.folder / name).is_file() for name in (adapter.CONFIG, adapter.WEIGHTS))
+        readable = False
+        if has_adapter:
+            header_faults = list(_header_faults(self.folder / adapter.WEIGHTS, self.records))
+            readable = not header_faults
+            found += header_faults
+            found += self.config_faults(self.folder / adapter.CONFIG, modules)
+        if base is not None and self.changed and self.is_original(base):
+            kind = ORIGINAL
+            found.insert(0, Difference(self.out, "holds the source's weights, not the residual's", _AGAIN))
+        elif not has_adapter and not self.changed & set(self.shards()):
+            kind = BARE
+        elif readable and adapter.WEIGHTS in self.changed and self.is_foreign():
+            kind = FOREIGN
+            what = "its singular values are not those of this base's components: of another base, or trained since"
+            found.append(Difference(adapter.WEIGHTS, what, "put the adapter made with this base back"))
+        if trained is not None:
+            foreign, faults = self.judge_trained(Path(trained).expanduser(), modules, comparable=readable)
+            found += faults
+            kind = FOREIGN if foreign else kind
+            checked["trained"] = trained
+        if model is not None and base is not None and readable:
+            source = open_checkpoint(locate(InitOptions(model=model, out=self.out, revision=revision))[0])
+            found += audit.against(base, self.folder / adapter.WEIGHTS, source, self.manifest, every=every)
+            checked |= {"against": model, "tensors": len(base.tensors), "components": "all" if every else "sample"}
+        if not found:
+            kind = PAIR if trained is None else TRAINED
+        return Verdict(self.out, kind, tuple(found), tuple(self.notes), checked)
+
+    def shards(self) -> list[str]:
+        return [name for name in self.manifest.files if Path(name).suffix == ".safetensors" and "/" not in name]
+
+    def files(self) -> Iterator[Difference]:
+        """Every file of the manifest: there, of its size, with its hash. adapter_config.json is judged by its keys."""
+        for name, size_bytes in self.manifest.files.items():
+            path = self.folder / name
+            fault = ""
+            if not path.is_file():
+                fault = "missing"
+            elif name == adapter.CONFIG:
+                continue
+            elif (found := path.stat().st_size) != size_bytes:
+                fault = f"{found} bytes, recorded are {size_bytes}"
+            elif name not in self.manifest.hashes:
+                fault = "no hash is recorded"
+            elif sha256(path) != self.manifest.hashes[name]:
+                fault = "its bytes were changed: another hash than recorded"
+            if fault:
+                self.changed.add(name)
+                yield Difference(name, fault, _AGAIN)
+
+    def strangers(self) -> Iterator[Difference]:
+        """Weights that are not ours, and what would make transformers load something else than the base."""
+        for path in sorted([*self.folder.iterdir(), *self.folder.glob(f"{adapter.FOLDER}/*")]):
+            name = path.relative_to(self.folder).as_posix()
+            if name in self.manifest.files or not path.is_file():
+                continue
+            weights = path.suffix.lower() in WEIGHT_SUFFIXES
+            if weights or path.name == "adapter_config.json" or path.name.endswith(SAFETENSORS_INDEX):
+                yield Difference(name, "not of this output, and could be loaded in its stead", f"move {name} away")
+
+    def modules(self, base: Checkpoint) -> tuple[str, ...]:
+        shapes = {name: info.shape for name, info in base.tensors.items()}
+        return resolve(self.folder, base.config, shapes).modules
+
+    def config_faults(self, path: Path, modules: tuple[str, ...], *, trained: bool = False) -> Iterator[Difference]:
+        """The fields of an adapter_config.json that decide what a trainer or a server makes of it."""
+        name = str(path) if trained else adapter.CONFIG
+        try:
+            config = json.loads(read_bytes(path))
+            if not isinstance(config, dict):
+                raise TypeError(f"a {type(config).__name__}")
+        except (MiloraError, ValueError, TypeError) as error:
+            yield Difference(name, f"not a readable JSON object: {error}", _AGAIN)
+            return
+        wanted = self.manifest.adapter
+        for key in _FIELDS:
+            if config.get(key) != wanted[key]:
+                what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
+                yield Difference(name, what, f'set "{key}": {json.dumps(wanted[key])}')
+        for key in _PATTERNS:
+            if (config.get(key) or {}) != (wanted[key] or {}):
+                yield Difference(name, f"{key} is {config[key]!r}", f'set "{key}": {json.dumps(wanted[key])}')
+        for key in _EXTRAS:
+            if config.get(key) and config[key] != wanted.get(key):
+                yield Difference(
+                    name, f"{key} is {config[key]!r}, which this adapter was not made for", f"remove {key}"
+                )
+        try:
+            hit = adapter.targeted(config.get("target_modules"), modules)
+        except PlanError:  # not a regular expression
+            hit = set()
+        if odd := sorted(hit ^ self.records.keys()):
+            what = f"target_modules {'hits' if odd[0] in hit else 'misses'} {odd[0]}, {len(odd)} differ in all"
+            yield Difference(name, what, f'set "target_modules": {json.dumps(wanted["target_modules"])}')
+        yield from self.path_faults(name, config.get("base_model_name_or_path"))
+
+    def path_faults(self, name: str, path: object) -> Iterator[Difference]:
+        """base_model_name_or_path: this folder, or what it was recorded as, or the repository it was pushed to."""
+        recorded, source = self.manifest.adapter["base_model_name_or_path"], self.manifest.source["model"]
+        hint = f'set "base_model_name_or_path": {json.dumps(self.out)}'
+        here = isinstance(path, str) and bool(path) and Path(path).resolve() == self.folder.resolve()
+        if here:
+            return
+        if isinstance(path, str) and path == source:
+            yield Difference(name, f"base_model_name_or_path is the original model {path}, not the residual base", hint)
+        elif path == recorded:
+            self.notes.append(
+                f"{name}: base_model_name_or_path is {path}, from where it was made; to follow it, {hint}"
+            )
+        elif isinstance(path, str) and _HUB_ID.fullmatch(path) and not Path(path).exists():
+            self.notes.append(f"{name}: base_model_name_or_path is {path}, as after a push")
+        else:
+            yield Difference(name, f"base_model_name_or_path is {path!r}, not this base", hint)
+
+    def is_original(self, base: Checkpoint) -> bool:
+        """Whether the files of weights are those that the output was made from."""
+        made_from = {name: digest for name, digest in self.manifest.inputs["source"].items() if name != "config.json"}
+        weights = {name: digest for name, digest in base.digest.items() if name != "config.json"}
+        return (
+            bool(weights.keys() & self.changed or weights.keys() - self.manifest.files.keys()) and weights == made_from
+        )
+
+    def is_foreign(self) -> bool:
+        """Whether most of an adapter's modules have other singular values than recorded."""
+        shard = SafetensorsShard(self.folder / adapter.WEIGHTS)
+        try:
+            return sum(self._is_other(shard, record) for record in self.manifest.weights) > len(self.records) / 2
+        finally:
+            shard.close()
+
+    def _is_other(self, shard: SafetensorsShard, record: WeightRecord) -> bool:
+        B, A = (shard.read(adapter.lora_key(record.module, factor)).double() for factor in "BA")
+        s = audit.scale_of(self.manifest.adapter, record.rank) * B.norm(dim=0) * A.norm(dim=1)
+        slack = 1e-4 * record.s_first + 1e-12 * record.s_max
+        ends = (float(s.max()) - record.s_first, float(s.min()) - record.s_last)
+        return not all(abs(off) <= slack for off in ends)
+
+    def judge_trained(
+        self, folder: Path, modules: tuple[str, ...], *, comparable: bool
+    ) -> tuple[bool, list[Difference]]:
+        """Whether a trained adapter is of another base, and all that does not fit this one."""
+        config, weights = (folder / Path(name).name for name in (adapter.CONFIG, adapter.WEIGHTS))
+        found = [Difference(str(path), "missing", "name a folder that save_pretrained wrote")
+                 for path in (config, weights) if not path.is_file()]  # fmt: skip
+        if found:
+            return False, found
+        found += self.config_faults(config, modules, trained=True)
+        faults = list(_header_faults(weights, self.records))
+        found += faults
+        if faults or not comparable:
+            # A file that cannot be read at all says nothing of its base.
+            return any(fault.where != str(weights) for fault in faults), found
+        cosine, entries = _cosine(weights, self.folder / adapter.WEIGHTS)
+        if not cosine > max(_COSINE, 6 / math.sqrt(entries)):
+            what = f"unrelated to the adapter that this base was made with (cosine {cosine:.3f})"
+            found.append(Difference(str(weights), what, "name the base that it was trained on"))
+            return True, found
+        return False, found
+
+
+def _header_faults(path: Path, records: Mapping[str, WeightRecord]) -> Iterator[Difference]:
+    """Keys and shapes of an adapter file that do not fit the modules."""
+    try:
+        header: Header = read_header(path)
+    except MiloraError as error:
+        yield Difference(str(path), error.message, error.hint)
+        return
+    wanted = {adapter.lora_key(r.module, "A"): (r.rank, r.shape[1]) for r in records.values()}
+    wanted |= {adapter.lora_key(r.module, "B"): (r.shape[0], r.rank) for r in records.values()}
+    hint = "name the base that this adapter was made for"
+    for key in sorted(wanted.keys() | header.tensors.keys()):
+        if key not in header.tensors:
+            yield Difference(key, f"missing in {path}", hint)
+        elif key not in wanted:
+            named = adapter.module_and_factor(key)
+            yield Difference(key, f"{path} adapts {named[0] if named else 'what is no module'}, not this base's", hint)
+        elif header.tensors[key].shape != wanted[key]:
+            yield Difference(key, f"is {list(header.tensors[key].shape)}, expected {list(wanted[key])}", hint)
+
+
+def _cosine(one: Path, other: Path) -> tuple[float, int]:
+    """The cosine between all factors of two adapters, each module's brought to one length, and how many entries."""
+    first, second = SafetensorsShard(one), SafetensorsShard(other)
+    try:
+        inner, entries = 0.0, 0
+        for key in second.header.tensors:
+            a, b = (shard.read(key).double().flatten() for shard in (first, second))
+            inner += float(a @ b) / max(float(a.norm() * b.norm()), 1e-300)
+            entries += a.numel()
+        return inner / len(second.header.tensors), entries
+    finally:
+        first.close()
+        second.close()
