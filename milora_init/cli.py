@@ -259,3 +259,28 @@ def verify(
     elif not quiet or not verdict.ok:
         print_verdict(verdict)
     return 0 if verdict.ok else 1
+
+
+@app.command()
+def convert(
+    init: Annotated[str, typer.Option("--init", help="The adapter as it was before training: OUT/lora.")],
+    trained: Annotated[str, typer.Option(help="The trained adapter.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
+    base: Annotated[str | None, typer.Option(help="The original model. (default: as the manifest says)")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Compress to it. (default: twice the rank)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Turn a trained adapter into a plain LoRA for the original model."""
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from milora_init.convert import convert
+
+    modules = convert(Path(init), Path(trained), Path(out), base=base, rank=rank)
+    if as_json:
+        print(json.dumps({"status": "done", "out": out, "modules": [asdict(m) for m in modules]}, indent=2))
+    else:
+        worst = max(modules, key=lambda m: m.lost)
+        for module in modules if rank is not None else ():
+            print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}")
+        print(f"{out}: {len(modules)} modules" + (f", at most {worst.lost:.2e} lost" if rank is not None else ""))

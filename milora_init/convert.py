@@ -1,0 +1,195 @@
+"""Turn a trained adapter of a residual base into a plain LoRA of the original model.
+
+    residual + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
+
+The rank doubles, or is cut to the best `rank` per module: QR of both factors, SVD of the small core in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from milora_init.adapter import lora_key
+from milora_init.errors import OutputError, PlanError, UsageError
+from milora_init.manifest import read_manifest
+from milora_init.safetensors_format import plan_header
+from milora_init.safetensors_writer import SafetensorsWriter, sync_folder, writing
+from milora_init.trained import CONFIG, WEIGHTS, LoraFolder, open_lora
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedModule:
+    """One module of the plain adapter; `lost` is the relative Frobenius norm of what compression cut off."""
+
+    module: str
+    rank: int
+    lost: float
+
+
+def convert(
+    init: Path, trained: Path, out: Path, *, base: str | None = None, rank: int | None = None
+) -> list[ConvertedModule]:
+    """Write to `out` a LoRA for the original model that computes what `trained` computes on its residual base.
+
+    Args:
+        init: The adapter as milora-init wrote it.
+        trained: The same adapter after training.
+        out: Folder to write; it must not exist, or be empty. Appears whole or not at all.
+        base: The original model, for the adapter's config. From the manifest beside `init` where it is None.
+        rank: Compress to this rank; None keeps everything, at twice the rank.
+
+    Raises:
+        CheckpointError: An adapter that cannot be read.
+        PlanError: The two do not belong together, or hold more than factors, or a rank above what there is.
+        OutputError: `out` holds something or cannot be written.
+        UsageError: Nobody says what the original model is.
+    """
+    before, after = open_lora(init), open_lora(trained)
+    _require_pair(before, after)
+    base = base or _source_of(init)
+    ranks = {module: rank or 2 * factors.rank for module, factors in before.modules.items()}
+    for module, factors in before.modules.items():
+        limit = min(2 * factors.rank, *factors.shape)
+        if rank is not None and not 1 <= rank <= limit:
+            raise PlanError(f"rank {rank} is not between 1 and the {limit} of {module}", hint=f"--rank {limit}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"--out {out} exists", hint="choose another --out, or move it away")
+
+    partial = out.absolute().with_name(out.absolute().name + ".partial")
+    with writing(out):
+        partial.mkdir(parents=True, exist_ok=True)
+    try:
+        results = _write_weights(before, after, ranks, partial / WEIGHTS, compress=rank is not None)
+        with writing(out):
+            (partial / CONFIG).write_text(json.dumps(_plain_config(before, base, rank), indent=2) + "\n")
+            sync_folder(partial)
+            partial.replace(out)
+            sync_folder(out.absolute().parent)
+    except BaseException:
+        (partial / WEIGHTS).unlink(missing_ok=True)
+        (partial / CONFIG).unlink(missing_ok=True)
+        partial.rmdir()
+        raise
+    return results
+
+
+def _write_weights(
+    before: LoraFolder, after: LoraFolder, ranks: dict[str, int], path: Path, *, compress: bool
+) -> list[ConvertedModule]:
+    header = plan_header(
+        (
+            entry
+            for module, factors in before.modules.items()
+            for entry in (
+                (lora_key(module, "A"), "F32", (ranks[module], factors.shape[1])),
+                (lora_key(module, "B"), "F32", (factors.shape[0], ranks[module])),
+            )
+        ),
+        metadata={"format": "pt"},
+    )
+    results = []
+    with (
+        safe_open(before.weights, framework="pt") as old,
+        safe_open(after.weights, framework="pt") as new,
+        SafetensorsWriter(path, header) as writer,
+    ):
+        for module, start in before.modules.items():
+            end = after.modules[module]
+            A = torch.cat([new.get_tensor(end.A).double(), old.get_tensor(start.A).double()])
+            B = torch.cat([new.get_tensor(end.B).double(), -old.get_tensor(start.B).double()], dim=1)
+            lost = 0.0
+            if compress:
+                B, A, lost = best_rank(start.scale * B, A, ranks[module])
+            writer.write(lora_key(module, "A"), A.float().contiguous())
+            writer.write(lora_key(module, "B"), B.float().contiguous())
+            results.append(ConvertedModule(module, ranks[module], lost))
+        writer.finish()
+    return results
+
+
+def best_rank(B: Tensor, A: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """The factors (m, k) and (k, n) nearest to B @ A, and how far they are from it: relative, in Frobenius norm."""
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, s, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    root = s[:k].sqrt()
+    whole = float(s.norm())
+    lost = float(s[k:].norm()) / whole if whole > 0 else 0.0
+    return Q_B @ (U[:, :k] * root), (root[:, None] * Vh[:k]) @ Q_A.mT, lost
+
+
+def _plain_config(before: LoraFolder, base: str, rank: int | None) -> dict[str, Any]:
+    """adapter_config.json of the result; a compressed one carries its scale in its factors."""
+    config = before.config
+    changed: dict[str, Any]
+    if rank is not None:
+        changed = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    else:
+        rslora = bool(config.get("use_rslora"))
+        ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+        grown: float = math.sqrt(2) if rslora else 2
+        changed = {
+            "r": 2 * config["r"],
+            "lora_alpha": grown * config["lora_alpha"],
+            "use_rslora": rslora,
+            "rank_pattern": {key: 2 * value for key, value in ranks.items()},
+            "alpha_pattern": {key: grown * value for key, value in alphas.items()},
+        }
+    return {
+        "peft_type": "LORA",
+        "task_type": config.get("task_type"),
+        "base_model_name_or_path": base,
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "bias": "none",
+        "target_modules": config.get("target_modules"),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+        **changed,
+    }
+
+
+def _require_pair(before: LoraFolder, after: LoraFolder) -> None:
+    """Raise PlanError unless `after` can be `before`, trained."""
+    if before.path.resolve() == after.path.resolve():
+        raise PlanError(f"{after.path} is both the initial and the trained adapter", hint="name two folders")
+    if odd := before.modules.keys() ^ after.modules.keys():
+        module = min(odd)
+        where = before.path if module in before.modules else after.path
+        raise PlanError(
+            f"{len(odd)} modules are in one adapter only, {module} first (in {where})",
+            hint="name the initial adapter that this one was trained from",
+        )
+    for module, start in before.modules.items():
+        end = after.modules[module]
+        for what, was, now in (
+            ("rank", start.rank, end.rank),
+            ("shape", list(start.shape), list(end.shape)),
+            ("scale", start.scale, end.scale),
+        ):
+            if was != now:
+                raise PlanError(
+                    f"{module} has {what} {was} in {before.path}, but {now} in {after.path}",
+                    hint="name the initial adapter that this one was trained from",
+                )
+    base, trained_on = (folder.config.get("base_model_name_or_path") for folder in (before, after))
+    if base != trained_on:
+        raise PlanError(
+            f"{after.path} was trained on {trained_on}, {before.path} belongs to {base}",
+            hint=f"if these are the same folder, moved: set base_model_name_or_path in {after.path / CONFIG} to {base}",
+        )
+
+
+def _source_of(init: Path) -> str:
+    manifest = read_manifest(init.absolute().parent)
+    if manifest is None:
+        raise UsageError(f"no milora_init.json beside {init} names the original model", hint="--base ORIGINAL")
+    return str(manifest.source["model"])

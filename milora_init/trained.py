@@ -1,0 +1,133 @@
+"""A LoRA folder as PEFT saves it, read for the ways back: which module has which factors, at which scale.
+
+What the factors alone do not say (DoRA, biases, retrained modules, ...) is refused by name: a way back that dropped it
+would give another model without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_init.errors import CheckpointError, PlanError
+from milora_init.safetensors_format import Header, read_header
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Keys of adapter_config.json that change what the factors mean, or add to them. Off is None, False or empty.
+_BEYOND_FACTORS = (
+    "use_dora", "modules_to_save", "target_parameters", "lora_bias", "trainable_token_indices", "layer_replication",
+    "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's A (rank, n) and B (m, rank); their product is multiplied with `scale`."""
+
+    A: str
+    B: str
+    rank: int
+    shape: tuple[int, int]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFolder:
+    """A LoRA adapter on disk, its header read: config and every module's factors by module name."""
+
+    path: Path
+    config: Mapping[str, Any]
+    header: Header
+    modules: Mapping[str, Factors]
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+
+def open_lora(path: Path) -> LoraFolder:
+    """Read a LoRA folder's config and header.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, a factor has no partner, or shapes contradict the config.
+        PlanError: The adapter holds more than factors of Linears.
+    """
+    config = _read_config(path)
+    header = read_header(path / WEIGHTS)
+    keys: dict[str, dict[str, str]] = {}
+    for key, info in header.tensors.items():
+        found = _KEY.fullmatch(key)
+        if not found:
+            raise PlanError(
+                f"{path / WEIGHTS}: {key} is not a factor of a Linear, and would be lost",
+                hint="train without it (no modules_to_save, bias or embeddings), or merge with PEFT",
+            )
+        if info.dtype not in _FLOATS or len(info.shape) != 2:
+            raise PlanError(f"{path / WEIGHTS}: {key} is {info.dtype} {list(info.shape)}, not a floating matrix")
+        keys.setdefault(found["module"], {})[found["factor"]] = key
+    if not keys:
+        raise CheckpointError(f"{path / WEIGHTS} holds no factors", hint="save the adapter again")
+    return LoraFolder(path, config, header, {m: _pair(path, config, header, m, pair) for m, pair in keys.items()})
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = f"name the folder that holds {CONFIG} and {WEIGHTS}"
+        raise CheckpointError(f"{path / CONFIG}: {error.strerror}", hint=hint) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path / CONFIG} is not readable JSON: {error}", hint="save the adapter again"
+        ) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise PlanError(f"{path / CONFIG} does not describe a LoRA adapter")
+    beyond = [f"{key} = {config[key]!r}" for key in _BEYOND_FACTORS if config.get(key)]
+    if config.get("bias", "none") != "none":
+        beyond.append(f"bias = {config['bias']!r}")
+    if beyond:
+        raise PlanError(
+            f"{path / CONFIG}: {', '.join(beyond)}: this is more than two factors a module, and would be lost",
+            hint="merge with PEFT's merge_and_unload instead",
+        )
+    return config
+
+
+def _pair(path: Path, config: Mapping[str, Any], header: Header, module: str, keys: Mapping[str, str]) -> Factors:
+    if missing := {"A", "B"} - keys.keys():
+        raise CheckpointError(
+            f"{path / WEIGHTS}: {module} has no lora_{missing.pop()}: the adapter is incomplete",
+            hint="save the adapter again",
+        )
+    rank = _of_module(config, "rank_pattern", "r", module, path)
+    alpha = _of_module(config, "alpha_pattern", "lora_alpha", module, path)
+    (a_rank, n), (m, b_rank) = header.tensors[keys["A"]].shape, header.tensors[keys["B"]].shape
+    if not a_rank == b_rank == rank:
+        raise CheckpointError(
+            f"{path / WEIGHTS}: {module} has A {[a_rank, n]} and B {[m, b_rank]}, {CONFIG} says rank {rank}",
+            hint="save the adapter and its config again, together",
+        )
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Factors(keys["A"], keys["B"], int(rank), (m, n), scale)
+
+
+def _of_module(config: Mapping[str, Any], pattern: str, default: str, module: str, path: Path) -> float:
+    """A module's rank or alpha: the first pattern that matches its end, as PEFT's get_pattern_key."""
+    try:
+        patterns = config.get(pattern) or {}
+        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        value = config[default] if key is None else patterns[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{value!r} for {module}")
+    except (AttributeError, KeyError, ValueError, re.error) as error:
+        raise CheckpointError(f"{path / CONFIG}: {default} and {pattern} are unreadable: {error}") from error
+    return float(value)
