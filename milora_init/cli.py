@@ -62,7 +62,8 @@ def run(argv: list[str]) -> int:
         # Typer's own usage errors; which package defines their class depends on its version.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             message = error.format_message() + _offending_value(argv, getattr(error, "param", None))
-            return _fail(argv, message, "milora-init --help", error.exit_code, error)
+            command = getattr(getattr(error, "ctx", None), "command_path", "milora-init")
+            return _fail(argv, message, f"{command} --help", error.exit_code, error)
         hint = "please report this; MILORA_DEBUG=1 shows where it happened"
         return _fail(argv, f"{type(error).__name__}: {error}", hint, 1, error)
 

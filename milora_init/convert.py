@@ -121,8 +121,10 @@ def best_rank(B: Tensor, A: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
     Q_A, R_A = torch.linalg.qr(A.mT)
     U, s, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
     root = s[:k].sqrt()
+    # Below what float32 factors resolve there is nothing to lose: the adapter was hardly trained.
+    resolved = torch.finfo(torch.float32).eps * float(R_B.norm() * R_A.norm())
     whole = float(s.norm())
-    lost = float(s[k:].norm()) / whole if whole > 0 else 0.0
+    lost = float(s[k:].norm()) / whole if whole > resolved else 0.0
     return Q_B @ (U[:, :k] * root), (root[:, None] * Vh[:k]) @ Q_A.mT, lost
 
 
