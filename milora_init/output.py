@@ -145,6 +145,12 @@ class OutputFolder:
             mine = os.path.samestat(os.fstat(self._lock), (self.work / _LOCK).stat())
         except (BlockingIOError, FileNotFoundError):
             mine = False
+        except OSError as error:
+            self._release_lock()
+            raise OutputError(
+                f"{self.path} cannot be locked against a second run: {error.strerror}",
+                hint="choose an --out on a file system with locks, such as a local disk",
+            ) from error
         if not mine:
             raise self._busy()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -249,4 +250,17 @@ def test_a_disk_that_cannot_be_written_is_not_taken_for_one_that_cannot_be_read(
         monkeypatch.setattr(os, name, failing(getattr(os, name), 9))
     with pytest.raises(OutputError, match=rf"cannot write {tmp_path}.*{os.strerror(errno.EIO)}"):
         start(checkpoint("llama"))
+    require_unfinished(tmp_path / "out")
+
+
+def test_a_file_system_without_locks_is_named(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OutputError, match="cannot be locked against a second run") as error:
+        start(checkpoint("llama"))
+    assert "local disk" in error.value.hint
     require_unfinished(tmp_path / "out")
