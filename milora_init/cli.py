@@ -263,6 +263,28 @@ def verify(
 
 
 @app.command()
+def merge(
+    base: Annotated[str, typer.Argument(metavar="OUT", help="The output folder: the residual base.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
+    adapter: Annotated[str | None, typer.Option(help="The trained adapter. (default: the one in OUT)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> None:
+    """Merge an adapter into its residual base: one plain model in the source's dtype."""
+    from dataclasses import asdict
+
+    from milora_init.merge import merge as join
+    from milora_init.terminal import print_merged, waiting
+
+    with waiting("merging", quiet=quiet):
+        merged = join(base, out, trained=adapter)
+    if as_json:
+        print(json.dumps({"status": "done", **asdict(merged)}, indent=2))
+    elif not quiet:
+        print_merged(merged)
+
+
+@app.command()
 def convert(
     init: Annotated[str, typer.Option("--init", help="The adapter as it was before training: OUT/lora.")],
     trained: Annotated[str, typer.Option(help="The trained adapter.")],

@@ -22,7 +22,7 @@ from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.manifest import read_manifest
 from milora_init.safetensors_format import plan_header
 from milora_init.safetensors_writer import SafetensorsWriter, sync_folder, writing
-from milora_init.trained import CONFIG, WEIGHTS, LoraFolder, open_lora
+from milora_init.trained import CONFIG, WEIGHTS, LoraFolder, open_lora, require_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def convert(
         UsageError: Nobody says what the original model is.
     """
     before, after = open_lora(init), open_lora(trained)
-    _require_pair(before, after)
+    require_pair(before, after)
     base = base or _source_of(init)
     ranks = {module: rank or 2 * factors.rank for module, factors in before.modules.items()}
     for module, factors in before.modules.items():
@@ -157,37 +157,6 @@ def _plain_config(before: LoraFolder, base: str, rank: int | None) -> dict[str, 
         "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
         **changed,
     }
-
-
-def _require_pair(before: LoraFolder, after: LoraFolder) -> None:
-    """Raise PlanError unless `after` can be `before`, trained."""
-    if before.path.resolve() == after.path.resolve():
-        raise PlanError(f"{after.path} is both the initial and the trained adapter", hint="name two folders")
-    if odd := before.modules.keys() ^ after.modules.keys():
-        module = min(odd)
-        where = before.path if module in before.modules else after.path
-        raise PlanError(
-            f"{len(odd)} modules are in one adapter only, {module} first (in {where})",
-            hint="name the initial adapter that this one was trained from",
-        )
-    for module, start in before.modules.items():
-        end = after.modules[module]
-        for what, was, now in (
-            ("rank", start.rank, end.rank),
-            ("shape", list(start.shape), list(end.shape)),
-            ("scale", start.scale, end.scale),
-        ):
-            if was != now:
-                raise PlanError(
-                    f"{module} has {what} {was} in {before.path}, but {now} in {after.path}",
-                    hint="name the initial adapter that this one was trained from",
-                )
-    base, trained_on = (folder.config.get("base_model_name_or_path") for folder in (before, after))
-    if base != trained_on:
-        raise PlanError(
-            f"{after.path} was trained on {trained_on}, {before.path} belongs to {base}",
-            hint=f"if these are the same folder, moved: set base_model_name_or_path in {after.path / CONFIG} to {base}",
-        )
 
 
 def _source_of(init: Path) -> str:

@@ -11,19 +11,40 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from milora_init.checkpoint import WEIGHT_SUFFIXES
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
-from milora_init.plan import Plan
 from milora_init.safetensors_writer import sync_folder, writing
 
 WORK = ".milora-init"
 _LOCK = "lock"
+
+
+class Planned(Protocol):
+    """What an output folder asks of a plan, be it of the main job or of a merge."""
+
+    @property
+    def source(self) -> Path:
+        """The folder that is read."""
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether an earlier output may be replaced."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+    @property
+    def files(self) -> Sequence[str]: ...
+    @property
+    def room_bytes(self) -> int:
+        """What the run needs on the disk at its peak."""
 
 
 class OutputFolder:
@@ -35,16 +56,16 @@ class OutputFolder:
         self.journal = self.work / "journal.jsonl"
         self._lock: int | None = None
 
-    def enter(self, plan: Plan) -> Manifest | None:
+    def enter(self, plan: Planned) -> Manifest | None:
         """Make the folder ready for a plan, fresh or to be resumed; or find it carried out and return its manifest.
 
         Raises:
             OutputError: The folder holds something else, or cannot be written, or the disk is too small.
         """
-        self._require_apart(plan.checkpoint.folder)
+        self._require_apart(plan.source)
         manifest, journal = read_manifest(self.path), self._read_journal()
         ours: list[str] = []
-        if (manifest or journal) and plan.options.overwrite:
+        if (manifest or journal) and plan.overwrite:
             ours = list(manifest.files if manifest else journal[0]["files"])
         elif manifest:
             self._require_same(manifest.fingerprint, manifest.inputs, plan)
@@ -119,10 +140,11 @@ class OutputFolder:
             partial.replace(path)
             sync_folder(path.parent)
 
-    def finish(self, manifest: Manifest) -> None:
-        """Write the manifest: from here on the output is whole."""
+    def finish(self, manifest: Manifest | None) -> None:
+        """Write the manifest, if it is to have one: from here on the output is whole."""
         try:
-            self.write(MANIFEST, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
+            if manifest:
+                self.write(MANIFEST, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
             shutil.rmtree(self.work, ignore_errors=True)
         finally:
             self._release_lock()
@@ -189,7 +211,7 @@ class OutputFolder:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"--out {self.path} is a file", hint="name a folder")
 
-    def _require_same(self, fingerprint: str, before: Mapping[str, Any], plan: Plan) -> None:
+    def _require_same(self, fingerprint: str, before: Mapping[str, Any], plan: Planned) -> None:
         if fingerprint == plan.fingerprint:
             return
         changed = [key for key, value in plan.inputs.items() if before.get(key) != value]
@@ -213,7 +235,7 @@ class OutputFolder:
                     hint="make it again with --overwrite",
                 )
 
-    def _require_empty(self, plan: Plan, ours: Iterable[str] = ()) -> None:
+    def _require_empty(self, plan: Planned, ours: Iterable[str] = ()) -> None:
         if not self.path.is_dir():
             return
         planned = {Path(name).parts[0] for name in (*plan.files, MANIFEST)}
@@ -227,14 +249,13 @@ class OutputFolder:
                     hint="choose another --out, or move it away",
                 )
 
-    def _require_room(self, plan: Plan, ours: Iterable[str] = ()) -> None:
+    def _require_room(self, plan: Planned, ours: Iterable[str] = ()) -> None:
         parent = self.path.absolute()
         while not parent.exists():
             parent = parent.parent
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(f"--out {self.path} cannot be written: no permission in {parent}")
-        # The adapter counts twice: once in pieces beside the journal, once assembled.
-        needed = plan.base_bytes + 2 * plan.adapter_bytes
+        needed = plan.room_bytes
         standing = ours or [name for line in self.done().values() for name in line["files"]]
         needed -= sum((self.path / name).stat().st_size for name in standing if (self.path / name).is_file())
         free = shutil.disk_usage(parent).free

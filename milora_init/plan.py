@@ -138,6 +138,19 @@ class Plan:
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
 
     @property
+    def source(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def overwrite(self) -> bool:
+        return self.options.overwrite
+
+    @property
+    def room_bytes(self) -> int:
+        # The adapter counts twice: once in pieces beside the journal, once assembled.
+        return self.base_bytes + 2 * self.adapter_bytes
+
+    @property
     def source_bytes(self) -> int:
         return sum(header.data_bytes for header in self.checkpoint.headers.values())
 
@@ -198,7 +211,7 @@ def make_plan(options: InitOptions, folder: Path, revision: str | None = None) -
         jobs=jobs,
         weights=weights,
         index=_plan_index(checkpoint, jobs),
-        config_bytes=_plan_config(checkpoint, options.dtype),
+        config_bytes=config_with_dtype(checkpoint, options.dtype),
         side_files=tuple(side_files(folder)),
         notices=tuple(_notices(checkpoint, weights, options)),
     )
@@ -267,7 +280,7 @@ def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | N
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _plan_config(checkpoint: Checkpoint, dtype: str) -> bytes:
+def config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     """config.json with its dtype set where the residuals' differs: transformers casts the whole model to that one."""
     if dtype == "auto" or _config_dtypes(checkpoint.config) == {dtype}:
         return checkpoint.config_bytes

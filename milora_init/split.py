@@ -92,7 +92,7 @@ def _residual(W: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype)
         w = W[block].to(exact, torch.float64)
         D = B[block].to(exact, torch.float64) @ A64
         R = w - D
-        stored = _round_once(R, dtype)
+        stored = round_once(R, dtype)
         residual[block] = stored
         sums += _squares(w, D, stored.double() - R)
         if number % _SAMPLE == 0:
@@ -118,7 +118,7 @@ def _squares(*tensors: Tensor) -> Tensor:
     return torch.stack([tensor.square().sum() for tensor in tensors])
 
 
-def _round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
+def round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
     """R (float64) to the nearest value of dtype."""
     if dtype.itemsize > 2:
         return R.to(dtype)

@@ -19,6 +19,7 @@ from milora_init.report import component_error, duration, kinds, loading_lines, 
 if TYPE_CHECKING:
     from milora_init.decompose import ShardResult
     from milora_init.manifest import Manifest
+    from milora_init.merge import Merged
     from milora_init.plan import Plan, ShardJob
     from milora_init.verify import Verdict
 
@@ -150,6 +151,12 @@ def print_plan(plan: Plan, estimate_s: float) -> None:
         console.print(f"  {job.source.name} -> {options.out}/{job.target}  ({len(job.weights)} weights)", markup=False)
     _print_warnings(plan.notices)
     console.print("nothing was written")
+
+
+def print_merged(merged: Merged) -> None:
+    """What stands at the end of a merge."""
+    line = f"{merged.out}: {merged.modules} modules merged, {size(merged.size_bytes)}, {duration(merged.elapsed_s)}"
+    _stdout().print(line, markup=False)
 
 
 def print_summary(manifest: Manifest, *, unchanged: bool) -> None:

@@ -79,6 +79,37 @@ def open_lora(path: Path) -> LoraFolder:
     return LoraFolder(path, config, header, {m: _pair(path, config, header, m, pair) for m, pair in keys.items()})
 
 
+def require_pair(before: LoraFolder, after: LoraFolder) -> None:
+    """Raise PlanError unless `after` can be `before`, trained."""
+    if before.path.resolve() == after.path.resolve():
+        raise PlanError(f"{after.path} is both the initial and the trained adapter", hint="name two folders")
+    if odd := before.modules.keys() ^ after.modules.keys():
+        module = min(odd)
+        where = before.path if module in before.modules else after.path
+        raise PlanError(
+            f"{len(odd)} modules are in one adapter only, {module} first (in {where})",
+            hint="name the initial adapter that this one was trained from",
+        )
+    for module, start in before.modules.items():
+        end = after.modules[module]
+        for what, was, now in (
+            ("rank", start.rank, end.rank),
+            ("shape", list(start.shape), list(end.shape)),
+            ("scale", start.scale, end.scale),
+        ):
+            if was != now:
+                raise PlanError(
+                    f"{module} has {what} {was} in {before.path}, but {now} in {after.path}",
+                    hint="name the initial adapter that this one was trained from",
+                )
+    base, trained_on = (folder.config.get("base_model_name_or_path") for folder in (before, after))
+    if base != trained_on:
+        raise PlanError(
+            f"{after.path} was trained on {trained_on}, {before.path} belongs to {base}",
+            hint=f"if these are the same folder, moved: set base_model_name_or_path in {after.path / CONFIG} to {base}",
+        )
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))

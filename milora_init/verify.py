@@ -289,12 +289,22 @@ class _Inspection:
         if faults or not comparable:
             # A file that cannot be read at all says nothing of its base.
             return any(fault.where != str(weights) for fault in faults), found
-        cosine, entries = _cosine(weights, self.folder / adapter.WEIGHTS)
-        if not cosine > max(_COSINE, 6 / math.sqrt(entries)):
-            what = f"unrelated to the adapter that this base was made with (cosine {cosine:.3f})"
-            found.append(Difference(str(weights), what, "name the base that it was trained on"))
-            return True, found
+        try:
+            require_related(weights, self.folder / adapter.WEIGHTS)
+        except PlanError as error:
+            what = error.message.removeprefix(f"{weights}: ")
+            return True, [*found, Difference(str(weights), what, error.hint)]
         return False, found
+
+
+def require_related(trained: Path, initial: Path) -> None:
+    """Raise PlanError unless the one adapter's factors, of the other's keys and shapes, still lean on the other's."""
+    cosine, entries = _cosine(trained, initial)
+    if not cosine > max(_COSINE, 6 / math.sqrt(entries)):
+        raise PlanError(
+            f"{trained}: unrelated to the adapter that this base was made with (cosine {cosine:.3f})",
+            hint="name the base that it was trained on",
+        )
 
 
 def _header_faults(path: Path, records: Mapping[str, WeightRecord]) -> Iterator[Difference]:

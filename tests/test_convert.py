@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import TARGETS
-from torch import Tensor
+from training import digests, load, logits, train
 
 from milora_init.cli import run
 from milora_init.convert import best_rank, convert
@@ -24,40 +21,6 @@ from milora_init.manifest import Manifest
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
-TOKENS = torch.tensor([[1, 5, 9, 13, 2, 7]])
-
-
-def load(base: Path, adapter: Path | None = None, *, trainable: bool = False) -> Any:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base)
-    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        answer: Tensor = model.eval()(input_ids=TOKENS).logits
-    return answer
-
-
-def train(out: Path, to: Path, steps: int = 20) -> Path:
-    """Train the pair in `out` for some steps; save the adapter in `to`."""
-    torch.manual_seed(0)
-    model = load(out, out / "lora", trainable=True).train()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    for _ in range(steps):
-        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(to)
-    return to
-
-
-def digests(*folders: Path) -> dict[Path, str]:
-    return {
-        path: hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def edit(folder: Path, **changes: Any) -> None:

@@ -19,7 +19,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 ORDER = [
     "errors", "safetensors_format", "safetensors_writer", "manifest", "dense", "scaled", "certificate", "krylov", "svd",
     "split", "checkpoint", "naming", "options", "adapter", "plan", "output", "workers", "weight_job", "hub",
-    "decompose", "audit", "verify", "trained", "convert", "report", "terminal", "cli",
+    "decompose", "audit", "verify", "trained", "convert", "merge", "report", "terminal", "cli",
 ]  # fmt: skip
 
 # Who alone may import a package, wherever in the file the import stands.

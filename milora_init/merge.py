@@ -1,0 +1,258 @@
+"""Merge an adapter into its residual base: one plain model, in the source's dtype, streamed like the main job.
+
+    W' = round(residual + scale * B @ A)
+
+The sum is taken in float64, a block of rows at a time, and rounded once. With the adapter as milora-init wrote it that
+is the source again, but for what the residual's own rounding left behind. Every other tensor is copied as bytes.
+
+The output has no manifest: it is a plain model. A run that was cut off is taken up by the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from milora_init import __version__, adapter
+from milora_init.checkpoint import (
+    SAFETENSORS_INDEX,
+    Checkpoint,
+    SafetensorsShard,
+    open_checkpoint,
+    read_bytes,
+    sha256,
+    stamp,
+)
+from milora_init.errors import CheckpointError, OutputError, PlanError, SolveError
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
+from milora_init.output import OutputFolder
+from milora_init.plan import config_with_dtype
+from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
+from milora_init.safetensors_writer import SafetensorsWriter
+from milora_init.split import round_once
+from milora_init.trained import LoraFolder, open_lora, require_pair
+from milora_init.verify import require_related
+
+_BLOCK_ELEMENTS = 1 << 20  # of a float64 block of rows
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What is to be merged, and what comes out: an `output.Planned`.
+
+    Attributes:
+        base: The residual base, headers read.
+        manifest: Of the base.
+        lora: The adapter, header read.
+        records: The weights it is merged into, by their name on disk.
+        headers: Of each file of the output, by its name.
+    """
+
+    base: Checkpoint
+    manifest: Manifest
+    lora: LoraFolder
+    records: Mapping[str, WeightRecord]
+    headers: Mapping[str, Header]
+    overwrite: bool = False
+
+    @property
+    def source(self) -> Path:
+        return self.base.folder
+
+    @cached_property
+    def inputs(self) -> Mapping[str, Any]:
+        return {
+            "merge": __version__,
+            "source": self.manifest.fingerprint,
+            "adapter": sha256(self.lora.weights),
+            "scales": {module: factors.scale for module, factors in self.lora.modules.items()},
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def side_files(self) -> Sequence[str]:
+        """What of the base is neither weights nor ours: tokenizer, licence, code."""
+        own = {*self.headers, SAFETENSORS_INDEX, "config.json", adapter.CONFIG, adapter.WEIGHTS}
+        return [name for name in self.manifest.files if name not in own]
+
+    @property
+    def files(self) -> Sequence[str]:
+        index = [] if self.base.index is None else [SAFETENSORS_INDEX]
+        return [*self.headers, *index, *self.side_files, "config.json"]
+
+    @property
+    def room_bytes(self) -> int:
+        return sum(header.file_bytes for header in self.headers.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What was made: the folder, how many modules were merged, its bytes, seconds."""
+
+    out: str
+    modules: int
+    size_bytes: int
+    elapsed_s: float
+
+
+def merge(base: str, out: str, *, trained: str | None = None) -> Merged:
+    """Write to `out` the model that the residual base `base` and an adapter compute together.
+
+    Args:
+        base: An output of milora-init.
+        out: Folder to write.
+        trained: The adapter; the one in `base` where it is None.
+
+    Raises:
+        CheckpointError: A base or an adapter that cannot be read, or a base that is not finished.
+        PlanError: An adapter that is not of this base, or holds more than factors.
+        OutputError: `out` holds something else, or cannot be written.
+        SolveError: A merged weight that does not fit the source's dtype.
+    """
+    started = time.monotonic()
+    plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None)
+    folder = OutputFolder(Path(out).expanduser())
+    if (folder.path / MANIFEST).exists():
+        raise OutputError(f"{folder.path} holds an output of milora-init", hint="choose another --out")
+    folder.enter(plan)
+    try:
+        done = folder.done()
+        for name in plan.headers:
+            if name not in done:
+                size_bytes = _merge_file(plan, name, folder.path / name)
+                folder.record({"shard": name, "files": {name: size_bytes}, "records": []})
+        for name in plan.side_files:
+            folder.write(name, read_bytes(plan.source / name))
+        if index := _index(plan):
+            folder.write(SAFETENSORS_INDEX, index)
+        folder.write("config.json", _config(plan))
+    except BaseException:
+        folder.abandon()
+        raise
+    folder.finish(None)
+    size_bytes = sum((folder.path / name).stat().st_size for name in plan.files)
+    return Merged(out, len(plan.records), size_bytes, round(time.monotonic() - started, 3))
+
+
+def plan_merge(base: Path, trained: Path | None = None) -> MergePlan:
+    """Read the headers of a base and an adapter, and see that they belong together. Raises as `merge`."""
+    manifest = read_manifest(base)
+    if manifest is None:
+        raise CheckpointError(
+            f"{base} has no {MANIFEST}: it is no finished output of milora-init",
+            hint="name the --out of a finished run",
+        )
+    checkpoint = open_checkpoint(base)
+    for name, size_bytes in manifest.files.items():
+        whole = (base / name).is_file() and (base / name).stat().st_size == size_bytes
+        if not whole and name not in (adapter.CONFIG, adapter.WEIGHTS):  # the adapter is read for itself, below
+            raise CheckpointError(f"{base}: {name} was changed or removed", hint=f"milora-init verify {base}")
+    initial = open_lora(base / adapter.FOLDER)
+    lora = open_lora(trained) if trained else initial
+    if lora.path.resolve() != initial.path.resolve():
+        require_pair(initial, lora)
+        require_related(lora.weights, initial.weights)
+    _require_fit(lora, manifest)
+    records = {record.tensor: record for record in manifest.weights}
+    headers = {name: _header(header, records) for name, header in checkpoint.headers.items()}
+    return MergePlan(checkpoint, manifest, lora, records, headers)
+
+
+def merged_weight(residual: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """residual (m, n) + scale * B (m, r) @ A (r, n), in float64 and rounded once to dtype."""
+    out = torch.empty(residual.shape, dtype=dtype)
+    A64 = scale * A.double()
+    rows = max(1, _BLOCK_ELEMENTS // residual.shape[1])
+    for top in range(0, residual.shape[0], rows):
+        block = slice(top, top + rows)
+        out[block] = round_once(residual[block].double().addmm_(B[block].double(), A64), dtype)
+    return out
+
+
+def _merge_file(plan: MergePlan, name: str, target: Path) -> int:
+    source = plan.source / name
+    shard = SafetensorsShard(source)
+    try:
+        before = stamp(source)
+        with SafetensorsWriter(target, plan.headers[name]) as writer, safe_open(plan.lora.weights, "pt") as factors:
+            for tensor in shard.header.tensors:
+                record = plan.records.get(tensor)
+                if record is None:
+                    writer.copy(tensor, shard.fileno, shard.offset(tensor), source)
+                else:
+                    writer.write(tensor, _merge_tensor(plan, shard.read(tensor), factors, record))
+            if stamp(source) != before:
+                raise CheckpointError(f"{source} changed during the run", hint="run again when nobody writes to it")
+            return writer.finish()
+    finally:
+        shard.close()
+
+
+def _merge_tensor(plan: MergePlan, residual: Tensor, factors: Any, record: WeightRecord) -> Tensor:
+    pair = plan.lora.modules[record.module]
+    A, B = factors.get_tensor(pair.A), factors.get_tensor(pair.B)
+    transposed = bool(plan.lora.config.get("fan_in_fan_out"))
+    dtype: torch.dtype = getattr(torch, record.source_dtype)
+    merged = merged_weight(residual.mT if transposed else residual, B, A, pair.scale, dtype)
+    if not bool(merged.isfinite().all()):
+        raise SolveError(
+            f"{record.module}: merged, it overflows {record.source_dtype}, or the adapter is not finite",
+            hint="look at the training: an adapter with NaN or Inf cannot be merged",
+        )
+    return merged.mT if transposed else merged
+
+
+def _require_fit(lora: LoraFolder, manifest: Manifest) -> None:
+    records = {record.module: record for record in manifest.weights}
+    hint = "name the base that this adapter was trained on"
+    if odd := records.keys() ^ lora.modules.keys():
+        raise PlanError(f"{lora.path} and {manifest.out} differ in {len(odd)} modules, {min(odd)} first", hint=hint)
+    for module, factors in lora.modules.items():
+        if factors.shape != records[module].shape:
+            what = f"{list(factors.shape)} in {lora.path}, {list(records[module].shape)} in the base"
+            raise PlanError(f"{module} is {what}", hint=hint)
+    if bool(lora.config.get("fan_in_fan_out")) != bool(manifest.adapter["fan_in_fan_out"]):
+        raise PlanError(f"{lora.path}: fan_in_fan_out is not what the base was made with", hint=hint)
+
+
+def _header(header: Header, records: Mapping[str, WeightRecord]) -> Header:
+    """The file's header with the source's dtypes; to the letter as it stands where they are the same."""
+    dtypes = {
+        name: DTYPE_NAMES[getattr(torch, records[name].source_dtype)] if name in records else info.dtype
+        for name, info in header.tensors.items()
+    }
+    if all(dtypes[name] == info.dtype for name, info in header.tensors.items()):
+        return header
+    entries = ((name, dtypes[name], info.shape) for name, info in header.tensors.items())
+    return plan_header(entries, metadata=header.metadata)
+
+
+def _index(plan: MergePlan) -> bytes:
+    if plan.base.index is None:
+        return b""
+    if all(plan.headers[name] is header for name, header in plan.base.headers.items()):
+        return read_bytes(plan.source / SAFETENSORS_INDEX)
+    total = sum(header.data_bytes for header in plan.headers.values())
+    index = {**plan.base.index, "metadata": {**plan.base.index.get("metadata", {}), "total_size": total}}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _config(plan: MergePlan) -> bytes:
+    """config.json with the source's dtype, where the residuals had another."""
+    before = {record.source_dtype for record in plan.records.values()}
+    if before == {record.dtype for record in plan.records.values()}:
+        return plan.base.config_bytes
+    return config_with_dtype(plan.base, min(before))

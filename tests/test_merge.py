@@ -1,0 +1,208 @@
+"""merge: the base and its adapter as one plain model, which computes what the pair computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import TARGETS, contents, tensors
+from training import digests, load, logits, train
+
+from milora_init import merge as merging
+from milora_init.cli import run
+from milora_init.convert import convert
+from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError
+from milora_init.manifest import Manifest
+from milora_init.merge import merge, merged_weight
+from milora_init.output import WORK
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_merged_model_computes_what_the_trained_pair_computes(
+    kind: str, rslora: bool, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    source, out = checkpoint(kind), tmp_path / "out"
+    start(source, alpha=6, rslora=rslora, target=TARGETS[kind])
+    trained = train(out, tmp_path / "trained")
+    inputs = digests(source, out, trained)
+
+    merged = merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+
+    assert digests(source, out, trained) == inputs
+    assert set(contents(tmp_path / "merged")) == {n for n in contents(source) if n != "README.md"}
+    assert merged.size_bytes == sum(map(len, contents(tmp_path / "merged").values()))
+    pair, plain = logits(load(out, trained)), logits(load(tmp_path / "merged"))
+    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training moved nothing"
+    torch.testing.assert_close(plain, pair, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain, logits(load(out, trained).merge_and_unload()), rtol=1e-4, atol=1e-4)
+    convert(out / "lora", trained, tmp_path / "plain")
+    torch.testing.assert_close(plain, logits(load(source, tmp_path / "plain")), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("residual", ["auto", "float32"])
+def test_the_untrained_adapter_gives_the_source_back(
+    dtype: str, residual: str, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    """To the rounding of the residual, which is an ulp of its own entries at most; all else to the byte."""
+    source = checkpoint("llama", dtype)
+    manifest = start(source, dtype=residual)
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    before, after = tensors(source), tensors(tmp_path / "merged")
+    adapted = {record.tensor for record in manifest.weights}
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if name not in adapted:
+            assert tensor.dtype == after[name].dtype
+            assert torch.equal(tensor, after[name])
+            continue
+        eps = torch.finfo(tensor.dtype).eps
+        torch.testing.assert_close(after[name], tensor, rtol=eps, atol=eps * float(tensor.abs().max()))
+        if residual == "float32" and dtype != "float32":
+            assert torch.equal(after[name], tensor)  # the residual kept all that a 16-bit sum needs
+    read = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert read == json.loads((source / "config.json").read_text())
+    total = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert total == sum(tensor.nbytes for tensor in after.values())
+
+
+def test_the_sum_is_rounded_once() -> None:
+    """Against exact integers: 1 + 2^-8 is half way between two bfloat16, and 2^-30 above it decides."""
+    residual, B, A = torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 2), torch.tensor([[2.0**-8], [2.0**-30]])
+    merged = merged_weight(residual, B, A, 1.0, torch.bfloat16)
+    assert float(merged) == 1 + 2.0**-7
+    assert float(merged_weight(residual, B[:, :1], A[:1], 1.0, torch.bfloat16)) == 1.0  # to even
+
+
+def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
+    checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(checkpoint("llama"))
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    merge(str(out), str(tmp_path / "straight"))
+    whole, real = contents(tmp_path / "straight"), merging._merge_file
+    made: list[str] = []
+    plug = 2  # pulled after so many files
+
+    def cut_off(plan: Any, name: str, target: Path) -> int:
+        if len(made) == plug:
+            raise KeyboardInterrupt
+        made.append(name)
+        return real(plan, name, target)
+
+    monkeypatch.setattr(merging, "_merge_file", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        merge(str(out), str(merged))
+    assert not (merged / "config.json").exists()
+    assert not (merged / "model.safetensors.index.json").exists()
+    assert (merged / WORK).is_dir()
+    plug = len(whole)
+    merge(str(out), str(merged))
+    assert contents(merged) == whole
+    assert len(made) == len(set(made)), "a file was made twice"
+
+
+def no_shard(out: Path, trained: Path) -> None:
+    next(out.glob("model-*.safetensors")).unlink()
+
+
+def no_manifest(out: Path, trained: Path) -> None:
+    (out / "milora_init.json").unlink()
+
+
+def a_key_missing(out: Path, trained: Path) -> None:
+    weights = load_file(trained / "adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, trained / "adapter_model.safetensors")
+
+
+def a_key_too_many(out: Path, trained: Path) -> None:
+    weights = load_file(trained / "adapter_model.safetensors")
+    weights["base_model.model.lm_head.weight"] = torch.zeros(2, 2)
+    save_file(weights, trained / "adapter_model.safetensors")
+
+
+def of_another_base(out: Path, trained: Path) -> None:
+    weights = load_file(trained / "adapter_model.safetensors")
+    save_file({key: torch.randn_like(value) for key, value in weights.items()}, trained / "adapter_model.safetensors")
+
+
+def with_dora(out: Path, trained: Path) -> None:
+    tiny_models.edit_json(trained / "adapter_config.json", use_dora=True)
+
+
+def not_finite(out: Path, trained: Path) -> None:
+    weights = load_file(trained / "adapter_model.safetensors")
+    key = min(weights)
+    weights[key][0, 0] = torch.inf
+    save_file(weights, trained / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (no_shard, CheckpointError, "was changed or removed|no such|missing"),
+        (no_manifest, CheckpointError, "no milora_init.json"),
+        (a_key_missing, CheckpointError, "incomplete"),
+        (a_key_too_many, PlanError, "lm_head"),
+        (of_another_base, PlanError, "unrelated to the adapter"),
+        (with_dora, PlanError, "use_dora"),
+        (not_finite, MiloraError, "not finite|unrelated"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_does_not_belong_together_is_refused_and_nothing_is_left(
+    damage: Callable[[Path, Path], None], error: type[Exception], words: str,
+    checkpoint: Built, start: Start, tmp_path: Path,
+) -> None:  # fmt: skip
+    start(checkpoint("llama"))
+    out, trained = tmp_path / "out", tmp_path / "trained"
+    shutil.copytree(out / "lora", trained)
+    damage(out, trained)
+    with pytest.raises(error, match=words):
+        merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("inside", ["config.json", "model-00001-of-00002.safetensors", "milora_init.json"])
+def test_an_output_that_holds_something_is_refused_and_kept(
+    inside: str, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / inside).write_bytes(b"mine")
+    with pytest.raises(OutputError):
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    assert contents(tmp_path / "merged") == {inside: b"mine"}
+
+
+def test_the_base_itself_is_no_place_for_the_merge(checkpoint: Built, start: Start, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    before = contents(tmp_path / "out")
+    with pytest.raises(OutputError):
+        merge(str(tmp_path / "out"), str(tmp_path / "out"))
+    with pytest.raises(OutputError):
+        merge(str(tmp_path / "out"), str(tmp_path / "out" / "merged"))
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start(checkpoint("llama"))
+    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["status"], said["modules"]) == ("done", 10)
+    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged")]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    assert "10 modules merged" in capsys.readouterr().out
