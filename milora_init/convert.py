@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
@@ -63,9 +65,14 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"--out {out} exists", hint="choose another --out, or move it away")
 
-    partial = out.absolute().with_name(out.absolute().name + ".partial")
+    for given in (init, trained):
+        if given.resolve() in (out.resolve(), *out.resolve().parents):
+            raise OutputError(f"--out {out} lies inside {given}", hint="write beside it: --out ./plain")
+
+    # A name of its own: neither a second run nor what somebody put there can end up in the output.
+    partial = out.absolute().with_name(f".{out.absolute().name}.{uuid4().hex[:8]}.partial")
     with writing(out):
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True)
     try:
         results = _write_weights(before, after, ranks, partial / WEIGHTS, compress=rank is not None)
         with writing(out):
@@ -74,9 +81,7 @@ def convert(
             partial.replace(out)
             sync_folder(out.absolute().parent)
     except BaseException:
-        (partial / WEIGHTS).unlink(missing_ok=True)
-        (partial / CONFIG).unlink(missing_ok=True)
-        partial.rmdir()
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return results
 

@@ -196,15 +196,21 @@ def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Pat
     assert config["base_model_name_or_path"] == "me/model"
 
 
-def test_what_a_killed_run_left_is_no_obstacle(pair: Path, tmp_path: Path) -> None:
+def test_what_lies_beside_the_output_stays_out_of_it(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.partial").mkdir()
-    (tmp_path / "plain.partial" / "adapter_model.safetensors.partial").write_bytes(b"half")
+    (tmp_path / "plain.partial" / "mine.txt").write_bytes(b"mine")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
-    assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    assert not (tmp_path / "plain.partial").exists()
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert (tmp_path / "plain.partial" / "mine.txt").read_bytes() == b"mine"
+    assert not list(tmp_path.glob(".plain.*"))
+
+
+@pytest.mark.parametrize("inside", ["trained/plain", "out/lora/plain", "trained"])
+def test_the_inputs_are_no_place_for_the_output(inside: str, pair: Path) -> None:
+    before = digests(pair)
+    with pytest.raises(OutputError):
+        convert(pair / "out" / "lora", pair / "trained", pair / inside)
+    assert digests(pair) == before
 
 
 def test_on_the_command_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
