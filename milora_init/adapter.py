@@ -2,32 +2,83 @@
 
 adapter_config.json holds only keys that every PEFT since 0.13 knows, because 0.13 refuses a key it does not know; our
 own facts are in the manifest. `init_lora_weights` is true and not "pissa": PEFT would run another SVD and change the
-base.
+base. Experts and what PEFT would take for experts go by `target_parameters`, which asks for a newer PEFT.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from milora_init.naming import REGEX, matcher
+from milora_init.errors import PlanError
+from milora_init.layout import factor_shapes, lora_key
+from milora_init.naming import Adaptable, Naming
 from milora_init.safetensors_format import Header, plan_header
+from milora_init.targets import REGEX, matcher
 
 FOLDER = "lora"
 CONFIG = f"{FOLDER}/adapter_config.json"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
 
-
-def lora_key(module: str, factor: str) -> str:
-    """PEFT's name for factor `A` or `B` of a module."""
-    return f"base_model.model.{module}.lora_{factor}.weight"
+PEFT_FOR_MODULES = "0.13"
+PEFT_FOR_EXPERTS = "0.19"  # the first that knows which side of a fused parameter is `out`
 
 
-def module_and_factor(key: str) -> tuple[str, str] | None:
-    """The module and the factor, `A` or `B`, that a key of an adapter file names; None for any other key."""
-    match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-    return (match[1], match[2]) if match else None
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What PEFT is told to adapt.
+
+    Attributes:
+        modules: `target_modules`: a list of names and suffixes, or one regular expression.
+        parameters: `target_parameters`, full names.
+        keys: By target, what stands for it in the names of the adapter's tensors.
+        names: By target, what PEFT looks up in rank_pattern and alpha_pattern.
+    """
+
+    modules: list[str] | str
+    parameters: list[str]
+    keys: Mapping[str, str]
+    names: Mapping[str, str]
+
+
+def plan_targets(weights: Iterable[Adaptable], naming: Naming) -> Targets:
+    """How PEFT is to be told of exactly these weights, in the model's order.
+
+    Raises:
+        PlanError: There is no way to name them.
+    """
+    modules: list[str] = []
+    wrapped: list[str] = []
+    fused: list[str] = []
+    for weight in {weight.target: weight for weight in weights}.values():
+        as_parameter = weight.target.rpartition(".")[2] in naming.as_parameters
+        (fused if weight.expert else wrapped if as_parameter else modules).append(weight.target)
+    names = {module: module for module in modules} | {module: f"{module}.weight" for module in wrapped}
+    keys = {module: module for module in (*modules, *wrapped)}
+    # PEFT wraps an owner once for each of its parameters, the first inmost.
+    owners = [parameter.rpartition(".")[0] for parameter in fused]
+    for place, parameter in enumerate(fused):
+        names[parameter] = parameter
+        keys[parameter] = owners[place] + ".base_layer" * owners[place + 1 :].count(owners[place])
+    targets = target_modules(modules, naming.modules) if modules else []
+    if naming.as_parameters and isinstance(targets, str):
+        raise PlanError(
+            "PEFT cannot be told of these modules of a model with experts without hitting others",
+            hint="--target the modules of one kind only",
+        )
+    return Targets(targets, sorted(names[target] for target in (*wrapped, *fused)), keys, names)
+
+
+def plan_adapter(weights: Iterable[tuple[str, int, Adaptable]]) -> Header:
+    """Header of the adapter's file, in float32, for each (key, rank, weight); the experts of a layer share a key."""
+    tensors: dict[str, tuple[int, int]] = {}
+    for key, rank, weight in weights:
+        A, B = factor_shapes(rank, weight.shape, weight.expert)
+        tensors |= {lora_key(key, "A"): A, lora_key(key, "B"): B}
+    return plan_header(((name, "F32", shape) for name, shape in tensors.items()), metadata={"format": "pt"})
 
 
 def targeted(targets: object, modules: Sequence[str]) -> set[str]:
@@ -38,18 +89,6 @@ def targeted(targets: object, modules: Sequence[str]) -> set[str]:
         return set()
     matches = matcher([str(target) for target in targets])
     return {module for module in modules if matches(module)}
-
-
-def plan_adapter(weights: Sequence[tuple[str, tuple[int, int]]], rank: int) -> Header:
-    """Header of a file with A (rank, n) and B (m, rank) in float32 for each (module, (m, n))."""
-    return plan_header(
-        (
-            entry
-            for module, (m, n) in weights
-            for entry in ((lora_key(module, "A"), "F32", (rank, n)), (lora_key(module, "B"), "F32", (m, rank)))
-        ),
-        metadata={"format": "pt"},
-    )
 
 
 def target_modules(adapted: Sequence[str], modules: Sequence[str]) -> list[str] | str:
@@ -66,6 +105,21 @@ def target_modules(adapted: Sequence[str], modules: Sequence[str]) -> list[str] 
     return "|".join(re.escape(module) for module in sorted(adapted))
 
 
+def scale(rank: int, alpha: float, *, rslora: bool) -> float:
+    """What PEFT multiplies B @ A with: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def stacked_alpha(alpha: int, parts: int, *, rslora: bool) -> float:
+    """The alpha at which `parts` stacked matrices of one rank keep the scale that each has by itself."""
+    return alpha * math.sqrt(parts) if rslora and parts > 1 else alpha * parts
+
+
+def pattern_of(patterns: Mapping[str, float], name: str) -> float | None:
+    """What PEFT finds for a name in rank_pattern or alpha_pattern: the first key that matches its end."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
 def adapter_config(
     *,
     base: str,
@@ -74,23 +128,45 @@ def adapter_config(
     rslora: bool,
     dropout: float,
     task_type: str | None,
-    targets: list[str] | str,
+    targets: Targets,
     fan_in_fan_out: bool,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Content of adapter_config.json; `base` is the residual base, which PEFT's Auto classes load."""
+    """Content of adapter_config.json.
+
+    Args:
+        base: The residual base, which PEFT's Auto classes load.
+        rank, alpha: The defaults; `ranks` and `alphas` hold every target's own, by the name in `targets.names`.
+
+    Raises:
+        PlanError: PEFT would find another rank or alpha for a target than its own.
+    """
+    other = [name for name in ranks if ranks[name] != rank or alphas[name] != alpha]
+    rank_pattern = {name: ranks[name] for name in other}
+    alpha_pattern = {name: alphas[name] for name in other}
+    for name in ranks:
+        found = (pattern_of(rank_pattern, name) or rank, pattern_of(alpha_pattern, name) or alpha)
+        if found != (ranks[name], alphas[name]):
+            raise PlanError(
+                f"PEFT would give {name} the rank and alpha of another module whose name ends alike",
+                hint="leave that module out of rank_pattern and alpha_pattern",
+            )
     return {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        # PEFT's wrapper of a parameter has no dropout and knows no Conv1D.
+        "lora_dropout": 0.0 if targets.parameters else dropout,
         "bias": "none",
-        "target_modules": targets,
+        "target_modules": targets.modules,
+        **({"target_parameters": targets.parameters} if targets.parameters else {}),
         "init_lora_weights": True,
         "inference_mode": False,
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": fan_in_fan_out and not targets.parameters,
         "use_rslora": rslora,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     }

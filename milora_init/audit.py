@@ -12,17 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from milora_init import adapter
 from milora_init.certificate import EPS
 from milora_init.checkpoint import Checkpoint, PickleShard, SafetensorsShard, open_shard
+from milora_init.factors import reading_factors
+from milora_init.layout import own_block
 from milora_init.manifest import Manifest, WeightRecord
-from milora_init.plan import own_seed
 from milora_init.svd import singular_triplets
+from milora_init.weight_plan import own_seed
 
 EPS32 = torch.finfo(torch.float32).eps
 _BLOCK_ELEMENTS = 1 << 20
@@ -69,12 +69,6 @@ def reading(checkpoint: Checkpoint) -> Iterator[Reader]:
         reader.close()
 
 
-def scale_of(config: dict[str, Any] | Any, rank: int) -> float:
-    """What PEFT multiplies a module's B @ A with, under an adapter_config without patterns."""
-    alpha = float(config["lora_alpha"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
 def against(
     base: Checkpoint, lora: Path, source: Checkpoint, manifest: Manifest, *, every: bool
 ) -> Iterator[Difference]:
@@ -90,46 +84,41 @@ def against(
     for name in sorted(base.tensors.keys() ^ source.tensors.keys()):
         where = "the source" if name in base.tensors else "the output"
         yield Difference(name, f"{where} has no such tensor", wrong_source)
-    split = {record.tensor: record for record in manifest.weights}
-    sample = set(split) if every else set(_spread(list(split)))
-    factors = SafetensorsShard(lora)
-    try:
-        with reading(base) as written, reading(source) as original:
-            for name in (name for name in base.tensors if name in source.tensors):
-                before, after = original.read(name), written.read(name)
-                if name not in split:
-                    if not _same_bytes(before, after):
-                        yield Difference(name, "not adapted, yet not the source's bytes", "make the output again")
-                    continue
-                record = split[name]
-                keys = [adapter.lora_key(record.module, factor) for factor in "BA"]
-                if missing := [key for key in keys if key not in factors.header.tensors]:
-                    yield Difference(missing[0], "not in the adapter", "make the output again")
-                    continue
-                B, A = (factors.read(key) for key in keys)
-                yield from _judge(before, after, B, A, record, manifest, solve=name in sample)
-    finally:
-        factors.close()
+    split: dict[str, list[WeightRecord]] = {}
+    for record in manifest.weights:
+        split.setdefault(record.tensor, []).append(record)
+    modules = [record.module for record in manifest.weights]
+    sample = set(modules if every else _spread(modules))
+    with reading(base) as written, reading(source) as original, reading_factors(lora) as factors:
+        for name in (name for name in base.tensors if name in source.tensors):
+            before, after = original.read(name), written.read(name)
+            if name not in split and not _same_bytes(before, after):
+                yield Difference(name, "not adapted, yet not the source's bytes", "make the output again")
+            for record in split.get(name, ()):
+                W, R = (tensor if record.row is None else tensor[record.row] for tensor in (before, after))
+                if record.transposed:
+                    W, R = W.mT, R.mT
+                B, A = factors.read(record)
+                yield from _judge(W, R, B, A, record, manifest, solve=record.module in sample)
 
 
 def _judge(
     W: Tensor, R: Tensor, B: Tensor, A: Tensor, record: WeightRecord, manifest: Manifest, *, solve: bool
 ) -> Iterator[Difference]:
-    if manifest.adapter["fan_in_fan_out"]:
-        W, R = W.mT, R.mT
-    wanted = ((record.shape, record.shape), ((record.shape[0], record.rank), (record.rank, record.shape[1])))
-    found = ((tuple(W.shape), tuple(R.shape)), (tuple(B.shape), tuple(A.shape)))
-    if found != wanted:
-        what = f"shapes of source and residual, B and A are {found}, recorded are {wanted}"
+    if not tuple(W.shape) == tuple(R.shape) == record.shape:
+        what = f"source and residual are {list(W.shape)} and {list(R.shape)}, recorded is {list(record.shape)}"
         yield Difference(record.tensor, what, "make the output again")
         return
-    scale = scale_of(manifest.adapter, record.rank)
+    scale = record.scale
     off = residual_error(W, R, B, A, scale)
     if not off <= 1:
         what = f"the residual is off from source - scale * B @ A by {off / 2:.3g} units in the last place"
         yield Difference(record.tensor, what, "base, adapter and source are not of one run: make the output again")
     if solve:
-        error, allowed = component_error(W, B, A, scale, record, manifest)
+        own_B, own_A = own_block(B, A, record.rank, record.expert)
+        if own_B.count_nonzero() != B.count_nonzero():
+            yield Difference(record.module, "its factors reach into those of another matrix", "make the output again")
+        error, allowed = component_error(W, own_B, own_A, scale, record, manifest)
         if not error <= allowed:
             what = f"scale * B @ A is off from the `{manifest.inputs['mode']}` component by {error:.1e} (relative)"
             yield Difference(record.module, what, "the adapter is not of this model: make the output again")
@@ -162,7 +151,7 @@ def component_error(
     Where the cut falls in a cluster the component is not unique. Then what must agree is the singular values, and
     the stored directions must be singular for W; both relative to W's largest singular value.
     """
-    mode, seed = manifest.inputs["mode"], own_seed(manifest.inputs["seed"], record.tensor)
+    mode, seed = manifest.inputs["mode"], own_seed(manifest.inputs["seed"], record.tensor, record.row)
     truth = singular_triplets(W, record.rank, mode=mode, seed=seed)
     s, s_max = truth.s, max(truth.s_max, 1e-300)
     left, right = scale * B.double(), A.double()

@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ _PREAD_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 class TensorSource:
     """Where one tensor can be read: a value, for whoever is to read it.
 
-    `offset` is where its bytes start in a safetensors file; None in a pickle, which is searched by name.
+    `offset` is where its bytes start in a safetensors file; None in a pickle, which is searched by name. `row`, if
+    any, is the one entry of its first dimension that is meant; the other fields then describe that entry.
     """
 
     path: Path
@@ -54,12 +55,22 @@ class TensorSource:
     dtype: str
     shape: tuple[int, ...]
     offset: int | None
+    row: int | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def at(self, row: int) -> TensorSource:
+        """One entry of the tensor's first dimension."""
+        entry = replace(self, shape=self.shape[1:], row=row)
+        return entry if self.offset is None else replace(entry, offset=self.offset + row * entry.size_bytes)
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own, on the CPU. Raises CheckpointError."""
         if self.offset is None:
-            return PickleShard(self.path).read(self.name)
-        data = bytearray(math.prod(self.shape) * DTYPES[self.dtype].itemsize)
+            return PickleShard(self.path).read(self.name, self.row)
+        data = bytearray(self.size_bytes)
         view, position = memoryview(data), self.offset
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -129,8 +140,9 @@ class PickleShard:
         info = self.header.tensors[name]
         return TensorSource(self.path, name, info.dtype, info.shape, None)
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        return (tensor if row is None else tensor[row]).clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
         self._tensors = {}

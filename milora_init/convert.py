@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from milora_init.adapter import lora_key
 from milora_init.errors import OutputError, PlanError, UsageError
+from milora_init.layout import lora_key
 from milora_init.manifest import read_manifest
 from milora_init.safetensors_format import plan_header
 from milora_init.safetensors_writer import SafetensorsWriter, sync_folder, writing
@@ -54,9 +54,13 @@ def convert(
         OutputError: `out` holds something or cannot be written.
         UsageError: Nobody says what the original model is.
     """
-    before, after = open_lora(init), open_lora(trained)
+    manifest = read_manifest(init.absolute().parent)
+    records = manifest.weights if manifest else ()
+    before, after = open_lora(init, records), open_lora(trained, records)
     require_pair(before, after)
-    base = base or _source_of(init)
+    if base is None and manifest is None:
+        raise UsageError(f"no milora_init.json beside {init} names the original model", hint="--base ORIGINAL")
+    base = base or str(manifest.source["model"] if manifest else "")
     ranks = {module: rank or 2 * factors.rank for module, factors in before.modules.items()}
     for module, factors in before.modules.items():
         limit = min(2 * factors.rank, *factors.shape)
@@ -94,8 +98,8 @@ def _write_weights(
             entry
             for module, factors in before.modules.items()
             for entry in (
-                (lora_key(module, "A"), "F32", (ranks[module], factors.shape[1])),
-                (lora_key(module, "B"), "F32", (factors.shape[0], ranks[module])),
+                (lora_key(module, "A"), "F32", (ranks[module] * factors.experts, factors.shape[1])),
+                (lora_key(module, "B"), "F32", (factors.shape[0], ranks[module] * factors.experts)),
             )
         ),
         metadata={"format": "pt"},
@@ -107,17 +111,41 @@ def _write_weights(
         SafetensorsWriter(path, header) as writer,
     ):
         for module, start in before.modules.items():
-            end = after.modules[module]
-            A = torch.cat([new.get_tensor(end.A).double(), old.get_tensor(start.A).double()])
-            B = torch.cat([new.get_tensor(end.B).double(), -old.get_tensor(start.B).double()], dim=1)
-            lost = 0.0
+            end, lost = after.modules[module], 0.0
+            A, B = difference(
+                (new.get_tensor(end.A), new.get_tensor(end.B)),
+                (old.get_tensor(start.A), old.get_tensor(start.B)),
+                start.experts,
+            )
             if compress:
-                B, A, lost = best_rank(start.scale * B, A, ranks[module])
-            writer.write(lora_key(module, "A"), A.float().contiguous())
-            writer.write(lora_key(module, "B"), B.float().contiguous())
+                A, B, lost = compressed(A, B, ranks[module], start.scale)
+            writer.write(lora_key(module, "A"), A.flatten(0, 1).float().contiguous())
+            writer.write(lora_key(module, "B"), B.permute(1, 2, 0).flatten(1, 2).float().contiguous())
             results.append(ConvertedModule(module, ranks[module], lost))
         writer.finish()
     return results
+
+
+def difference(trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor], experts: int) -> tuple[Tensor, Tensor]:
+    """Factors of B @ A - B0 @ A0 in float64, by expert: A (experts, 2r, n) and B (experts, m, 2r).
+
+    Args:
+        trained, initial: A (experts * r, n) and B (m, r * experts), as they lie in the adapter.
+        experts: How many are stacked; 1 for a plain module.
+    """
+
+    def by_expert(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        stacked = B.double().reshape(B.shape[0], -1, experts)
+        return A.double().reshape(experts, -1, A.shape[1]), stacked.permute(2, 0, 1)
+
+    (A, B), (A0, B0) = by_expert(*trained), by_expert(*initial)
+    return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
+
+
+def compressed(A: Tensor, B: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, float]:
+    """The factors by expert cut to their best rank, with the scale in them, and the most that any of them lost."""
+    cut = [best_rank(scale * its_B, its_A, rank) for its_B, its_A in zip(B, A, strict=True)]
+    return torch.stack([a for _, a, _ in cut]), torch.stack([b for b, _, _ in cut]), max(lost for *_, lost in cut)
 
 
 def best_rank(B: Tensor, A: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
@@ -157,15 +185,9 @@ def _plain_config(before: LoraFolder, base: str, rank: int | None) -> dict[str, 
         "lora_dropout": config.get("lora_dropout", 0.0),
         "bias": "none",
         "target_modules": config.get("target_modules"),
+        **({"target_parameters": parameters} if (parameters := config.get("target_parameters")) else {}),
         "init_lora_weights": True,
         "inference_mode": True,
         "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
         **changed,
     }
-
-
-def _source_of(init: Path) -> str:
-    manifest = read_manifest(init.absolute().parent)
-    if manifest is None:
-        raise UsageError(f"no milora_init.json beside {init} names the original model", hint="--base ORIGINAL")
-    return str(manifest.source["model"])

@@ -28,6 +28,7 @@ from milora_init.errors import CheckpointError, OutputError
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.options import InitOptions
 from milora_init.output import WORK, OutputFolder
+from milora_init.pieces import assemble, piece_key, plan_piece
 from milora_init.plan import Plan, ShardJob, make_plan
 from milora_init.safetensors_format import read_header
 from milora_init.safetensors_writer import SafetensorsWriter
@@ -146,6 +147,11 @@ def _run_shards(
             yield before.finish()
 
 
+def piece_of(job: ShardJob) -> str:
+    """Where a shard's factors wait for the others."""
+    return f"{WORK}/{job.target}.adapter"
+
+
 class OpenShard:
     """One file of the output on its way, and its piece of the adapter.
 
@@ -158,10 +164,9 @@ class OpenShard:
     def __init__(self, job: ShardJob, out: Path, progress: Progress) -> None:
         self._job = job
         self._progress = progress
-        self._piece = f"{WORK}/{job.target}.adapter"
-        weights = [(w.weight.module, w.weight.shape) for w in job.weights.values()]
+        self._piece = piece_of(job)
         self._base = SafetensorsWriter(out / job.target, job.header)
-        self._factors = SafetensorsWriter(out / self._piece, adapter.plan_adapter(weights, job.rank))
+        self._factors = SafetensorsWriter(out / self._piece, plan_piece(job.splits))
         self._running: list[Future[WeightRecord]] = []
 
     def __enter__(self) -> OpenShard:
@@ -179,19 +184,17 @@ class OpenShard:
 
     def start(self, crew: Crew) -> None:
         """Give every weight to the crew, the largest first."""
-        for plan in sorted(self._job.weights.values(), key=lambda plan: -math.prod(plan.weight.shape)):
+        places = {tensor: self._base.place(tensor) for tensor in self._job.weights}
+        for plan in sorted(self._job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
             weight = plan.weight
+            source, residual = self._source.locate(weight.tensor), places[weight.tensor]
             job = WeightJob(
-                module=weight.module,
-                source=self._source.locate(weight.tensor),
-                residual=self._base.place(weight.tensor),
-                A=self._factors.place(adapter.lora_key(weight.module, "A")),
-                B=self._factors.place(adapter.lora_key(weight.module, "B")),
-                fan_in_fan_out=weight.fan_in_fan_out,
-                rank=self._job.rank,
-                scale=self._job.scale,
+                plan=plan,
+                source=source if weight.row is None else source.at(weight.row),
+                residual=residual if weight.row is None else residual.at(weight.row),
+                A=self._factors.place(piece_key(weight.module, "A")),
+                B=self._factors.place(piece_key(weight.module, "B")),
                 mode=self._job.mode,
-                seed=plan.seed,
             )
             self._running.append(crew.submit(self._split, job))
 
@@ -211,10 +214,11 @@ class OpenShard:
         records = []
         for future in self._running:
             record = future.result()
-            self._base.written(record.tensor)
             for factor in "AB":
-                self._factors.written(adapter.lora_key(record.module, factor))
+                self._factors.written(piece_key(record.module, factor))
             records.append(record)
+        for tensor in self._job.weights:
+            self._base.written(tensor)
         self._require_unchanged()
         files = {self._piece: self._factors.finish(), self._job.target: self._base.finish()}
         self._stack.close()
@@ -224,11 +228,11 @@ class OpenShard:
         @contextmanager
         def announced() -> Iterator[None]:
             with turn:
-                self._progress.solving(job.module, str(device))
+                self._progress.solving(job.plan.weight.module, str(device))
                 yield
 
         record = weight_job.run(job, device, announced())
-        self._progress.tensor(job.source.name, self._source.header.tensors[job.source.name].size_bytes)
+        self._progress.tensor(job.source.name, job.source.size_bytes)
         return record
 
     def _require_unchanged(self) -> None:
@@ -243,15 +247,8 @@ def _assemble(
 ) -> Manifest:
     """All shards stand: put the adapter together, copy the side files, then make the folder loadable."""
     (out.path / adapter.FOLDER).mkdir(exist_ok=True)
-    with SafetensorsWriter(out.path / adapter.WEIGHTS, plan.adapter_header) as lora:
-        for job in plan.jobs:
-            piece = SafetensorsShard(out.path / WORK / f"{job.target}.adapter")
-            try:
-                for key in piece.header.tensors:
-                    lora.copy(key, piece.fileno, piece.offset(key), piece.path)
-            finally:
-                piece.close()
-        lora.finish()
+    pieces = [out.path / piece_of(job) for job in plan.jobs]
+    assemble(pieces, plan.weights, plan.adapter_header, out.path / adapter.WEIGHTS)
     out.write(adapter.CONFIG, (json.dumps(plan.adapter_config, indent=2) + "\n").encode())
     for name in plan.side_files:
         out.write(name, read_bytes(plan.checkpoint.folder / name))
@@ -288,8 +285,7 @@ def _account(plan: Plan, out: OutputFolder, done: set[str]) -> None:
     for path, header in ((out.path / job.target, job.header) for job in plan.jobs):
         if read_header(path).tensors != header.tensors:
             raise OutputError(f"{path} is not the file that was planned", hint="start again with --overwrite")
-    keys = {adapter.lora_key(module, factor) for module in planned for factor in "AB"}
-    if set(read_header(out.path / adapter.WEIGHTS).tensors) != keys:
+    if read_header(out.path / adapter.WEIGHTS).tensors != plan.adapter_header.tensors:
         raise OutputError(f"{adapter.WEIGHTS} is not the adapter that was planned", hint="start again with --overwrite")
 
 

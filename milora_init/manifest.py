@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_init.errors import OutputError
+from milora_init.layout import Expert
 
 MANIFEST = "milora_init.json"
 FORMAT = 1
@@ -25,8 +26,12 @@ class WeightRecord:
     Attributes:
         module, tensor: Its names in the model and on disk.
         shape: (out, in).
+        transposed: Stored as (in, out).
+        row: Its place in the first dimension of a tensor that holds one for every expert; None elsewhere.
+        expert: Its place among the factors of a layer's experts; None elsewhere.
+        key: What stands for it in the names of the adapter's tensors.
         source_dtype, dtype: Before and after, in torch's names.
-        rank: Of its component.
+        rank: Of its component; `scale`: what the adapter's product is multiplied with.
         s_first, s_last: Largest and smallest singular value of the component; `s_max`: of the whole weight.
         energy: Share of the component in the squared Frobenius norm of the weight.
         untrainable: Directions with s < 1e-6 * s_max. Their rows of A and columns of B are next to zero, so that
@@ -40,9 +45,14 @@ class WeightRecord:
     module: str
     tensor: str
     shape: tuple[int, int]
+    transposed: bool
+    row: int | None
+    expert: Expert | None
+    key: str
     source_dtype: str
     dtype: str
     rank: int
+    scale: float
     s_first: float
     s_last: float
     s_max: float
@@ -57,7 +67,9 @@ class WeightRecord:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> WeightRecord:
-        return cls(**{**content, "shape": tuple(content["shape"])})
+        expert = content["expert"]
+        shape = tuple(content["shape"])
+        return cls(**{**content, "shape": shape, "expert": Expert(**expert) if expert else None})
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from milora_init import __version__, adapter
@@ -28,12 +27,14 @@ from milora_init.checkpoint import (
     SAFETENSORS_INDEX,
     Checkpoint,
     SafetensorsShard,
+    TensorSource,
     open_checkpoint,
     read_bytes,
     sha256,
     stamp,
 )
 from milora_init.errors import CheckpointError, OutputError, PlanError, SolveError
+from milora_init.factors import FactorReader, reading_factors, wanted_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.output import OutputFolder
 from milora_init.plan import config_with_dtype
@@ -61,7 +62,7 @@ class MergePlan:
     base: Checkpoint
     manifest: Manifest
     lora: LoraFolder
-    records: Mapping[str, WeightRecord]
+    records: Mapping[str, list[WeightRecord]]
     headers: Mapping[str, Header]
     overwrite: bool = False
 
@@ -144,7 +145,7 @@ def merge(base: str, out: str, *, trained: str | None = None) -> Merged:
         raise
     folder.finish(None)
     size_bytes = sum((folder.path / name).stat().st_size for name in plan.files)
-    return Merged(out, len(plan.records), size_bytes, round(time.monotonic() - started, 3))
+    return Merged(out, len(plan.manifest.weights), size_bytes, round(time.monotonic() - started, 3))
 
 
 def plan_merge(base: Path, trained: Path | None = None) -> MergePlan:
@@ -160,13 +161,15 @@ def plan_merge(base: Path, trained: Path | None = None) -> MergePlan:
         whole = (base / name).is_file() and (base / name).stat().st_size == size_bytes
         if not whole and name not in (adapter.CONFIG, adapter.WEIGHTS):  # the adapter is read for itself, below
             raise CheckpointError(f"{base}: {name} was changed or removed", hint=f"milora-init verify {base}")
-    initial = open_lora(base / adapter.FOLDER)
-    lora = open_lora(trained) if trained else initial
+    initial = open_lora(base / adapter.FOLDER, manifest.weights)
+    lora = open_lora(trained, manifest.weights) if trained else initial
     if lora.path.resolve() != initial.path.resolve():
         require_pair(initial, lora)
         require_related(lora.weights, initial.weights)
     _require_fit(lora, manifest)
-    records = {record.tensor: record for record in manifest.weights}
+    records: dict[str, list[WeightRecord]] = {}
+    for record in manifest.weights:
+        records.setdefault(record.tensor, []).append(record)
     headers = {name: _header(header, records) for name, header in checkpoint.headers.items()}
     return MergePlan(checkpoint, manifest, lora, records, headers)
 
@@ -187,13 +190,17 @@ def _merge_file(plan: MergePlan, name: str, target: Path) -> int:
     shard = SafetensorsShard(source)
     try:
         before = stamp(source)
-        with SafetensorsWriter(target, plan.headers[name]) as writer, safe_open(plan.lora.weights, "pt") as factors:
+        with SafetensorsWriter(target, plan.headers[name]) as writer, reading_factors(plan.lora.weights) as factors:
             for tensor in shard.header.tensors:
-                record = plan.records.get(tensor)
-                if record is None:
+                if tensor not in plan.records:
                     writer.copy(tensor, shard.fileno, shard.offset(tensor), source)
-                else:
-                    writer.write(tensor, _merge_tensor(plan, shard.read(tensor), factors, record))
+                    continue
+                place, residual = writer.place(tensor), shard.locate(tensor)
+                for record in plan.records[tensor]:
+                    row = record.row
+                    with (place if row is None else place.at(row)).opened() as write:
+                        write(_merge_weight(plan, residual if row is None else residual.at(row), factors, record))
+                writer.written(tensor)
             if stamp(source) != before:
                 raise CheckpointError(f"{source} changed during the run", hint="run again when nobody writes to it")
             return writer.finish()
@@ -201,37 +208,36 @@ def _merge_file(plan: MergePlan, name: str, target: Path) -> int:
         shard.close()
 
 
-def _merge_tensor(plan: MergePlan, residual: Tensor, factors: Any, record: WeightRecord) -> Tensor:
-    pair = plan.lora.modules[record.module]
-    A, B = factors.get_tensor(pair.A), factors.get_tensor(pair.B)
-    transposed = bool(plan.lora.config.get("fan_in_fan_out"))
+def _merge_weight(plan: MergePlan, source: TensorSource, factors: FactorReader, record: WeightRecord) -> Tensor:
+    residual, (B, A) = source.read(), factors.read(record)
+    scale = plan.lora.modules[record.key].scale
     dtype: torch.dtype = getattr(torch, record.source_dtype)
-    merged = merged_weight(residual.mT if transposed else residual, B, A, pair.scale, dtype)
+    merged = merged_weight(residual.mT if record.transposed else residual, B, A, scale, dtype)
     if not bool(merged.isfinite().all()):
         raise SolveError(
             f"{record.module}: merged, it overflows {record.source_dtype}, or the adapter is not finite",
             hint="look at the training: an adapter with NaN or Inf cannot be merged",
         )
-    return merged.mT if transposed else merged
+    return merged.mT if record.transposed else merged
 
 
 def _require_fit(lora: LoraFolder, manifest: Manifest) -> None:
-    records = {record.module: record for record in manifest.weights}
+    wanted = wanted_tensors(manifest.weights)
     hint = "name the base that this adapter was trained on"
-    if odd := records.keys() ^ lora.modules.keys():
-        raise PlanError(f"{lora.path} and {manifest.out} differ in {len(odd)} modules, {min(odd)} first", hint=hint)
-    for module, factors in lora.modules.items():
-        if factors.shape != records[module].shape:
-            what = f"{list(factors.shape)} in {lora.path}, {list(records[module].shape)} in the base"
-            raise PlanError(f"{module} is {what}", hint=hint)
+    if odd := wanted.keys() ^ lora.header.tensors.keys():
+        raise PlanError(f"{lora.path} and {manifest.out} differ in {len(odd)} tensors, {min(odd)} first", hint=hint)
+    for name, shape in wanted.items():
+        if lora.header.tensors[name].shape != shape:
+            what = f"{list(lora.header.tensors[name].shape)} in {lora.path}, {list(shape)} at this base"
+            raise PlanError(f"{name} is {what}", hint=hint)
     if bool(lora.config.get("fan_in_fan_out")) != bool(manifest.adapter["fan_in_fan_out"]):
         raise PlanError(f"{lora.path}: fan_in_fan_out is not what the base was made with", hint=hint)
 
 
-def _header(header: Header, records: Mapping[str, WeightRecord]) -> Header:
+def _header(header: Header, records: Mapping[str, list[WeightRecord]]) -> Header:
     """The file's header with the source's dtypes; to the letter as it stands where they are the same."""
     dtypes = {
-        name: DTYPE_NAMES[getattr(torch, records[name].source_dtype)] if name in records else info.dtype
+        name: DTYPE_NAMES[getattr(torch, records[name][0].source_dtype)] if name in records else info.dtype
         for name, info in header.tensors.items()
     }
     if all(dtypes[name] == info.dtype for name, info in header.tensors.items()):
@@ -252,7 +258,7 @@ def _index(plan: MergePlan) -> bytes:
 
 def _config(plan: MergePlan) -> bytes:
     """config.json with the source's dtype, where the residuals had another."""
-    before = {record.source_dtype for record in plan.records.values()}
-    if before == {record.dtype for record in plan.records.values()}:
+    before = {record.source_dtype for record in plan.manifest.weights}
+    if before == {record.dtype for record in plan.manifest.weights}:
         return plan.base.config_bytes
     return config_with_dtype(plan.base, min(before))

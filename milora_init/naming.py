@@ -1,19 +1,17 @@
-"""From a tensor on disk to the module that PEFT can adapt.
+"""From a tensor on disk to the weight that PEFT can adapt.
 
 The names in a checkpoint are not the names of a model's modules: transformers renames while it loads (prefixes that
-come and go, experts that are fused, `embed_out` that becomes `lm_head`). An adapter speaks of modules. So the class
-that config.json names is built on the meta device, where it costs no memory, and transformers' own mapping is asked
-where each tensor goes. That mapping is private but is the one that PEFT imports; its parts are called by position,
-which holds for every transformers 5.
+come and go, experts that are fused, `embed_out` that becomes `lm_head`). An adapter speaks of modules. So the model is
+built on the meta device, and `meta_model` tells which tensors fill which parameter.
 
 What cannot be adapted is known by its reason: PEFT can wrap a module only if calling it computes x @ W.T, so each
-candidate is called once, on meta.
+candidate is called once, on meta, and must be called by the model itself.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_init.errors import CheckpointError, PlanError
+from milora_init import meta_model
+from milora_init.errors import CheckpointError
+from milora_init.layout import Expert
+from milora_init.meta_model import Home
 
-ALL_LINEAR = "all-linear"
-REGEX = "re:"
+EXPERTS = "experts"
+
+# What PEFT takes for the names that experts had before transformers 5 fused them, and turns into the fused ones.
+_FORMER_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
+_MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})  # whose out_proj PEFT refuses
+_FUSIONS: Mapping[tuple[str, ...], int] = {("MergeModulelist(0)",): 1, ("MergeModulelist(0)", "Concatenate(1)"): 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +37,25 @@ class Adaptable:
     """A weight that an adapter can stand beside.
 
     Attributes:
-        module: Its module, as PEFT names it.
+        module: Its module, as PEFT names it; for an expert's, a name of its own.
         tensor: Its name on disk.
         shape: (out, in), whichever way it is stored.
-        fan_in_fan_out: Stored as (in, out), as GPT-2's Conv1D does.
+        transposed: Stored as (in, out), as GPT-2's Conv1D does.
+        row: Its place in the first dimension of a tensor that holds one for every expert; None for a tensor of its own.
+        expert: Its place in the fused parameter, None for a module's weight.
     """
 
     module: str
     tensor: str
     shape: tuple[int, int]
-    fan_in_fan_out: bool
+    transposed: bool
+    row: int | None = None
+    expert: Expert | None = None
+
+    @property
+    def target(self) -> str:
+        """What PEFT is told to adapt: the module, or the fused parameter."""
+        return self.expert.parameter if self.expert else self.module
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,213 +66,191 @@ class Naming:
         architecture: The class that config.json names.
         task_type: PEFT's task type for it, None where PEFT has none that fits every use.
         modules: Every module name, in the model's order: what PEFT will match targets against.
-        adaptable: The weights that can be adapted, by module name.
-        refused: Modules that look adaptable and are not, with the reason.
+        adaptable: The modules' weights that can be adapted, by module name.
+        experts: The experts' weights that can be adapted, by the name of the fused parameter.
+        refused: Modules and parameters that look adaptable and are not, with the reason.
         heads: Adaptable modules that `all-linear` leaves out: the task heads.
+        towers: Models inside the model that see or hear, which a target must name to adapt them.
+        as_parameters: Last parts of module names that PEFT, on this kind of model, takes for experts'. Such a module
+            can be adapted only as the parameter `<module>.weight`.
     """
 
     architecture: str
     task_type: str | None
     modules: tuple[str, ...]
     adaptable: Mapping[str, Adaptable]
+    experts: Mapping[str, tuple[Adaptable, ...]]
     refused: Mapping[str, str]
     heads: frozenset[str]
+    towers: tuple[str, ...]
+    as_parameters: frozenset[str]
 
 
-def resolve(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Naming:
+def resolve(
+    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, trust_remote_code: bool = False
+) -> Naming:
     """Build the model on the meta device and find the module of every tensor.
 
     Args:
         folder: A folder that holds config.json.
         config: The content of config.json.
         shapes: Shape of every tensor of the checkpoint, by its name on disk.
+        trust_remote_code: Run the code in the folder if config.json names it.
 
     Raises:
         CheckpointError: config.json names no class that transformers has, or is quantised, or the tensors are not
             this class's.
     """
     _refuse_quantised(config)
-    model = _build_on_meta(folder, config)
-    homes = _homes(model, shapes)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    head = _output_head(model)
-    adaptable: dict[str, Adaptable] = {}
-    refused: dict[str, str] = {}
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        weight = getattr(module, "weight", None)
-        if not name or not isinstance(weight, nn.Parameter):
-            continue
-        key = f"{name}.weight"
-        tensors, plain = homes.get(key, ([], True))
-        if reason := _why_not(module, modules[name.rpartition(".")[0]]):
-            refused[name] = reason
-        elif module is head:
-            refused[name] = "the output head"
-        elif len(owners[id(weight)]) > 1:
-            refused[name] = f"tied to {next(o for o in owners[id(weight)] if o != key)}"
-        elif not tensors:
-            refused[name] = "no tensor of the checkpoint fills it"
-        elif not plain or len(tensors) > 1:
-            refused[name] = "transformers builds it from several tensors while loading"
-        elif shapes[tensors[0]] != tuple(weight.shape):
-            raise CheckpointError(
-                f"{tensors[0]} is {list(shapes[tensors[0]])} on disk, config.json makes it {list(weight.shape)}",
-                hint="config.json and the weights are of different models",
-            )
-        else:
-            adaptable[name] = Adaptable(name, tensors[0], _out_in(module), _is_conv1d(module))
-    if not any(tensors for tensors, _ in homes.values()):
+    model = meta_model.build(folder, config, trust_remote_code=trust_remote_code)
+    homes = meta_model.homes(model, shapes)
+    if not homes:
         raise CheckpointError(
             f"{folder}: no tensor belongs to {type(model).__name__}, which config.json names; "
             f"the first is {next(iter(shapes), None)}",
             hint="config.json and the weights are of different models",
         )
+    modules = dict(model.named_modules())
+    why_not = _Objections(model)
+    adaptable: dict[str, Adaptable] = {}
+    refused: dict[str, str] = {}
+    for name, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if not name or not isinstance(weight, nn.Parameter) or weight.dim() > 2:
+            continue
+        home = homes.get(f"{name}.weight", Home())
+        if reason := why_not(name, module) or _not_one_tensor(home):
+            refused[name] = reason
+        else:
+            _require_shape(home.tensors[0], shapes, tuple(weight.shape))
+            adaptable[name] = Adaptable(name, home.tensors[0], _out_in(module), _is_conv1d(module))
+    experts: dict[str, tuple[Adaptable, ...]] = {}
+    for name, parameter in model.named_parameters():
+        owner = modules[name.rpartition(".")[0]]
+        if parameter.dim() != 3 or not _holds_experts(name, owner):
+            continue
+        found = _experts(name, parameter, owner, homes.get(name, Home()), shapes)
+        if isinstance(found, str):
+            refused[name] = found
+        else:
+            experts[name] = found
     return Naming(
         architecture=type(model).__name__,
         task_type=_task_type(model),
         modules=tuple(name for name in modules if name),
         adaptable=adaptable,
+        experts=experts,
         refused=refused,
         heads=frozenset(name for name in adaptable if name in ("score", "classifier", "qa_outputs")),
+        towers=tuple(meta_model.towers(model)),
+        as_parameters=_FORMER_EXPERTS if meta_model.fuses_experts(model) else frozenset(),
     )
 
 
-def select(naming: Naming, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Adaptable]:
-    """The adaptable weights that `targets` names and `exclude` does not, in the model's order.
+class _Objections:
+    """Why a module of a model cannot be adapted, empty if it can; see what each looks at."""
 
-    PEFT's meaning: a target is a module's full name or its end after a dot, or `all-linear`; `re:PATTERN` matches a
-    full name from end to end.
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._owners.setdefault(id(parameter), []).append(name)
+        self._head = _output_head(model)
+        self._never_called = meta_model.never_called(model)
+        self._mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS
 
-    Raises:
-        PlanError: A target or an exclusion that names nothing, or only what cannot be adapted.
-    """
-    chosen: set[str] = set()
-    for target in targets:
-        if target == ALL_LINEAR:
-            chosen |= naming.adaptable.keys() - naming.heads
-            continue
-        matches = matcher([target])
-        hits = {name for name in naming.adaptable if matches(name)}
-        if not hits:
-            refused = next((name for name in naming.refused if matches(name)), None)
-            raise PlanError(
-                f"target {target!r} matches no module of {naming.architecture}"
-                + (f" that can be adapted: {refused} is {naming.refused[refused]}" if refused else ""),
-                hint=f"modules that can be adapted: {', '.join(suffixes(naming))}",
-            )
-        chosen |= hits
-    for target in exclude:
-        matches = matcher([target])
-        if not any(matches(name) for name in naming.modules):
-            raise PlanError(f"exclude {target!r} matches no module of {naming.architecture}")
-        chosen = {name for name in chosen if not matches(name)}
-    if not chosen:
-        raise PlanError("every target is excluded", hint="drop an --exclude")
-    return [weight for name, weight in naming.adaptable.items() if name in chosen]
+    def __call__(self, name: str, module: nn.Module) -> str:
+        parent = self._model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, nn.Linear) and not _is_conv1d(module):
+            return f"a {type(module).__name__}, not a linear layer"
+        if isinstance(parent, nn.MultiheadAttention) or name in self._never_called:
+            return f"read by its parent, a {type(parent).__name__}, and never called"
+        if not _computes_a_product(module):
+            return f"a {type(module).__name__}, which does not compute x @ W.T"
+        if module is self._head:
+            return "the output head"
+        if others := [o for o in self._owners[id(module.weight)] if o != f"{name}.weight"]:
+            return f"tied to {others[0]}"
+        if _routes(module, parent):
+            return "a router: it chooses experts"
+        if self._mamba and name.rpartition(".")[2] == "out_proj":
+            return "the out_proj of a Mamba mixer, whose weight is read past an adapter"
+        return ""
 
 
-def matcher(targets: Iterable[str]) -> Callable[[str], bool]:
-    """PEFT's test of a module name against a list of targets, with `re:PATTERN` beside it."""
-    names = {target for target in targets if not target.startswith(REGEX)}
-    patterns = []
-    for target in targets:
-        if target.startswith(REGEX):
-            try:
-                patterns.append(re.compile(target.removeprefix(REGEX)))
-            except re.error as error:
-                raise PlanError(f"target {target!r} is not a regular expression: {error}") from None
+def _not_one_tensor(home: Home) -> str:
+    if not home.tensors:
+        return "no tensor of the checkpoint fills it"
+    if home.operations or len(home.tensors) > 1:
+        return "transformers builds it from several tensors while loading"
+    return ""
 
-    def matches(module: str) -> bool:
-        return (
-            module in names
-            or any(module.endswith(f".{name}") for name in names)
-            or any(pattern.fullmatch(module) for pattern in patterns)
+
+def _require_shape(tensor: str, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> None:
+    if shapes[tensor] != shape:
+        raise CheckpointError(
+            f"{tensor} is {list(shapes[tensor])} on disk, config.json makes it {list(shape)}",
+            hint="config.json and the weights are of different models",
         )
 
-    return matches
+
+def _holds_experts(parameter: str, owner: nn.Module) -> bool:
+    return EXPERTS in parameter.split(".")[-2:] or type(owner).__name__.endswith("Experts")
 
 
-def suffixes(naming: Naming) -> list[str]:
-    """Last parts of the adaptable modules' names, in the model's order: what a person would pass as targets."""
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in naming.adaptable))
-
-
-def _build_on_meta(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    import transformers
-
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise CheckpointError(
-            f"{folder}/config.json names no class under `architectures`",
-            hint='add it, e.g. "architectures": ["LlamaForCausalLM"]',
+def _experts(
+    name: str, parameter: nn.Parameter, owner: nn.Module, home: Home, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Adaptable, ...] | str:
+    """The matrices of a fused parameter, or why they cannot be adapted."""
+    count, *matrix = parameter.shape
+    # PEFT takes (count, out, in), unless the module says that it holds (count, in, out).
+    transposed = bool(getattr(owner, "is_transposed", False))
+    rows, columns = reversed(matrix) if transposed else matrix
+    if count < 2:
+        return "a single expert, which PEFT takes for a plain layer"
+    if not home.tensors:
+        return "no tensor of the checkpoint fills it"
+    if not home.operations:
+        if len(home.tensors) > 1:
+            return "transformers builds it from several tensors while loading"
+        (tensor,) = home.tensors
+        _require_shape(tensor, shapes, tuple(parameter.shape))
+        return tuple(
+            Adaptable(f"{name}[{e}]", tensor, (rows, columns), transposed, e, Expert(name, e, count, 0, 1))
+            for e in range(count)
         )
-    cls = getattr(transformers, str(architectures[0]), None)
-    if not isinstance(cls, type):
-        raise CheckpointError(
-            f"{folder}/config.json names {architectures[0]}, which transformers {transformers.__version__} has not",
-            hint="models that bring their own code are not supported; for a new architecture, upgrade transformers",
-        )
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: nn.Module = cls(parsed)
-    except Exception as error:  # a config can be wrong in as many ways as there are model classes
-        raise CheckpointError(
-            f"{folder}/config.json does not build a {architectures[0]}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    model.tie_weights()  # type: ignore[operator]
-    return model
+    if _FUSIONS.get(home.operations) != len(home.parts) or transposed:
+        return f"fused by {', '.join(home.operations)}, which milora-init does not know"
+    found = []
+    for part, tensors in enumerate(home.parts):
+        numbers = [re.findall(r"\d+", tensor) for tensor in tensors]
+        running = [place for place in zip(*numbers, strict=True) if len(set(place)) > 1] if tensors else []
+        if len(tensors) != count or running != [tuple(str(e) for e in range(count))]:
+            return f"the checkpoint has not all of its {count} experts, or numbers them in another way"
+        for e, tensor in enumerate(tensors):
+            shape = (rows // len(home.parts), columns)
+            _require_shape(tensor, shapes, shape)
+            place = Expert(name, e, count, part, len(home.parts))
+            found.append(Adaptable(tensor.removesuffix(".weight"), tensor, shape, False, None, place))
+    return tuple(found)
 
 
-def _homes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[list[str], bool]]:
-    """Parameter name -> (tensors that fill it, whether each is copied as it is)."""
-    from transformers import __version__
-
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError as error:
-        raise CheckpointError(
-            f"transformers {__version__} keeps its weight names elsewhere ({error})",
-            hint="pip install 'transformers>=5'",
-        ) from error
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known = model.state_dict(keep_vars=True)
-    prefix = model.base_model_prefix
-    homes: dict[str, tuple[list[str], bool]] = {}
-    for name in names:
-        home, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if home not in known and name in known:
-            home, pattern = rename_source_key(name, [], [], prefix, known)
-        if home in known:
-            tensors, plain = homes.get(home, ([], True))
-            homes[home] = ([*tensors, name], plain and pattern is None)
-    return homes
-
-
-def _why_not(module: nn.Module, parent: nn.Module) -> str:
-    """The reason why PEFT's LoRA cannot wrap this module, empty if it can."""
-    if not isinstance(module, nn.Linear) and not _is_conv1d(module):
-        return f"a {type(module).__name__}, not a linear layer"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "read by its parent, nn.MultiheadAttention, and never called"
+def _computes_a_product(module: nn.Module) -> bool:
     out_features, in_features = _out_in(module)
     try:
         with torch.no_grad():
-            result = module(torch.empty(2, in_features, device="meta"))
-        linear = isinstance(result, torch.Tensor) and result.shape == (2, out_features)
+            result = module(torch.empty(2, in_features, device="meta", dtype=torch.bfloat16))
+        return isinstance(result, torch.Tensor) and result.shape == (2, out_features)
     except Exception:  # a router may raise anything when called as a linear layer
-        linear = False
-    return "" if linear else f"a {type(module).__name__}, which does not compute x @ W.T"
+        return False
+
+
+def _routes(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether a linear layer beside experts has one output for each of them, or one for all."""
+    experts = [child for name, child in parent.named_children() if EXPERTS in name.split("_")]
+    counts = {1} | {len(child) for child in experts if isinstance(child, nn.ModuleList)}
+    counts |= {p.shape[0] for child in experts for p in child.parameters(recurse=False) if p.dim() == 3}
+    return bool(experts) and _out_in(module)[0] in counts
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:

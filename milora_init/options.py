@@ -7,8 +7,8 @@ The named ones live in configs/ and travel inside the wheel. Precedence: argumen
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -46,6 +46,10 @@ class InitOptions:
         dtype: Of the residual weights; `auto` keeps the source's.
         device: `auto` (every visible GPU, else the CPU), `cpu`, `cuda` or `cuda:N`; several share the work.
         seed: For `random`, and for the solver's start vectors.
+        rank_pattern, alpha_pattern: Ranks and alphas of their own for what a target names, in the language of
+            `target`; of several that name a module the last one counts. Where no alpha is given at all, a rank of its
+            own is its own alpha too.
+        trust_remote_code: Run the code in the model's repository, if config.json names it.
         revision, cache_dir, token: As in huggingface_hub. The token is never written or printed.
         overwrite: Replace an earlier output of this program, finished or not.
 
@@ -66,6 +70,9 @@ class InitOptions:
     dtype: str = "auto"
     device: tuple[str, ...] = ("auto",)
     seed: int = 0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, int] = field(default_factory=dict)
+    trust_remote_code: bool = False
     revision: str | None = None
     cache_dir: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -96,7 +103,15 @@ class InitOptions:
             self.alpha is None or (_is_int(self.alpha) and self.alpha >= 1),
             f"alpha is {self.alpha!r}, expected a whole number of at least 1",
         )
-        _require(isinstance(self.rslora, bool), f"rslora is {self.rslora!r}, expected true or false")
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            ok = isinstance(pattern, Mapping) and all(
+                isinstance(key, str) and bool(key) and _is_int(value) and value >= 1 for key, value in pattern.items()
+            )
+            _require(ok, f"{name} is {pattern!r}", "map targets to whole numbers of at least 1: {down_proj: 128}")
+        for name in ("rslora", "trust_remote_code"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
         _require(
             isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
             f"dropout is {self.dropout!r}, expected 0 <= dropout < 1",
@@ -108,12 +123,6 @@ class InitOptions:
         )
         _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}", f"choose one of: {', '.join(DTYPES)}")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**63, f"seed is {self.seed!r}, expected 0 <= seed < 2^63")
-
-    @property
-    def scale(self) -> float:
-        """What PEFT multiplies B @ A with: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-        alpha = self.lora_alpha
-        return alpha / math.sqrt(self.rank) if self.rslora else alpha / self.rank
 
     @property
     def lora_alpha(self) -> int:

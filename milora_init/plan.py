@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,26 +26,14 @@ from milora_init.checkpoint import (
     read_bytes,
     side_files,
 )
-from milora_init.errors import PlanError
 from milora_init.manifest import MANIFEST
-from milora_init.naming import Adaptable, Naming, resolve, select
+from milora_init.naming import Naming, resolve
 from milora_init.options import InitOptions, Mode
 from milora_init.safetensors_format import DTYPES, Header, plan_header, torch_name
+from milora_init.weight_plan import WeightPlan, plan_weights
 
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and before transformers 4.56
-_SOLVABLE = ("F64", "F32", "BF16", "F16")
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
-
-
-@dataclass(frozen=True, slots=True)
-class WeightPlan:
-    """One weight to split; `seed` is its own, so that no weight's draw depends on the order of the work."""
-
-    weight: Adaptable
-    source_dtype: str
-    dtype: str
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +44,13 @@ class ShardJob:
     stamp: Stamp
     target: str
     header: Header
-    weights: Mapping[str, WeightPlan]
-    rank: int
-    scale: float
+    weights: Mapping[str, tuple[WeightPlan, ...]]
     mode: Mode
+
+    @property
+    def splits(self) -> list[WeightPlan]:
+        """Every weight of the file that is split, whichever tensor it lies in."""
+        return [w for weights in self.weights.values() for w in weights]
 
 
 @dataclass(frozen=True)
@@ -73,6 +64,7 @@ class Plan:
         naming: Its modules.
         jobs: One per shard.
         weights: Every weight to split, in the model's order.
+        adapter_config: Content of the adapter's config.
         index: Content of the output's index file, None for a single file.
         config_bytes: The output's config.json.
         side_files: What is copied as it is, relative to the source.
@@ -85,28 +77,15 @@ class Plan:
     naming: Naming
     jobs: tuple[ShardJob, ...]
     weights: tuple[WeightPlan, ...]
+    adapter_config: Mapping[str, Any]
     index: bytes | None
     config_bytes: bytes
     side_files: tuple[str, ...]
     notices: tuple[str, ...]
 
     @cached_property
-    def adapter_config(self) -> dict[str, Any]:
-        options = self.options
-        return adapter.adapter_config(
-            base=options.out,
-            rank=options.rank,
-            alpha=options.lora_alpha,
-            rslora=options.rslora,
-            dropout=options.dropout,
-            task_type=options.task_type or self.naming.task_type,
-            targets=adapter.target_modules([w.weight.module for w in self.weights], self.naming.modules),
-            fan_in_fan_out=all(w.weight.fan_in_fan_out for w in self.weights),
-        )
-
-    @cached_property
     def adapter_header(self) -> Header:
-        return adapter.plan_adapter([(w.weight.module, w.weight.shape) for w in self.weights], self.options.rank)
+        return adapter.plan_adapter((w.key, w.rank, w.weight) for w in self.weights)
 
     @cached_property
     def files(self) -> tuple[str, ...]:
@@ -126,7 +105,9 @@ class Plan:
             "mode": options.mode,
             "alpha": options.lora_alpha,
             "rslora": options.rslora,
-            "dropout": options.dropout,
+            "rank_pattern": self.adapter_config["rank_pattern"],
+            "alpha_pattern": self.adapter_config["alpha_pattern"],
+            "dropout": self.adapter_config["lora_dropout"],
             "task_type": self.adapter_config["task_type"],
             "dtype": options.dtype,
             "seed": options.seed,
@@ -165,7 +146,8 @@ class Plan:
     @property
     def peak_memory_bytes(self) -> int:
         """Estimate for one worker on the CPU: the largest weight, its Gram matrix and two factors, its residual."""
-        return _PROCESS_BYTES + max(self._memory_bytes(w) for w in self.weights)
+        stacked = max(info.size_bytes for info in self.adapter_header.tensors.values())
+        return _PROCESS_BYTES + max(2 * stacked, *(self._memory_bytes(w) for w in self.weights))
 
     @property
     def solve_flops(self) -> int:
@@ -179,7 +161,7 @@ class Plan:
     def _memory_bytes(self, w: WeightPlan) -> int:
         (m, n), q = w.weight.shape, min(w.weight.shape)
         stored = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
-        return stored + 3 * q * q * 8 + 4 * (m + n) * self.options.rank * 8 + (64 << 20)
+        return stored + 3 * q * q * 8 + 4 * (m + n) * w.rank * 8 + (64 << 20)
 
     def kinds(self) -> dict[tuple[str, tuple[int, int], str], int]:
         """How many weights there are of each (suffix, shape, dtype)."""
@@ -194,12 +176,12 @@ def make_plan(options: InitOptions, folder: Path, revision: str | None = None) -
         PlanError: The request does not fit it.
     """
     checkpoint = open_checkpoint(folder)
-    naming = resolve(folder, checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
-    chosen = select(naming, options.target, options.exclude)
-    _require_rank(chosen, options.rank)
-    stored = None if options.dtype == "auto" else _STORED[options.dtype]
-    weights = tuple(_plan_weight(weight, checkpoint, stored, options.seed) for weight in chosen)
-    by_tensor = {w.weight.tensor: w for w in weights}
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    naming = resolve(folder, checkpoint.config, shapes, trust_remote_code=options.trust_remote_code)
+    weights, adapter_config = plan_weights(options, checkpoint, naming)
+    by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
+    for w in weights:
+        by_tensor[w.weight.tensor] = (*by_tensor.get(w.weight.tensor, ()), w)
     jobs = tuple(
         _plan_shard(checkpoint, file, number, by_tensor, options) for number, file in enumerate(checkpoint.headers)
     )
@@ -210,30 +192,20 @@ def make_plan(options: InitOptions, folder: Path, revision: str | None = None) -
         naming=naming,
         jobs=jobs,
         weights=weights,
+        adapter_config=adapter_config,
         index=_plan_index(checkpoint, jobs),
         config_bytes=config_with_dtype(checkpoint, options.dtype),
         side_files=tuple(side_files(folder)),
-        notices=tuple(_notices(checkpoint, weights, options)),
+        notices=tuple(_notices(options, checkpoint, naming, weights, adapter_config)),
     )
 
 
-def _plan_weight(weight: Adaptable, checkpoint: Checkpoint, stored: str | None, seed: int) -> WeightPlan:
-    dtype = checkpoint.tensors[weight.tensor].dtype
-    if dtype not in _SOLVABLE:
-        raise PlanError(
-            f"{weight.tensor} is stored as {dtype}: a packed or quantised weight has no singular components of its own",
-            hint="start from the unquantised checkpoint, or dequantise it and save it again",
-        )
-    return WeightPlan(weight, dtype, stored or dtype, own_seed(seed, weight.tensor))
-
-
-def own_seed(seed: int, tensor: str) -> int:
-    """The seed of one weight."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{tensor}".encode()).digest()[:7], "big")
-
-
 def _plan_shard(
-    checkpoint: Checkpoint, file: str, number: int, by_tensor: Mapping[str, WeightPlan], options: InitOptions
+    checkpoint: Checkpoint,
+    file: str,
+    number: int,
+    by_tensor: Mapping[str, tuple[WeightPlan, ...]],
+    options: InitOptions,
 ) -> ShardJob:
     source = checkpoint.headers[file]
     weights = {name: by_tensor[name] for name in source.tensors if name in by_tensor}
@@ -244,11 +216,12 @@ def _plan_shard(
             SAFETENSORS_SINGLE if checkpoint.index is None else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         )
     # A header that need not change is kept to the letter: the file then differs from its source in values only.
-    changed = [w for w in weights.values() if w.dtype != w.source_dtype]
+    changed = [name for name, (first, *_) in weights.items() if first.dtype != first.source_dtype]
     header = source
     if changed:
         entries = (
-            (i.name, weights[i.name].dtype if i.name in weights else i.dtype, i.shape) for i in source.tensors.values()
+            (i.name, weights[i.name][0].dtype if i.name in weights else i.dtype, i.shape)
+            for i in source.tensors.values()
         )
         header = plan_header(entries, metadata=source.metadata)
     return ShardJob(
@@ -257,8 +230,6 @@ def _plan_shard(
         target=target,
         header=header,
         weights=weights,
-        rank=options.rank,
-        scale=options.scale,
         mode=options.mode,
     )
 
@@ -297,8 +268,24 @@ def _config_dtypes(config: Mapping[str, Any]) -> set[str]:
     return {str(config[key]).removeprefix("torch.") for key in _DTYPE_KEYS if config.get(key)}
 
 
-def _notices(checkpoint: Checkpoint, weights: tuple[WeightPlan, ...], options: InitOptions) -> list[str]:
+def _notices(
+    options: InitOptions,
+    checkpoint: Checkpoint,
+    naming: Naming,
+    weights: Sequence[WeightPlan],
+    adapter_config: Mapping[str, Any],
+) -> list[str]:
     notices = []
+    if adapter_config.get("target_parameters"):
+        notices.append(
+            f"experts are adapted through target_parameters: training needs PEFT >= {adapter.PEFT_FOR_EXPERTS}"
+            + (f", and lora_dropout is 0 instead of {options.dropout}" if options.dropout else "")
+        )
+    if naming.experts and not any(w.weight.expert for w in weights):
+        count = sum(len(group) for group in naming.experts.values())
+        notices.append(f"the {count} matrices of the experts are left as they are; --target experts adapts them too")
+    if left := [t for t in naming.towers if not any(w.weight.module.startswith(f"{t}.") for w in weights)]:
+        notices.append(f"{' and '.join(left)} left as it is; a target that names it adapts it too")
     if (checkpoint.folder / SAFETENSORS_INDEX).is_file() and checkpoint.index is None:
         notices.append(
             f"the source has both {SAFETENSORS_SINGLE} and an index; as transformers does, the index is ignored"
@@ -311,16 +298,6 @@ def _notices(checkpoint: Checkpoint, weights: tuple[WeightPlan, ...], options: I
                 f" will cast them on load; `--dtype {sorted(stored)[0]}` makes config.json agree"
             )
     return notices
-
-
-def _require_rank(weights: list[Adaptable], rank: int) -> None:
-    smallest = min(weights, key=lambda weight: min(weight.shape))
-    limit = min(smallest.shape)
-    if rank > limit:
-        raise PlanError(
-            f"rank {rank} is above the {limit} that {smallest.module} allows: its shape is {list(smallest.shape)}",
-            hint=f"--rank {limit}, or --exclude {smallest.module.rpartition('.')[2]}",
-        )
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -346,9 +323,11 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "source": job.source.name,
                 "target": job.target,
                 "bytes": job.header.file_bytes,
-                "weights": len(job.weights),
+                "weights": len(job.splits),
             }
             for job in plan.jobs
         ],
-        "weights": [{**asdict(w.weight), "source_dtype": w.source_dtype, "dtype": w.dtype} for w in plan.weights],
+        "weights": [
+            {**asdict(w.weight), "rank": w.rank, "source_dtype": w.source_dtype, "dtype": w.dtype} for w in plan.weights
+        ],
     }

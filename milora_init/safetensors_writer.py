@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from milora_init.errors import CheckpointError, OutputError
-from milora_init.safetensors_format import DTYPE_NAMES, Header
+from milora_init.safetensors_format import DTYPE_NAMES, DTYPES, Header
 
 _CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that calls cost nothing
 _NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO)
@@ -33,6 +34,12 @@ class Place:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+    def at(self, row: int) -> Place:
+        """The place of one entry of the tensor's first dimension."""
+        shape = self.shape[1:]
+        size_bytes = math.prod(shape) * DTYPES[self.dtype].itemsize
+        return replace(self, shape=shape, offset=self.offset + row * size_bytes)
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[Tensor], None]]:

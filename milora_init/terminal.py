@@ -86,7 +86,7 @@ class Bar:
         self._started = time.monotonic()
         self._total = plan.source_bytes
         self._earlier = self._done = sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done)
-        self._modules, self._split = len(plan.weights), sum(len(job.weights) for job in done)
+        self._modules, self._split = len(plan.weights), sum(len(job.splits) for job in done)
         self._adapted = {w.weight.tensor for w in plan.weights}
         self._bar.update(self._task, total=self._total, completed=self._done, modules=self._count())
         if done:
@@ -148,7 +148,7 @@ def print_plan(plan: Plan, estimate_s: float) -> None:
         f"time     about {duration(estimate_s)} of solving here, and the copying"
     )
     for job in plan.jobs:
-        console.print(f"  {job.source.name} -> {options.out}/{job.target}  ({len(job.weights)} weights)", markup=False)
+        console.print(f"  {job.source.name} -> {options.out}/{job.target}  ({len(job.splits)} weights)", markup=False)
     _print_warnings(plan.notices)
     console.print("nothing was written")
 

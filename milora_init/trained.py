@@ -1,7 +1,8 @@
 """A LoRA folder as PEFT saves it, read for the ways back: which module has which factors, at which scale.
 
 What the factors alone do not say (DoRA, biases, retrained modules, ...) is refused by name: a way back that dropped it
-would give another model without a word.
+would give another model without a word. Which experts an adapter of fused parameters speaks of, its files do not say
+either: the manifest of the base does.
 """
 
 from __future__ import annotations
@@ -9,40 +10,46 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milora_init.adapter import pattern_of
 from milora_init.errors import CheckpointError, PlanError
+from milora_init.layout import key_and_factor
+from milora_init.manifest import WeightRecord
 from milora_init.safetensors_format import Header, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys of adapter_config.json that change what the factors mean, or add to them. Off is None, False or empty.
 _BEYOND_FACTORS = (
-    "use_dora", "modules_to_save", "target_parameters", "lora_bias", "trainable_token_indices", "layer_replication",
+    "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "layer_replication",
     "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One module's A (rank, n) and B (m, rank); their product is multiplied with `scale`."""
+    """A module's A (rank, n) and B (m, rank); their product is multiplied with `scale`.
+
+    Of `experts` they are stacked as in `layout`; rank and shape are one expert's.
+    """
 
     A: str
     B: str
     rank: int
     shape: tuple[int, int]
     scale: float
+    experts: int
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFolder:
-    """A LoRA adapter on disk, its header read: config and every module's factors by module name."""
+    """A LoRA adapter on disk, its header read: config and every module's factors by the key of its tensors."""
 
     path: Path
     config: Mapping[str, Any]
@@ -54,8 +61,12 @@ class LoraFolder:
         return self.path / WEIGHTS
 
 
-def open_lora(path: Path) -> LoraFolder:
+def open_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraFolder:
     """Read a LoRA folder's config and header.
+
+    Args:
+        path: The folder.
+        records: The weights of the base that it belongs to, from the manifest.
 
     Raises:
         CheckpointError: A file is missing or damaged, a factor has no partner, or shapes contradict the config.
@@ -65,7 +76,7 @@ def open_lora(path: Path) -> LoraFolder:
     header = read_header(path / WEIGHTS)
     keys: dict[str, dict[str, str]] = {}
     for key, info in header.tensors.items():
-        found = _KEY.fullmatch(key)
+        found = key_and_factor(key)
         if not found:
             raise PlanError(
                 f"{path / WEIGHTS}: {key} is not a factor of a Linear, and would be lost",
@@ -73,10 +84,24 @@ def open_lora(path: Path) -> LoraFolder:
             )
         if info.dtype not in _FLOATS or len(info.shape) != 2:
             raise PlanError(f"{path / WEIGHTS}: {key} is {info.dtype} {list(info.shape)}, not a floating matrix")
-        keys.setdefault(found["module"], {})[found["factor"]] = key
+        keys.setdefault(found[0], {})[found[1]] = key
     if not keys:
         raise CheckpointError(f"{path / WEIGHTS} holds no factors", hint="save the adapter again")
-    return LoraFolder(path, config, header, {m: _pair(path, config, header, m, pair) for m, pair in keys.items()})
+    experts = {record.key: record.expert for record in records if record.expert}
+    wrapped = {name.removesuffix(".weight"): name for name in config.get("target_parameters") or ()}
+    unknown = [name for module, name in wrapped.items() if module not in keys]
+    if len(unknown) != len({expert.parameter for expert in experts.values()}):
+        raise PlanError(
+            f"{path / CONFIG}: {unknown[0] if unknown else min(experts)} is of experts, and which these factors belong "
+            f"to stands in the manifest of their base",
+            hint="keep the adapter in the folder that milora-init wrote, beside milora_init.json",
+        )
+    modules = {
+        m: _pair(path, config, header, experts[m].parameter if m in experts else wrapped.get(m, m), pair,
+                 experts=experts[m].count if m in experts else 1)
+        for m, pair in keys.items()
+    }  # fmt: skip
+    return LoraFolder(path, config, header, modules)
 
 
 def require_pair(before: LoraFolder, after: LoraFolder) -> None:
@@ -133,7 +158,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _pair(path: Path, config: Mapping[str, Any], header: Header, module: str, keys: Mapping[str, str]) -> Factors:
+def _pair(
+    path: Path, config: Mapping[str, Any], header: Header, module: str, keys: Mapping[str, str], *, experts: int
+) -> Factors:
     if missing := {"A", "B"} - keys.keys():
         raise CheckpointError(
             f"{path / WEIGHTS}: {module} has no lora_{missing.pop()}: the adapter is incomplete",
@@ -142,23 +169,22 @@ def _pair(path: Path, config: Mapping[str, Any], header: Header, module: str, ke
     rank = _of_module(config, "rank_pattern", "r", module, path)
     alpha = _of_module(config, "alpha_pattern", "lora_alpha", module, path)
     (a_rank, n), (m, b_rank) = header.tensors[keys["A"]].shape, header.tensors[keys["B"]].shape
-    if not a_rank == b_rank == rank:
+    if not a_rank == b_rank == rank * experts:
         raise CheckpointError(
             f"{path / WEIGHTS}: {module} has A {[a_rank, n]} and B {[m, b_rank]}, {CONFIG} says rank {rank}",
             hint="save the adapter and its config again, together",
         )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Factors(keys["A"], keys["B"], int(rank), (m, n), scale)
+    return Factors(keys["A"], keys["B"], int(rank), (m, n), scale, experts)
 
 
 def _of_module(config: Mapping[str, Any], pattern: str, default: str, module: str, path: Path) -> float:
-    """A module's rank or alpha: the first pattern that matches its end, as PEFT's get_pattern_key."""
+    """A module's rank or alpha, as PEFT looks it up."""
     try:
-        patterns = config.get(pattern) or {}
-        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-        value = config[default] if key is None else patterns[key]
+        found = pattern_of(config.get(pattern) or {}, module)
+        value = config[default] if found is None else found
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{value!r} for {module}")
-    except (AttributeError, KeyError, ValueError, re.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
         raise CheckpointError(f"{path / CONFIG}: {default} and {pattern} are unreadable: {error}") from error
     return float(value)

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from milora_init import adapter, audit
 from milora_init.audit import Difference
 from milora_init.checkpoint import (
@@ -32,6 +34,8 @@ from milora_init.checkpoint import (
 )
 from milora_init.decompose import locate
 from milora_init.errors import MiloraError, PlanError, UsageError
+from milora_init.factors import reading_factors, wanted_tensors
+from milora_init.layout import key_and_factor, own_block
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.naming import resolve
 from milora_init.options import InitOptions
@@ -52,7 +56,7 @@ _COSINE = 0.1  # between trained and initial factors; of unrelated ones it is ab
 # What decides the function that the pair computes. Dropout and the like are the trainer's own business.
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_EXTRAS = ("use_dora", "lora_bias", "layers_to_transform", "target_parameters", "modules_to_save", "exclude_modules")
+_EXTRAS = ("use_dora", "lora_bias", "layers_to_transform", "modules_to_save", "exclude_modules")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -89,6 +93,7 @@ def verify(
     revision: str | None = None,
     every: bool = False,
     trained: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Verdict:
     """Judge an output folder.
 
@@ -98,6 +103,7 @@ def verify(
         revision: Of the source.
         every: Solve every component anew from the source, not a sample of three.
         trained: The folder of a trained adapter, to judge by the base in `out`.
+        trust_remote_code: Run the code in the folder if its config.json names it.
 
     Raises:
         UsageError: `every` without a source.
@@ -114,14 +120,14 @@ def verify(
         hint = "run the same command again: it resumes" if begun else "get the file back from where the output was made"
         missing = Difference(MANIFEST, "missing: it is written last, when all else is whole", hint)
         return Verdict(out, UNFINISHED if begun else UNKNOWN, (missing,), (), {"files": 0})
-    return _Inspection(out, folder, manifest).verdict(model, revision, every, trained)
+    return _Inspection(out, folder, manifest, trust_remote_code).verdict(model, revision, every, trained)
 
 
 class _Inspection:
     """One folder under inspection; its differences as they are found."""
 
-    def __init__(self, out: str, folder: Path, manifest: Manifest) -> None:
-        self.out, self.folder, self.manifest = out, folder, manifest
+    def __init__(self, out: str, folder: Path, manifest: Manifest, trusted: bool) -> None:
+        self.out, self.folder, self.manifest, self.trusted = out, folder, manifest, trusted
         self.records = {record.module: record for record in manifest.weights}
         self.notes: list[str] = []
         self.changed: set[str] = set()
@@ -139,7 +145,7 @@ class _Inspection:
         has_adapter = all((self.folder / name).is_file() for name in (adapter.CONFIG, adapter.WEIGHTS))
         readable = False
         if has_adapter:
-            header_faults = list(_header_faults(self.folder / adapter.WEIGHTS, self.records))
+            header_faults = list(_header_faults(self.folder / adapter.WEIGHTS, self.manifest.weights))
             readable = not header_faults
             found += header_faults
             found += self.config_faults(self.folder / adapter.CONFIG, modules)
@@ -199,7 +205,7 @@ class _Inspection:
 
     def modules(self, base: Checkpoint) -> tuple[str, ...]:
         shapes = {name: info.shape for name, info in base.tensors.items()}
-        return resolve(self.folder, base.config, shapes).modules
+        return resolve(self.folder, base.config, shapes, trust_remote_code=self.trusted).modules
 
     def config_faults(self, path: Path, modules: tuple[str, ...], *, trained: bool = False) -> Iterator[Difference]:
         """The fields of an adapter_config.json that decide what a trainer or a server makes of it."""
@@ -228,9 +234,13 @@ class _Inspection:
             hit = adapter.targeted(config.get("target_modules"), modules)
         except PlanError:  # not a regular expression
             hit = set()
-        if odd := sorted(hit ^ self.records.keys()):
+        if odd := sorted(hit ^ adapter.targeted(wanted["target_modules"], modules)):
             what = f"target_modules {'hits' if odd[0] in hit else 'misses'} {odd[0]}, {len(odd)} differ in all"
             yield Difference(name, what, f'set "target_modules": {json.dumps(wanted["target_modules"])}')
+        parameters = wanted.get("target_parameters", [])
+        if set(config.get("target_parameters") or ()) != set(parameters):
+            what = f"target_parameters is {config.get('target_parameters')!r}"
+            yield Difference(name, what, f'set "target_parameters": {json.dumps(parameters)}')
         yield from self.path_faults(name, config.get("base_model_name_or_path"))
 
     def path_faults(self, name: str, path: object) -> Iterator[Difference]:
@@ -261,18 +271,9 @@ class _Inspection:
 
     def is_foreign(self) -> bool:
         """Whether most of an adapter's modules have other singular values than recorded."""
-        shard = SafetensorsShard(self.folder / adapter.WEIGHTS)
-        try:
-            return sum(self._is_other(shard, record) for record in self.manifest.weights) > len(self.records) / 2
-        finally:
-            shard.close()
-
-    def _is_other(self, shard: SafetensorsShard, record: WeightRecord) -> bool:
-        B, A = (shard.read(adapter.lora_key(record.module, factor)).double() for factor in "BA")
-        s = audit.scale_of(self.manifest.adapter, record.rank) * B.norm(dim=0) * A.norm(dim=1)
-        slack = 1e-4 * record.s_first + 1e-12 * record.s_max
-        ends = (float(s.max()) - record.s_first, float(s.min()) - record.s_last)
-        return not all(abs(off) <= slack for off in ends)
+        with reading_factors(self.folder / adapter.WEIGHTS) as factors:
+            others = sum(_is_other(*factors.read(record), record) for record in self.manifest.weights)
+        return others > len(self.records) / 2
 
     def judge_trained(
         self, folder: Path, modules: tuple[str, ...], *, comparable: bool
@@ -284,7 +285,7 @@ class _Inspection:
         if found:
             return False, found
         found += self.config_faults(config, modules, trained=True)
-        faults = list(_header_faults(weights, self.records))
+        faults = list(_header_faults(weights, self.manifest.weights))
         found += faults
         if faults or not comparable:
             # A file that cannot be read at all says nothing of its base.
@@ -307,21 +308,29 @@ def require_related(trained: Path, initial: Path) -> None:
         )
 
 
-def _header_faults(path: Path, records: Mapping[str, WeightRecord]) -> Iterator[Difference]:
+def _is_other(B: Tensor, A: Tensor, record: WeightRecord) -> bool:
+    """Whether a weight's factors have other singular values than recorded."""
+    B, A = own_block(B.double(), A.double(), record.rank, record.expert)
+    s = record.scale * B.norm(dim=0) * A.norm(dim=1)
+    slack = 1e-4 * record.s_first + 1e-12 * record.s_max
+    ends = (float(s.max()) - record.s_first, float(s.min()) - record.s_last)
+    return not all(abs(off) <= slack for off in ends)
+
+
+def _header_faults(path: Path, records: tuple[WeightRecord, ...]) -> Iterator[Difference]:
     """Keys and shapes of an adapter file that do not fit the modules."""
     try:
         header: Header = read_header(path)
     except MiloraError as error:
         yield Difference(str(path), error.message, error.hint)
         return
-    wanted = {adapter.lora_key(r.module, "A"): (r.rank, r.shape[1]) for r in records.values()}
-    wanted |= {adapter.lora_key(r.module, "B"): (r.shape[0], r.rank) for r in records.values()}
+    wanted = wanted_tensors(records)
     hint = "name the base that this adapter was made for"
     for key in sorted(wanted.keys() | header.tensors.keys()):
         if key not in header.tensors:
             yield Difference(key, f"missing in {path}", hint)
         elif key not in wanted:
-            named = adapter.module_and_factor(key)
+            named = key_and_factor(key)
             yield Difference(key, f"{path} adapts {named[0] if named else 'what is no module'}, not this base's", hint)
         elif header.tensors[key].shape != wanted[key]:
             yield Difference(key, f"is {list(header.tensors[key].shape)}, expected {list(wanted[key])}", hint)

@@ -22,22 +22,19 @@ from milora_init.safetensors_format import DTYPES, torch_name
 from milora_init.safetensors_writer import Place
 from milora_init.split import Rounding, Split, split
 from milora_init.svd import Certificate, Mode
+from milora_init.weight_plan import WeightPlan
 
 
 @dataclass(frozen=True, slots=True)
 class WeightJob:
     """Split the weight at `source` and write its parts to `residual`, `A` and `B`."""
 
-    module: str
+    plan: WeightPlan
     source: TensorSource
     residual: Place
     A: Place
     B: Place
-    fan_in_fan_out: bool
-    rank: int
-    scale: float
     mode: Mode
-    seed: int
 
 
 def run(job: WeightJob, device: torch.device, turn: AbstractContextManager[Any]) -> WeightRecord:
@@ -62,7 +59,7 @@ def run(job: WeightJob, device: torch.device, turn: AbstractContextManager[Any])
             result, where = _split(job, W, device)
             solved = time.monotonic()
         del W
-        write_residual((result.residual.mT if job.fan_in_fan_out else result.residual).cpu())
+        write_residual((result.residual.mT if job.plan.weight.transposed else result.residual).cpu())
         write_A(result.A.cpu())
         write_B(result.B.cpu())
     written = time.monotonic()
@@ -70,11 +67,13 @@ def run(job: WeightJob, device: torch.device, turn: AbstractContextManager[Any])
 
 
 def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:
+    plan = job.plan
+
     def attempt(device: torch.device) -> Split:
         there = W.to(device)
-        there = there.mT if job.fan_in_fan_out else there
+        there = there.mT if plan.weight.transposed else there
         dtype = DTYPES[job.residual.dtype]
-        return split(there, job.rank, scale=job.scale, mode=job.mode, dtype=dtype, seed=job.seed)
+        return split(there, plan.rank, scale=plan.scale, mode=job.mode, dtype=dtype, seed=plan.seed)
 
     try:
         try:
@@ -95,16 +94,21 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
 
 
 def _record(job: WeightJob, result: Split, where: str, **seconds: float) -> WeightRecord:
-    triplets = result.triplets
+    plan, weight, triplets = job.plan, job.plan.weight, result.triplets
     s = triplets.s.tolist()
     m, n = result.residual.shape
     return WeightRecord(
-        module=job.module,
-        tensor=job.source.name,
+        module=weight.module,
+        tensor=weight.tensor,
         shape=(m, n),
+        transposed=weight.transposed,
+        row=weight.row,
+        expert=weight.expert,
+        key=plan.key,
         source_dtype=torch_name(job.source.dtype),
         dtype=torch_name(job.residual.dtype),
-        rank=job.rank,
+        rank=plan.rank,
+        scale=plan.scale,
         s_first=s[0],
         s_last=s[-1],
         s_max=triplets.s_max,

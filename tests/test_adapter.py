@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from milora_init import adapter
-from milora_init.adapter import adapter_config, lora_key, plan_adapter, target_modules
+from milora_init.adapter import Targets, adapter_config, plan_adapter, scale, stacked_alpha, target_modules
+from milora_init.errors import PlanError
+from milora_init.layout import lora_key
+from milora_init.naming import Adaptable
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
@@ -90,12 +94,11 @@ def test_every_set_of_layers_survives_peft(kind: str) -> None:
 def test_the_keys_and_shapes_are_those_that_peft_saves() -> None:
     model = get_peft_model(tiny_models.on_meta("llama"), LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
     saved = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
-    linears = {
-        name: (module.out_features, module.in_features)
+    planned = plan_adapter(
+        (name, 3, Adaptable(name, f"{name}.weight", (module.out_features, module.in_features), transposed=False))
         for name, module in tiny_models.on_meta("llama").named_modules()
         if isinstance(module, nn.Linear) and name.endswith(("q_proj", "down_proj"))
-    }
-    planned = plan_adapter(list(linears.items()), 3)
+    )
     assert {name: info.shape for name, info in planned.tensors.items()} == saved
     assert {info.dtype for info in planned.tensors.values()} == {"F32"}
     assert planned.metadata == {"format": "pt"}
@@ -104,7 +107,9 @@ def test_the_keys_and_shapes_are_those_that_peft_saves() -> None:
 
 def config(**values: Any) -> dict[str, Any]:
     given = {"base": "./out", "rank": 8, "alpha": 16, "rslora": False, "dropout": 0.05, "task_type": "CAUSAL_LM"}
-    return adapter_config(**{**given, "targets": ["q_proj"], "fan_in_fan_out": False, **values})
+    targets = Targets(values.pop("targets", ["q_proj"]), values.pop("parameters", []), {}, {})
+    own: dict[str, Any] = {"ranks": {}, "alphas": {}}
+    return adapter_config(**{**given, **own, "targets": targets, "fan_in_fan_out": False, **values})
 
 
 def test_the_config_holds_only_keys_that_every_peft_knows() -> None:
@@ -128,3 +133,35 @@ def test_peft_reads_back_what_the_config_says(values: dict[str, Any], tmp_path: 
 
 def test_the_paths_are_those_that_the_references_training_opens() -> None:
     assert (adapter.CONFIG, adapter.WEIGHTS) == ("lora/adapter_config.json", "lora/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(8, 16), (64, 16), (3, 7)])
+def test_the_scale_is_pefts(rank: int, alpha: int) -> None:
+    assert scale(rank, alpha, rslora=False) == alpha / rank
+    assert scale(rank, alpha, rslora=True) == alpha / math.sqrt(rank)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_stacked_matrices_keep_the_scale_that_each_has_by_itself(rslora: bool) -> None:
+    stacked = scale(2 * 8, stacked_alpha(16, 2, rslora=rslora), rslora=rslora)
+    assert stacked == pytest.approx(scale(8, 16, rslora=rslora), rel=4e-16)
+
+
+def test_a_model_with_parameters_to_adapt_has_no_dropout_and_says_so_to_peft() -> None:
+    written = config(parameters=["model.layers.0.mlp.experts.down_proj"])
+    assert written["target_parameters"] == ["model.layers.0.mlp.experts.down_proj"]
+    assert (written["lora_dropout"], written["fan_in_fan_out"]) == (0.0, False)
+
+
+def test_patterns_are_full_names_with_one_set_of_keys_for_what_differs_only() -> None:
+    ranks, alphas = {Q0: 8, Q1: 4, "model.layers.0.mlp.up_proj": 8}, {Q0: 16, Q1: 16, "model.layers.0.mlp.up_proj": 2}
+    written = config(ranks=ranks, alphas=alphas)
+    assert written["rank_pattern"] == {Q1: 4, "model.layers.0.mlp.up_proj": 8}
+    assert written["alpha_pattern"] == {Q1: 16, "model.layers.0.mlp.up_proj": 2}
+
+
+def test_a_pattern_that_peft_would_give_to_another_module_too_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"PEFT would give dotted\.inner\.q_proj the rank and alpha of another"):
+        config(
+            ranks={"inner.q_proj": 4, "dotted.inner.q_proj": 8}, alphas={"inner.q_proj": 4, "dotted.inner.q_proj": 16}
+        )

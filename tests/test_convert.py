@@ -150,7 +150,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MiloraError], str]] = {
     "DoRA": (lambda t: edit(t, use_dora=True), PlanError, "use_dora"),
     "bias": (lambda t: edit(t, bias="all"), PlanError, "bias"),
     "modules_to_save": (lambda t: edit(t, modules_to_save=["lm_head"]), PlanError, "modules_to_save"),
-    "experts": (lambda t: edit(t, target_parameters=["experts.gate_up_proj"]), PlanError, "target_parameters"),
+    "experts": (
+        lambda t: edit(t, target_parameters=["experts.gate_up_proj"]),
+        PlanError,
+        "experts.gate_up_proj is of experts",
+    ),
     "no weights": (lambda t: (t / "adapter_model.safetensors").unlink(), CheckpointError, "adapter_model"),
     "cut short": (
         lambda t: (t / "adapter_model.safetensors").write_bytes((t / "adapter_model.safetensors").read_bytes()[:-9]),

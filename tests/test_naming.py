@@ -15,7 +15,8 @@ from torch import nn
 
 from milora_init.checkpoint import open_checkpoint
 from milora_init.errors import CheckpointError, PlanError
-from milora_init.naming import Naming, resolve, select, suffixes
+from milora_init.naming import Naming, resolve
+from milora_init.targets import select, suffixes
 
 Built = Callable[..., Path]
 
@@ -39,8 +40,8 @@ def test_only_weights_of_linear_layers_can_be_adapted(kind: str, checkpoint: Bui
         module = modules[name]
         assert weight.module == name
         assert weight.tensor.endswith(".weight")
-        assert isinstance(module, nn.Linear) != weight.fan_in_fan_out
-        assert weight.fan_in_fan_out == (kind == "gpt2")
+        assert isinstance(module, nn.Linear) != weight.transposed
+        assert weight.transposed == (kind == "gpt2")
         if isinstance(module, nn.Linear):
             assert weight.shape == (module.out_features, module.in_features)
         else:

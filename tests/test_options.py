@@ -45,7 +45,7 @@ def test_every_recipe_parses_and_says_what_its_file_says(name: str) -> None:
 def test_the_papers_settings_are_the_papers(name: str, rank: int, dropout: float) -> None:
     """NAACL 2025, tables 10 to 12: five linears, alpha = r."""
     made = InitOptions.from_recipe(name, model="m", out="o")
-    assert (made.rank, made.dropout, made.mode, made.scale) == (rank, dropout, "min", 1.0)
+    assert (made.rank, made.dropout, made.mode, made.lora_alpha) == (rank, dropout, "min", rank)
     assert set(made.target) == set(Q_K_V_UP_DOWN)
 
 
@@ -157,12 +157,16 @@ def test_a_request_without_a_source_or_a_place_is_refused(field: str) -> None:
         InitOptions.from_recipe(**given)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(8, 16), (64, 16), (3, 7)])
-def test_the_scale_is_pefts(rank: int, alpha: int) -> None:
-    assert request(rank=rank, alpha=alpha).scale == alpha / rank
-    assert request(rank=rank, alpha=alpha, rslora=True).scale == alpha / math.sqrt(rank)
-    assert request(rank=rank).scale == 1.0
-    assert request(rank=rank).lora_alpha == rank
+def test_alpha_is_the_rank_unless_it_is_given() -> None:
+    assert request(rank=8).lora_alpha == 8
+    assert request(rank=8, alpha=16).lora_alpha == 16
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [["q_proj"], {"q_proj": 0}, {"q_proj": 2.5}, {"q_proj": True}, {"": 4}, {3: 4}, "q"])
+def test_a_pattern_that_maps_no_targets_to_whole_numbers_is_refused(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"{name} is"):
+        request(**{name: value})
 
 
 def test_a_request_cannot_be_changed_and_hides_its_token() -> None:

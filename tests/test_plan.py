@@ -186,7 +186,7 @@ def test_pickles_become_safetensors_under_transformers_names(pickled: Built) -> 
 
 def test_every_weight_has_one_job_and_every_job_its_own_weights(checkpoint: Built) -> None:
     made = plan(checkpoint("llama"))
-    done = [w.weight.module for job in made.jobs for w in job.weights.values()]
+    done = [w.weight.module for job in made.jobs for w in job.splits]
     assert sorted(done) == sorted(w.weight.module for w in made.weights)
     assert all(name in job.header.tensors for job in made.jobs for name in job.weights)
     assert len({w.seed for w in made.weights}) == len(made.weights)

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from tiny_models import contents
 
 from milora_init import weight_job
-from milora_init.adapter import lora_key, plan_adapter
 from milora_init.checkpoint import SafetensorsShard
 from milora_init.errors import CheckpointError, OutputError, SolveError
 from milora_init.manifest import WeightRecord
+from milora_init.naming import Adaptable
+from milora_init.pieces import piece_key, plan_piece
 from milora_init.safetensors_format import plan_header, read_header
 from milora_init.safetensors_writer import SafetensorsWriter
 from milora_init.split import split
 from milora_init.weight_job import WeightJob, run
+from milora_init.weight_plan import WeightPlan
 
 CPU = torch.device("cpu")
 MODULE, TENSOR, SHAPE, RANK = "layers.0.q_proj", "layers.0.q_proj.weight", (12, 20), 3
@@ -41,18 +43,16 @@ class Desk:
         source = SafetensorsShard(folder / "source.safetensors")
         source.close()
         self.base = SafetensorsWriter(folder / "base.safetensors", source.header)
-        self.factors = SafetensorsWriter(folder / "factors.safetensors", plan_adapter([(MODULE, SHAPE)], RANK))
+        stored = source.header.tensors[TENSOR].dtype
+        plan = WeightPlan(Adaptable(MODULE, TENSOR, SHAPE, fan_in_fan_out), stored, stored, RANK, 2.0, MODULE, 7)
+        self.factors = SafetensorsWriter(folder / "factors.safetensors", plan_piece([plan]))
         self.job = WeightJob(
-            module=MODULE,
+            plan=plan,
             source=source.locate(TENSOR),
             residual=self.base.place(TENSOR),
-            A=self.factors.place(lora_key(MODULE, "A")),
-            B=self.factors.place(lora_key(MODULE, "B")),
-            fan_in_fan_out=fan_in_fan_out,
-            rank=RANK,
-            scale=2.0,
+            A=self.factors.place(piece_key(MODULE, "A")),
+            B=self.factors.place(piece_key(MODULE, "B")),
             mode="min",
-            seed=7,
         )
 
     def do(self, job: WeightJob | None = None) -> WeightRecord:
@@ -61,7 +61,7 @@ class Desk:
             record = run(job or self.job, CPU, nullcontext())
             self.base.written(TENSOR)
             for factor in "AB":
-                self.factors.written(lora_key(MODULE, factor))
+                self.factors.written(piece_key(MODULE, factor))
             self.factors.finish()
             self.base.finish()
         return record
@@ -70,7 +70,7 @@ class Desk:
         """Residual, B and A as they stand on disk."""
         factors = load_file(self.folder / "factors.safetensors")
         residual = load_file(self.folder / "base.safetensors")[TENSOR]
-        return residual, factors[lora_key(MODULE, "B")], factors[lora_key(MODULE, "A")]
+        return residual, factors[piece_key(MODULE, "B")], factors[piece_key(MODULE, "A")]
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
@@ -108,7 +108,7 @@ def test_a_job_is_made_of_names_and_numbers(tmp_path: Path) -> None:
     job = Desk(tmp_path).job
     assert len(pickle.dumps(job)) < 2000
     with pytest.raises(dataclasses.FrozenInstanceError):
-        job.rank = 5  # type: ignore[misc]
+        job.mode = "max"  # type: ignore[misc]
 
 
 class TooSmall:

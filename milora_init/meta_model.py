@@ -1,0 +1,242 @@
+"""The model without its weights: the class that config.json names, on the meta device, and what it tells of names.
+
+Built there it costs no memory, whatever its size. transformers' own mapping then says which parameter each tensor of
+the checkpoint becomes, and a forward pass without data shows which modules are called. That mapping is private but is
+the one that PEFT imports; its parts are called by position, which holds for every transformers 5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from milora_init.errors import CheckpointError
+
+_TEXT_LENGTH = 8
+
+
+@dataclass(slots=True)
+class Home:
+    """The tensors that fill one parameter.
+
+    Attributes:
+        parts: Their names, by the part of the parameter that they fill. There is one part where tensors are taken as
+            they are, and one for each source pattern where transformers builds the parameter from several.
+        operations: What transformers does to them on the way; empty where they are taken as they are.
+    """
+
+    parts: list[list[str]] = field(default_factory=list)
+    operations: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> list[str]:
+        return [name for part in self.parts for name in part]
+
+
+def build(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a folder's config.json, on meta, in bfloat16, its tied weights tied.
+
+    Raises:
+        CheckpointError: config.json names no class that transformers has, or does not build it.
+    """
+    import transformers
+
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise CheckpointError(
+            f"{folder}/config.json names no class under `architectures`",
+            hint='add it, e.g. "architectures": ["LlamaForCausalLM"]',
+        )
+    name = str(architectures[0])
+    remote = _remote_class(config, name)
+    if remote and not trust_remote_code and not _known(config, name):
+        raise CheckpointError(
+            f"{folder}/config.json names {name}, whose code is in the model's own repository ({remote})",
+            hint="read that code; if you trust it, add --trust-remote-code",
+        )
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        if remote and trust_remote_code:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            cls: Any = get_class_from_dynamic_module(remote, str(folder), local_files_only=True)
+        else:
+            cls = getattr(transformers, name, None)
+        if not isinstance(cls, type):
+            raise CheckpointError(
+                f"{folder}/config.json names {name}, which transformers {transformers.__version__} has not",
+                hint="upgrade transformers, or name the class it has under `architectures`",
+            )
+        parsed = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=bool(remote and trust_remote_code)
+        )
+        with torch.device("meta"):
+            model: nn.Module = cls(parsed).to(torch.bfloat16).eval()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a config can be wrong in as many ways as there are model classes
+        raise CheckpointError(
+            f"{folder}/config.json does not build a {name}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def homes(model: nn.Module, names: Iterable[str]) -> dict[str, Home]:
+    """Parameter name -> the tensors of a checkpoint that fill it, through transformers' own mapping.
+
+    Raises:
+        CheckpointError: A transformers that keeps this mapping elsewhere.
+    """
+    from transformers import __version__
+
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError as error:
+        raise CheckpointError(
+            f"transformers {__version__} keeps its weight names elsewhere ({error})",
+            hint="pip install 'transformers>=5', or one that this version of milora-init knows",
+        ) from error
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    known = model.state_dict(keep_vars=True)
+    prefix = model.base_model_prefix
+    found: dict[str, Home] = {}
+    # transformers collects the experts of a layer in this order, and their place is their number.
+    for name in sorted(names, key=_natural):
+        home, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if home not in known and name in known:
+            home, pattern = rename_source_key(name, [], [], prefix, known)
+        if home not in known:
+            continue
+        patterns = list(of_pattern[pattern].source_patterns) if pattern else [None]
+        entry = found.setdefault(home, Home([[] for _ in patterns]))
+        entry.parts[patterns.index(pattern)].append(name)
+        if pattern:
+            entry.operations = tuple(_described(operation) for operation in of_pattern[pattern].operations)
+    return found
+
+
+def fuses_experts(model: nn.Module) -> bool:
+    """Whether transformers builds fused experts for this kind of model, even where this one has none.
+
+    For these PEFT takes targets of the names that experts had before as meaning the fused ones.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return any("experts" in str(pattern) for entry in get_model_conversion_mapping(model)
+               if hasattr(entry, "operations") for pattern in entry.target_patterns)  # fmt: skip
+
+
+def never_called(model: nn.Module) -> set[str]:
+    """Modules that a forward pass does not call although it runs the module that holds them.
+
+    Such a module's weight is read by its parent, past any adapter around it. The pass is over a few tokens without
+    data. Where it does not reach a module's parent (a vision tower without an image), nothing is said of it.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda module, *_: called.add(names[module])) for module in names if names[module]
+    ]
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            model(**_tokens(model))
+    except Exception:  # what ran to its end before has been seen
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = set()
+    for module, name in names.items():
+        if name in called or any(True for _ in module.children()):
+            continue
+        holder = _holder(model, name)
+        # A whole model decides by its inputs which of its parts run; what is in it says nothing.
+        if holder in called and not hasattr(model.get_submodule(holder), "config_class"):
+            missed.add(name)
+    return missed
+
+
+def towers(model: nn.Module) -> list[str]:
+    """The models inside a model that see images or hear sound: `model.vision_tower`, `model.visual`, ..."""
+    kinds = tuple({type(config) for config in _sensory_configs(getattr(model, "config", None))})
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{tower}.") for tower in found)
+        if name and not inside and kinds and isinstance(getattr(module, "config", None), kinds):
+            found.append(name)
+    return found
+
+
+def _sensory_configs(config: Any) -> Iterator[Any]:
+    for key, value in vars(config).items() if config is not None else ():
+        if hasattr(value, "to_dict") and key.endswith("_config"):
+            if any(word in key for word in ("vision", "audio", "speech")):
+                yield value
+            else:
+                yield from _sensory_configs(value)
+
+
+def _tokens(model: nn.Module) -> dict[str, torch.Tensor]:
+    ids = torch.ones(1, _TEXT_LENGTH, dtype=torch.long, device="meta")
+    main = getattr(model, "main_input_name", "input_ids")
+    inputs = {"input_ids": ids}
+    if main == "input_features":
+        config: Any = model.config
+        frames = 2 * int(getattr(config, "max_source_positions", 1500))
+        inputs = {main: torch.ones(1, int(getattr(config, "num_mel_bins", 80)), frames, device="meta")}
+        inputs[main] = inputs[main].to(torch.bfloat16)
+    elif main == "pixel_values":
+        config = getattr(model.config, "vision_config", model.config)
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels = torch.ones(1, int(getattr(config, "num_channels", 3)), height, width, device="meta")
+        inputs = {main: pixels.to(torch.bfloat16)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _holder(model: nn.Module, name: str) -> str:
+    """The nearest module around `name` that has a forward of its own."""
+    holder = name.rpartition(".")[0]
+    while holder and isinstance(model.get_submodule(holder), (nn.ModuleList, nn.ModuleDict)):
+        holder = holder.rpartition(".")[0]
+    return holder
+
+
+def _remote_class(config: Mapping[str, Any], name: str) -> str:
+    """Where config.json says that this class's code lies, empty where it says nothing."""
+    auto_map = config.get("auto_map")
+    references = auto_map.values() if isinstance(auto_map, dict) else ()
+    return next((str(r) for r in references if isinstance(r, str) and r.rpartition(".")[2] == name), "")
+
+
+def _known(config: Mapping[str, Any], name: str) -> bool:
+    import transformers
+
+    return (
+        isinstance(getattr(transformers, name, None), type) and config.get("model_type") in transformers.CONFIG_MAPPING
+    )
+
+
+def _described(operation: Any) -> str:
+    dim = getattr(operation, "dim", None)
+    return type(operation).__name__ + (f"({dim})" if dim is not None else "")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

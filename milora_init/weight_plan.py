@@ -1,0 +1,152 @@
+"""Which weights are split, each at its rank and scale, and what PEFT is told of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from milora_init import adapter
+from milora_init.checkpoint import Checkpoint
+from milora_init.errors import PlanError
+from milora_init.naming import Adaptable, Naming
+from milora_init.options import InitOptions
+from milora_init.targets import matcher, names_fused, select
+
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_SOLVABLE = ("F64", "F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """One weight to split.
+
+    Attributes:
+        weight: Which.
+        source_dtype, dtype: Before and after, in safetensors' names.
+        rank, scale: Of its factors.
+        key: What stands for it in the names of the adapter's tensors.
+        seed: Its own, so that no weight's draw depends on the order of the work.
+    """
+
+    weight: Adaptable
+    source_dtype: str
+    dtype: str
+    rank: int
+    scale: float
+    key: str
+    seed: int
+
+
+def plan_weights(
+    options: InitOptions, checkpoint: Checkpoint, naming: Naming
+) -> tuple[tuple[WeightPlan, ...], dict[str, Any]]:
+    """Every weight to split, in the model's order, and the content of adapter_config.json.
+
+    Raises:
+        PlanError: The request does not fit the model.
+    """
+    chosen = select(naming, options.target, options.exclude)
+    targets = adapter.plan_targets(chosen, naming)
+    sizes = _sizes(chosen, options)
+    weights = tuple(_plan_weight(weight, checkpoint, options, sizes[weight.target], targets) for weight in chosen)
+    _require_rank(weights)
+    return weights, _adapter_config(options, naming, targets, weights, sizes)
+
+
+def own_seed(seed: int, tensor: str, row: int | None) -> int:
+    """The seed of one weight."""
+    name = tensor if row is None else f"{tensor}[{row}]"
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def _sizes(chosen: Sequence[Adaptable], options: InitOptions) -> dict[str, tuple[int, int]]:
+    """Rank and alpha of each target: the last pattern that names it, else what holds for all.
+
+    Raises:
+        PlanError: A pattern that names nothing.
+    """
+    ranks = _by_pattern("rank_pattern", options.rank_pattern, chosen)
+    alphas = _by_pattern("alpha_pattern", options.alpha_pattern, chosen)
+    sizes = {}
+    for target in {weight.target: None for weight in chosen}:
+        rank = ranks.get(target, options.rank)
+        default = rank if options.alpha is None else options.alpha
+        sizes[target] = (rank, alphas.get(target, default))
+    return sizes
+
+
+def _by_pattern(option: str, patterns: Mapping[str, int], chosen: Sequence[Adaptable]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for pattern, value in patterns.items():
+        matches, fused = matcher([pattern]), names_fused(pattern)
+        hits = {w.target for w in chosen if (fused(w.target) if w.expert else matches(w.target))}
+        if not hits:
+            raise PlanError(
+                f"{option} names {pattern!r}, which matches no weight that is adapted",
+                hint=f"drop it, or add --target {pattern}",
+            )
+        found |= dict.fromkeys(hits, value)
+    return found
+
+
+def _plan_weight(
+    weight: Adaptable,
+    checkpoint: Checkpoint,
+    options: InitOptions,
+    size: tuple[int, int],
+    targets: adapter.Targets,
+) -> WeightPlan:
+    dtype = checkpoint.tensors[weight.tensor].dtype
+    if dtype not in _SOLVABLE:
+        raise PlanError(
+            f"{weight.tensor} is stored as {dtype}: a packed or quantised weight has no singular components of its own",
+            hint="start from the unquantised checkpoint, or dequantise it and save it again",
+        )
+    rank, alpha = size
+    return WeightPlan(
+        weight=weight,
+        source_dtype=dtype,
+        dtype=dtype if options.dtype == "auto" else _STORED[options.dtype],
+        rank=rank,
+        scale=adapter.scale(rank, alpha, rslora=options.rslora),
+        key=targets.keys[weight.target],
+        seed=own_seed(options.seed, weight.tensor, weight.row),
+    )
+
+
+def _adapter_config(
+    options: InitOptions,
+    naming: Naming,
+    targets: adapter.Targets,
+    weights: Sequence[WeightPlan],
+    sizes: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
+    parts = {w.weight.target: w.weight.expert.parts if w.weight.expert else 1 for w in weights}
+    rslora = options.rslora
+    return adapter.adapter_config(
+        base=options.out,
+        rank=options.rank,
+        alpha=options.lora_alpha,
+        rslora=rslora,
+        dropout=options.dropout,
+        task_type=options.task_type or naming.task_type,
+        targets=targets,
+        fan_in_fan_out=all(w.weight.transposed for w in weights),
+        ranks={targets.names[t]: rank * parts[t] for t, (rank, _) in sizes.items()},
+        alphas={
+            targets.names[t]: adapter.stacked_alpha(alpha, parts[t], rslora=rslora) for t, (_, alpha) in sizes.items()
+        },
+    )
+
+
+def _require_rank(weights: Sequence[WeightPlan]) -> None:
+    for w in weights:
+        shape, limit = list(w.weight.shape), min(w.weight.shape)
+        if w.rank > limit:
+            smallest = min(min(other.weight.shape) for other in weights)
+            raise PlanError(
+                f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}",
+                hint=f"--rank {smallest}, or --exclude {w.weight.target.rpartition('.')[2]}",
+            )
