@@ -161,6 +161,12 @@ def init(
         list[str] | None,
         typer.Option(help="auto, cpu, cuda or cuda:N. Repeatable. (default: auto)", rich_help_panel=_RUN),
     ] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option(
+            "--trust-remote-code", help="Run the code in the model's own repository.", rich_help_panel=_SOURCE
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="For --mode random and the solver's start. (default: 0)", rich_help_panel=_RUN)
     ] = None,
@@ -196,7 +202,8 @@ def init(
     options = InitOptions.from_recipe(
         config, model=model, out=out, rank=rank, mode=mode, target=target or None, exclude=exclude or None,
         alpha=alpha, rslora=rslora, dropout=dropout, task_type=task_type, dtype=dtype, revision=revision,
-        cache_dir=cache_dir, token=token, device=device or None, seed=seed, overwrite=overwrite or None,
+        cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, device=device or None, seed=seed,
+        overwrite=overwrite or None,
     )  # fmt: skip
     _initialize(options, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)
 
@@ -215,12 +222,14 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
     from milora_init.decompose import decompose, locate
     from milora_init.plan import describe, make_plan
     from milora_init.report import summary
+    from milora_init.self_check import require_loadable
     from milora_init.terminal import Bar, print_plan, print_summary, waiting
     from milora_init.workers import multiply_rate
 
     with waiting("reading headers and names", quiet=quiet):
         plan = make_plan(options, *locate(options))
     if dry_run:
+        require_loadable(plan)
         estimate_s = plan.solve_flops / multiply_rate()
         if as_json:
             print(json.dumps({**describe(plan), "estimate_s": round(estimate_s, 1)}, indent=2))
@@ -246,6 +255,9 @@ def verify(
         bool, typer.Option("--all", help="With --against: solve every component anew, not a sample.")
     ] = False,
     adapter: Annotated[str | None, typer.Option(help="A trained adapter, to judge by the base in OUT.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the model's own repository.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> int:
@@ -254,7 +266,9 @@ def verify(
     from milora_init.verify import verify as judge
 
     with waiting("reading and comparing", quiet=quiet):
-        verdict = judge(out, model=against, revision=revision, every=every, trained=adapter)
+        verdict = judge(
+            out, model=against, revision=revision, every=every, trained=adapter, trust_remote_code=trust_remote_code
+        )
     if as_json:
         print(json.dumps(verdict.to_json(), indent=2))
     elif not quiet or not verdict.ok:

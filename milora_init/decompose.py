@@ -32,6 +32,7 @@ from milora_init.pieces import assemble, piece_key, plan_piece
 from milora_init.plan import Plan, ShardJob, make_plan
 from milora_init.safetensors_format import read_header
 from milora_init.safetensors_writer import SafetensorsWriter
+from milora_init.self_check import require_loadable
 from milora_init.weight_job import WeightJob
 from milora_init.workers import Crew, resolve_devices
 
@@ -108,6 +109,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
         lines = out.done()
         done = [job for job in plan.jobs if job.target in lines]
         todo = [job for job in plan.jobs if job.target not in lines]
+        asked = require_loadable(plan)
         progress.begin(plan, done)
         hashes = {job.target: hasher.submit(sha256, out.path / job.target) for job in done}
         for result in _run_shards(todo, devices, out, progress):
@@ -116,7 +118,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
             lines[result.shard] = line
             hashes[result.shard] = hasher.submit(sha256, out.path / result.shard)
             progress.shard(result, len(lines), len(plan.jobs), time.monotonic() - started)
-        manifest = _assemble(plan, out, lines, hashes, started)
+        manifest = _assemble(plan, out, lines, hashes, asked, started)
     except BaseException:
         out.abandon()
         raise
@@ -243,7 +245,12 @@ class OpenShard:
 
 
 def _assemble(
-    plan: Plan, out: OutputFolder, lines: dict[str, dict[str, Any]], hashes: dict[str, Future[str]], started: float
+    plan: Plan,
+    out: OutputFolder,
+    lines: dict[str, dict[str, Any]],
+    hashes: dict[str, Future[str]],
+    asked: str,
+    started: float,
 ) -> Manifest:
     """All shards stand: put the adapter together, copy the side files, then make the folder loadable."""
     (out.path / adapter.FOLDER).mkdir(exist_ok=True)
@@ -269,6 +276,7 @@ def _assemble(
         inputs=plan.inputs,
         versions=_versions(),
         adapter=plan.adapter_config,
+        checked_with=asked,
         files={name: (out.path / name).stat().st_size for name in plan.files},
         notices=plan.notices,
         weights=tuple(WeightRecord.from_json(records[w.weight.module]) for w in plan.weights),

@@ -83,6 +83,7 @@ class Manifest:
         inputs: All that decides the output's bytes: a digest of each source file, the options, the version.
         versions: Of this program and of what it computes with.
         adapter: adapter_config.json.
+        checked_with: What said that it takes this adapter whole: PEFT's version, or its rules where it was not there.
         files: Size in bytes of every file of the output but this one.
         notices: What a person should know.
         weights: One record a weight, in the model's order.
@@ -100,6 +101,7 @@ class Manifest:
     notices: tuple[str, ...]
     weights: tuple[WeightRecord, ...]
     elapsed_s: float
+    checked_with: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -78,7 +78,9 @@ def build(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = 
             folder, local_files_only=True, trust_remote_code=bool(remote and trust_remote_code)
         )
         with torch.device("meta"):
-            model: nn.Module = cls(parsed).to(torch.bfloat16).eval()
+            model: nn.Module = cls(parsed).eval()
+            for parameter in model.parameters():  # the fused experts' kernels take nothing longer
+                parameter.data = parameter.data.bfloat16()
     except CheckpointError:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes

@@ -19,8 +19,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 ORDER = [
     "errors", "layout", "safetensors_format", "safetensors_writer", "manifest", "dense", "scaled", "certificate",
     "krylov", "svd", "split", "checkpoint", "factors", "meta_model", "naming", "targets", "options", "adapter",
-    "weight_plan", "plan", "pieces", "output", "workers", "weight_job", "hub", "decompose", "audit", "verify",
-    "trained", "convert", "merge", "report", "terminal", "cli",
+    "weight_plan", "plan", "self_check", "pieces", "output", "workers", "weight_job", "hub", "decompose", "audit",
+    "verify", "trained", "convert", "merge", "report", "terminal", "cli",
 ]  # fmt: skip
 
 # Who alone may import a package, wherever in the file the import stands.
