@@ -1,0 +1,132 @@
+"""The ways back, for every kind of adapter: trained pair, merge, convert and PEFT's own merge compute one function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import architectures
+import peft
+import pytest
+import torch
+import transformers
+from families import FAMILIES, Family
+from tiny_models import tensors
+from torch import Tensor
+
+from milora_init import verify as verifying
+from milora_init.convert import convert
+from milora_init.decompose import initialize
+from milora_init.manifest import Manifest
+from milora_init.merge import merge
+from milora_init.options import InitOptions
+from milora_init.verify import verify
+
+NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "t5"]
+# With rsLoRA, a rank of its own for one target and an alpha of its own for another.
+PLAIN: dict[str, Any] = {"alpha": 6}
+
+
+def patterned(family: Family) -> dict[str, Any]:
+    first, last = family.targets[0], family.targets[-1]
+    return {"rslora": True, "rank_pattern": {last: 3}, "alpha_pattern": {first: 5, last: 7}}
+
+
+def start(name: str, folder: Path, dtype: str, **options: Any) -> tuple[Path, Path, Manifest]:
+    family = FAMILIES[name]
+    source, out = architectures.save(folder / "source", family, dtype), folder / "out"
+    asked = InitOptions(
+        model=str(source), out=str(out), **{"rank": 4, "target": family.targets, "device": ("cpu",), **options}
+    )
+    return source, out, initialize(asked)
+
+
+def load(family: Family, folder: Path, adapter: Path | None = None, *, trainable: bool = False) -> Any:
+    model: Any = getattr(transformers, family.auto).from_pretrained(folder, dtype=torch.float32)
+    return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+
+
+def answer(family: Family, model: Any) -> Tensor:
+    with torch.no_grad():
+        said: Tensor = model.eval()(**architectures.feed(family))[0]
+    return said
+
+
+def train(family: Family, out: Path, to: Path) -> Path:
+    """Twenty steps of AdamW on the pair, all of the adapter's tensors moving."""
+    torch.manual_seed(0)
+    model = load(family, out, out / "lora", trainable=True).train()
+    goal = torch.randn_like(answer(family, model))
+    model.train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
+    for _ in range(20):
+        (model(**architectures.feed(family))[0] - goal).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(to)
+    return to
+
+
+@pytest.mark.parametrize("options", [lambda _: PLAIN, patterned], ids=["plain", "rsLoRA and patterns"])
+@pytest.mark.parametrize("name", NAMES)
+def test_after_training_all_four_agree(name: str, options: Any, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source, out, _ = start(name, tmp_path, "float32", **options(family))
+    trained = train(family, out, tmp_path / "trained")
+    merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+    convert(out / "lora", trained, tmp_path / "plain")
+
+    pair = answer(family, load(family, out, trained))
+    moved = float((pair - answer(family, load(family, source))).norm() / pair.norm())
+    assert moved > 0.02, "the training moved nothing"
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(answer(family, load(family, out, trained).merge_and_unload()), pair, **near)
+    torch.testing.assert_close(answer(family, load(family, tmp_path / "merged")), pair, **near)
+    torch.testing.assert_close(answer(family, load(family, source, tmp_path / "plain")), pair, **near)
+    assert verify(str(out), trained=str(trained)).kind == verifying.TRAINED
+    assert tensors(source).keys() == tensors(tmp_path / "merged").keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bfloat16_the_merged_weights_are_the_sum_rounded_once(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source, out, manifest = start(name, tmp_path, "bfloat16", **patterned(family))
+    trained = train(family, out, tmp_path / "trained")
+    merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+
+    exact = dict(load(family, out, trained).merge_and_unload().named_parameters())  # in float32
+    plain = dict(load(family, tmp_path / "merged").named_parameters())
+    adapted = {r.expert.parameter if r.expert else f"{r.module}.weight" for r in manifest.weights}
+    half_ulp = torch.finfo(torch.bfloat16).eps / 2
+    for parameter in adapted:
+        off = (plain[parameter] - exact[parameter]).abs()
+        assert float((off - half_ulp * exact[parameter].abs()).max()) < 1e-6, parameter
+    assert {t.dtype for t in tensors(tmp_path / "merged").values()} == {torch.bfloat16}
+    convert(out / "lora", trained, tmp_path / "plain")
+    pair = answer(family, load(family, out, trained))
+    other = answer(family, load(family, source, tmp_path / "plain"))
+    assert float((other - pair).norm() / pair.norm()) < 0.1  # the residual was rounded, the source was not
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_compressed_to_less_than_twice_the_rank_it_says_what_was_lost(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source, out, _ = start(name, tmp_path, "float32")
+    trained = train(family, out, tmp_path / "trained")
+    pair = answer(family, load(family, out, trained))
+    off = {}
+    for rank in (2, 5):
+        modules = convert(out / "lora", trained, tmp_path / f"plain-{rank}", rank=rank)
+        assert all(0 < module.lost < 1 for module in modules)
+        other = answer(family, load(family, source, tmp_path / f"plain-{rank}"))
+        off[rank] = float((other - pair).norm() / pair.norm())
+    assert off[5] < off[2]
+
+
+def test_an_adapter_of_experts_away_from_its_manifest_is_refused_with_the_reason(tmp_path: Path) -> None:
+    _, out, _ = start("mixtral", tmp_path, "float32")
+    trained = train(FAMILIES["mixtral"], out, tmp_path / "trained")
+    (out / "lora").rename(tmp_path / "initial")
+    with pytest.raises(Exception, match="stands in the manifest of their base"):
+        convert(tmp_path / "initial", trained, tmp_path / "plain", base="original")
+    assert not (tmp_path / "plain").exists()
