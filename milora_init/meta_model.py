@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora_init.errors import CheckpointError
 
@@ -154,7 +156,7 @@ def never_called(model: nn.Module) -> set[str]:
         module.register_forward_hook(lambda module, *_: called.add(names[module])) for module in names if names[module]
     ]
     try:
-        with torch.no_grad(), torch.device("meta"):
+        with torch.no_grad(), torch.device("meta"), _EveryAnswerIsYes():  # type: ignore[no-untyped-call]
             model(**_tokens(model))
     except Exception:  # what ran to its end before has been seen
         pass
@@ -170,6 +172,15 @@ def never_called(model: nn.Module) -> set[str]:
         if holder in called and not hasattr(model.get_submodule(holder), "config_class"):
             missed.add(name)
     return missed
+
+
+class _EveryAnswerIsYes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A pass on meta may ask for values: is all of the mask set, is nothing packed? Yes is the usual answer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
 
 
 def towers(model: nn.Module) -> list[str]:
@@ -192,10 +203,10 @@ def _sensory_configs(config: Any) -> Iterator[Any]:
                 yield from _sensory_configs(value)
 
 
-def _tokens(model: nn.Module) -> dict[str, torch.Tensor]:
+def _tokens(model: nn.Module) -> dict[str, Any]:
     ids = torch.ones(1, _TEXT_LENGTH, dtype=torch.long, device="meta")
     main = getattr(model, "main_input_name", "input_ids")
-    inputs = {"input_ids": ids}
+    inputs: dict[str, Any] = {"input_ids": ids}
     if main == "input_features":
         config: Any = model.config
         frames = 2 * int(getattr(config, "max_source_positions", 1500))
@@ -206,10 +217,13 @@ def _tokens(model: nn.Module) -> dict[str, torch.Tensor]:
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         pixels = torch.ones(1, int(getattr(config, "num_channels", 3)), height, width, device="meta")
-        inputs = {main: pixels.to(torch.bfloat16)}
+        inputs |= {main: pixels.to(torch.bfloat16)}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    return inputs
+    known = signature(model.forward).parameters
+    if "use_cache" in known:
+        inputs["use_cache"] = False
+    return {name: value for name, value in inputs.items() if name in known}
 
 
 def _holder(model: nn.Module, name: str) -> str:

@@ -195,7 +195,11 @@ def _require_shape(tensor: str, shapes: Mapping[str, tuple[int, ...]], shape: tu
 
 
 def _holds_experts(parameter: str, owner: nn.Module) -> bool:
-    return EXPERTS in parameter.split(".")[-2:] or type(owner).__name__.endswith("Experts")
+    return _called_experts(parameter) or type(owner).__name__.endswith("Experts")
+
+
+def _called_experts(parameter: str) -> bool:
+    return EXPERTS in parameter.split(".")[-2:]
 
 
 def _experts(
@@ -206,6 +210,8 @@ def _experts(
     # PEFT takes (count, out, in), unless the module says that it holds (count, in, out).
     transposed = bool(getattr(owner, "is_transposed", False))
     rows, columns = reversed(matrix) if transposed else matrix
+    if not _called_experts(name):
+        return f"of a {type(owner).__name__} that is not called `{EXPERTS}`"
     if count < 2:
         return "a single expert, which PEFT takes for a plain layer"
     if not home.tensors:

@@ -25,7 +25,10 @@ def select(naming: Naming, targets: Sequence[str], exclude: Sequence[str] = ()) 
     chosen: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
-            chosen |= {name for name in naming.adaptable.keys() - naming.heads if not _tower(naming, name)}
+            hits = {name for name in naming.adaptable.keys() - naming.heads if not _tower(naming, name)}
+            if not hits:
+                raise PlanError(f"{naming.architecture} has no linear layer that can be adapted")
+            chosen |= hits
             continue
         matches = matcher([target])
         hits = {name for name in naming.adaptable if matches(name) and _tower(naming, name) in target}

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_models
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
 from milora_init.checkpoint import open_checkpoint
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.naming import Naming, resolve
-from milora_init.targets import select, suffixes
+from milora_init.targets import select
 
 Built = Callable[..., Path]
 
@@ -72,112 +70,6 @@ def test_tied_weights_are_never_adapted(kind: str, checkpoint: Built) -> None:
     naming = names_of(checkpoint(kind))
     assert not shared & {f"{weight.module}.weight" for weight in select(naming, ["all-linear"])}
     assert not shared & {weight.tensor for weight in naming.adaptable.values()}
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
-def test_a_target_hits_no_bias(kind: str, checkpoint: Built) -> None:
-    folder = checkpoint(kind)
-    assert any(name.endswith(".bias") for name in tiny_models.tensors(folder))
-    for weight in select(names_of(folder), tiny_models.TARGETS[kind]):
-        assert len(weight.shape) == 2
-        assert not weight.tensor.endswith(".bias")
-
-
-def test_a_suffix_names_the_module_of_every_layer_in_the_models_order(checkpoint: Built) -> None:
-    naming = names_of(checkpoint("llama"))
-    assert chosen(naming, ["v_proj", "q_proj"]) == [
-        f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")
-    ]
-
-
-def test_a_longer_suffix_and_a_full_name_are_understood(checkpoint: Built) -> None:
-    naming = names_of(checkpoint("llama"))
-    assert chosen(naming, ["1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
-    assert chosen(naming, ["model.layers.0.mlp.up_proj"]) == ["model.layers.0.mlp.up_proj"]
-
-
-def test_a_part_of_a_name_is_no_suffix(checkpoint: Built) -> None:
-    with pytest.raises(PlanError, match="'proj' matches no module"):
-        select(names_of(checkpoint("llama")), ["proj"])
-
-
-def test_all_linear_takes_everything_but_the_heads(checkpoint: Built) -> None:
-    llama = names_of(checkpoint("llama"))
-    assert chosen(llama, ["all-linear"]) == list(llama.adaptable)
-    classifier = names_of(checkpoint("bert classifier"))
-    assert classifier.heads == {"classifier"}
-    assert set(chosen(classifier, ["all-linear"])) == set(classifier.adaptable) - {"classifier"}
-
-
-def test_a_regular_expression_matches_from_end_to_end(checkpoint: Built) -> None:
-    naming = names_of(checkpoint("llama"))
-    assert chosen(naming, [r"re:.*\.0\..*(q|k)_proj"]) == [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]
-    with pytest.raises(PlanError, match="matches no module"):
-        select(naming, ["re:q_proj"])
-    with pytest.raises(PlanError, match="not a regular expression"):
-        select(naming, ["re:("])
-
-
-def test_exclude_speaks_the_same_language(checkpoint: Built) -> None:
-    naming = names_of(checkpoint("llama"))
-    both = ["q_proj", "v_proj"]
-    assert chosen(naming, both, ["v_proj"]) == chosen(naming, ["q_proj"])
-    assert chosen(naming, both, [r"re:.*layers\.1\..*"]) == [f"model.layers.0.self_attn.{n}" for n in both]
-    assert chosen(naming, both, ["model.layers.0.self_attn.q_proj"]) == chosen(naming, both)[1:]
-    with pytest.raises(PlanError, match="exclude 'absent' matches no module"):
-        select(naming, both, ["absent"])
-    with pytest.raises(PlanError, match="every target is excluded"):
-        select(naming, both, both)
-
-
-@pytest.mark.parametrize("targets", [["w_proj"], ["q_proj", "w_proj"]])
-def test_a_target_that_matches_nothing_lists_what_would(targets: list[str], checkpoint: Built) -> None:
-    naming = names_of(checkpoint("llama"))
-    with pytest.raises(PlanError, match="target 'w_proj' matches no module of LlamaForCausalLM") as caught:
-        select(naming, targets)
-    assert caught.value.hint.endswith(", ".join(suffixes(naming)))
-    assert set(suffixes(naming)) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def adapted_by_peft(kind: str, targets: list[str] | str, exclude: list[str] | str | None = None) -> set[str]:
-    """What get_peft_model wraps, on the meta device."""
-    config = LoraConfig(r=2, target_modules=targets, exclude_modules=exclude, fan_in_fan_out=kind == "gpt2")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(tiny_models.on_meta(kind), config)
-    return {
-        name.removeprefix("base_model.model.") for name, module in model.named_modules() if hasattr(module, "lora_A")
-    }
-
-
-@pytest.mark.parametrize(
-    ("kind", "targets", "exclude"),
-    [
-        *((kind, list(targets), []) for kind, targets in tiny_models.TARGETS.items()),
-        ("llama", ["q_proj", "model.layers.1.mlp.up_proj", "0.mlp.gate_proj"], []),
-        ("llama", ["model.layers.0.self_attn.q_proj"], []),
-        ("llama", ["q_proj", "v_proj", "up_proj"], ["v_proj", "model.layers.1.mlp.up_proj"]),
-        ("bert", ["dense"], []),
-        ("bert", ["output.dense"], ["attention.output.dense"]),
-        ("gpt2", ["c_fc", "attn.c_proj"], []),
-    ],
-)
-def test_peft_adapts_exactly_what_is_selected(
-    kind: str, targets: list[str], exclude: list[str], checkpoint: Built
-) -> None:
-    ours = chosen(names_of(checkpoint(kind)), targets, exclude)
-    assert set(ours) == adapted_by_peft(kind, targets, exclude or None)
-
-
-@pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_all_linear_is_pefts(kind: str, checkpoint: Built) -> None:
-    heads = {"classifier", "score"}  # ours are left out for every task; PEFT's only where the task type is given
-    assert set(chosen(names_of(checkpoint(kind)), ["all-linear"])) == adapted_by_peft(kind, "all-linear") - heads
-
-
-@pytest.mark.parametrize("pattern", [r".*\.layers\.1\..*proj", r".*(q|v)_proj", r"model\.layers\.0\.mlp\.up_proj"])
-def test_a_regular_expression_is_pefts(pattern: str, checkpoint: Built) -> None:
-    assert set(chosen(names_of(checkpoint("llama")), [f"re:{pattern}"])) == adapted_by_peft("llama", pattern)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_after_training_all_four_agree(name: str, options: Any, tmp_path: Path) 
     pair = answer(family, load(family, out, trained))
     moved = float((pair - answer(family, load(family, source))).norm() / pair.norm())
     assert moved > 0.02, "the training moved nothing"
-    near = {"rtol": 1e-4, "atol": 1e-4}
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(answer(family, load(family, out, trained).merge_and_unload()), pair, **near)
     torch.testing.assert_close(answer(family, load(family, tmp_path / "merged")), pair, **near)
     torch.testing.assert_close(answer(family, load(family, source, tmp_path / "plain")), pair, **near)

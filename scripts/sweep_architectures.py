@@ -1,0 +1,166 @@
+"""Every model type of the installed transformers, names only: what would milora-init do with it?
+
+    python scripts/sweep_architectures.py                     # all of them, some minutes
+    python scripts/sweep_architectures.py llama mixtral       # these
+    python scripts/sweep_architectures.py --json sweep.json
+
+Each type's default config, cut down to a few layers, is built on the meta device and written as a checkpoint that has
+names and shapes but no data. That is planned with `all-linear`, and `experts` where there are any, and PEFT is asked
+on meta whether it would load the adapter. One line a type:
+
+    resolved   how many modules and experts' matrices
+    refused    by milora-init, with the reason that a user would read
+    not built  transformers itself cannot build it from its default config, or save it
+    no model   the config of a part of other models
+    FAILED     anything else; the exit status is then 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from milora_init.errors import MiloraError
+from milora_init.options import InitOptions
+from milora_init.plan import make_plan
+from milora_init.safetensors_format import DTYPE_NAMES, plan_header
+from milora_init.self_check import require_loadable
+
+LAYERS = 2
+_LAYER_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
+    "num_encoder_layers", "num_decoder_layers", "num_hidden_layers_vision",
+)  # fmt: skip
+# Most wanted first: what a user of that model would train.
+_HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSequenceClassification", "Model")
+
+
+def main() -> int:
+    """Sweep, print, count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="model types; all of them if none is named")
+    parser.add_argument("--json", type=Path, help="write the lines there too")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for model_type in args.types or sorted(transformers.CONFIG_MAPPING):
+        outcome, what = judge(model_type)
+        rows.append({"type": model_type, "outcome": outcome, "what": what})
+        print(f"{model_type:32} {outcome:10} {what}", flush=True)
+    counts = Counter(row["outcome"] for row in rows)
+    print(f"\ntransformers {transformers.__version__}: " + ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if counts["FAILED"] else 0
+
+
+def judge(model_type: str) -> tuple[str, str]:
+    """What becomes of a model type, and the details."""
+    if model_class(transformers.CONFIG_MAPPING[model_type]) is None:
+        return "no model", "a part of others"
+    outcome = "not built", ""
+    for layers in (LAYERS, None):  # some configs name their layers, and cannot be cut
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                architecture = write_checkpoint(model_type, Path(folder), layers)
+            except Exception as error:
+                outcome = "not built", _short(error)
+                continue
+            try:
+                return "resolved", f"{architecture}: {plan(Path(folder))}"
+            except MiloraError as error:
+                outcome = "refused", f"{architecture}: {error.message.replace(folder, '.')}"
+                if "does not build" not in error.message:
+                    break
+            except Exception as error:
+                return "FAILED", f"{architecture}: {_short(error)}"
+    return outcome
+
+
+def plan(folder: Path) -> str:
+    """Plan everything that can be adapted, and have PEFT asked."""
+    options: dict[str, Any] = {"model": str(folder), "out": str(folder / "out"), "rank": 1}
+    made = make_plan(InitOptions(**options, target=("all-linear",)), folder)
+    targets = ["all-linear", *(["experts"] if made.naming.experts else [])]
+    made = make_plan(InitOptions(**options, target=tuple(targets)), folder)
+    who = require_loadable(made)
+    experts = sum(w.weight.expert is not None for w in made.weights)
+    reasons = Counter(
+        reason.partition(",")[0] for reason in made.naming.refused.values() if "not a linear layer" not in reason
+    )
+    said = f"{len(made.weights) - experts} modules" + (f", {experts} experts' matrices" if experts else "")
+    left = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return f"{said}, by {who}" + (f" (left out: {left})" if left else "")
+
+
+def write_checkpoint(model_type: str, folder: Path, layers: int | None) -> str:
+    """A checkpoint of that type without data: config.json, and headers over a hole. Returns its class."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config: Any = transformers.CONFIG_MAPPING[model_type]()
+    if layers is not None:
+        cut_down(config, layers)
+    cls = model_class(type(config))
+    with torch.device("meta"):
+        model: Any = cls(config)
+    model.tie_weights()
+    stored: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # a tied tensor is saved once
+            seen[id(tensor)] = name
+            stored[name] = tensor.detach() if isinstance(tensor, Tensor) else tensor
+    names = revert_weight_conversion(model, stored)
+    header = plan_header(
+        ((name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in names.items()),
+        metadata={"format": "pt"},
+    )
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header.raw)
+        file.truncate(header.file_bytes)
+    config.architectures = [cls.__name__]
+    config.save_pretrained(folder)
+    return str(cls.__name__)
+
+
+def cut_down(config: Any, layers: int) -> None:
+    """Leave a config a few layers only, where it says how many there are."""
+    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+    for part in parts:
+        for key in _LAYER_COUNTS:
+            if isinstance(vars(part).get(key), int):
+                setattr(part, key, min(getattr(part, key), layers))
+        for key, value in list(vars(part).items()):
+            if key.endswith(("layer_types", "layers_block_type")) and isinstance(value, list):
+                setattr(part, key, value[:layers])
+
+
+def model_class(config: type) -> Any:
+    """The class that a user of this config would most likely train, None for the config of a mere part."""
+    stem = config.__name__.removesuffix("Config")
+    for head in _HEADS:
+        cls = getattr(transformers, stem + head, None)
+        if isinstance(cls, type) and getattr(cls, "config_class", None) is config:
+            return cls
+    return transformers.MODEL_MAPPING.get(config, None)
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
