@@ -24,7 +24,7 @@ CONFIG = f"{FOLDER}/adapter_config.json"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
 
 PEFT_FOR_MODULES = "0.13"
-PEFT_FOR_EXPERTS = "0.19"  # the first that knows which side of a fused parameter is `out`
+PEFT_FOR_EXPERTS = "0.19.1"  # the first that knows which side of a fused parameter is `out`
 
 
 @dataclass(frozen=True, slots=True)

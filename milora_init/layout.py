@@ -34,6 +34,11 @@ class Expert:
     part: int
     parts: int
 
+    @property
+    def suffix(self) -> str:
+        """What a person would name: `experts.down_proj`."""
+        return ".".join(self.parameter.split(".")[-2:])
+
 
 def lora_key(key: str, factor: str) -> str:
     """PEFT's name for factor `A` or `B` of a module, or of what stands in a module's place."""

@@ -65,6 +65,11 @@ class WeightRecord:
     read_s: float
     write_s: float
 
+    @property
+    def suffix(self) -> str:
+        """The part of its name that all layers share."""
+        return self.expert.suffix if self.expert else self.module.rpartition(".")[2]
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> WeightRecord:
         expert = content["expert"]

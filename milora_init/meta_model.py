@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from milora_init.errors import CheckpointError
 
 _TEXT_LENGTH = 8
+_IDENTITIES = frozenset({"Force16BytesAlignment"})  # values stay; before transformers 5.4
 
 
 @dataclass(slots=True)
@@ -129,7 +130,8 @@ def homes(model: nn.Module, names: Iterable[str]) -> dict[str, Home]:
         entry = found.setdefault(home, Home([[] for _ in patterns]))
         entry.parts[patterns.index(pattern)].append(name)
         if pattern:
-            entry.operations = tuple(_described(operation) for operation in of_pattern[pattern].operations)
+            operations = [_described(operation) for operation in of_pattern[pattern].operations]
+            entry.operations = tuple(name for name in operations if name not in _IDENTITIES)
     return found
 
 

@@ -57,6 +57,11 @@ class Adaptable:
         """What PEFT is told to adapt: the module, or the fused parameter."""
         return self.expert.parameter if self.expert else self.module
 
+    @property
+    def suffix(self) -> str:
+        """The part of its name that all layers share."""
+        return self.expert.suffix if self.expert else self.module.rpartition(".")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Naming:

@@ -165,7 +165,7 @@ class Plan:
 
     def kinds(self) -> dict[tuple[str, tuple[int, int], str], int]:
         """How many weights there are of each (suffix, shape, dtype)."""
-        return dict(Counter((w.weight.module.rpartition(".")[2], w.weight.shape, w.source_dtype) for w in self.weights))
+        return dict(Counter((w.weight.suffix, w.weight.shape, w.source_dtype) for w in self.weights))
 
 
 def make_plan(options: InitOptions, folder: Path, revision: str | None = None) -> Plan:

@@ -31,7 +31,7 @@ def kinds(weights: Iterable[WeightRecord]) -> list[Kind]:
     """Weights by suffix and shape: mean share of energy, worst leak, worst certificate, seconds together."""
     groups: dict[tuple[str, tuple[int, int]], list[WeightRecord]] = {}
     for weight in weights:
-        groups.setdefault((weight.module.rpartition(".")[2], weight.shape), []).append(weight)
+        groups.setdefault((weight.suffix, weight.shape), []).append(weight)
     return [
         Kind(
             suffix=suffix,

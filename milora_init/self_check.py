@@ -112,8 +112,8 @@ def wanted_by_peft(model: nn.Module, config: Mapping[str, Any], planned: Shapes)
                 wanted = {name: shape for name, shape in wanted.items() if name not in left}
         except Exception as error:  # PEFT refuses by whatever exception its layers happen to raise
             raise PlanError(
-                f"PEFT refuses this adapter: {' '.join(str(error).split())[:300]}",
-                hint="--exclude the module that it names; and please report it, with config.json",
+                f"PEFT {metadata.version('peft')} refuses this adapter: {' '.join(str(error).split())[:300]}",
+                hint="upgrade peft and transformers together; if that does not help, --exclude what it names",
             ) from error
     scales = {
         name.removeprefix("base_model.model."): float(module.scaling["default"])
@@ -129,6 +129,8 @@ def _peft_version(*, needs_experts: bool) -> str:
         version = metadata.version("peft")
     except metadata.PackageNotFoundError:
         return ""
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    needed = tuple(int(part) for part in adapter.PEFT_FOR_EXPERTS.split("."))
-    return "" if needs_experts and numbers < needed else version
+    return "" if needs_experts and _numbers(version) < _numbers(adapter.PEFT_FOR_EXPERTS) else version
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:3] if part.isdigit()]

@@ -57,15 +57,16 @@ def names_fused(target: str) -> Callable[[str], bool]:
 
 def _no_hit(naming: Naming, target: str, matches: Callable[[str], bool]) -> PlanError:
     reason, fused = "", names_fused(target)
+    hint = f"modules that can be adapted: {', '.join(suffixes(naming))}"
     if refused := next((name for name in naming.refused if matches(name) or fused(name)), None):
         reason = f" that can be adapted: {refused} is {naming.refused[refused]}"
     elif tower := next((_tower(naming, name) for name in naming.adaptable if matches(name)), ""):
-        reason = f" outside {tower}, which has to be named"
+        reason, hint = f" outside {tower}, which has to be named", f"--target 're:.*\\.{tower}\\..*{target}'"
     elif any(matches(name) for name in naming.experts):
         reason = ", only experts, which have to be named"
     return PlanError(
         f"target {target!r} matches no module of {naming.architecture}{reason}",
-        hint=f"modules that can be adapted: {', '.join(suffixes(naming))}",
+        hint=hint,
     )
 
 
@@ -98,5 +99,5 @@ def matcher(targets: Iterable[str]) -> Callable[[str], bool]:
 def suffixes(naming: Naming) -> list[str]:
     """Last parts of the adaptable names, in the model's order: what a person would pass as targets."""
     linears = (name.rpartition(".")[2] for name in naming.adaptable if not _tower(naming, name))
-    fused = (".".join(name.split(".")[-2:]) for name in naming.experts)
+    fused = (group[0].suffix for group in naming.experts.values())
     return list(dict.fromkeys([*linears, *fused]))

@@ -1,42 +1,69 @@
 #!/usr/bin/env bash
-# Does today's output load with the stack that the MiLoRA authors pinned (transformers 4.46, PEFT 0.13)?
+# Old stacks: does today's output load where people still are, and does the tool itself run on the oldest it admits?
 #
-#   scripts/check_old_stack.sh        builds .venv-old beside .venv; `make test` or `make demo` first
+#   scripts/check_old_stack.sh        `make test` or `make demo` first; builds .venv-old-* beside .venv
+#
+# 4.46  what the MiLoRA authors pinned: transformers 4.46 with PEFT 0.13 loads what the tool wrote elsewhere
+# 5.0   the oldest that pyproject admits: the tool runs on it, and its output loads there
+# 5.1   the oldest that experts can be trained with: the same, for all weights of Mixtral
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ ! -x .venv-old/bin/python ]; then
-    "${PYTHON:-python3}" -m venv .venv-old
-    .venv-old/bin/python -m pip install --quiet --upgrade pip
-    .venv-old/bin/python -m pip install --quiet torch==2.13.0 transformers==4.46.3 peft==0.13.2 'numpy<2.4'
-fi
+# name, transformers, PEFT, whether the tool itself goes there
+build() {
+    [ -x ".venv-old-$1/bin/python" ] && return
+    "${PYTHON:-python3}" -m venv ".venv-old-$1"
+    ".venv-old-$1/bin/python" -m pip install --quiet --upgrade pip
+    ".venv-old-$1/bin/python" -m pip install --quiet torch==2.13.0 "transformers==$2" "peft==$3" 'numpy<2.4' ${4:+-e .}
+}
+build 4.46 4.46.3 0.13.2
+build 5.0 5.0.0 0.18.0 tool
+build 5.1 5.1.0 0.19.1 tool
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# Small random models, made by the old stack itself and in several shards, so that the comparison is its own.
-.venv-old/bin/python - "$work" <<'PYTHON'
+# Small random models, made by the stack that is to load them and in several shards, so that the comparison is its own.
+models() {
+    mkdir -p "$work/$1"
+    ".venv-old-$1/bin/python" - "$work/$1" <<'PYTHON'
 import sys
 import transformers as t
 
+t.utils.logging.disable_progress_bar()
 small = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
 models = {
     "llama": t.LlamaForCausalLM(t.LlamaConfig(**small)),
     "qwen2": t.Qwen2ForCausalLM(t.Qwen2Config(**small, num_key_value_heads=2)),
     "gpt2": t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128)),
+    "mixtral": t.MixtralForCausalLM(t.MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4)),
 }
 for name, model in models.items():
     model.save_pretrained(f"{sys.argv[1]}/{name}", max_shard_size="100KB")
 PYTHON
+}
 
 status=0
-for model in llama qwen2 gpt2; do
-    targets=(); [ "$model" = gpt2 ] && targets=(--target c_attn --target c_proj --target c_fc)
-    .venv/bin/milora-init --model "$work/$model" --rank 8 --out "$work/$model-init" --quiet "${targets[@]}"
-    for venv in .venv-old .venv; do
+check() { # the venv that runs the tool, the stack that loads, the model, its targets
+    local tool=$1 stack=$2 model=$3 targets=() out
+    shift 3
+    for target in "$@"; do targets+=(--target "$target"); done
+    out="$work/$stack/$model-init"
+    "$tool/bin/milora-init" --model "$work/$stack/$model" --rank 8 --out "$out" --quiet "${targets[@]}"
+    for venv in ".venv-old-$stack" .venv; do
         echo -n "$model, "
-        "$venv/bin/python" scripts/check_pair.py "$work/$model" "$work/$model-init" 2> "$work/log" \
+        HF_HUB_OFFLINE=1 "$venv/bin/python" scripts/check_pair.py "$work/$stack/$model" "$out" 2> "$work/log" \
             || { status=1; echo "$model FAILED under $venv"; cat "$work/log"; }
     done
-done
+}
+
+models 4.46
+for model in llama qwen2 mixtral; do check .venv 4.46 "$model" q_proj k_proj v_proj; done
+check .venv 4.46 gpt2 c_attn c_proj c_fc
+models 5.0
+for model in llama qwen2; do check .venv-old-5.0 5.0 "$model" q_proj k_proj v_proj up_proj down_proj; done
+check .venv-old-5.0 5.0 mixtral q_proj k_proj v_proj
+models 5.1
+for model in llama qwen2; do check .venv-old-5.1 5.1 "$model" all-linear; done
+check .venv-old-5.1 5.1 mixtral all-linear experts
 exit $status

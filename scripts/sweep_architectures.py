@@ -69,8 +69,11 @@ def main() -> int:
 
 def judge(model_type: str) -> tuple[str, str]:
     """What becomes of a model type, and the details."""
-    if model_class(transformers.CONFIG_MAPPING[model_type]) is None:
-        return "no model", "a part of others"
+    try:
+        if model_class(transformers.CONFIG_MAPPING[model_type]) is None:
+            return "no model", "a part of others"
+    except Exception as error:
+        return "not built", _short(error)
     outcome = "not built", ""
     for layers in (LAYERS, None):  # some configs name their layers, and cannot be cut
         with tempfile.TemporaryDirectory() as folder:

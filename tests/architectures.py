@@ -41,7 +41,9 @@ def feed(family: Family) -> dict[str, Tensor]:
     if family.inputs == "image":
         ids = torch.cat([torch.full((1, 4), IMAGE), TOKENS], dim=1)
         pixels = torch.randn(1, 3, 8, 8, generator=generator)
-        more = {"image_sizes": torch.tensor([[8, 8]])} if family.config == "Mistral3Config" else {}
+        more = {"token_type_ids": (ids == IMAGE).long()} if family.config == "Gemma3Config" else {}
+        if family.config == "Mistral3Config":
+            more = {"image_sizes": torch.tensor([[8, 8]])}
         return {"input_ids": ids, "pixel_values": pixels, **more}
     if family.inputs == "qwen image":
         ids = torch.cat([torch.tensor([[61]]), torch.full((1, 1), IMAGE), TOKENS], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 import transformers
 from families import FAMILIES, Family
 from safetensors.torch import load_file
-from tiny_models import tensors
+from tiny_models import as_pickles, tensors
 from torch import Tensor
 
+from milora_init import decompose
 from milora_init.decompose import initialize
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
+from milora_init.plan import describe, make_plan
 from milora_init.verify import verify
 
 RANK = 4
@@ -136,3 +139,63 @@ def test_in_the_dtype_it_is_published_in_every_tensor_stands_up_to_the_source(na
     assert {record.dtype for record in manifest.weights} == {FAMILIES[name].stored}
     verdict = verify(str(out), model=str(source), every=True)
     assert verdict.ok, verdict.differences
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_in_pickled_shards_and_in_another_dtype(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source = as_pickles(architectures.save(tmp_path / "plain", family, "bfloat16"), tmp_path / "source", shards=3)
+    out = tmp_path / "out"
+    initialize(
+        InitOptions(model=str(source), out=str(out), rank=RANK, target=family.targets, dtype="float32", device=("cpu",))
+    )
+    assert verify(str(out), model=str(source), every=True).ok
+    truth = answer(family, load(family, source))
+    assert relative(answer(family, load_pair(family, out)), truth) < 100 * torch.finfo(torch.float32).eps
+
+
+def test_experts_of_one_layer_from_several_shards_are_put_together(made: Made) -> None:
+    source, _, manifest = made("mixtral")
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    shards: dict[str, set[str]] = {}
+    for record in manifest.weights:
+        shards.setdefault(record.key, set()).add(index[record.tensor])
+    assert any(len(files) > 1 for files in shards.values())  # and the tests above found each expert in its place
+
+
+def test_a_run_with_experts_goes_on_where_it_stopped(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, straight, _ = made("mixtral")
+    real = decompose.OpenShard.finish
+    finished: list[Any] = []
+
+    def stop(self: Any) -> Any:
+        if len(finished) == 4:
+            raise KeyboardInterrupt
+        finished.append(self)
+        return real(self)
+
+    options = InitOptions(
+        model=str(source), out=str(tmp_path / "out"), rank=RANK, target=FAMILIES["mixtral"].targets, device=("cpu",)
+    )
+    monkeypatch.setattr(decompose.OpenShard, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        initialize(options)
+    monkeypatch.setattr(decompose.OpenShard, "finish", real)
+    initialize(options)
+    for file in ("model-00003-of-*.safetensors", "lora/adapter_model.safetensors"):
+        (one,), (other,) = (list(folder.glob(file)) for folder in (straight, tmp_path / "out"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_model_with_experts_says_what_it_costs_and_what_it_needs(tmp_path: Path) -> None:
+    source = architectures.save(tmp_path, FAMILIES["mixtral"], "bfloat16")
+    options: dict[str, Any] = {"model": str(source), "out": "out", "rank": RANK}
+    left = describe(make_plan(InitOptions(**options, target=("q_proj",)), source))
+    assert left["notices"] == ["the 24 matrices of the experts are left as they are; --target experts adapts them too"]
+    taken = describe(make_plan(InitOptions(**options, target=("q_proj", "experts")), source))
+    (notice,) = taken["notices"]
+    assert "training needs PEFT >= 0.19.1, and lora_dropout is 0 instead of 0.05" in notice
+    assert len(taken["weights"]) == len(left["weights"]) + 24
+    assert taken["solve_flops"] > left["solve_flops"]

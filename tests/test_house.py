@@ -135,3 +135,11 @@ def test_the_tests_may_talk_to_themselves() -> None:
     with one, other:
         one.sendall(b"y")
         assert other.recv(1) == b"y"
+
+
+def test_the_readme_promises_the_architectures_that_are_tested() -> None:
+    import support_table
+    from families import FAMILIES
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == support_table.with_table(readme, support_table.table(FAMILIES))

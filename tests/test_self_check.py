@@ -53,16 +53,16 @@ def test_it_says_who_was_asked(checkpoint: Built, monkeypatch: pytest.MonkeyPatc
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
-    assert require_loadable(made) == "the rules of PEFT 0.19"
+    assert require_loadable(made) == "the rules of PEFT 0.19.1"
 
 
 def test_a_peft_too_old_for_experts_is_not_asked_about_them(
     checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metadata, "version", lambda _: "0.18.1")
+    monkeypatch.setattr(metadata, "version", lambda _: "0.19.0")
     mixtral = architectures.save(tmp_path, FAMILIES["mixtral"], "bfloat16")
-    assert require_loadable(plan(mixtral, target=("experts",))) == "the rules of PEFT 0.19"
-    assert require_loadable(plan(checkpoint("llama"))) == "PEFT 0.18.1"
+    assert require_loadable(plan(mixtral, target=("experts",))) == "the rules of PEFT 0.19.1"
+    assert require_loadable(plan(checkpoint("llama"))) == "PEFT 0.19.0"
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
