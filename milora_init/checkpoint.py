@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milora_init import digest
 from milora_init.errors import CheckpointError
 from milora_init.safetensors_format import (
     DTYPE_NAMES,
@@ -165,18 +166,6 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def sha256(path: Path) -> str:
-    """Hash of a whole file, as the Hub names large files. Raises CheckpointError."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    return digest.hexdigest()
-
-
 def read_bytes(path: Path) -> bytes:
     """A small file whole. Raises CheckpointError."""
     try:
@@ -186,15 +175,32 @@ def read_bytes(path: Path) -> bytes:
 
 
 @dataclass(frozen=True)
+class Remote:
+    """What a Hub knows of a checkpoint.
+
+    Attributes:
+        model: Its id; `commit`: of which every file is.
+        hashes: SHA-256 of each file of weights.
+        absent: Header of each file of weights that is not in the folder yet.
+    """
+
+    model: str
+    commit: str
+    hashes: Mapping[str, str]
+    absent: Mapping[str, Header]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A folder of weights, its headers read and checked, its data untouched.
 
     Attributes:
         folder: Where it lies.
         headers: Header of each file of weights, by file name, in order.
-        stamps: Size and time of each of those files when its header was read.
+        stamps: Size and time of each of those files when its header was read; none for one that is not there yet.
         index: The index file's content, None for a single file.
         is_pickle: Whether the files are `.bin`.
+        remote: What the Hub knows of it, None for a folder that is not of the Hub.
     """
 
     folder: Path
@@ -202,6 +208,7 @@ class Checkpoint:
     stamps: Mapping[str, Stamp]
     index: Mapping[str, Any] | None
     is_pickle: bool
+    remote: Remote | None = None
 
     @cached_property
     def config_bytes(self) -> bytes:
@@ -219,13 +226,27 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> Mapping[str, str]:
-        """What identifies the source without reading it all: a hash of each header and of samples of its data."""
-        digests = {name: _digest(self.folder / name, header) for name, header in self.headers.items()}
+        """What identifies the source without reading it all, by file."""
+        digests = {
+            name: digest.WHOLE + self.remote.hashes[name] if self.remote else digest.sampled(self.folder / name, header)
+            for name, header in self.headers.items()
+        }
         return digests | {"config.json": hashlib.sha256(self.config_bytes).hexdigest()}
 
+    def has_weights(self, recorded: Mapping[str, str]) -> bool:
+        """Whether its files of weights are those of a recorded `digest`. Raises CheckpointError."""
+        weights = {name: value for name, value in recorded.items() if name != "config.json"}
+        return weights.keys() == self.headers.keys() and all(
+            digest.fits(weights[name], self.folder / name, header) for name, header in self.headers.items()
+        )
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+
+def open_checkpoint(folder: Path, remote: Remote | None = None) -> Checkpoint:
     """Find a folder's weights as transformers finds them, and check every header.
+
+    Args:
+        folder: The folder.
+        remote: Where it is a snapshot of a model on the Hub, what that says of files that are not there yet.
 
     Raises:
         CheckpointError: No folder, no config.json, no weights, a missing or broken shard, an index that lies.
@@ -239,27 +260,26 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: no config.json", hint=hint or "name the folder that save_pretrained wrote")
     # transformers' own order: a single file wins over an index beside it, safetensors over pickles.
     index: dict[str, Any] | None = None
+    absent = remote.absent if remote else {}
     for single, index_name in ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
-        if (folder / single).is_file():
+        if (folder / single).is_file() or single in absent:
             files = [single]
             break
         if (folder / index_name).is_file():
             index = _json_object(folder / index_name)
-            files = _indexed_files(folder / index_name, index)
+            files = _indexed_files(folder / index_name, index, absent)
             break
     else:
         raise CheckpointError(
             f"{folder}: no weights: neither {SAFETENSORS_SINGLE} nor {PICKLE_SINGLE}, nor an index of either",
             hint="other formats (gguf, pth, h5) have to be converted to safetensors first",
         )
-    stamps = {file: stamp(folder / file) for file in files}
+    stamps = {file: stamp(folder / file) for file in files if file not in absent}
     headers: dict[str, Header] = {}
     home: dict[str, str] = {}
     for file in files:
-        shard = open_shard(folder / file)
-        shard.close()
-        headers[file] = shard.header
-        for name in shard.header.tensors:
+        headers[file] = absent[file] if file in absent else _header_of(folder / file)
+        for name in headers[file].tensors:
             if name in home:
                 raise CheckpointError(f"{folder}: {name} stands in {home[name]} and again in {file}")
             home[name] = file
@@ -270,9 +290,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder}: the index puts {name} into {file}, " + (f"it is in {where}" if where else "which lacks it"),
                 hint=REFETCH,
             )
-    checkpoint = Checkpoint(folder, headers, stamps, index, is_pickle=files[0].endswith(".bin"))
+    checkpoint = Checkpoint(folder, headers, stamps, index, is_pickle=files[0].endswith(".bin"), remote=remote)
     _ = checkpoint.config  # a broken config.json is found now, not after the planning
     return checkpoint
+
+
+def _header_of(path: Path) -> Header:
+    shard = open_shard(path)
+    shard.close()
+    return shard.header
 
 
 def side_files(folder: Path) -> list[str]:
@@ -328,7 +354,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _indexed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
+def _indexed_files(path: Path, index: Mapping[str, Any], absent: Collection[str]) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{path}: no weight_map from tensor names to files")
@@ -338,19 +364,6 @@ def _indexed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
             raise CheckpointError(f"{path}: {file!r} is outside the folder; a shard must be a plain file name")
         if Path(file).suffix != Path(path.name.removesuffix(".index.json")).suffix:
             raise CheckpointError(f"{path}: {file!r} is another format than the index")
-        if not (path.parent / file).is_file():
+        if file not in absent and not (path.parent / file).is_file():
             raise CheckpointError(f"{path.parent}: {file} is missing, and the index names it", hint=REFETCH)
     return files
-
-
-def _digest(path: Path, header: Header) -> str:
-    digest = hashlib.sha256(header.raw)
-    size_bytes, _ = stamp(path)
-    try:
-        with path.open("rb") as file:
-            for i in range(65):
-                file.seek(max(size_bytes * i // 64 - 4096, 0))
-                digest.update(file.read(4096))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    return digest.hexdigest()

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from milora_init import __version__, adapter, weight_job
-from milora_init.checkpoint import SAFETENSORS_INDEX, SafetensorsShard, open_shard, read_bytes, sha256, stamp
+from milora_init.checkpoint import SAFETENSORS_INDEX, Remote, SafetensorsShard, open_shard, read_bytes, stamp
+from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, OutputError
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.options import InitOptions
@@ -33,6 +34,7 @@ from milora_init.plan import Plan, ShardJob, make_plan
 from milora_init.safetensors_format import read_header
 from milora_init.safetensors_writer import SafetensorsWriter
 from milora_init.self_check import require_loadable
+from milora_init.supply import Supply
 from milora_init.weight_job import WeightJob
 from milora_init.workers import Crew, resolve_devices
 
@@ -46,6 +48,9 @@ class Progress(Protocol):
     def solving(self, module: str, device: str) -> None:
         """A device has taken a module up."""
 
+    def fetching(self, name: str, size_bytes: int) -> None:
+        """A file of the source is being fetched from the Hub."""
+
     def tensor(self, name: str, size_bytes: int) -> None:
         """A tensor of the source has been dealt with."""
 
@@ -58,6 +63,7 @@ class Silent:
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None: ...
     def solving(self, module: str, device: str) -> None: ...
+    def fetching(self, name: str, size_bytes: int) -> None: ...
     def tensor(self, name: str, size_bytes: int) -> None: ...
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None: ...
 
@@ -84,15 +90,29 @@ def initialize(options: InitOptions, *, progress: Progress | None = None) -> Man
     return decompose(make_plan(options, *locate(options)), progress=progress)
 
 
-def locate(options: InitOptions) -> tuple[Path, str | None]:
-    """Folder and commit of the model: the folder named, or the Hub's snapshot in the cache, fetched if need be."""
+def locate(options: InitOptions) -> tuple[Path, Remote | None]:
+    """The folder named, or a snapshot of the Hub's in the cache with what the Hub knows of the rest."""
     folder = Path(options.model).expanduser()
     if folder.exists() or not _is_hub_id(options.model):
         return folder, None
-    from milora_init.hub import fetch
+    from milora_init.hub import open_snapshot
 
-    snapshot = fetch(options.model, revision=options.revision, cache_dir=options.cache_dir, token=options.token)
-    return snapshot, snapshot.name
+    return open_snapshot(options.model, revision=options.revision, cache_dir=options.cache_dir, token=options.token)
+
+
+def fetched(options: InitOptions) -> Path:
+    """The folder of the model with all of its weights, from the Hub where they are not here."""
+    folder, remote = locate(options)
+    for name in remote.absent if remote else ():
+        _fetch(options, remote, name, None)
+    return folder
+
+
+def _fetch(options: InitOptions, remote: Remote | None, name: str, into: Path | None) -> Path:
+    from milora_init.hub import download
+
+    assert remote is not None
+    return download(remote, name, cache_dir=options.cache_dir, token=options.token, into=into)
 
 
 def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
@@ -112,12 +132,14 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
         asked = require_loadable(plan)
         progress.begin(plan, done)
         hashes = {job.target: hasher.submit(sha256, out.path / job.target) for job in done}
-        for result in _run_shards(todo, devices, out, progress):
-            line = dataclasses.asdict(result)
-            out.record(line)
-            lines[result.shard] = line
-            hashes[result.shard] = hasher.submit(sha256, out.path / result.shard)
-            progress.shard(result, len(lines), len(plan.jobs), time.monotonic() - started)
+        with _supply(plan, todo, out, progress) as supply:
+            for job, result in _run_shards(todo, supply, devices, out, progress):
+                line = dataclasses.asdict(result)
+                out.record(line)
+                supply.done(job)
+                lines[result.shard] = line
+                hashes[result.shard] = hasher.submit(sha256, out.path / result.shard)
+                progress.shard(result, len(lines), len(plan.jobs), time.monotonic() - started)
         manifest = _assemble(plan, out, lines, hashes, asked, started)
     except BaseException:
         out.abandon()
@@ -128,25 +150,45 @@ def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
     return manifest
 
 
+def _supply(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder, progress: Progress) -> Supply:
+    """The source's files: those on the Hub fetched into its cache, or, to spare the disk, beside the journal."""
+    options, remote = plan.options, plan.checkpoint.remote
+    folder = out.work / "source" if options.low_disk else None
+    if remote and remote.absent and not folder:
+        from milora_init.hub import require_room
+
+        require_room(remote, plan.source)
+
+    def fetch(name: str) -> Path:
+        progress.fetching(name, plan.checkpoint.headers[name].file_bytes)
+        return _fetch(options, remote, name, folder)
+
+    return Supply(jobs, plan.checkpoint.headers, fetch, Path.unlink if folder else None)
+
+
 def _run_shards(
-    jobs: Sequence[ShardJob], devices: Sequence[torch.device], out: OutputFolder, progress: Progress
-) -> Iterator[ShardResult]:
+    jobs: Sequence[ShardJob],
+    supply: Supply,
+    devices: Sequence[torch.device],
+    out: OutputFolder,
+    progress: Progress,
+) -> Iterator[tuple[ShardJob, ShardResult]]:
     """Turn files of the source into files of the output, two at a time.
 
     The crew has the weights of the next file before this one is waited for, so it never runs dry; this thread copies
     what is not adapted meanwhile.
     """
     with Crew(devices) as crew, ExitStack() as stack:
-        before: OpenShard | None = None
+        before: tuple[ShardJob, OpenShard] | None = None
         for job in jobs:
-            opened = stack.enter_context(OpenShard(job, out.path, progress))
+            opened = stack.enter_context(OpenShard(supply.take(job), out.path, progress))
             opened.start(crew)
             opened.copy_the_rest()
             if before:
-                yield before.finish()
-            before = opened
+                yield before[0], before[1].finish()
+            before = job, opened
         if before:
-            yield before.finish()
+            yield before[0], before[1].finish()
 
 
 def piece_of(job: ShardJob) -> str:
@@ -268,7 +310,7 @@ def _assemble(
     return Manifest(
         source={
             "model": options.model,
-            "revision": plan.revision,
+            "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.naming.architecture,
         },
         out=options.out,

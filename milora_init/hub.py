@@ -1,15 +1,22 @@
-"""The Hub: the only file that touches the network.
+"""The Hub, downwards: one of the two files that touch the network; `publish` is the other.
 
-Everything goes through huggingface_hub: its cache, its resuming downloads, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT.
+Everything goes through huggingface_hub: its cache, its resuming downloads, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT. A
+model is planned from its side files and the headers of its shards, which are read over the network by range; the
+shards themselves come one at a time, when the run gets to them.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from milora_init.checkpoint import (
     PICKLE_INDEX,
@@ -17,36 +24,81 @@ from milora_init.checkpoint import (
     SAFETENSORS_INDEX,
     SAFETENSORS_SINGLE,
     WEIGHT_SUFFIXES,
+    Remote,
 )
+from milora_init.digest import sha256
 from milora_init.errors import HubError
+from milora_init.safetensors_format import Header, parse_header
+
+_HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
 
 
-def fetch(model: str, *, revision: str | None, cache_dir: str | None, token: str | None) -> Path:
-    """The snapshot of a model in the local cache; what is missing there is downloaded.
+def open_snapshot(model: str, *, revision: str | None, cache_dir: str | None, token: str | None) -> tuple[Path, Remote]:
+    """A model's snapshot in the local cache, with all of its side files, and what the Hub knows of its weights.
 
-    The side files come first and fix the commit, which the folder is named after; then, of that commit, the weights
-    that transformers would load and no other form of them. Without a way to the Hub, the cache is taken as it is.
+    The side files come first and fix the commit, which the folder is named after; all else is asked of that commit.
+    Weights that are in the cache are taken as they are, so a complete cache serves without a network. Of the others
+    the headers are read. Pickled weights have none, and are fetched.
 
     Raises:
         HubError: No such model or revision, no permission, no way to the Hub and nothing in the cache.
+        CheckpointError: A header that cannot be trusted.
     """
-    try:
-        side = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
+    with explained(model, revision):
+        patterns = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
         folder = Path(
-            snapshot_download(model, revision=revision, cache_dir=cache_dir, token=token, ignore_patterns=side)
+            snapshot_download(model, revision=revision, cache_dir=cache_dir, token=token, ignore_patterns=patterns)
         )
-        for single, index in ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
-            names = _shards(folder / index, single)
-            # Asked only for what is missing: a complete cache must serve without a network.
-            if not all((folder / name).is_file() for name in names):
-                # Numbered folders are sentence-transformers' own; their weights are side files of ours.
-                patterns = [*names, "[0-9]_*/*"]
-                snapshot_download(
-                    model, revision=folder.name, cache_dir=cache_dir, token=token, allow_patterns=patterns
-                )
-            if (folder / names[0]).is_file():
-                break
-        return folder
+        commit, api = folder.name, HfApi(token=token)
+        files = _weights(folder, api, model)
+        absent = [name for name in files if not (folder / name).is_file()]
+        # Numbered folders are sentence-transformers' own; their weights are side files of ours.
+        pickles = [name for name in absent if name.endswith(".bin")]
+        if absent and (pickles or (folder / "modules.json").is_file()):
+            snapshot_download(
+                model, revision=commit, cache_dir=cache_dir, token=token, allow_patterns=[*pickles, "[0-9]_*/*"]
+            )
+            absent = [name for name in absent if name not in pickles]
+        infos = api.get_paths_info(model, absent, revision=commit) if absent else []
+        known = {info.path: info for info in infos if isinstance(info, RepoFile)}
+        hashes: dict[str, str] = {}
+        headers: dict[str, Header] = {}
+        for name in absent:
+            info = known.get(name)
+            if info is None or info.lfs is None:
+                # Small enough to be no large file of the Hub's, or not there at all, which the download says.
+                hf_hub_download(model, name, revision=commit, cache_dir=cache_dir, token=token)
+            else:
+                hashes[name] = info.lfs.sha256
+                headers[name] = _remote_header(model, name, commit, token, info.size)
+        hashes |= {name: _blob_hash(folder / name) for name in files if name not in hashes}
+    return folder, Remote(model, commit, hashes, headers)
+
+
+def download(remote: Remote, name: str, *, cache_dir: str | None, token: str | None, into: Path | None) -> Path:
+    """Fetch one file of weights, into the cache or into a folder. Raises HubError."""
+    with explained(remote.model, remote.commit):
+        if into is None:
+            return Path(hf_hub_download(remote.model, name, revision=remote.commit, cache_dir=cache_dir, token=token))
+        return Path(hf_hub_download(remote.model, name, revision=remote.commit, local_dir=into, token=token))
+
+
+def require_room(remote: Remote, folder: Path) -> None:
+    """Raise HubError unless the disk of the cache has room for what is still to come."""
+    needed = sum(header.file_bytes for header in remote.absent.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise HubError(
+            f"{remote.model} takes {needed / 1e9:.1f} GB in the cache, its disk has {free / 1e9:.1f} GB free",
+            hint="add --low-disk, which keeps a few shards at a time; or name another --cache-dir",
+        )
+
+
+@contextmanager
+def explained(model: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises over a model into a HubError that says what to do."""
+    try:
+        yield
     except hub.GatedRepoError as error:
         hint = f"accept its terms at https://huggingface.co/{model}, then `hf auth login`"
         raise HubError(f"{model} is gated", hint=hint) from error
@@ -58,20 +110,96 @@ def fetch(model: str, *, revision: str | None, cache_dir: str | None, token: str
             hint="check the name; for a private model `hf auth login`, or set HF_TOKEN",
         ) from error
     except hub.LocalEntryNotFoundError as error:
+        if (status := _status(error)) is not None:
+            raise _refused(model, status, error) from error
         what = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
         raise HubError(
             f"{what} is neither a folder here nor in the local cache, and the Hub cannot be reached",
             hint=f"name an existing folder, or, with a network, fetch it first: hf download {model}",
         ) from error
+    except hub.EntryNotFoundError as error:
+        raise HubError(
+            f"{model} lacks a file that it should have: {' '.join(str(error).split())[:200]}",
+            hint="it may be incomplete; name another --revision",
+        ) from error
+    except hub.HfHubHTTPError as error:
+        raise _refused(model, _status(error), error) from error
+    except HubError:
+        raise
+    except OSError as error:
+        raise HubError(
+            f"{model}: {error}", hint="free some space, or look at the disk; what was fetched is kept"
+        ) from error
     except Exception as error:  # huggingface_hub lets its HTTP library's errors through, and changes that library
-        reason = " ".join(str(error).split())[:300]
+        if type(error).__module__.startswith("milora_init"):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise HubError(f"the Hub failed over {model}: {reason}", hint="try again; what was fetched is kept") from error
 
 
-def _shards(index: Path, single: str) -> list[str]:
-    if not index.is_file():
-        return [single]
+def _refused(model: str, status: int | None, error: Exception) -> HubError:
+    if status == 429:
+        return HubError(f"the Hub limits our rate over {model}", hint="wait a few minutes; `hf auth login` allows more")
+    if status in (401, 403):
+        return HubError(
+            f"the Hub does not let this token at {model} (status {status})",
+            hint="`hf auth login` with a token that may, or set HF_TOKEN",
+        )
+    reason = " ".join(str(error).split())[:300]
+    return HubError(f"the Hub failed over {model}: {reason}", hint="try again; what was fetched is kept")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, through what it was raised from."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
+    """The files of weights that transformers would load: of the index in the folder, else the single one there is."""
+    for single, index in ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
+        # Asked of the Hub only where the cache does not tell: a complete cache serves without a network.
+        if (folder / single).is_file():
+            return [single]
+        if (folder / index).is_file() and (shards := _shards(folder / index)):
+            if all((folder / name).is_file() for name in shards):
+                return shards
+            return [single] if api.file_exists(model, single, revision=folder.name) else shards
+    for single in (SAFETENSORS_SINGLE, PICKLE_SINGLE):
+        if api.file_exists(model, single, revision=folder.name):
+            return [single]
+    return []  # what is missing is named where checkpoints are opened
+
+
+def _shards(index: Path) -> list[str]:
     try:
         return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError):
-        return [single]  # a broken index is named where checkpoints are opened
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return []  # a broken index is named where checkpoints are opened
+
+
+def _blob_hash(path: Path) -> str:
+    """SHA-256 of a file in the cache: the name of the blob that it links to, for a large file; else worked out."""
+    blob = path.resolve().name
+    return blob if len(blob) == 64 and path.is_symlink() else sha256(path)
+
+
+def _remote_header(model: str, name: str, commit: str, token: str | None, file_bytes: int) -> Header:
+    """The header of a safetensors file on the Hub, read by range."""
+    url = hf_hub_url(model, name, revision=commit)
+
+    def read(end: int) -> bytes:
+        headers = {**build_hf_headers(token=token), "Range": f"bytes=0-{min(end, file_bytes) - 1}"}
+        response = http_backoff("GET", url, headers=headers)
+        hf_raise_for_status(response)
+        return bytes(response.content[:end])
+
+    start = read(_HEADER_BYTES)
+    end = 8 + int.from_bytes(start[:8], "little")
+    if len(start) < end <= file_bytes:
+        start = read(end)
+    return parse_header(start[:end], file_bytes, Path(f"{model}/{name}"))

@@ -30,9 +30,9 @@ from milora_init.checkpoint import (
     TensorSource,
     open_checkpoint,
     read_bytes,
-    sha256,
     stamp,
 )
+from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, OutputError, PlanError, SolveError
 from milora_init.factors import FactorReader, reading_factors, wanted_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest

@@ -51,6 +51,7 @@ class InitOptions:
             own is its own alpha too.
         trust_remote_code: Run the code in the model's repository, if config.json names it.
         revision, cache_dir, token: As in huggingface_hub. The token is never written or printed.
+        low_disk: Keep only a few of the source's shards at a time, where they come from the Hub.
         overwrite: Replace an earlier output of this program, finished or not.
 
     Raises:
@@ -76,6 +77,7 @@ class InitOptions:
     revision: str | None = None
     cache_dir: str | None = None
     token: str | None = field(default=None, repr=False)
+    low_disk: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class InitOptions:
                 isinstance(key, str) and bool(key) and _is_int(value) and value >= 1 for key, value in pattern.items()
             )
             _require(ok, f"{name} is {pattern!r}", "map targets to whole numbers of at least 1: {down_proj: 128}")
-        for name in ("rslora", "trust_remote_code"):
+        for name in ("rslora", "trust_remote_code", "low_disk"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
         _require(

@@ -277,6 +277,7 @@ class OutputFolder:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         # The journal goes last: as long as anything of ours stands, it says whose it is.
+        shutil.rmtree(self.work / "source", ignore_errors=True)
         for path in sorted(self.work.iterdir(), key=self.journal.__eq__) if self.work.is_dir() else ():
             if path.name != _LOCK:
                 path.unlink()

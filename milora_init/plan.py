@@ -21,6 +21,7 @@ from milora_init.checkpoint import (
     SAFETENSORS_INDEX,
     SAFETENSORS_SINGLE,
     Checkpoint,
+    Remote,
     Stamp,
     open_checkpoint,
     read_bytes,
@@ -33,15 +34,19 @@ from milora_init.safetensors_format import DTYPES, Header, plan_header, torch_na
 from milora_init.weight_plan import WeightPlan, plan_weights
 
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and before transformers 4.56
+SHARDS_AT_ONCE = 4
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
 
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One file of the source and the file it becomes; `stamp` is the source's when it was planned."""
+    """One file of the source and the file it becomes.
+
+    `stamp` is the source's when it was planned; None where it is on the Hub, and `source` then where it belongs.
+    """
 
     source: Path
-    stamp: Stamp
+    stamp: Stamp | None
     target: str
     header: Header
     weights: Mapping[str, tuple[WeightPlan, ...]]
@@ -60,7 +65,6 @@ class Plan:
     Attributes:
         options: As asked.
         checkpoint: The source, headers read.
-        revision: The commit it is of, None for a local folder.
         naming: Its modules.
         jobs: One per shard.
         weights: Every weight to split, in the model's order.
@@ -73,7 +77,6 @@ class Plan:
 
     options: InitOptions
     checkpoint: Checkpoint
-    revision: str | None
     naming: Naming
     jobs: tuple[ShardJob, ...]
     weights: tuple[WeightPlan, ...]
@@ -129,7 +132,16 @@ class Plan:
     @property
     def room_bytes(self) -> int:
         # The adapter counts twice: once in pieces beside the journal, once assembled.
-        return self.base_bytes + 2 * self.adapter_bytes
+        fetched = sorted(header.file_bytes for header in self.absent.values())
+        # To spare the disk, as many shards of the source at a time as are open or on their way.
+        return (
+            self.base_bytes + 2 * self.adapter_bytes + (sum(fetched[-SHARDS_AT_ONCE:]) if self.options.low_disk else 0)
+        )
+
+    @property
+    def absent(self) -> Mapping[str, Header]:
+        """Headers of the files of the source that are still on the Hub."""
+        return self.checkpoint.remote.absent if self.checkpoint.remote else {}
 
     @property
     def source_bytes(self) -> int:
@@ -168,14 +180,14 @@ class Plan:
         return dict(Counter((w.weight.suffix, w.weight.shape, w.source_dtype) for w in self.weights))
 
 
-def make_plan(options: InitOptions, folder: Path, revision: str | None = None) -> Plan:
-    """Plan a run over the checkpoint in `folder`, which on the Hub is the commit `revision`.
+def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) -> Plan:
+    """Plan a run over the checkpoint in `folder`, a snapshot of what is `remote` on the Hub.
 
     Raises:
         CheckpointError: The source cannot be trusted.
         PlanError: The request does not fit it.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, remote)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     naming = resolve(folder, checkpoint.config, shapes, trust_remote_code=options.trust_remote_code)
     weights, adapter_config = plan_weights(options, checkpoint, naming)
@@ -188,7 +200,6 @@ def make_plan(options: InitOptions, folder: Path, revision: str | None = None) -
     return Plan(
         options=options,
         checkpoint=checkpoint,
-        revision=revision,
         naming=naming,
         jobs=jobs,
         weights=weights,
@@ -226,7 +237,7 @@ def _plan_shard(
         header = plan_header(entries, metadata=source.metadata)
     return ShardJob(
         source=checkpoint.folder / file,
-        stamp=checkpoint.stamps[file],
+        stamp=checkpoint.stamps.get(file),
         target=target,
         header=header,
         weights=weights,
@@ -310,7 +321,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "mode": plan.options.mode,
         "rank": plan.options.rank,
+        "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
         "source_bytes": plan.source_bytes,
+        "download_bytes": sum(header.file_bytes for header in plan.absent.values()),
         "base_bytes": plan.base_bytes,
         "adapter_bytes": plan.adapter_bytes,
         "peak_memory_bytes": plan.peak_memory_bytes,

@@ -95,6 +95,14 @@ def read_header(path: Path) -> Header:
             raw = prefix + file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
+    return parse_header(raw, file_bytes, path)
+
+
+def parse_header(raw: bytes, file_bytes: int, path: Path) -> Header:
+    """Parse and check a header given as bytes, its length prefix included, of a file of that size; see `read_header`.
+
+    `path` is what the file is called in errors.
+    """
     try:
         entries = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:

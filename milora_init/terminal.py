@@ -92,6 +92,12 @@ class Bar:
         if done:
             self._console.print(f"resuming: {size(self._done)} of {size(self._total)} were done before")
 
+    def fetching(self, name: str, size_bytes: int) -> None:
+        if not self._console.is_terminal:
+            self._console.print(f"fetching {name}, {size(size_bytes)}")
+        elif not self._at:
+            self._bar.update(self._task, current=f"fetching {name}")
+
     def solving(self, module: str, device: str) -> None:
         self._at[device] = module
         self._bar.update(self._task, current=self.current)

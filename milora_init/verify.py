@@ -30,9 +30,9 @@ from milora_init.checkpoint import (
     SafetensorsShard,
     open_checkpoint,
     read_bytes,
-    sha256,
 )
-from milora_init.decompose import locate
+from milora_init.decompose import fetched
+from milora_init.digest import sha256
 from milora_init.errors import MiloraError, PlanError, UsageError
 from milora_init.factors import reading_factors, wanted_tensors
 from milora_init.layout import key_and_factor, own_block
@@ -164,7 +164,7 @@ class _Inspection:
             kind = FOREIGN if foreign else kind
             checked["trained"] = trained
         if model is not None and base is not None and readable:
-            source = open_checkpoint(locate(InitOptions(model=model, out=self.out, revision=revision))[0])
+            source = open_checkpoint(fetched(InitOptions(model=model, out=self.out, revision=revision)))
             found += audit.against(base, self.folder / adapter.WEIGHTS, source, self.manifest, every=every)
             checked |= {"against": model, "tensors": len(base.tensors), "components": "all" if every else "sample"}
         if not found:
@@ -263,11 +263,8 @@ class _Inspection:
 
     def is_original(self, base: Checkpoint) -> bool:
         """Whether the files of weights are those that the output was made from."""
-        made_from = {name: digest for name, digest in self.manifest.inputs["source"].items() if name != "config.json"}
-        weights = {name: digest for name, digest in base.digest.items() if name != "config.json"}
-        return (
-            bool(weights.keys() & self.changed or weights.keys() - self.manifest.files.keys()) and weights == made_from
-        )
+        changed = base.headers.keys() & self.changed or base.headers.keys() - self.manifest.files.keys()
+        return bool(changed) and base.has_weights(self.manifest.inputs["source"])
 
     def is_foreign(self) -> bool:
         """Whether most of an adapter's modules have other singular values than recorded."""

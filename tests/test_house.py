@@ -18,9 +18,9 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 # Bottom to top: a file imports only from files before it. A new file takes its place here.
 ORDER = [
     "errors", "layout", "safetensors_format", "safetensors_writer", "manifest", "dense", "scaled", "certificate",
-    "krylov", "svd", "split", "checkpoint", "factors", "meta_model", "naming", "targets", "options", "adapter",
-    "weight_plan", "plan", "self_check", "pieces", "output", "workers", "weight_job", "hub", "decompose", "audit",
-    "verify", "trained", "convert", "merge", "report", "terminal", "cli",
+    "krylov", "svd", "split", "digest", "checkpoint", "factors", "meta_model", "naming", "targets", "options",
+    "adapter", "weight_plan", "plan", "self_check", "pieces", "supply", "output", "workers", "weight_job", "hub",
+    "decompose", "audit", "verify", "trained", "convert", "merge", "report", "terminal", "cli",
 ]  # fmt: skip
 
 # Who alone may import a package, wherever in the file the import stands.

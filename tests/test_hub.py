@@ -12,7 +12,7 @@ from tiny_models import contents
 
 from milora_init.checkpoint import open_checkpoint
 from milora_init.errors import HubError
-from milora_init.hub import fetch
+from milora_init.hub import open_snapshot
 from milora_init.manifest import Manifest
 
 Built = Callable[..., Path]
@@ -34,7 +34,7 @@ def cached(source: Path, cache: Path, *, revision: str = "main") -> Path:
 
 
 def get(cache: Path, **values: Any) -> Path:
-    return fetch("tiny/llama", **{"revision": None, "cache_dir": str(cache), "token": None, **values})
+    return open_snapshot("tiny/llama", **{"revision": None, "cache_dir": str(cache), "token": None, **values})[0]
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
@@ -62,7 +62,7 @@ def test_a_revision_that_is_not_in_the_cache_is_an_error(checkpoint: Built, tmp_
 @pytest.mark.parametrize("name", ["a/b/c", "no such model", "tiny/..", "-x/-y"])
 def test_a_name_that_no_model_can_have_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(HubError) as caught:
-        fetch(name, revision=None, cache_dir=str(tmp_path), token=None)
+        open_snapshot(name, revision=None, cache_dir=str(tmp_path), token=None)
     assert name in caught.value.message
 
 

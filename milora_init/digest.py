@@ -1,0 +1,48 @@
+"""What identifies a file of weights: its SHA-256 where somebody has it, else a hash of its header and of samples.
+
+A checkpoint may have hundreds of gigabytes: hashing it all would take as long as the work. The Hub, and its cache on
+disk, know the SHA-256 of every large file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from milora_init.errors import CheckpointError
+from milora_init.safetensors_format import Header
+
+WHOLE = "sha256:"  # before the digest of a whole file; one of samples has nothing before it
+
+
+def sha256(path: Path) -> str:
+    """Hash of a whole file, as the Hub names large files. Raises CheckpointError."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def sampled(path: Path, header: Header) -> str:
+    """Hash of a file's header and of 65 samples of its data. Raises CheckpointError."""
+    digest = hashlib.sha256(header.raw)
+    try:
+        with path.open("rb") as file:
+            size_bytes = path.stat().st_size
+            for i in range(65):
+                file.seek(max(size_bytes * i // 64 - 4096, 0))
+                digest.update(file.read(4096))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def fits(recorded: str, path: Path, header: Header) -> bool:
+    """Whether a file on disk has the digest that was recorded, of whichever kind. Raises CheckpointError."""
+    if recorded.startswith(WHOLE):
+        return recorded == WHOLE + sha256(path)
+    return recorded == sampled(path, header)
