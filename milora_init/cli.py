@@ -167,6 +167,10 @@ def init(
             "--trust-remote-code", help="Run the code in the model's own repository.", rich_help_panel=_SOURCE
         ),
     ] = None,
+    low_disk: Annotated[
+        bool | None,
+        typer.Option("--low-disk", help="Keep only a few of a Hub model's shards at a time.", rich_help_panel=_SOURCE),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="For --mode random and the solver's start. (default: 0)", rich_help_panel=_RUN)
     ] = None,
@@ -202,7 +206,8 @@ def init(
     options = InitOptions.from_recipe(
         config, model=model, out=out, rank=rank, mode=mode, target=target or None, exclude=exclude or None,
         alpha=alpha, rslora=rslora, dropout=dropout, task_type=task_type, dtype=dtype, revision=revision,
-        cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, device=device or None, seed=seed,
+        cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, low_disk=low_disk,
+        device=device or None, seed=seed,
         overwrite=overwrite or None,
     )  # fmt: skip
     _initialize(options, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)

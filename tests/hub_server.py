@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".bin")
 Answer = tuple[int, dict[str, str], bytes]
@@ -119,7 +119,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             else:
                 self.wfile.write(content)
 
-        do_GET = do_HEAD = do_POST = do_PUT = respond
+        do_GET = do_HEAD = do_POST = do_PUT = respond  # noqa: N815
 
         def answer(self, path: str, body: bytes) -> Answer:
             if path == "/api/repos/create":
@@ -153,7 +153,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     return _error(403, "GatedRepo")
                 return self.resolve(name, commit, file)
             if verb == "paths-info":
-                asked = json.loads(body)["paths"]
+                asked = parse_qs(body.decode())["paths"]
                 return _json([_entry(p, data) for p, data in commit[1].items() if p in asked])
             if verb == "tree":
                 return _json([_entry(p, data) for p, data in commit[1].items()])

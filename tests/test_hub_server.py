@@ -1,0 +1,232 @@
+"""From a Hub to an output: the real huggingface_hub, over HTTP, against a server that can misbehave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Hub
+from tiny_models import contents
+
+Built = Callable[..., Path]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+RUN = "from milora_init.cli import main; main()"
+
+
+@pytest.fixture
+def hub(checkpoint: Built) -> Iterator[Hub]:
+    """A Hub with the tiny llama as `tiny/llama`."""
+    with Hub() as server:
+        server.publish("tiny/llama", checkpoint("llama"))
+        yield server
+
+
+@pytest.fixture
+def milora(hub: Hub, tmp_path: Path) -> Command:
+    """milora(*arguments) runs the command line with that Hub as its endpoint and an empty cache."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            **environment,
+        }
+        command = [sys.executable, "-c", RUN, *arguments]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+INIT = ("--model", "tiny/llama", "--out", "out", "--rank", "4", "--device", "cpu")
+
+
+def shards(hub: Hub) -> dict[str, int]:
+    return {n: len(data) for n, data in hub.repositories["tiny/llama"].files.items() if n.endswith(".safetensors")}
+
+
+def test_a_dry_run_downloads_no_weights(hub: Hub, milora: Command, tmp_path: Path) -> None:
+    done = milora(*INIT, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["revision"] == hub.repositories["tiny/llama"].commits[0][0]
+    assert plan["download_bytes"] == sum(shards(hub).values())
+    served = {name: hub.served[f"tiny/llama/{name}"] for name in shards(hub)}
+    assert all(0 < served[name] <= size for name, size in shards(hub).items())
+    assert not list((tmp_path / "home").rglob("*.safetensors"))  # only ranges were read, and nothing kept
+
+
+def test_the_output_is_that_of_the_same_folder(
+    hub: Hub, milora: Command, checkpoint: Built, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = milora(*INIT, "--json")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    commit = hub.repositories["tiny/llama"].commits[0][0]
+    assert manifest["source"] == {"model": "tiny/llama", "revision": commit, "architecture": "LlamaForCausalLM"}
+    start(checkpoint("llama"), out=str(tmp_path / "local"))
+    here, there = contents(tmp_path / "local"), contents(tmp_path / "out")
+    different = {"milora_init.json", "lora/adapter_config.json"}  # they name the source and the folder
+    assert {n: c for n, c in here.items() if n not in different} == {
+        n: c for n, c in there.items() if n not in different
+    }
+    again = milora(*INIT, "--json", HF_HUB_OFFLINE="1")  # the cache is complete now
+    assert json.loads(again.stdout)["status"] == "unchanged"
+    verified = milora("verify", "out", "--against", "tiny/llama")
+    assert verified.returncode == 0, verified.stdout
+    copied = milora("verify", "out", "--against", str(checkpoint("llama")))  # the same weights, not from the Hub
+    assert copied.returncode == 0, copied.stdout
+
+
+def test_a_commit_that_moves_during_the_run_changes_nothing(hub: Hub, milora: Command) -> None:
+    """Every file is of the commit that the run began with."""
+    repository = hub.repositories["tiny/llama"]
+    first = repository.commits[0][0]
+
+    def move(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("00002-of-00010.safetensors") and len(repository.commits) == 1:
+            repository.commit(dict.fromkeys(repository.files, b"changed"))
+
+    hub.fault = move
+    done = milora(*INIT, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(repository.commits) == 2
+    assert json.loads(done.stdout)["source"]["revision"] == first
+    assert all(first in path for method, path in hub.requests if "/resolve/" in path and ".safetensors" in path)
+
+
+def test_a_connection_cut_in_the_middle_of_a_shard_is_taken_up(hub: Hub, milora: Command) -> None:
+    cut: list[str] = []
+
+    def fault(method: str, path: str) -> str | None:
+        whole = method == "GET" and path.endswith("00003-of-00010.safetensors")
+        if whole and len(cut) < 2:
+            cut.append(path)
+            return "cut"
+        return None
+
+    planned = milora(*INIT, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    hub.fault = fault
+    done = milora(*INIT)
+    assert done.returncode == 0, done.stderr
+    assert len(cut) == 2
+    assert milora("verify", "out", "--against", "tiny/llama").returncode == 0
+
+
+def test_the_next_shard_is_fetched_while_this_one_is_worked_on(hub: Hub, milora: Command) -> None:
+    """Before the first shard's line is printed, the second was asked for."""
+    done = milora(*INIT)
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("fetching model", "["))]
+    fetched = [n for n, line in enumerate(lines) if line.startswith("fetching")]
+    finished = [n for n, line in enumerate(lines) if line.startswith("[")]
+    assert len(fetched) == len(finished) == len(shards(hub))
+    assert fetched[2] < finished[0]
+
+
+REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] = {
+    "missing": (lambda h: h.repositories.clear(), (), "neither a folder here nor a model on the Hub", "hf auth login"),
+    "private": (
+        lambda h: setattr(h.repositories["tiny/llama"], "private", True), (),
+        "neither a folder here nor a model on the Hub", "HF_TOKEN",
+    ),
+    "gated": (
+        lambda h: setattr(h.repositories["tiny/llama"], "gated", True), (),
+        "tiny/llama is gated", "accept its terms",
+    ),
+    "wrong revision": (lambda _: None, ("--revision", "nope"), "tiny/llama has no revision 'nope'", "name a branch"),
+    "rate limited": (lambda h: setattr(h, "fault", lambda *_: 429), (), "limits our rate", "wait a few minutes"),
+    "forbidden": (
+        lambda h: setattr(h, "fault", lambda _, path: 403 if ".safetensors" in path else None), (),
+        "does not let this token at tiny/llama (status 403)", "hf auth login",
+    ),
+    "no weights": (
+        lambda h: h.repositories["tiny/llama"].commit({"config.json": b"{}", "pytorch_model.gguf": b""}), (),
+        "no weights: neither model.safetensors nor", "converted to safetensors",
+    ),
+    "a shard is missing": (
+        lambda h: h.repositories["tiny/llama"].commit(
+            {n: c for n, c in h.repositories["tiny/llama"].files.items() if "00002-of" not in n}
+        ), (),
+        "lacks a file that it should have", "--revision",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_hub_refuses_is_one_clear_error(name: str, hub: Hub, milora: Command, tmp_path: Path) -> None:
+    prepare, more, message, hint = REFUSALS[name]
+    prepare(hub)
+    done = milora(*INIT, *more, "--json", HF_TOKEN="hf_wrongwrongwrong")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = json.loads(done.stdout)
+    assert message in said["error"]
+    assert hint in said["hint"]
+    assert "hf_wrong" not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_network_it_is_said(milora: Command) -> None:
+    done = milora(*INIT, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "the Hub cannot be reached" in done.stderr
+
+
+def test_a_token_opens_a_private_model_and_is_written_nowhere(hub: Hub, milora: Command, tmp_path: Path) -> None:
+    hub.repositories["tiny/llama"].private = True
+    done = milora(*INIT, "--json", "--verbose", HF_TOKEN=hub.token)
+    assert done.returncode == 0, done.stderr
+    assert hub.token in hub.tokens
+    assert hub.token not in done.stdout + done.stderr
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and hub.token.encode() in p.read_bytes()]
+
+
+def test_low_disk_keeps_a_few_shards_at_a_time(hub: Hub, milora: Command, tmp_path: Path) -> None:
+    """Measured from outside while the run goes on: what of the source lies on the disk at any moment."""
+    most, over = [0], threading.Event()
+    folder = tmp_path / "out" / ".milora-init" / "source"
+
+    def watch() -> None:
+        while not over.wait(0.0005):
+            try:
+                most[0] = max(most[0], sum(p.stat().st_size for p in folder.rglob("*.safetensors*")))
+            except OSError:
+                continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    done = milora(*INIT, "--low-disk")
+    over.set()
+    watcher.join()
+    assert done.returncode == 0, done.stderr
+    sizes = sorted(shards(hub).values())
+    assert 0 < most[0] <= sum(sizes[-4:])
+    assert most[0] < sum(sizes) / 2
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert not (tmp_path / "out" / ".milora-init").exists()
+    assert milora("verify", "out", "--against", "tiny/llama").returncode == 0
+
+
+def test_a_run_that_was_cut_off_fetches_only_what_is_missing(hub: Hub, milora: Command, tmp_path: Path) -> None:
+    hub.fault = lambda _, path: 403 if "00006-of" in path and len(hub.served) > 12 else None
+    first = milora(*INIT, "--low-disk")
+    assert first.returncode == 1
+    assert (tmp_path / "out" / ".milora-init" / "journal.jsonl").exists()
+    hub.fault = lambda *_: None
+    before = dict(hub.served)
+    again = milora(*INIT, "--low-disk")
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stderr
+    name = "tiny/llama/model-00001-of-00010.safetensors"
+    assert hub.served[name] - before[name] <= shards(hub)["model-00001-of-00010.safetensors"]  # its header at most
+    assert milora("verify", "out", "--against", "tiny/llama").returncode == 0
