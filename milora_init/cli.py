@@ -19,6 +19,7 @@ from milora_init.errors import MiloraError, UsageError
 
 if TYPE_CHECKING:
     from milora_init.options import InitOptions
+    from milora_init.publish import Repository
 
 app = typer.Typer(
     add_completion=False,
@@ -37,9 +38,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of `milora-init`: run, and leave with the exit status."""
     signal.signal(signal.SIGTERM, _terminate)
     status = run(sys.argv[1:] if argv is None else argv)
-    if status in (130, 143):
-        # A factorisation cannot be interrupted, and the interpreter would wait minutes for its thread. All that it
-        # could still do is write into files that are gone.
+    if status:
+        # A factorisation or a download cannot be interrupted, and the interpreter would wait minutes for its thread.
+        # All that it could still do is write into files that are gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -74,6 +75,10 @@ def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseExce
     from milora_init.terminal import print_error
 
     print_error(message, hint)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        text = f"{message}. Hint: {hint}" if hint else message
+        escaped = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        print(f"::error title=milora-init::{escaped}", file=sys.stderr)
     if "--json" in argv:
         print(json.dumps({"status": "failed", "error": message, "hint": hint, "exit_code": status}))
     return status
@@ -98,6 +103,7 @@ def _show_version(wanted: bool) -> None:
 
 
 _WHAT, _ADAPTER, _SOURCE, _RUN = "What to factor out", "The adapter", "The source", "The run"
+_TARGET = "The Hub"
 
 
 @app.callback(invoke_without_command=True)
@@ -174,6 +180,16 @@ def init(
     seed: Annotated[
         int | None, typer.Option(help="For --mode random and the solver's start. (default: 0)", rich_help_panel=_RUN)
     ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Push the output to this repository.", rich_help_panel=_TARGET)
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="If it is made now. (default: private)", rich_help_panel=_TARGET),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Also over a repository of something else.", rich_help_panel=_TARGET)
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan; write nothing.", rich_help_panel=_RUN)
     ] = False,
@@ -207,10 +223,9 @@ def init(
         config, model=model, out=out, rank=rank, mode=mode, target=target or None, exclude=exclude or None,
         alpha=alpha, rslora=rslora, dropout=dropout, task_type=task_type, dtype=dtype, revision=revision,
         cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, low_disk=low_disk,
-        device=device or None, seed=seed,
-        overwrite=overwrite or None,
+        device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
     )  # fmt: skip
-    _initialize(options, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)
+    _initialize(options, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose, yes=yes)
 
 
 def _refuse_options_before(verb: str, context: typer.Context) -> None:
@@ -223,12 +238,14 @@ def _refuse_options_before(verb: str, context: typer.Context) -> None:
             )
 
 
-def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, yes: bool) -> None:
+    from dataclasses import asdict
+
     from milora_init.decompose import decompose, locate
     from milora_init.plan import describe, make_plan
     from milora_init.report import summary
     from milora_init.self_check import require_loadable
-    from milora_init.terminal import Bar, print_plan, print_summary, waiting
+    from milora_init.terminal import Bar, print_plan, print_published, print_summary, waiting, write_step_summary
     from milora_init.workers import multiply_rate
 
     with waiting("reading headers and names", quiet=quiet):
@@ -241,12 +258,36 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
         else:
             print_plan(plan, estimate_s)
         return
+    repository = _claim(options, yes=yes)
+    through = options.low_disk and repository is not None  # nothing of the output is to stay here
+    if through and repository and repository.manifest_fingerprint() == plan.fingerprint:
+        print_published(options.push_to_hub or "", unchanged=True, as_json=as_json)
+        return
     with Bar(quiet=quiet, verbose=verbose) as bar:
-        manifest = decompose(plan, progress=bar)
+        manifest = decompose(plan, progress=bar, sink=repository if through else None)
+    published = None
+    if repository and not through:
+        with waiting(f"pushing to {options.push_to_hub}", quiet=quiet):
+            published = repository.push(plan.out, manifest)
+    write_step_summary(manifest)
     if as_json:
-        print(json.dumps(summary(manifest, unchanged=not bar.began), indent=2))
+        told = {"pushed": asdict(published)} if published else {}
+        print(json.dumps({**summary(manifest, unchanged=not bar.began), **told}, indent=2))
     elif not quiet:
         print_summary(manifest, unchanged=not bar.began)
+        if published:
+            print_published(published.url)
+
+
+def _claim(options: InitOptions, *, yes: bool) -> Repository | None:
+    """The repository that the output goes to, seen to be one that may be written to before anything is computed."""
+    if not options.push_to_hub:
+        return None
+    from milora_init.publish import Repository
+
+    repository = Repository(options.push_to_hub, private=options.private, token=options.token)
+    repository.claim(overwrite=yes)
+    return repository
 
 
 @app.command()
@@ -279,6 +320,31 @@ def verify(
     elif not quiet or not verdict.ok:
         print_verdict(verdict)
     return 0 if verdict.ok else 1
+
+
+@app.command()
+def push(
+    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="The repository: org/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private/--public", help="If it is made now.")] = True,
+    revision: Annotated[str | None, typer.Option(help="The branch to write to.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Also over a repository of something else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> None:
+    """Push a finished output to the Hub: the base at the root, the adapter in lora/, and a model card."""
+    from dataclasses import asdict
+
+    from milora_init.publish import push as publish
+    from milora_init.terminal import print_published, waiting
+
+    with waiting(f"pushing to {repo}", quiet=quiet):
+        published = publish(out, repo, private=private, revision=revision, token=token, overwrite=yes)
+    if as_json:
+        print(json.dumps({"status": "done", **asdict(published)}, indent=2))
+    elif not quiet:
+        print_published(published.url)
 
 
 @app.command()

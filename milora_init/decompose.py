@@ -13,7 +13,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -115,39 +115,71 @@ def _fetch(options: InitOptions, remote: Remote | None, name: str, into: Path | 
     return download(remote, name, cache_dir=options.cache_dir, token=options.token, into=into)
 
 
-def decompose(plan: Plan, *, progress: Progress | None = None) -> Manifest:
-    """Carry out a plan; see `initialize`."""
+class Sink(Protocol):
+    """Where finished shards go while the others are made, for a disk that cannot hold them all."""
+
+    def begin(self) -> None:
+        """The first shard is about to come."""
+
+    def holds(self, hashes: Mapping[str, str]) -> set[str]:
+        """Which of these files, by SHA-256, are there."""
+
+    def push_shard(self, path: Path, name: str) -> str:
+        """Take a file of weights; returns its SHA-256. It may go from the disk then."""
+
+    def push(self, folder: Path, manifest: Manifest, *, there: Collection[str]) -> object:
+        """Take all the rest: the output is finished."""
+
+
+def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None = None) -> Manifest:
+    """Carry out a plan; see `initialize`. With a sink, the output ends there and nothing of it stays here."""
     progress = progress or Silent()
     started = time.monotonic()
     devices = resolve_devices(plan.options.device)
-    out = OutputFolder(Path(plan.options.out).expanduser())
+    out = OutputFolder(plan.out)
     if finished := out.enter(plan):
         return finished
     # Files are hashed from the page cache while the next one is made: the journal does not wait for it.
     hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
     try:
-        lines = out.done()
+        lines = out.done(sink.holds if sink else None)
         done = [job for job in plan.jobs if job.target in lines]
         todo = [job for job in plan.jobs if job.target not in lines]
         asked = require_loadable(plan)
         progress.begin(plan, done)
-        hashes = {job.target: hasher.submit(sha256, out.path / job.target) for job in done}
+        if sink and not done:
+            sink.begin()
+        hashes = {job.target: _hash(hasher, out, lines[job.target]) for job in done}
         with _supply(plan, todo, out, progress) as supply:
             for job, result in _run_shards(todo, supply, devices, out, progress):
                 line = dataclasses.asdict(result)
                 out.record(line)
                 supply.done(job)
+                if sink:
+                    line["pushed"] = sink.push_shard(out.path / result.shard, result.shard)
+                    out.record(line)
+                    (out.path / result.shard).unlink()
+                hashes[result.shard] = _hash(hasher, out, line)
                 lines[result.shard] = line
-                hashes[result.shard] = hasher.submit(sha256, out.path / result.shard)
                 progress.shard(result, len(lines), len(plan.jobs), time.monotonic() - started)
         manifest = _assemble(plan, out, lines, hashes, asked, started)
+        if sink:
+            sink.push(out.path, manifest, there=[name for name, line in lines.items() if "pushed" in line])
     except BaseException:
         out.abandon()
         raise
     finally:
         hasher.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a hash
-    out.finish(manifest)
+    if sink:
+        out.discard(plan.files)
+    else:
+        out.finish(manifest)
     return manifest
+
+
+def _hash(hasher: ThreadPoolExecutor, out: OutputFolder, line: Mapping[str, Any]) -> Future[str]:
+    """The SHA-256 of a shard, to come; whoever took it from the disk has told it."""
+    return hasher.submit(str, line["pushed"]) if "pushed" in line else hasher.submit(sha256, out.path / line["shard"])
 
 
 def _supply(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder, progress: Progress) -> Supply:
@@ -302,7 +334,8 @@ def _assemble(
     for name in plan.side_files:
         out.write(name, read_bytes(plan.checkpoint.folder / name))
     records = {record["module"]: record for line in lines.values() for record in line["records"]}
-    _account(plan, out, set(records))
+    pushed = {name: line["files"][name] for name, line in lines.items() if "pushed" in line}
+    _account(plan, out, set(records), pushed)
     if plan.index is not None:
         out.write(SAFETENSORS_INDEX, plan.index)
     out.write("config.json", plan.config_bytes)
@@ -319,7 +352,7 @@ def _assemble(
         versions=_versions(),
         adapter=plan.adapter_config,
         checked_with=asked,
-        files={name: (out.path / name).stat().st_size for name in plan.files},
+        files={name: pushed.get(name) or (out.path / name).stat().st_size for name in plan.files},
         notices=plan.notices,
         weights=tuple(WeightRecord.from_json(records[w.weight.module]) for w in plan.weights),
         hashes={name: hashes[name].result() if name in hashes else sha256(out.path / name) for name in plan.files},
@@ -327,12 +360,12 @@ def _assemble(
     )
 
 
-def _account(plan: Plan, out: OutputFolder, done: set[str]) -> None:
+def _account(plan: Plan, out: OutputFolder, done: set[str], pushed: Collection[str]) -> None:
     """Compare what stands on disk with what was planned, down to each tensor's dtype, shape and place."""
     planned = {w.weight.module for w in plan.weights}
     if done != planned:
         raise OutputError(f"{len(planned ^ done)} weights are unaccounted for, {min(planned ^ done)} first")
-    for path, header in ((out.path / job.target, job.header) for job in plan.jobs):
+    for path, header in ((out.path / job.target, job.header) for job in plan.jobs if job.target not in pushed):
         if read_header(path).tensors != header.tensors:
             raise OutputError(f"{path} is not the file that was planned", hint="start again with --overwrite")
     if read_header(out.path / adapter.WEIGHTS).tensors != plan.adapter_header.tensors:

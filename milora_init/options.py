@@ -51,7 +51,9 @@ class InitOptions:
             own is its own alpha too.
         trust_remote_code: Run the code in the model's repository, if config.json names it.
         revision, cache_dir, token: As in huggingface_hub. The token is never written or printed.
-        low_disk: Keep only a few of the source's shards at a time, where they come from the Hub.
+        low_disk: Keep only a few of the source's shards at a time, where they come from the Hub; and of the output's,
+            where it goes there.
+        push_to_hub: The repository that the output goes to; `private` if it is made now.
         overwrite: Replace an earlier output of this program, finished or not.
 
     Raises:
@@ -78,6 +80,8 @@ class InitOptions:
     cache_dir: str | None = None
     token: str | None = field(default=None, repr=False)
     low_disk: bool = False
+    push_to_hub: str | None = None
+    private: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -87,7 +91,7 @@ class InitOptions:
                 raise UsageError(f"{name} is the string {value!r}", hint=f"give a list: {name}: [{value}]")
             _require(isinstance(value, (list, tuple)), f"{name} is {value!r}, expected a list")
             object.__setattr__(self, name, tuple(value))
-        for name in ("model", "out", "revision", "cache_dir", "token"):
+        for name in ("model", "out", "revision", "cache_dir", "token", "push_to_hub"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
             _require(isinstance(getattr(self, name), str | None), f"{name} is not text", "quote it in the recipe")
@@ -111,7 +115,7 @@ class InitOptions:
                 isinstance(key, str) and bool(key) and _is_int(value) and value >= 1 for key, value in pattern.items()
             )
             _require(ok, f"{name} is {pattern!r}", "map targets to whole numbers of at least 1: {down_proj: 128}")
-        for name in ("rslora", "trust_remote_code", "low_disk"):
+        for name in ("rslora", "trust_remote_code", "low_disk", "private"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
         _require(

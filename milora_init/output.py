@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,13 +106,19 @@ class OutputFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def done(self) -> dict[str, dict[str, Any]]:
-        """Journal lines of finished shards whose files still stand, by file name."""
+    def done(self, elsewhere: Callable[[Mapping[str, str]], set[str]] | None = None) -> dict[str, dict[str, Any]]:
+        """Journal lines of finished shards whose files still stand, by file name.
+
+        `elsewhere` tells which of those that were pushed, by SHA-256, stand where they went.
+        """
         lines = {line["shard"]: line for line in self._read_journal()[1:]}
+        pushed = {name: line["pushed"] for name, line in lines.items() if "pushed" in line}
+        there = elsewhere(pushed) if elsewhere else set()
         return {
             name: line
             for name, line in lines.items()
-            if all((self.path / file).is_file() and (self.path / file).stat().st_size == size
+            if all((file == name and name in there)
+                   or ((self.path / file).is_file() and (self.path / file).stat().st_size == size)
                    for file, size in line["files"].items())
         }  # fmt: skip
 
@@ -146,6 +152,16 @@ class OutputFolder:
             if manifest:
                 self.write(MANIFEST, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
             shutil.rmtree(self.work, ignore_errors=True)
+        finally:
+            self._release_lock()
+
+    def discard(self, files: Iterable[str]) -> None:
+        """Remove an output that has gone elsewhere as a whole, and its journal; an empty folder goes with it."""
+        try:
+            self._clear(files)
+            shutil.rmtree(self.work, ignore_errors=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
         finally:
             self._release_lock()
 

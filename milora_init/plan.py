@@ -126,17 +126,23 @@ class Plan:
         return self.checkpoint.folder
 
     @property
+    def out(self) -> Path:
+        return Path(self.options.out).expanduser()
+
+    @property
     def overwrite(self) -> bool:
         return self.options.overwrite
 
     @property
     def room_bytes(self) -> int:
-        # The adapter counts twice: once in pieces beside the journal, once assembled.
+        # The adapter counts twice: once in pieces beside the journal, once assembled. To spare the disk, there are
+        # as many shards at a time as are open or on their way.
         fetched = sorted(header.file_bytes for header in self.absent.values())
-        # To spare the disk, as many shards of the source at a time as are open or on their way.
-        return (
-            self.base_bytes + 2 * self.adapter_bytes + (sum(fetched[-SHARDS_AT_ONCE:]) if self.options.low_disk else 0)
-        )
+        made = sorted(job.header.file_bytes for job in self.jobs)
+        low_disk = self.options.low_disk
+        source = sum(fetched[-SHARDS_AT_ONCE:]) if low_disk else 0
+        base = sum(made[-SHARDS_AT_ONCE:] if low_disk and self.options.push_to_hub else made)
+        return source + base + 2 * self.adapter_bytes
 
     @property
     def absent(self) -> Mapping[str, Header]:

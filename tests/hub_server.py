@@ -187,7 +187,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return _error(401)
             if name in hub.repositories:
                 return 409, {"Content-Type": "application/json"}, json.dumps({"url": f"{hub.url}/{name}"}).encode()
-            repository = hub.repositories[name] = Repository([], private=bool(asked.get("private")))
+            repository = hub.repositories[name] = Repository(
+                [], private="private" in (asked.get("visibility"), asked.get("private") and "private")
+            )
             repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
             return _json({"url": f"{hub.url}/{name}", "name": name})
 

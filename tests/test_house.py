@@ -20,11 +20,13 @@ ORDER = [
     "errors", "layout", "safetensors_format", "safetensors_writer", "manifest", "dense", "scaled", "certificate",
     "krylov", "svd", "split", "digest", "checkpoint", "factors", "meta_model", "naming", "targets", "options",
     "adapter", "weight_plan", "plan", "self_check", "pieces", "supply", "output", "workers", "weight_job", "hub",
-    "decompose", "audit", "verify", "trained", "convert", "merge", "report", "terminal", "cli",
+    "decompose", "audit", "verify", "trained", "convert", "merge", "report", "card", "publish", "terminal", "cli",
 ]  # fmt: skip
 
 # Who alone may import a package, wherever in the file the import stands.
-DOORKEEPERS = {"huggingface_hub": "hub", "typer": "cli", "rich": "terminal", "yaml": "options"}
+DOORKEEPERS = {
+    "huggingface_hub": ("hub", "publish"), "typer": ("cli",), "rich": ("terminal",), "yaml": ("options",),
+}  # fmt: skip
 
 # Ways to the network other than huggingface_hub: nobody takes them.
 NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "ssl"}
@@ -59,7 +61,7 @@ def test_imports_only_go_up_the_list(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_packages_with_a_doorkeeper_enter_by_that_file_only(module: str) -> None:
     packages = {name.split(".")[0] for name in imports(module)}
-    assert {package for package, keeper in DOORKEEPERS.items() if keeper != module} & packages == set()
+    assert {package for package, keepers in DOORKEEPERS.items() if module not in keepers} & packages == set()
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,0 +1,112 @@
+"""The model card of an output, and its summary for a CI job: Markdown out of the manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from milora_init import adapter
+from milora_init.manifest import Manifest
+from milora_init.report import duration, kinds, loading_lines, size, warnings
+
+_METHODS = {
+    "min": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
+    "max": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
+    "mid": "the middle singular components",
+    "random": "singular components drawn at random",
+}
+_SUMMARY_BYTES = 1 << 20  # what GitHub takes of a step's summary
+
+
+def card_data(manifest: Manifest) -> dict[str, Any]:
+    """The card's metadata, but for the licence and the language, which are the source's."""
+    tags = ["lora", {"min": "milora", "max": "pissa"}.get(manifest.inputs["mode"], "svd"), "residual-base"]
+    model = str(manifest.source["model"])
+    data: dict[str, Any] = {"library_name": "peft", "tags": tags}
+    if manifest.source["revision"] is not None:  # of the Hub, and not a folder of somebody's
+        data |= {"base_model": model, "base_model_relation": "finetune"}
+    return data
+
+
+def card_text(manifest: Manifest, repo: str) -> str:
+    """The card's text, for the repository that it is written for."""
+    inputs, source = manifest.inputs, manifest.source
+    commit = f" at commit `{source['revision']}`" if source["revision"] else ""
+    name = f"[{source['model']}](https://huggingface.co/{source['model']})" if source["revision"] else "a local model"
+    peft = adapter.PEFT_FOR_EXPERTS if manifest.adapter.get("target_parameters") else adapter.PEFT_FOR_MODULES
+    return f"""
+# {repo.rpartition("/")[2]}
+
+A residual base and the LoRA adapter that completes it, both made from {name}{commit}, ready for training.
+Each targeted weight W was taken apart: scale * B A is in `lora/`, W - scale * B A is the base.
+What was taken out: {_METHODS[inputs["mode"]]}.
+
+> **The base alone is not the original model.** Always load it together with the adapter in `lora/`, or one trained from
+> it. The adapter fits no other base.
+
+## Load it
+
+```python
+{loading_lines(manifest)}
+```
+
+It needs PEFT {peft} or later. Before training, the pair computes what {name} computes, up to rounding.
+
+For DPO or GRPO the reference model is the original, not this base with its adapter switched off.
+
+## How it was made
+
+`milora-init` {manifest.versions["milora_init"]}: mode `{inputs["mode"]}`, rank {inputs["rank"]}, alpha \
+{inputs["alpha"]}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
+{", ".join(sorted({w.dtype for w in manifest.weights}))}, dropout {manifest.adapter["lora_dropout"]} for training.
+
+{table(manifest)}
+
+*energy*: the component's share of the weight's squared norm. *leak*: how much of it rounding leaves in the base.
+*error*: the certified error of the component. `milora_init.json` has the figures of every weight, and the SHA-256 of
+every file; `milora-init verify` reads them.
+
+{"".join(f"- {warning}{chr(10)}" for warning in warnings(manifest))}
+## After training
+
+`milora-init merge` makes one plain model of this base and a trained adapter; `milora-init convert` makes a plain LoRA
+for the original model.
+
+## Citation
+
+```bibtex
+@inproceedings{{wang2025milora,
+  title     = {{{{MiLoRA}}: Harnessing Minor Singular Components for Parameter-Efficient {{LLM}} Finetuning}},
+  author    = {{Wang, Hanqing and Li, Yixia and Wang, Shuo and Chen, Guanhua and Chen, Yun}},
+  booktitle = {{Proceedings of NAACL}},
+  year      = {{2025}},
+  url       = {{https://arxiv.org/abs/2406.09044}}
+}}
+```
+"""
+
+
+def step_summary(manifest: Manifest) -> str:
+    """What a CI job shows of a run, cut to what GitHub takes."""
+    notes = "".join(f"- {warning}\n" for warning in warnings(manifest))
+    files = size(sum(manifest.files.values()))
+    text = f"""### milora-init: {manifest.out}
+
+{len(manifest.weights)} weights of `{manifest.source["model"]}`, mode `{manifest.inputs["mode"]}`, rank \
+{manifest.inputs["rank"]}: {files} in {duration(manifest.elapsed_s)}. Fingerprint `{manifest.fingerprint[:12]}`.
+
+{table(manifest)}
+
+{notes}
+"""
+    return text.encode()[: _SUMMARY_BYTES - 1].decode(errors="ignore")
+
+
+def table(manifest: Manifest) -> str:
+    """The figures, a line for each kind of weight."""
+    lines = ["| module | shape | weights | rank | energy | worst leak | worst error |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {kind.suffix} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} | {kind.energy:.2%} "
+        f"| {kind.leak:.1e} | {kind.certificate:.0e} |"
+        for kind in kinds(manifest.weights)
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,205 @@
+"""The Hub, upwards: an output becomes a repository, base at the root and adapter in `lora/`.
+
+The large files go up first, by their hash: what a push that was cut off has uploaded is not sent again. Then one
+commit makes them a model, so nobody ever sees half of one. In what is uploaded, and not on disk, the adapter names the
+repository as its base.
+
+To spare the disk, shards can be published one by one while the rest is made. Then each is a commit, and config.json
+comes last of all, as it does on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, metadata_load
+from huggingface_hub import errors as hub
+
+from milora_init import adapter
+from milora_init.card import card_data, card_text
+from milora_init.checkpoint import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
+from milora_init.digest import sha256
+from milora_init.errors import OutputError, PlanError
+from milora_init.hub import explained
+from milora_init.manifest import MANIFEST, Manifest, read_manifest
+
+_FINISH = ("config.json", SAFETENSORS_INDEX, MANIFEST, adapter.CONFIG, adapter.WEIGHTS)
+_BEGUN = "unfinished-by-milora-init"  # in a repository whose shards are pushed one by one
+_OF_THE_SOURCE = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Published:
+    """Where an output went: the repository, its address, the commit, and how many of its files were new there."""
+
+    repo: str
+    url: str
+    commit: str
+    files: int
+
+
+class Repository:
+    """A repository on the Hub that is to hold an output.
+
+    Args:
+        repo: Its id, `org/name`.
+        private: Whether it is to be private if it is made now.
+        revision: The branch to write to; `main` where it is None.
+        token: As in huggingface_hub.
+    """
+
+    def __init__(
+        self, repo: str, *, private: bool = True, revision: str | None = None, token: str | None = None
+    ) -> None:
+        self.repo, self._private, self._revision = repo, private, revision
+        self._api = HfApi(token=token)
+
+    def claim(self, *, overwrite: bool = False) -> None:
+        """Make the repository, or see that it may be written to: it is empty, or holds an output of ours.
+
+        Raises:
+            HubError: No permission, no way to the Hub.
+            PlanError: It holds something else, and `overwrite` is not said.
+        """
+        with explained(self.repo, self._revision):
+            self._api.create_repo(self.repo, private=self._private, exist_ok=True)
+            if self._revision:
+                self._api.create_branch(self.repo, branch=self._revision, exist_ok=True)
+            others = self.files() - {".gitattributes", "README.md"}
+            if others and MANIFEST not in others and _BEGUN not in others and not overwrite:
+                raise PlanError(
+                    f"{self.repo} exists and is no output of milora-init: it holds {min(others)}",
+                    hint="choose another repository, or add --yes to replace its weights",
+                )
+
+    def files(self) -> set[str]:
+        """What stands in it."""
+        return set(self._api.list_repo_files(self.repo, revision=self._revision))
+
+    def manifest_fingerprint(self) -> str:
+        """The fingerprint of the finished output in it, empty where there is none."""
+        with explained(self.repo, self._revision):
+            if MANIFEST not in self.files():
+                return ""
+            path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
+            return str(json.loads(Path(path).read_text(encoding="utf-8")).get("fingerprint", ""))
+
+    def push(self, folder: Path, manifest: Manifest, *, there: Collection[str] = ()) -> Published:
+        """Upload a finished output in one commit.
+
+        Args:
+            folder: Where it lies.
+            manifest: Its manifest.
+            there: Files of it that were pushed before, one by one.
+
+        Raises:
+            HubError: See `claim`; the same push again sends only what is missing.
+        """
+        with explained(self.repo, self._revision):
+            published = _published(manifest, self.repo)
+            contents = {
+                adapter.CONFIG: (json.dumps(published.adapter, indent=2) + "\n").encode(),
+                MANIFEST: (json.dumps(published.to_json(), indent=1) + "\n").encode(),
+                "README.md": self._card(manifest, published).encode(),
+            }
+            paths = {name: folder / name for name in manifest.files if name not in contents and name not in there}
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                CommitOperationAdd(name, content) for name, content in (contents | paths).items()
+            ]
+            stale = self.files() - manifest.files.keys()
+            operations += [CommitOperationDelete(name) for name in sorted(stale) if _would_be_loaded(name)]
+            info = self._commit(operations, "A residual base and its adapter, by milora-init")
+        return Published(self.repo, f"{self._api.endpoint}/{self.repo}", info, len(operations))
+
+    def begin(self) -> None:
+        """Take from the repository what makes it look finished; shards are about to change one by one."""
+        with explained(self.repo, self._revision):
+            marks = sorted(self.files() & set(_FINISH))
+            mark = CommitOperationAdd(_BEGUN, b"milora-init is writing here; without config.json this is no model.\n")
+            self._commit([mark, *(CommitOperationDelete(name) for name in marks)], "Begin an output of milora-init")
+
+    def push_shard(self, path: Path, name: str) -> str:
+        """Upload one finished file of weights as a commit of its own; returns its SHA-256."""
+        digest = sha256(path)
+        with explained(self.repo, self._revision):
+            self._commit([CommitOperationAdd(name, path)], f"{name}, by milora-init")
+        return digest
+
+    def holds(self, hashes: Mapping[str, str]) -> set[str]:
+        """Which of these files, by SHA-256, stand in it."""
+        if not hashes:
+            return set()
+        with explained(self.repo, self._revision):
+            found = self._api.get_paths_info(self.repo, list(hashes), revision=self._revision)
+            return {f.path for f in found if getattr(getattr(f, "lfs", None), "sha256", "") == hashes[f.path]}
+
+    def _commit(self, operations: list[Any], message: str) -> str:
+        if _BEGUN in self.files() and any(o.path_in_repo == MANIFEST for o in operations):
+            operations = [*operations, CommitOperationDelete(_BEGUN)]
+        info = self._api.create_commit(self.repo, operations, commit_message=message, revision=self._revision)
+        return str(info.oid)
+
+    def _card(self, manifest: Manifest, published: Manifest) -> str:
+        data = ModelCardData(**card_data(manifest), **self._of_the_source(manifest))
+        return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{card_text(published, self.repo)}"))
+
+    def _of_the_source(self, manifest: Manifest) -> dict[str, Any]:
+        """Licence and language, from the source's own card, where it has one."""
+        model, revision = str(manifest.source["model"]), manifest.source["revision"]
+        path: Path | str = Path(model).expanduser() / "README.md"
+        try:
+            if revision is not None:
+                path = self._api.hf_hub_download(model, "README.md", revision=revision)
+            data = metadata_load(path) or {}
+        except (OSError, ValueError, hub.HfHubHTTPError):
+            return {}
+        return {key: data[key] for key in _OF_THE_SOURCE if key in data}
+
+
+def push(
+    folder: str, repo: str, *, private: bool = True, revision: str | None = None, token: str | None = None,
+    overwrite: bool = False,
+) -> Published:  # fmt: skip
+    """Publish a finished output folder; see `Repository`.
+
+    Raises:
+        OutputError: The folder is no finished output, or a file of it was changed.
+        HubError, PlanError: See `Repository.claim`.
+    """
+    out = Path(folder).expanduser()
+    manifest = read_manifest(out)
+    if manifest is None:
+        raise OutputError(f"{folder} is no finished output of milora-init", hint="name the --out of a finished run")
+    for name, size_bytes in manifest.files.items():
+        if not (out / name).is_file() or (name != adapter.CONFIG and (out / name).stat().st_size != size_bytes):
+            raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
+    repository = Repository(repo, private=private, revision=revision, token=token)
+    repository.claim(overwrite=overwrite)
+    return repository.push(out, manifest)
+
+
+def _published(manifest: Manifest, repo: str) -> Manifest:
+    """The manifest as it stands in the repository, which is where the pair is now, and not in somebody's folder."""
+    adapter_config = {**manifest.adapter, "base_model_name_or_path": repo}
+    encoded = (json.dumps(adapter_config, indent=2) + "\n").encode()
+    source = dict(manifest.source)
+    if source["revision"] is None:
+        source["model"] = Path(source["model"]).name
+    return dataclasses.replace(
+        manifest,
+        source=source,
+        out=repo,
+        adapter=adapter_config,
+        files={**manifest.files, adapter.CONFIG: len(encoded)},
+        hashes={**manifest.hashes, adapter.CONFIG: hashlib.sha256(encoded).hexdigest()},
+    )
+
+
+def _would_be_loaded(name: str) -> bool:
+    """Whether a file that is not of the output might be loaded in its stead."""
+    return "/" not in name and (Path(name).suffix in WEIGHT_SUFFIXES or name.endswith(".index.json"))

@@ -1,0 +1,250 @@
+"""From an output to a Hub: the real huggingface_hub, over HTTP, against a server that can misbehave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Hub
+from huggingface_hub import ModelCard
+from training import load, logits
+
+from milora_init.manifest import Manifest
+from milora_init.verify import verify
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+RUN = "from milora_init.cli import main; main()"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def milora(hub: Hub, tmp_path: Path) -> Command:
+    """milora(*arguments) runs the command line with that Hub as its endpoint, a token for it and an empty cache."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": hub.token,
+            **environment,
+        }
+        command = [sys.executable, "-c", RUN, *arguments]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+def fetched(hub: Hub, repo: str, folder: Path) -> Path:
+    """What a user gets who downloads the repository."""
+    for name, content in hub.repositories[repo].files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def test_a_pushed_output_is_whole_names_its_repository_and_leaves_the_folder_alone(
+    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    start(source)
+    before = (tmp_path / "out" / "lora" / "adapter_config.json").read_bytes()
+    done = milora("push", "out", "me/tiny-milora", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["url"] == f"{hub.url}/me/tiny-milora"
+    assert (tmp_path / "out" / "lora" / "adapter_config.json").read_bytes() == before
+    repository = hub.repositories["me/tiny-milora"]
+    assert repository.private
+    there = fetched(hub, "me/tiny-milora", tmp_path / "there")
+    config = json.loads((there / "lora" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/tiny-milora"
+    assert verify(str(there), model=str(source)).ok
+    pair = logits(load(there, there / "lora"))
+    torch.testing.assert_close(pair, logits(load(source)), rtol=1e-4, atol=1e-4)
+    everything = b"".join(repository.files.values())
+    assert str(tmp_path).encode() not in everything  # nobody's folders are published
+    assert hub.token.encode() not in everything
+
+
+def test_the_card_says_what_it_is_and_how_to_load_it(
+    hub: Hub, milora: Command, checkpoint: Built, own: Built, tmp_path: Path
+) -> None:
+    source = own("llama")
+    (source / "README.md").write_text("---\nlicense: llama2\nlanguage: [en]\n---\n# Tiny\n")
+    commit = hub.publish("tiny/llama", source)
+    done = milora("--model", "tiny/llama", "--out", "out", "--rank", "4", "--push-to-hub", "me/card", "--public")
+    assert done.returncode == 0, done.stderr
+    assert not hub.repositories["me/card"].private
+    card = ModelCard(hub.repositories["me/card"].files["README.md"].decode())
+    data = dict(vars(card.data))
+    assert data["base_model"] == "tiny/llama"
+    assert (data["license"], data["language"], data["library_name"]) == ("llama2", ["en"], "peft")
+    assert "milora" in data["tags"]
+    for part in (
+        commit, "The base alone is not the original model", "DPO or GRPO", 'from_pretrained(base, "me/card"',
+        "| q_proj | 32 x 32 | 2 | 4 |", "wang2025milora", "rank 4",
+    ):  # fmt: skip
+        assert part in card.text, part
+
+
+def test_a_push_that_was_cut_off_sends_only_what_is_missing_the_next_time(
+    hub: Hub, milora: Command, checkpoint: Built, start: Start
+) -> None:
+    start(checkpoint("llama"))
+    hub.fault = lambda method, _: 500 if method == "PUT" and len(hub.stored) >= 6 else None
+    first = milora("push", "out", "me/tiny")
+    assert first.returncode == 1
+    assert "the Hub failed over me/tiny" in first.stderr
+    assert "Traceback" not in first.stderr
+    assert set(hub.repositories["me/tiny"].files) == {".gitattributes"}  # nobody sees half of a model
+    sent = dict(hub.uploads)
+    assert len(sent) == 6
+    hub.fault = lambda *_: None
+    assert milora("push", "out", "me/tiny").returncode == 0
+    assert all(hub.uploads[oid] == size for oid, size in sent.items())
+    assert "milora_init.json" in hub.repositories["me/tiny"].files
+    commits = len(hub.repositories["me/tiny"].commits)
+    assert milora("push", "out", "me/tiny").returncode == 0
+    assert all(count == len(hub.stored[oid]) for oid, count in hub.uploads.items())
+    assert len(hub.repositories["me/tiny"].commits) <= commits + 1
+
+
+def test_a_repository_of_something_else_is_written_to_only_when_it_is_said(
+    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"somebody's")
+    (other / "notes.txt").write_bytes(b"somebody's")
+    hub.publish("me/other", other)
+    refused = milora("push", "out", "me/other")
+    assert refused.returncode == 1
+    assert "me/other exists and is no output of milora-init: it holds model.safetensors" in refused.stderr
+    assert "--yes" in refused.stderr
+    assert len(hub.repositories["me/other"].commits) == 1
+    before_the_work = milora("--model", str(checkpoint("llama")), "--out", "late", "--push-to-hub", "me/other")
+    assert before_the_work.returncode == 1
+    assert not (tmp_path / "late").exists()
+    assert milora("push", "out", "me/other", "--yes").returncode == 0
+    files = hub.repositories["me/other"].files
+    assert "model.safetensors" not in files  # it would be loaded instead of the shards
+    assert files["notes.txt"] == b"somebody's"
+    assert verify(str(fetched(hub, "me/other", tmp_path / "there"))).ok
+
+
+def test_another_output_of_ours_is_replaced_as_a_whole(
+    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"), out=str(tmp_path / "one"))
+    start(checkpoint("gpt2"), out=str(tmp_path / "two"), target=("c_attn",))
+    assert milora("push", "one", "me/x").returncode == 0
+    assert milora("push", "two", "me/x").returncode == 0
+    assert verify(str(fetched(hub, "me/x", tmp_path / "there"))).ok
+
+
+def test_from_hub_to_hub_a_model_larger_than_the_disk(
+    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+) -> None:
+    """Measured from outside: what of source and output lies on the disk at any moment."""
+    hub.publish("tiny/llama", checkpoint("llama"))
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.0005):
+            try:
+                most[0] = max(most[0], sum(p.stat().st_size for p in tmp_path.rglob("model-*")))
+            except OSError:
+                continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    command = ("--model", "tiny/llama", "--out", "out", "--rank", "4", "--low-disk", "--push-to-hub", "me/through")
+    done = milora(*command)
+    over.set()
+    watcher.join()
+    assert done.returncode == 0, done.stderr
+    sizes = sorted(len(c) for n, c in hub.repositories["tiny/llama"].files.items() if n.endswith(".safetensors"))
+    assert 0 < most[0] < sum(sizes)  # of both together twice that would be needed
+    assert not (tmp_path / "out").exists()
+    there = fetched(hub, "me/through", tmp_path / "there")
+    assert verify(str(there), model=str(checkpoint("llama")), every=True).ok
+    assert not [name for name in hub.repositories["me/through"].files if "unfinished" in name]
+    again = milora(*command, "--json")
+    assert json.loads(again.stdout)["status"] == "unchanged"
+
+
+def test_a_push_of_shards_that_was_cut_off_goes_on(
+    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+) -> None:
+    hub.publish("tiny/llama", checkpoint("llama"))
+    command = ("--model", "tiny/llama", "--out", "out", "--rank", "4", "--low-disk", "--push-to-hub", "me/through")
+    hub.fault = lambda _, path: 403 if path.endswith("/commit/main") and len(hub.stored) >= 5 else None
+    first = milora(*command)
+    assert first.returncode == 1
+    half = hub.repositories["me/through"].files
+    assert "config.json" not in half  # no model yet, for nobody
+    assert "unfinished-by-milora-init" in half
+    hub.fault = lambda *_: None
+    sent = dict(hub.uploads)
+    done = milora(*command)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+    assert all(hub.uploads[oid] == size for oid, size in sent.items())
+    assert verify(str(fetched(hub, "me/through", tmp_path / "there")), model=str(checkpoint("llama"))).ok
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("push", "nowhere", "me/x"), "nowhere is no finished output"),
+        (("push", "out", "not a name"), "is neither a folder here nor a model on the Hub"),
+    ],
+)
+def test_what_cannot_be_pushed_is_named(
+    arguments: tuple[str, ...], message: str, milora: Command, checkpoint: Built, start: Start
+) -> None:
+    start(checkpoint("llama"))
+    done = milora(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_token_that_may_write_nothing_is_made(
+    hub: Hub, milora: Command, checkpoint: Built, start: Start
+) -> None:
+    start(checkpoint("llama"))
+    done = milora("push", "out", "me/x", HF_TOKEN="hf_wrongwrongwrong")
+    assert done.returncode == 1
+    assert "hf auth login" in done.stderr
+    assert "hf_wrong" not in done.stderr
+    assert not hub.repositories
+
+
+def test_a_folder_that_was_changed_since_is_not_pushed(
+    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    (tmp_path / "out" / "model-00002-of-00010.safetensors").unlink()
+    done = milora("push", "out", "me/x")
+    assert done.returncode == 1
+    assert "model-00002-of-00010.safetensors was changed or removed" in done.stderr
+    assert not hub.repositories
