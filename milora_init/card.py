@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from milora_init import adapter
@@ -83,6 +86,14 @@ for the original model.
 }}
 ```
 """
+
+
+def write_step_summary(manifest: Manifest) -> None:
+    """Add the run to the summary of a CI step, where there is one."""
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if path:
+        with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
+            file.write(step_summary(manifest))
 
 
 def step_summary(manifest: Manifest) -> str:

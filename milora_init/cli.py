@@ -241,11 +241,12 @@ def _refuse_options_before(verb: str, context: typer.Context) -> None:
 def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, yes: bool) -> None:
     from dataclasses import asdict
 
+    from milora_init.card import write_step_summary
     from milora_init.decompose import decompose, locate
     from milora_init.plan import describe, make_plan
     from milora_init.report import summary
     from milora_init.self_check import require_loadable
-    from milora_init.terminal import Bar, print_plan, print_published, print_summary, waiting, write_step_summary
+    from milora_init.terminal import Bar, print_plan, print_published, print_summary, waiting
     from milora_init.workers import multiply_rate
 
     with waiting("reading headers and names", quiet=quiet):

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from milora_init.card import step_summary
 from milora_init.report import component_error, duration, kinds, loading_lines, size, warnings
 
 if TYPE_CHECKING:
@@ -248,11 +245,3 @@ def print_published(url: str, *, unchanged: bool = False, as_json: bool = False)
         print(json.dumps({"status": "unchanged" if unchanged else "done", "pushed": {"repo": url}}, indent=2))
     else:
         Console(highlight=False).print(f"{url} {'holds it already' if unchanged else 'holds the pair'}", markup=False)
-
-
-def write_step_summary(manifest: Manifest) -> None:
-    """Add the run to the summary of a CI step, where there is one."""
-    path = os.environ.get("GITHUB_STEP_SUMMARY")
-    if path:
-        with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
-            file.write(step_summary(manifest))
