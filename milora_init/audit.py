@@ -18,6 +18,7 @@ from torch import Tensor
 
 from milora_init.certificate import EPS
 from milora_init.checkpoint import Checkpoint, PickleShard, SafetensorsShard, open_shard
+from milora_init.digest import sha256
 from milora_init.factors import reading_factors
 from milora_init.layout import own_block
 from milora_init.manifest import Manifest, WeightRecord
@@ -81,6 +82,11 @@ def against(
     if not source.has_weights(manifest.inputs["source"]):
         what = "not the files that the output was made from: another model, or another commit"
         yield Difference(str(source.folder), what, wrong_source)
+    side_files = {"config.json": manifest.inputs["source"]["config.json"], **manifest.inputs["side_files"]}
+    for name, recorded in side_files.items():
+        path = source.folder / name
+        if not path.is_file() or sha256(path) != recorded:
+            yield Difference(str(path), "not the file that the output was made from", wrong_source)
     for name in sorted(base.tensors.keys() ^ source.tensors.keys()):
         where = "the source" if name in base.tensors else "the output"
         yield Difference(name, f"{where} has no such tensor", wrong_source)

@@ -231,12 +231,7 @@ class OutputFolder:
         if fingerprint == plan.fingerprint:
             return
         changed = [key for key, value in plan.inputs.items() if before.get(key) != value]
-        what = "; ".join(
-            "the source's files differ"
-            if key == "source"
-            else f"{key} was {_short(before.get(key))}, now {_short(now)}"
-            for key, now in ((key, plan.inputs[key]) for key in changed)
-        )
+        what = "; ".join(_difference(key, before.get(key), plan.inputs[key]) for key in changed)
         raise OutputError(
             f"{self.path} holds the output of another request: {what}",
             hint="choose another --out, or replace it with --overwrite",
@@ -297,6 +292,15 @@ class OutputFolder:
         for path in sorted(self.work.iterdir(), key=self.journal.__eq__) if self.work.is_dir() else ():
             if path.name != _LOCK:
                 path.unlink()
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if key not in ("source", "side_files"):
+        return f"{key} was {_short(before)}, now {_short(now)}"
+    if isinstance(before, dict) and isinstance(now, dict):
+        first = min(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        return f"the source's files differ, {first} first"
+    return "the source's files differ"
 
 
 def _short(value: Any) -> str:

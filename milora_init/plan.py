@@ -27,6 +27,7 @@ from milora_init.checkpoint import (
     read_bytes,
     side_files,
 )
+from milora_init.digest import sha256
 from milora_init.manifest import MANIFEST
 from milora_init.naming import Naming, resolve
 from milora_init.options import InitOptions, Mode
@@ -104,6 +105,7 @@ class Plan:
         return {
             "version": __version__,
             "source": dict(self.checkpoint.digest),
+            "side_files": {name: sha256(self.source / name) for name in self.side_files},
             "rank": options.rank,
             "mode": options.mode,
             "alpha": options.lora_alpha,
@@ -181,9 +183,9 @@ class Plan:
         stored = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
         return stored + 3 * q * q * 8 + 4 * (m + n) * w.rank * 8 + (64 << 20)
 
-    def kinds(self) -> dict[tuple[str, tuple[int, int], str], int]:
-        """How many weights there are of each (suffix, shape, dtype)."""
-        return dict(Counter((w.weight.suffix, w.weight.shape, w.source_dtype) for w in self.weights))
+    def kinds(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
+        """How many weights there are of each (suffix, shape, dtype, rank)."""
+        return dict(Counter((w.weight.suffix, w.weight.shape, w.source_dtype, w.rank) for w in self.weights))
 
 
 def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) -> Plan:

@@ -28,22 +28,22 @@ class Kind:
 
 
 def kinds(weights: Iterable[WeightRecord]) -> list[Kind]:
-    """Weights by suffix and shape: mean share of energy, worst leak, worst certificate, seconds together."""
-    groups: dict[tuple[str, tuple[int, int]], list[WeightRecord]] = {}
+    """Weights by suffix, shape and rank: mean share of energy, worst leak, worst certificate, seconds together."""
+    groups: dict[tuple[str, tuple[int, int], int], list[WeightRecord]] = {}
     for weight in weights:
-        groups.setdefault((weight.suffix, weight.shape), []).append(weight)
+        groups.setdefault((weight.suffix, weight.shape, weight.rank), []).append(weight)
     return [
         Kind(
             suffix=suffix,
             shape=shape,
             count=len(group),
-            rank=group[0].rank,
+            rank=rank,
             energy=sum(weight.energy for weight in group) / len(group),
             leak=max(weight.rounding["leak"] for weight in group),
             certificate=max(component_error(weight) for weight in group),
             elapsed_s=sum(weight.elapsed_s for weight in group),
         )
-        for (suffix, shape), group in groups.items()
+        for (suffix, shape, rank), group in groups.items()
     ]
 
 

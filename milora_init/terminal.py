@@ -143,16 +143,18 @@ def print_plan(plan: Plan, estimate_s: float) -> None:
     console = _stdout()
     options = plan.options
     rows = [
-        (suffix, f"{m} x {n}", dtype, str(count), str(options.rank))
-        for (suffix, (m, n), dtype), count in plan.kinds().items()
+        (suffix, f"{m} x {n}", dtype, str(count), str(rank))
+        for (suffix, (m, n), dtype, rank), count in plan.kinds().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
+    download = sum(header.file_bytes for header in plan.absent.values())
     console.print(
         f"{plan.naming.architecture}, mode {options.mode}: {len(plan.weights)} weights in {len(plan.jobs)} files\n"
         f"base     {size(plan.base_bytes)} (source {size(plan.source_bytes)})\n"
         f"adapter  {size(plan.adapter_bytes)}\n"
         f"memory   about {size(plan.peak_memory_bytes)}\n"
-        f"time     about {duration(estimate_s)} of solving here, and the copying"
+        + (f"download {size(download)}\n" if download else "")
+        + f"time     about {duration(estimate_s)} of solving here, and the copying"
     )
     for job in plan.jobs:
         console.print(f"  {job.source.name} -> {options.out}/{job.target}  ({len(job.splits)} weights)", markup=False)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
 from milora_init.output import WORK, OutputFolder
 from milora_init.plan import make_plan
+from milora_init.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -112,6 +114,22 @@ def test_another_source_is_refused_even_halfway(start: Start, checkpoint: Built,
     with pytest.raises(OutputError, match="the source's files differ"):
         start(checkpoint("llama", "float16"))
     assert states(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_side_file_that_changed_makes_another_request(name: str, start: Start, own: Built, tmp_path: Path) -> None:
+    source = own("llama")
+    (source / "tokenizer.json").write_text("{}")
+    start(source)
+    (source / name).write_text((source / name).read_text() + " ")
+    with pytest.raises(OutputError, match=f"the source's files differ, {re.escape(name)} first"):
+        start(source)
+    verdict = verify(str(tmp_path / "out"), model=str(source))
+    assert [(d.where, d.what) for d in verdict.differences] == [
+        (str(source / name), "not the file that the output was made from")
+    ]
+    start(source, overwrite=True)
+    assert verify(str(tmp_path / "out"), model=str(source)).ok
 
 
 def test_a_finished_output_that_was_changed_is_not_taken_for_whole(

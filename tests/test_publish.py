@@ -108,7 +108,7 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing_the_next_time(
     hub: Hub, milora: Command, checkpoint: Built, start: Start
 ) -> None:
     start(checkpoint("llama"))
-    hub.fault = lambda method, _: 500 if method == "PUT" and len(hub.stored) >= 6 else None
+    hub.fault = lambda method, _: 400 if method == "PUT" and len(hub.stored) >= 6 else None
     first = milora("push", "out", "me/tiny")
     assert first.returncode == 1
     assert "the Hub failed over me/tiny" in first.stderr

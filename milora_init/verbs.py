@@ -1,0 +1,111 @@
+"""The verbs beside the main job: judge an output, push it, take a trained adapter back. Each one call, and print."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
+    against: Annotated[
+        str | None, typer.Option(help="The source, to judge every tensor by: local folder or Hub id.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="With --against: solve every component anew, not a sample.")
+    ] = False,
+    adapter: Annotated[str | None, typer.Option(help="A trained adapter, to judge by the base in OUT.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the model's own repository.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> int:
+    """Say whether a folder holds a base and an adapter that belong together, and if not, what is wrong."""
+    from milora_init.terminal import print_verdict, waiting
+    from milora_init.verify import verify as judge
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # theirs would be drawn over ours
+    with waiting("reading and comparing", quiet=quiet):
+        verdict = judge(
+            out, model=against, revision=revision, every=every, trained=adapter, trust_remote_code=trust_remote_code
+        )
+    if as_json:
+        print(json.dumps(verdict.to_json(), indent=2))
+    elif not quiet or not verdict.ok:
+        print_verdict(verdict)
+    return 0 if verdict.ok else 1
+
+
+def push(
+    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="The repository: org/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private/--public", help="If it is made now.")] = True,
+    revision: Annotated[str | None, typer.Option(help="The branch to write to.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Also over a repository of something else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> None:
+    """Push a finished output to the Hub: the base at the root, the adapter in lora/, and a model card."""
+    from dataclasses import asdict
+
+    from milora_init.publish import push as publish
+    from milora_init.terminal import print_published
+
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    published = publish(out, repo, private=private, revision=revision, token=token, overwrite=yes)
+    if as_json:
+        print(json.dumps({"status": "done", **asdict(published)}, indent=2))
+    elif not quiet:
+        print_published(published.url)
+
+
+def merge(
+    base: Annotated[str, typer.Argument(metavar="OUT", help="The output folder: the residual base.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
+    adapter: Annotated[str | None, typer.Option(help="The trained adapter. (default: the one in OUT)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> None:
+    """Merge an adapter into its residual base: one plain model in the source's dtype."""
+    from dataclasses import asdict
+
+    from milora_init.merge import merge as join
+    from milora_init.terminal import print_merged, waiting
+
+    with waiting("merging", quiet=quiet):
+        merged = join(base, out, trained=adapter)
+    if as_json:
+        print(json.dumps({"status": "done", **asdict(merged)}, indent=2))
+    elif not quiet:
+        print_merged(merged)
+
+
+def convert(
+    init: Annotated[str, typer.Option("--init", help="The adapter as it was before training: OUT/lora.")],
+    trained: Annotated[str, typer.Option(help="The trained adapter.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
+    base: Annotated[str | None, typer.Option(help="The original model. (default: as the manifest says)")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Compress to it. (default: twice the rank)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Turn a trained adapter into a plain LoRA for the original model."""
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from milora_init.convert import convert
+
+    modules = convert(Path(init), Path(trained), Path(out), base=base, rank=rank)
+    if as_json:
+        print(json.dumps({"status": "done", "out": out, "modules": [asdict(m) for m in modules]}, indent=2))
+    else:
+        worst = max(modules, key=lambda m: m.lost)
+        for module in modules if rank is not None else ():
+            print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}")
+        print(f"{out}: {len(modules)} modules" + (f", at most {worst.lost:.2e} lost" if rank is not None else ""))
