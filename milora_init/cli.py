@@ -270,10 +270,12 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
         return
     with Bar(quiet=quiet, verbose=verbose) as bar:
         manifest = decompose(plan, progress=bar, sink=repository if through else None)
-    published = None
-    if repository and not through:
+    if repository and through:
+        manifest = repository.shown(manifest)
+    elif repository:
         with waiting(f"pushing to {options.push_to_hub}", quiet=quiet):
-            published = repository.push(plan.out, manifest)
+            repository.push(plan.out, manifest)
+    published = repository.published if repository else None
     write_step_summary(manifest)
     if as_json:
         told = {"pushed": asdict(published)} if published else {}

@@ -58,6 +58,7 @@ class Repository:
     ) -> None:
         self.repo, self._private, self._revision = repo, private, revision
         self._api = HfApi(token=token)
+        self.published: Published | None = None  # once it is
 
     def claim(self, *, overwrite: bool = False) -> None:
         """Make the repository, or see that it may be written to: it is empty, or holds an output of ours.
@@ -101,7 +102,7 @@ class Repository:
             HubError: See `claim`; the same push again sends only what is missing.
         """
         with explained(self.repo, self._revision):
-            published = _published(manifest, self.repo)
+            published = as_published(manifest, self.repo)
             contents = {
                 adapter.CONFIG: (json.dumps(published.adapter, indent=2) + "\n").encode(),
                 MANIFEST: (json.dumps(published.to_json(), indent=1) + "\n").encode(),
@@ -114,7 +115,12 @@ class Repository:
             stale = self.files() - manifest.files.keys()
             operations += [CommitOperationDelete(name) for name in sorted(stale) if _would_be_loaded(name)]
             info = self._commit(operations, "A residual base and its adapter, by milora-init")
-        return Published(self.repo, f"{self._api.endpoint}/{self.repo}", info, len(operations))
+        self.published = Published(self.repo, f"{self._api.endpoint}/{self.repo}", info, len(operations))
+        return self.published
+
+    def shown(self, manifest: Manifest) -> Manifest:
+        """The manifest as it stands here, where the output is."""
+        return as_published(manifest, self.repo)
 
     def begin(self) -> None:
         """Take from the repository what makes it look finished; shards are about to change one by one."""
@@ -183,7 +189,7 @@ def push(
     return repository.push(out, manifest)
 
 
-def _published(manifest: Manifest, repo: str) -> Manifest:
+def as_published(manifest: Manifest, repo: str) -> Manifest:
     """The manifest as it stands in the repository, which is where the pair is now, and not in somebody's folder."""
     adapter_config = {**manifest.adapter, "base_model_name_or_path": repo}
     encoded = (json.dumps(adapter_config, indent=2) + "\n").encode()

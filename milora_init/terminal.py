@@ -12,8 +12,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column, Table
 
 from milora_init.report import component_error, duration, kinds, loading_lines, size, warnings
 
@@ -61,14 +70,17 @@ class Bar:
         self._lock = threading.Lock()  # tensors are reported from the workers' threads
         self._console = _stderr(quiet)
         self._verbose = verbose
-        self._bar = Progress(
+        wide: tuple[ProgressColumn, ...] = (
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[modules]}"),
-            TextColumn("[dim]{task.fields[current]}"),
+            DownloadColumn(table_column=Column(no_wrap=True)),
+            TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        )
+        self._bar = Progress(
+            *(wide if self._console.width >= 90 else wide[2:3]),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[modules]}", table_column=Column(no_wrap=True)),
+            TextColumn("[dim]{task.fields[current]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
             transient=True,
             disable=quiet or not self._console.is_terminal,
@@ -226,7 +238,8 @@ def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequen
             table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
-        if column is None or console.measure(table).maximum <= console.width:
+        unbounded = console.options.update(max_width=1000)  # in its own width everything fits, cut off
+        if column is None or Measurement.get(console, unbounded, table).maximum <= console.width:
             break
         kept.remove(column)
     console.print(table)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,6 +24,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".bin")
+RUN = "from milora_init.cli import main; main()"
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Answer = tuple[int, dict[str, str], bytes]
 
 
@@ -246,3 +251,23 @@ def _json(content: Any) -> Answer:
 def _error(status: int, code: str = "") -> Answer:
     headers = {"Content-Type": "application/json", "X-Error-Code": code, "X-Error-Message": code or str(status)}
     return status, headers, json.dumps({"error": code or str(status)}).encode()
+
+
+def client(hub: Hub, folder: Path) -> Command:
+    """run(*arguments, **environment) runs the command line in a folder, with that Hub, and an empty cache there."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_TOKEN": hub.token,
+            **environment,
+        }
+        command = [sys.executable, "-c", RUN, *arguments]
+        return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+    return run

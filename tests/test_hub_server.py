@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Hub
+from hub_server import Command, Hub, client
 from tiny_models import contents
 
 Built = Callable[..., Path]
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-RUN = "from milora_init.cli import main; main()"
 
 
 @pytest.fixture
@@ -32,19 +27,7 @@ def hub(checkpoint: Built) -> Iterator[Hub]:
 def milora(hub: Hub, tmp_path: Path) -> Command:
     """milora(*arguments) runs the command line with that Hub as its endpoint and an empty cache."""
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_ETAG_TIMEOUT": "5",
-            **environment,
-        }
-        command = [sys.executable, "-c", RUN, *arguments]
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-
-    return run
+    return client(hub, tmp_path)
 
 
 INIT = ("--model", "tiny/llama", "--out", "out", "--rank", "4", "--device", "cpu")

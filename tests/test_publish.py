@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub
+from hub_server import Command, Hub, client
 from huggingface_hub import ModelCard
 from training import load, logits
 
@@ -21,8 +18,6 @@ from milora_init.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-RUN = "from milora_init.cli import main; main()"
 
 
 @pytest.fixture
@@ -35,20 +30,7 @@ def hub() -> Iterator[Hub]:
 def milora(hub: Hub, tmp_path: Path) -> Command:
     """milora(*arguments) runs the command line with that Hub as its endpoint, a token for it and an empty cache."""
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": hub.token,
-            **environment,
-        }
-        command = [sys.executable, "-c", RUN, *arguments]
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-
-    return run
+    return client(hub, tmp_path)
 
 
 def fetched(hub: Hub, repo: str, folder: Path) -> Path:
@@ -181,6 +163,8 @@ def test_from_hub_to_hub_a_model_larger_than_the_disk(
     over.set()
     watcher.join()
     assert done.returncode == 0, done.stderr
+    assert 'from_pretrained("me/through"' in done.stdout  # nothing is here to be loaded
+    assert f"{hub.url}/me/through holds the pair" in done.stdout
     sizes = sorted(len(c) for n, c in hub.repositories["tiny/llama"].files.items() if n.endswith(".safetensors"))
     assert 0 < most[0] < sum(sizes)  # of both together twice that would be needed
     assert not (tmp_path / "out").exists()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from interruptions import shards
+from rich.console import Console
 
 from milora_init.manifest import Manifest
-from milora_init.terminal import Bar
+from milora_init.terminal import Bar, _print_table
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -58,3 +60,14 @@ def test_quiet_says_nothing(start: Start, checkpoint: Built, capsys: pytest.Capt
     with Bar(quiet=True, verbose=False) as bar:
         start(checkpoint("llama"), progress=bar)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("width", [200, 70, 60, 40])
+def test_a_table_loses_columns_and_not_their_contents(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    _print_table(console, ("module", "energy", "error"), [("down_proj" * 3, "0.123456789", "1e-9")], spare=("energy",))
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert "down_proj" * 3 in said
+    assert "1e-9" in said
+    assert ("0.123456789" in said) == (width > 45)
