@@ -325,7 +325,7 @@ WEIGHT_SUFFIXES = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack",
     ".tflite", ".ot", ".mlmodel", ".npz", ".nemo", ".llamafile", ".partial",
 })  # fmt: skip
-_LEFT_BEHIND = frozenset({"config.json", "adapter_config.json", "milora_init.json"})
+_LEFT_BEHIND = frozenset({"config.json", "adapter_config.json", "milora_init.json", "milora_merge.json"})
 
 
 def travels(name: str) -> bool:

@@ -25,6 +25,7 @@ from milora_init.manifest import read_manifest
 from milora_init.safetensors_format import plan_header
 from milora_init.safetensors_writer import SafetensorsWriter, sync_folder, writing
 from milora_init.trained import CONFIG, WEIGHTS, LoraFolder, open_lora, require_pair
+from milora_init.verify import require_related
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ def convert(
     records = manifest.weights if manifest else ()
     before, after = open_lora(init, records), open_lora(trained, records)
     require_pair(before, after)
+    require_related(after.weights, before.weights)
     if base is None and manifest is None:
         raise UsageError(f"no milora_init.json beside {init} names the original model", hint="--base ORIGINAL")
     base = base or str(manifest.source["model"] if manifest else "")

@@ -26,7 +26,7 @@ from milora_init import __version__, adapter, weight_job
 from milora_init.checkpoint import SAFETENSORS_INDEX, Remote, SafetensorsShard, open_shard, read_bytes, stamp
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, OutputError
-from milora_init.manifest import Manifest, WeightRecord
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.options import InitOptions
 from milora_init.output import WORK, OutputFolder
 from milora_init.pieces import assemble, piece_key, plan_piece
@@ -136,7 +136,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
     progress = progress or Silent()
     started = time.monotonic()
     devices = resolve_devices(plan.options.device)
-    out = OutputFolder(plan.out)
+    out = OutputFolder(plan.out, MANIFEST, read_manifest)
     if finished := out.enter(plan):
         return finished
     # Files are hashed from the page cache while the next one is made: the journal does not wait for it.
@@ -177,12 +177,12 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
     return manifest
 
 
-def _hash(hasher: ThreadPoolExecutor, out: OutputFolder, line: Mapping[str, Any]) -> Future[str]:
+def _hash(hasher: ThreadPoolExecutor, out: OutputFolder[Manifest], line: Mapping[str, Any]) -> Future[str]:
     """The SHA-256 of a shard, to come; whoever took it from the disk has told it."""
     return hasher.submit(str, line["pushed"]) if "pushed" in line else hasher.submit(sha256, out.path / line["shard"])
 
 
-def _supply(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder, progress: Progress) -> Supply:
+def _supply(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Supply:
     """The source's files: those on the Hub fetched into its cache, or, to spare the disk, beside the journal."""
     options, remote = plan.options, plan.checkpoint.remote
     folder = out.work / "source" if options.low_disk else None
@@ -202,7 +202,7 @@ def _run_shards(
     jobs: Sequence[ShardJob],
     supply: Supply,
     devices: Sequence[torch.device],
-    out: OutputFolder,
+    out: OutputFolder[Manifest],
     progress: Progress,
 ) -> Iterator[tuple[ShardJob, ShardResult]]:
     """Turn files of the source into files of the output, two at a time.
@@ -320,7 +320,7 @@ class OpenShard:
 
 def _assemble(
     plan: Plan,
-    out: OutputFolder,
+    out: OutputFolder[Manifest],
     lines: dict[str, dict[str, Any]],
     hashes: dict[str, Future[str]],
     asked: str,
@@ -360,7 +360,7 @@ def _assemble(
     )
 
 
-def _account(plan: Plan, out: OutputFolder, done: set[str], pushed: Collection[str]) -> None:
+def _account(plan: Plan, out: OutputFolder[Manifest], done: set[str], pushed: Collection[str]) -> None:
     """Compare what stands on disk with what was planned, down to each tensor's dtype, shape and place."""
     planned = {w.weight.module for w in plan.weights}
     if done != planned:

@@ -5,7 +5,8 @@
 The sum is taken in float64, a block of rows at a time, and rounded once. With the adapter as milora-init wrote it that
 is the source again, but for what the residual's own rounding left behind. Every other tensor is copied as bytes.
 
-The output has no manifest: it is a plain model. A run that was cut off is taken up by the same command.
+The output is a plain model; milora_merge.json says what it was made of. A run that was cut off is taken up by the same
+command, a finished one left as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from milora_init.split import round_once
 from milora_init.trained import LoraFolder, open_lora, require_pair
 from milora_init.verify import require_related
 
+MERGED = "milora_merge.json"
 _BLOCK_ELEMENTS = 1 << 20  # of a float64 block of rows
 
 
@@ -64,7 +66,7 @@ class MergePlan:
     lora: LoraFolder
     records: Mapping[str, list[WeightRecord]]
     headers: Mapping[str, Header]
-    overwrite: bool = False
+    overwrite: bool
 
     @property
     def source(self) -> Path:
@@ -101,21 +103,54 @@ class MergePlan:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What was made: the folder, how many modules were merged, its bytes, seconds."""
+    """What was merged: the content of milora_merge.json.
+
+    Attributes:
+        out, base, adapter: The folders.
+        modules: How many modules were merged.
+        fingerprint: Hash of `inputs`.
+        inputs: What decides the bytes: the base's fingerprint, the adapter's hash and scales, the version.
+        files: Size in bytes of every file of the output but this one.
+        elapsed_s: Seconds; when it was resumed, of its last part.
+    """
 
     out: str
+    base: str
+    adapter: str
     modules: int
-    size_bytes: int
+    fingerprint: str
+    inputs: Mapping[str, Any]
+    files: Mapping[str, int]
     elapsed_s: float
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-def merge(base: str, out: str, *, trained: str | None = None) -> Merged:
+
+def read_merged(folder: Path) -> Merged | None:
+    """The record of a finished merge, None where there is none. Raises OutputError."""
+    path = folder / MERGED
+    try:
+        return Merged(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(
+            f"{path} is not a record that this version reads: {error}", hint="choose another --out"
+        ) from error
+
+
+def merge(base: str, out: str, *, trained: str | None = None, overwrite: bool = False) -> Merged:
     """Write to `out` the model that the residual base `base` and an adapter compute together.
 
     Args:
         base: An output of milora-init.
         out: Folder to write.
         trained: The adapter; the one in `base` where it is None.
+        overwrite: Replace an earlier merge in `out`.
+
+    Returns:
+        What was merged; of a finished merge of the same request, when it was made.
 
     Raises:
         CheckpointError: A base or an adapter that cannot be read, or a base that is not finished.
@@ -124,11 +159,12 @@ def merge(base: str, out: str, *, trained: str | None = None) -> Merged:
         SolveError: A merged weight that does not fit the source's dtype.
     """
     started = time.monotonic()
-    plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None)
-    folder = OutputFolder(Path(out).expanduser())
+    plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None, overwrite=overwrite)
+    folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
     if (folder.path / MANIFEST).exists():
         raise OutputError(f"{folder.path} holds an output of milora-init", hint="choose another --out")
-    folder.enter(plan)
+    if finished := folder.enter(plan):
+        return finished
     try:
         done = folder.done()
         for name in plan.headers:
@@ -143,12 +179,21 @@ def merge(base: str, out: str, *, trained: str | None = None) -> Merged:
     except BaseException:
         folder.abandon()
         raise
-    folder.finish(None)
-    size_bytes = sum((folder.path / name).stat().st_size for name in plan.files)
-    return Merged(out, len(plan.manifest.weights), size_bytes, round(time.monotonic() - started, 3))
+    merged = Merged(
+        out=out,
+        base=base,
+        adapter=str(plan.lora.path),
+        modules=len(plan.manifest.weights),
+        fingerprint=plan.fingerprint,
+        inputs=plan.inputs,
+        files={name: (folder.path / name).stat().st_size for name in plan.files},
+        elapsed_s=round(time.monotonic() - started, 3),
+    )
+    folder.finish(merged)
+    return merged
 
 
-def plan_merge(base: Path, trained: Path | None = None) -> MergePlan:
+def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = False) -> MergePlan:
     """Read the headers of a base and an adapter, and see that they belong together. Raises as `merge`."""
     manifest = read_manifest(base)
     if manifest is None:
@@ -171,7 +216,7 @@ def plan_merge(base: Path, trained: Path | None = None) -> MergePlan:
     for record in manifest.weights:
         records.setdefault(record.tensor, []).append(record)
     headers = {name: _header(header, records) for name, header in checkpoint.headers.items()}
-    return MergePlan(checkpoint, manifest, lora, records, headers)
+    return MergePlan(checkpoint, manifest, lora, records, headers, overwrite)
 
 
 def merged_weight(residual: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """The output folder: what may already stand in it, what an unfinished run left, and how a run ends.
 
-Three states, told apart by two files. `milora_init.json`: finished. `.milora-init/journal.jsonl`: begun, resumable.
-Neither: not ours, and nothing in it is touched. config.json and the index are written after every shard and the
+Three states, told apart by two files. A record, such as milora_init.json: finished. `.milora-init/journal.jsonl`:
+begun, resumable. Neither: not ours, and nothing in it is touched. config.json and the index are written after every shard and the
 adapter, so an unfinished folder cannot be loaded as a model.
 """
 
@@ -14,11 +14,10 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from milora_init.checkpoint import WEIGHT_SUFFIXES
 from milora_init.errors import OutputError
-from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.safetensors_writer import sync_folder, writing
 
 WORK = ".milora-init"
@@ -47,31 +46,54 @@ class Planned(Protocol):
         """What the run needs on the disk at its peak."""
 
 
-class OutputFolder:
-    """One output folder and its journal."""
+class Finished(Protocol):
+    """What stands in a finished output as its record."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Bytes of each file but the record."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+F = TypeVar("F", bound=Finished)
+
+
+class OutputFolder(Generic[F]):
+    """One output folder and its journal.
+
+    Args:
+        path: The folder.
+        name: Of its record.
+        read: Reads the record of a folder; None where there is none. Raises OutputError.
+    """
+
+    def __init__(self, path: Path, name: str, read: Callable[[Path], F | None]) -> None:
+        self.path, self._name, self._read = path, name, read
         self.work = path / WORK
         self.journal = self.work / "journal.jsonl"
         self._lock: int | None = None
 
-    def enter(self, plan: Planned) -> Manifest | None:
-        """Make the folder ready for a plan, fresh or to be resumed; or find it carried out and return its manifest.
+    def enter(self, plan: Planned) -> F | None:
+        """Make the folder ready for a plan, fresh or to be resumed; or find it carried out and return its record.
 
         Raises:
             OutputError: The folder holds something else, or cannot be written, or the disk is too small.
         """
         self._require_apart(plan.source)
-        manifest, journal = read_manifest(self.path), self._read_journal()
+        record, journal = self._read(self.path), self._read_journal()
         ours: list[str] = []
-        if (manifest or journal) and plan.overwrite:
-            ours = list(manifest.files if manifest else journal[0]["files"])
-        elif manifest:
-            self._require_same(manifest.fingerprint, manifest.inputs, plan)
-            self._require_whole(manifest)
+        if (record or journal) and plan.overwrite:
+            ours = list(record.files if record else journal[0]["files"])
+        elif record:
+            self._require_same(record.fingerprint, record.inputs, plan)
+            self._require_whole(record)
             self._sweep()
-            return manifest
+            return record
         elif journal:
             self._require_same(journal[0]["fingerprint"], journal[0]["inputs"], plan)
         resuming = bool(journal) and not ours
@@ -80,15 +102,15 @@ class OutputFolder:
         self._require_room(plan, ours)
         # All that can be refused has been; from here on the folder is this run's.
         self._take_lock()
-        if self._read_journal() != journal or read_manifest(self.path) != manifest:
+        if self._read_journal() != journal or self._read(self.path) != record:
             raise self._busy()
         if resuming:
             return None
         try:
             if ours:
-                if manifest and not journal:
+                if record and not journal:
                     # Cut off while it is cleared, the folder must still be known as ours.
-                    old = {"fingerprint": manifest.fingerprint, "inputs": manifest.inputs, "files": ours}
+                    old = {"fingerprint": record.fingerprint, "inputs": record.inputs, "files": ours}
                     self.record(old)
                 self._clear(ours)
             self.record({"fingerprint": plan.fingerprint, "inputs": plan.inputs, "files": list(plan.files)})
@@ -146,11 +168,10 @@ class OutputFolder:
             partial.replace(path)
             sync_folder(path.parent)
 
-    def finish(self, manifest: Manifest | None) -> None:
-        """Write the manifest, if it is to have one: from here on the output is whole."""
+    def finish(self, record: F) -> None:
+        """Write the record: from here on the output is whole."""
         try:
-            if manifest:
-                self.write(MANIFEST, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
+            self.write(self._name, (json.dumps(record.to_json(), indent=1) + "\n").encode())
             shutil.rmtree(self.work, ignore_errors=True)
         finally:
             self._release_lock()
@@ -237,8 +258,8 @@ class OutputFolder:
             hint="choose another --out, or replace it with --overwrite",
         )
 
-    def _require_whole(self, manifest: Manifest) -> None:
-        for name, size in manifest.files.items():
+    def _require_whole(self, record: Finished) -> None:
+        for name, size in record.files.items():
             path = self.path / name
             if not path.is_file() or path.stat().st_size != size:
                 raise OutputError(
@@ -249,8 +270,8 @@ class OutputFolder:
     def _require_empty(self, plan: Planned, ours: Iterable[str] = ()) -> None:
         if not self.path.is_dir():
             return
-        planned = {Path(name).parts[0] for name in (*plan.files, MANIFEST)}
-        known = {Path(name).parts[0] for name in (*ours, MANIFEST)} if ours else set()
+        planned = {Path(name).parts[0] for name in (*plan.files, self._name)}
+        known = {Path(name).parts[0] for name in (*ours, self._name)} if ours else set()
         for path in sorted(self.path.iterdir()):
             if path.name.removesuffix(".partial") in known:
                 continue
@@ -278,7 +299,7 @@ class OutputFolder:
 
     def _clear(self, files: Iterable[str]) -> None:
         # The marks of a finished output go first: cut off here, the folder is nobody's model.
-        (self.path / MANIFEST).unlink(missing_ok=True)
+        (self.path / self._name).unlink(missing_ok=True)
         (self.path / "config.json").unlink(missing_ok=True)
         inside = [self.path / name for name in files if not Path(name).is_absolute() and ".." not in Path(name).parts]
         for path in inside:

@@ -176,7 +176,8 @@ def print_plan(plan: Plan, estimate_s: float) -> None:
 
 def print_merged(merged: Merged) -> None:
     """What stands at the end of a merge."""
-    line = f"{merged.out}: {merged.modules} modules merged, {size(merged.size_bytes)}, {duration(merged.elapsed_s)}"
+    total = size(sum(merged.files.values()))
+    line = f"{merged.out}: {merged.modules} modules merged, {total}, {duration(merged.elapsed_s)}"
     _stdout().print(line, markup=False)
 
 

@@ -105,7 +105,11 @@ def open_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraFolder:
 
 
 def require_pair(before: LoraFolder, after: LoraFolder) -> None:
-    """Raise PlanError unless `after` can be `before`, trained."""
+    """Raise PlanError unless `after` can be `before`, trained: the same modules, shapes and scales.
+
+    Whether it *is*, the factors themselves say: `verify.require_related`. The paths in the configs do not: a base that
+    was moved or pushed is still the same one.
+    """
     if before.path.resolve() == after.path.resolve():
         raise PlanError(f"{after.path} is both the initial and the trained adapter", hint="name two folders")
     if odd := before.modules.keys() ^ after.modules.keys():
@@ -127,12 +131,6 @@ def require_pair(before: LoraFolder, after: LoraFolder) -> None:
                     f"{module} has {what} {was} in {before.path}, but {now} in {after.path}",
                     hint="name the initial adapter that this one was trained from",
                 )
-    base, trained_on = (folder.config.get("base_model_name_or_path") for folder in (before, after))
-    if base != trained_on:
-        raise PlanError(
-            f"{after.path} was trained on {trained_on}, {before.path} belongs to {base}",
-            hint=f"if these are the same folder, moved: set base_model_name_or_path in {after.path / CONFIG} to {base}",
-        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

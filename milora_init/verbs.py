@@ -70,6 +70,7 @@ def merge(
     base: Annotated[str, typer.Argument(metavar="OUT", help="The output folder: the residual base.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
     adapter: Annotated[str | None, typer.Option(help="The trained adapter. (default: the one in OUT)")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:
@@ -80,9 +81,10 @@ def merge(
     from milora_init.terminal import print_merged, waiting
 
     with waiting("merging", quiet=quiet):
-        merged = join(base, out, trained=adapter)
+        merged = join(base, out, trained=adapter, overwrite=overwrite)
     if as_json:
-        print(json.dumps({"status": "done", **asdict(merged)}, indent=2))
+        told = {name: value for name, value in asdict(merged).items() if name != "inputs"}
+        print(json.dumps({"status": "done", **told}, indent=2))
     elif not quiet:
         print_merged(merged)
 

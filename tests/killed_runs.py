@@ -1,6 +1,7 @@
 """Runs that are killed, taken up again and compared: a process of its own, for test_killed_runs.
 
     python killed_runs.py SOURCE FOLDER [journal] [steps:STRIDE] [overwrites:STRIDE] [moments:COUNT]
+                                        [merges:STRIDE] [merge-moments:COUNT]
 
 Imports and the plan are paid for once: every run is a fork of this process, which by then has no other thread.
 Prints one JSON object: for each kind of killing how many runs there were, how many of them were cut short, and how
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,62 +29,79 @@ from tiny_models import contents
 
 from milora_init.decompose import decompose
 from milora_init.manifest import MANIFEST, read_manifest
+from milora_init.merge import MERGED, merge
 from milora_init.options import InitOptions
 from milora_init.output import WORK, OutputFolder
-from milora_init.plan import Plan, make_plan
+from milora_init.plan import make_plan
 
 # What Python tells an audit hook when it is about to change a name or open a file.
 STEPS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"})
 
 
-class Killed:
-    """Runs of one plan in folders of their own, each called `out` there, cut off and resumed."""
+Work = Callable[[], object]
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        self.folder = folder
-        options = InitOptions(model=str(source), out="out", rank=4, device=("cpu",), mode="random")
-        self.plan = make_plan(options, source)
-        self.earlier = make_plan(replace(options, rank=3), source)
-        self.over_it = make_plan(replace(options, overwrite=True), source)
-        self.straight = self._straight(self.plan)
+
+class Killed:
+    """Runs of one command in folders of their own, with the output `out` there, cut off and resumed.
+
+    Args:
+        folder: Made anew for each run, which has it as its current one.
+        work: What the command does.
+    """
+
+    def __init__(self, folder: Path, work: Work) -> None:
+        self.folder, self.work = folder, work
+        self.straight = self.straight_run(work)
         self.runs = self.whole = self.cut_short = 0
 
     def run(self, prepare: Callable[[], None], *, after_s: float | None = None) -> None:
         """Fork a run that `prepare` is to kill, or kill it after a time; check what it left, resume, compare."""
         self.runs += 1
         os.chdir(self._fresh())
-        self._fork(self.plan, prepare, after_s)
+        self._fork(self.work, prepare, after_s)
         self._require_names_to_be_true()
-        decompose(self.plan)
+        self.work()
         self._require_the_bytes_of_a_straight_run()
 
-    def overwrite(self, prepare: Callable[[], None]) -> None:
-        """The same with an earlier output in the way, which the run is to replace."""
+    def overwrite(self, earlier: Work, over_it: Work, prepare: Callable[[], None]) -> None:
+        """The same with an earlier output of rank 3 in the way, which the run is to replace."""
         self.runs += 1
-        before = self._straight(self.earlier)
-        self._fork(self.over_it, prepare)
+        before = self.straight_run(earlier)
+        self._fork(over_it, prepare)
         if (Path("out") / MANIFEST).exists():
             assert self._files().items() >= (before if read_rank() == 3 else self.straight).items()
-        decompose(self.over_it)
+        over_it()
         self._require_the_bytes_of_a_straight_run()
 
-    def time_of_a_straight_run(self) -> float:
-        started = time.monotonic()
-        self._straight(self.plan)
-        return time.monotonic() - started
+    def at_moments(self, count: int) -> None:
+        """Kill runs at random moments until as many as asked for were hit."""
+        draw = random.Random(0)
+        times = []
+        for _ in range(3):
+            started = time.monotonic()
+            self.straight_run(self.work)
+            times.append(time.monotonic() - started)
+        while self.cut_short < count and self.runs < 4 * count:
+            self.run(lambda: None, after_s=draw.uniform(0, min(times)))
 
-    def _straight(self, plan: Plan) -> dict[str, bytes]:
+    def straight_run(self, work: Work) -> dict[str, bytes]:
         os.chdir(self._fresh())
-        decompose(plan)
+        work()
         return self._files()
 
-    def _fork(self, plan: Plan, prepare: Callable[[], None], after_s: float | None = None) -> None:
+    def told(self) -> dict[str, int]:
+        """What was counted since the last time."""
+        told = {"runs": self.runs, "cut_short": self.cut_short, "whole": self.whole}
+        self.runs = self.whole = self.cut_short = 0
+        return told
+
+    def _fork(self, work: Work, prepare: Callable[[], None], after_s: float | None = None) -> None:
         child = os.fork()
         if child == 0:
             status = 1
             try:
                 prepare()
-                decompose(plan)
+                work()
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -112,7 +131,7 @@ class Killed:
         found = self._files()
         assert found.keys() == self.straight.keys(), f"differs in {sorted(found.keys() ^ self.straight.keys())}"
         assert found == self.straight
-        assert (Path("out") / MANIFEST).is_file()
+        assert (Path("out") / MANIFEST).is_file() or (Path("out") / MERGED).is_file()
 
     def _fresh(self) -> Path:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -121,8 +140,8 @@ class Killed:
 
     @staticmethod
     def _files() -> dict[str, bytes]:
-        """Every file below the output but the manifest, which holds seconds."""
-        return {name: content for name, content in contents(Path("out")).items() if name != MANIFEST}
+        """Every file below the output but its record, which holds seconds."""
+        return {name: content for name, content in contents(Path("out")).items() if name not in (MANIFEST, MERGED)}
 
 
 def read_rank() -> int:
@@ -143,7 +162,7 @@ def at_journal_line(number: int, when: str) -> Callable[[], None]:
     def prepare() -> None:
         real, seen = OutputFolder.record, [0]
 
-        def record(self: OutputFolder, line: dict[str, Any]) -> None:
+        def record(self: OutputFolder[Any], line: dict[str, Any]) -> None:
             if seen[0] == number and when == "before":
                 die()
             if seen[0] == number and when == "half":
@@ -179,13 +198,17 @@ def at_step(number: int) -> Callable[[], None]:
 
 def main(source: Path, folder: Path, wanted: list[str]) -> None:
     torch.set_num_threads(1)
-    killed = Killed(source, folder)
+    options = InitOptions(model=str(source), out="out", rank=4, device=("cpu",), mode="random")
+    plan, earlier, over_it = (
+        make_plan(o, source) for o in (options, replace(options, rank=3), replace(options, overwrite=True))
+    )
+    inits = Killed(folder, lambda: decompose(plan))
     said = {}
     for word in wanted:
         kind, _, amount = word.partition(":")
-        killed.runs = killed.whole = killed.cut_short = 0
+        killed = inits
         if kind == "journal":
-            for number in range(len(killed.plan.jobs) + 1):
+            for number in range(len(plan.jobs) + 1):
                 for when in ("before", "half", "after"):
                     killed.run(at_journal_line(number, when))
         elif kind == "steps":
@@ -193,13 +216,23 @@ def main(source: Path, folder: Path, wanted: list[str]) -> None:
                 killed.run(at_step(killed.runs * int(amount)))
         elif kind == "overwrites":
             while not killed.whole:
-                killed.overwrite(at_step(killed.runs * int(amount)))
+                killed.overwrite(
+                    lambda: decompose(earlier), lambda: decompose(over_it), at_step(killed.runs * int(amount))
+                )
         elif kind == "moments":
-            draw = random.Random(0)
-            straight_s = min(killed.time_of_a_straight_run() for _ in range(3))
-            while killed.cut_short < int(amount) and killed.runs < 4 * int(amount):
-                killed.run(lambda: None, after_s=draw.uniform(0, straight_s))
-        said[kind] = {"runs": killed.runs, "cut_short": killed.cut_short, "whole": killed.whole}
+            killed.at_moments(int(amount))
+        elif kind.startswith("merge"):
+            base = folder.with_name("base")
+            if not base.exists():
+                inits.straight_run(inits.work)
+                shutil.copytree(folder / "out", base)
+            killed = Killed(folder, partial(merge, str(base), "out"))
+            if kind == "merge-moments":
+                killed.at_moments(int(amount))
+            else:
+                while not killed.whole:
+                    killed.run(at_step(killed.runs * int(amount)))
+        said[kind] = killed.told()
     print(json.dumps(said))
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import TARGETS
+from tiny_models import TARGETS, contents
 from training import digests, load, logits, train
 
 from milora_init.cli import run
 from milora_init.convert import best_rank, convert
 from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError, UsageError
 from milora_init.manifest import Manifest
+from milora_init.merge import merge
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -140,13 +141,20 @@ def _add(trained: Path) -> None:
     save_file(weights | {"base_model.model.lm_head.weight": torch.ones(2, 2)}, trained / "adapter_model.safetensors")
 
 
+def _another(trained: Path) -> None:
+    """Of the same shapes, as one trained on another base is; its config does not tell."""
+    torch.manual_seed(9)
+    weights = load_file(trained / "adapter_model.safetensors")
+    save_file({k: torch.randn_like(v) for k, v in weights.items()}, trained / "adapter_model.safetensors")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[MiloraError], str]] = {
     "other targets": (_drop("v_proj"), PlanError, "v_proj"),
     "half a pair": (_drop("layers.0.self_attn.q_proj.lora_B"), CheckpointError, "has no lora_B"),
     "extra key": (_add, PlanError, "lm_head.weight"),
     "another rank": (lambda t: edit(t, r=8), CheckpointError, "rank 8"),
     "another alpha": (lambda t: edit(t, lora_alpha=99), PlanError, "scale"),
-    "another base": (lambda t: edit(t, base_model_name_or_path="elsewhere"), PlanError, "elsewhere"),
+    "another base": (_another, PlanError, "unrelated to the adapter that this base was made with"),
     "DoRA": (lambda t: edit(t, use_dora=True), PlanError, "use_dora"),
     "bias": (lambda t: edit(t, bias="all"), PlanError, "bias"),
     "modules_to_save": (lambda t: edit(t, modules_to_save=["lm_head"]), PlanError, "modules_to_save"),
@@ -175,6 +183,16 @@ def test_what_does_not_belong_is_refused_and_nothing_is_left(name: str, pair: Pa
         convert(pair / "out" / "lora", tmp_path / "trained", tmp_path / "plain")
     assert says in caught.value.message
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
+
+
+def test_a_base_that_was_moved_or_pushed_is_the_same_base(pair: Path, tmp_path: Path) -> None:
+    """Trained where the base was then: the config names that place, the factors say whose they are."""
+    shutil.copytree(pair / "trained", tmp_path / "trained")
+    edit(tmp_path / "trained", base_model_name_or_path="org/pushed-since")
+    convert(pair / "out" / "lora", pair / "trained", tmp_path / "one")
+    convert(pair / "out" / "lora", tmp_path / "trained", tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    merge(str(pair / "out"), str(tmp_path / "merged"), trained=str(tmp_path / "trained"))
 
 
 def test_an_output_that_stands_is_left_alone(pair: Path, tmp_path: Path) -> None:

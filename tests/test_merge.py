@@ -20,11 +20,16 @@ from milora_init.cli import run
 from milora_init.convert import convert
 from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError
 from milora_init.manifest import Manifest
-from milora_init.merge import merge, merged_weight
+from milora_init.merge import MERGED, merge, merged_weight
 from milora_init.output import WORK
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
+
+
+def model(folder: Path) -> dict[str, bytes]:
+    """Every file of a merge but its record, which holds names and seconds."""
+    return {name: content for name, content in contents(folder).items() if name != MERGED}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -40,8 +45,8 @@ def test_the_merged_model_computes_what_the_trained_pair_computes(
     merged = merge(str(out), str(tmp_path / "merged"), trained=str(trained))
 
     assert digests(source, out, trained) == inputs
-    assert set(contents(tmp_path / "merged")) == {n for n in contents(source) if n != "README.md"}
-    assert merged.size_bytes == sum(map(len, contents(tmp_path / "merged").values()))
+    assert set(model(tmp_path / "merged")) == {n for n in contents(source) if n != "README.md"}
+    assert merged.files == {name: len(content) for name, content in model(tmp_path / "merged").items()}
     pair, plain = logits(load(out, trained)), logits(load(tmp_path / "merged"))
     assert (logits(load(source)) - pair).abs().max() > 0.1, "the training moved nothing"
     torch.testing.assert_close(plain, pair, rtol=1e-4, atol=1e-4)
@@ -91,7 +96,7 @@ def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
     start(checkpoint("llama"))
     out, merged = tmp_path / "out", tmp_path / "merged"
     merge(str(out), str(tmp_path / "straight"))
-    whole, real = contents(tmp_path / "straight"), merging._merge_file
+    whole, real = model(tmp_path / "straight"), merging._merge_file
     made: list[str] = []
     plug = 2  # pulled after so many files
 
@@ -109,7 +114,7 @@ def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
     assert (merged / WORK).is_dir()
     plug = len(whole)
     merge(str(out), str(merged))
-    assert contents(merged) == whole
+    assert model(merged) == whole
     assert len(made) == len(set(made)), "a file was made twice"
 
 
@@ -197,12 +202,32 @@ def test_the_base_itself_is_no_place_for_the_merge(checkpoint: Built, start: Sta
     assert contents(tmp_path / "out") == before
 
 
+def test_a_finished_merge_is_left_alone_and_another_request_is_refused(
+    checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    source, out, merged = checkpoint("llama"), tmp_path / "out", tmp_path / "merged"
+    start(source)
+    trained = train(out, tmp_path / "trained")
+    first = merge(str(out), str(merged))
+    before = {path: path.stat().st_mtime_ns for path in merged.iterdir()}
+    assert merge(str(out), str(merged)) == first
+    assert {path: path.stat().st_mtime_ns for path in merged.iterdir()} == before
+    with pytest.raises(OutputError, match="the output of another request: adapter was") as caught:
+        merge(str(out), str(merged), trained=str(trained))
+    assert "--overwrite" in caught.value.hint
+    assert {path: path.stat().st_mtime_ns for path in merged.iterdir()} == before
+    second = merge(str(out), str(merged), trained=str(trained), overwrite=True)
+    assert second.fingerprint != first.fingerprint
+    torch.testing.assert_close(logits(load(merged)), logits(load(out, trained)), rtol=1e-4, atol=1e-4)
+    (merged / "tokenizer.json").unlink()
+    with pytest.raises(OutputError, match=r"tokenizer\.json has since been changed or removed"):
+        merge(str(out), str(merged), trained=str(trained))
+
+
 def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start(checkpoint("llama"))
     assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["status"], said["modules"]) == ("done", 10)
-    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged")]) == 1
-    assert "error: " in capsys.readouterr().err
     assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
     assert "10 modules merged" in capsys.readouterr().out

@@ -319,7 +319,7 @@ def test_a_run_that_looked_before_another_one_and_locks_after_it_is_refused(
     """Between its look at the folder and its lock another run began and ended."""
     real = OutputFolder._take_lock
 
-    def late(self: OutputFolder) -> None:
+    def late(self: OutputFolder[Any]) -> None:
         monkeypatch.setattr(OutputFolder, "_take_lock", real)
         start(checkpoint("llama"), rank=3)
         before.update(states(tmp_path / "out"))

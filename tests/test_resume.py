@@ -83,7 +83,7 @@ def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
     assert read_manifest(tmp_path / "out") is not None
 
 
-def _record_only_the_first(self: OutputFolder, line: dict[str, Any]) -> None:
+def _record_only_the_first(self: OutputFolder[Any], line: dict[str, Any]) -> None:
     if "shard" in line:
         raise PulledPlugError
     with self.journal.open("a") as file:
