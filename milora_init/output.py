@@ -1,8 +1,8 @@
 """The output folder: what may already stand in it, what an unfinished run left, and how a run ends.
 
 Three states, told apart by two files. A record, such as milora_init.json: finished. `.milora-init/journal.jsonl`:
-begun, resumable. Neither: not ours, and nothing in it is touched. config.json and the index are written after every shard and the
-adapter, so an unfinished folder cannot be loaded as a model.
+begun, resumable. Neither: not ours, and nothing in it is touched. config.json and the index are written after every
+shard and the adapter, so an unfinished folder cannot be loaded as a model.
 """
 
 from __future__ import annotations
