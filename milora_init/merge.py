@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +48,8 @@ from milora_init.trained import LoraFolder, open_lora, require_pair
 from milora_init.verify import require_related
 
 MERGED = "milora_merge.json"
-_BLOCK_ELEMENTS = 1 << 20  # of a float64 block of rows
+_HANDS = 2
+_BLOCK_ELEMENTS = 1 << 18  # of a float64 block of rows, which fits a cache
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,7 @@ def merge(base: str, out: str, *, trained: str | None = None, overwrite: bool = 
     if finished := folder.enter(plan):
         return finished
     try:
-        done = folder.done()
-        for name in plan.headers:
-            if name not in done:
-                size_bytes = _merge_file(plan, name, folder.path / name)
-                folder.record({"shard": name, "files": {name: size_bytes}, "records": []})
+        _merge_files(plan, folder)
         for name in plan.side_files:
             folder.write(name, read_bytes(plan.source / name))
         if index := _index(plan):
@@ -220,23 +219,48 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
 
 
 def merged_weight(residual: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """residual (m, n) + scale * B (m, r) @ A (r, n), in float64 and rounded once to dtype."""
+    """residual (m, n) + scale * B (m, r) @ A (r, n), in float64 and rounded once to dtype.
+
+    Raises:
+        ValueError: An entry that dtype does not hold, or none.
+    """
     out = torch.empty(residual.shape, dtype=dtype)
     A64 = scale * A.double()
     rows = max(1, _BLOCK_ELEMENTS // residual.shape[1])
     for top in range(0, residual.shape[0], rows):
         block = slice(top, top + rows)
-        out[block] = round_once(residual[block].double().addmm_(B[block].double(), A64), dtype)
+        exact = residual[block].double().addmm_(B[block].double(), A64)
+        if not bool(torch.stack(exact.aminmax()).to(dtype).isfinite().all()):
+            raise ValueError(f"it overflows {str(dtype).removeprefix('torch.')}, or the adapter is not finite")
+        out[block] = round_once(exact, dtype)
     return out
 
 
-def _merge_file(plan: MergePlan, name: str, target: Path) -> int:
+def _merge_files(plan: MergePlan, folder: OutputFolder[Merged]) -> None:
+    """Make what the journal lacks of the weights, two files at a time: one is summed while the other is written."""
+    done, stop = folder.done(), threading.Event()
+    todo = [name for name in plan.headers if name not in done]
+    threads = max(1, torch.get_num_threads() // _HANDS)  # of each hand's arithmetic
+    with ThreadPoolExecutor(_HANDS, "merge", torch.set_num_threads, (threads,)) as pool:
+        made = pool.map(lambda name: _merge_file(plan, name, folder.path / name, stop), todo)
+        try:
+            for name, size_bytes in zip(todo, made, strict=True):
+                folder.record({"shard": name, "files": {name: size_bytes}, "records": []})
+        except BaseException:
+            stop.set()  # whoever cleans up behind us must be alone
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _merge_file(plan: MergePlan, name: str, target: Path, stop: threading.Event) -> int:
     source = plan.source / name
     shard = SafetensorsShard(source)
     try:
         before = stamp(source)
         with SafetensorsWriter(target, plan.headers[name]) as writer, reading_factors(plan.lora.weights) as factors:
             for tensor in shard.header.tensors:
+                if stop.is_set():
+                    raise OutputError(f"{target} was not finished: the run was stopped")
                 if tensor not in plan.records:
                     writer.copy(tensor, shard.fileno, shard.offset(tensor), source)
                     continue
@@ -257,12 +281,11 @@ def _merge_weight(plan: MergePlan, source: TensorSource, factors: FactorReader, 
     residual, (B, A) = source.read(), factors.read(record)
     scale = plan.lora.modules[record.key].scale
     dtype: torch.dtype = getattr(torch, record.source_dtype)
-    merged = merged_weight(residual.mT if record.transposed else residual, B, A, scale, dtype)
-    if not bool(merged.isfinite().all()):
-        raise SolveError(
-            f"{record.module}: merged, it overflows {record.source_dtype}, or the adapter is not finite",
-            hint="look at the training: an adapter with NaN or Inf cannot be merged",
-        )
+    try:
+        merged = merged_weight(residual.mT if record.transposed else residual, B, A, scale, dtype)
+    except ValueError as error:
+        hint = "look at the training: an adapter with NaN or Inf cannot be merged"
+        raise SolveError(f"{record.module} cannot be merged: {error}", hint=hint) from error
     return merged.mT if record.transposed else merged
 
 

@@ -12,7 +12,9 @@ Each contender is a process of its own; its seconds and its peak memory are the 
     copy        cp -r, and sync: what writing the checkpoint costs at least
     one module  milora-init with a single small target: how far the rest is from a copy
 
-Copy and one module run twice: with the checkpoint out of the page cache (cold) and in it (warm).
+    merge       milora-init merge of what ours made
+
+Copy, one module and merge run twice: with the checkpoint out of the page cache (cold) and in it (warm).
 """
 
 from __future__ import annotations
@@ -76,24 +78,28 @@ def main() -> None:
         small = ["--target", "model.layers.0.self_attn.k_proj"]
         script = [sys.executable, "-c", REFERENCE, str(model), str(work / "reference"), str(args.rank), *TARGETS]
         copy = ["sh", "-c", 'cp -r "$0" "$1" && sync', str(model), str(work / "copy")]
+        merge = [*tool, "merge", str(work / "ours"), "--quiet", "--out", str(work / "merged")]
         contenders = {
             "copy, cold": copy,
             "one module, cold": [*ours, *small, "--out", str(work / "one")],
             "copy": copy,
             "one module": [*ours, *small, "--out", str(work / "one")],
             "ours": [*ours, *targets, "--out", str(work / "ours")],
+            "merge, cold": merge,
+            "merge": merge,
             **({} if args.no_reference else {"reference": script}),
         }
         figures = {}
         for name, command in contenders.items():
-            cache(model, keep=not name.endswith("cold"))
+            cache(work / "ours" if name.startswith("merge") else model, keep=not name.endswith("cold"))
             figures[name] = measure(command)
             print(f"{name}: {figures[name]['elapsed_s']:.1f} s", file=sys.stderr)
             if name == "ours":
                 manifest = json.loads((work / "ours" / "milora_init.json").read_text())
                 for part, key in PARTS.items():
                     figures[name][f"{part}_s"] = sum(weight[key] for weight in manifest["weights"])
-            shutil.rmtree(Path(command[-1]) if name != "reference" else work / "reference", ignore_errors=True)
+            if name != "ours":  # which is merged
+                shutil.rmtree(Path(command[-1]) if name != "reference" else work / "reference", ignore_errors=True)
         report(figures, sum(path.stat().st_size for path in model.glob("*.safetensors")))
         if args.json:
             machine = {"processor": platform.processor(), "cores": os.cpu_count(), "torch": version("torch")}

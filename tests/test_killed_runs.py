@@ -23,7 +23,9 @@ JOURNAL_LINE = 3  # before it, in the middle of it, after it
 def killed(source: Path, folder: Path, *kinds: str) -> dict[str, dict[str, int]]:
     here = Path(__file__).parent
     command = [sys.executable, str(here / "killed_runs.py"), str(source), str(folder), *kinds]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
+    # A fork has one thread: OpenMP must not count on those of its parent.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     said: dict[str, dict[str, int]] = json.loads(done.stdout)

@@ -100,11 +100,11 @@ def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
     made: list[str] = []
     plug = 2  # pulled after so many files
 
-    def cut_off(plan: Any, name: str, target: Path) -> int:
-        if len(made) == plug:
+    def cut_off(plan: Any, name: str, target: Path, stop: Any) -> int:
+        if name in list(plan.headers)[plug:]:
             raise KeyboardInterrupt
         made.append(name)
-        return real(plan, name, target)
+        return real(plan, name, target, stop)
 
     monkeypatch.setattr(merging, "_merge_file", cut_off)
     with pytest.raises(KeyboardInterrupt):
