@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,23 @@ from milora_init.decompose import fetched
 from milora_init.digest import sha256
 from milora_init.errors import MiloraError, PlanError, UsageError
 from milora_init.factors import reading_factors, wanted_tensors
+from milora_init.kinship import ORIGINAL as OF_THE_ORIGINAL
+from milora_init.kinship import OTHER, kinship
+from milora_init.kinship import RESIDUAL as OF_THE_RESIDUAL
 from milora_init.layout import key_and_factor, own_block
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.naming import resolve
 from milora_init.options import InitOptions
 from milora_init.output import WORK
 from milora_init.safetensors_format import Header, read_header
+from milora_init.trained import open_lora
 
 PAIR = "a matching pair: a residual base and its adapter"
 TRAINED = "a matching pair: a residual base and an adapter trained on it"
 FOREIGN = "a residual base with an adapter of another base"
 ORIGINAL = "an original model with a residual's adapter"
 BARE = "a residual base alone, which is not the original model"
+UNRECORDED = "a residual base and its adapter, by their tensors; its manifest is gone"
 UNFINISHED = "an unfinished output"
 UNKNOWN = "not an output of milora-init, as far as can be told"
 DAMAGED = "an output of milora-init that was changed"
@@ -116,11 +122,29 @@ def verify(
         raise UsageError(f"{out}: no such folder", hint="name the --out of a run of milora-init")
     manifest = read_manifest(folder)
     if manifest is None:
-        begun = (folder / WORK).is_dir()
-        hint = "run the same command again: it resumes" if begun else "get the file back from where the output was made"
-        missing = Difference(MANIFEST, "missing: it is written last, when all else is whole", hint)
-        return Verdict(out, UNFINISHED if begun else UNKNOWN, (missing,), (), {"files": 0})
+        return _without_manifest(out, folder, trust_remote_code)
     return _Inspection(out, folder, manifest, trust_remote_code).verdict(model, revision, every, trained)
+
+
+def _without_manifest(out: str, folder: Path, trusted: bool) -> Verdict:
+    """A folder judged by what its tensors say, where nothing else does."""
+    if (folder / WORK).is_dir():
+        hint = "run the same command again: it resumes"
+        missing = Difference(MANIFEST, "missing: it is written last, when all else is whole", hint)
+        return Verdict(out, UNFINISHED, (missing,), (), {"files": 0})
+    missing = Difference(MANIFEST, "missing: what was written is unknown", "get it back from where the output was made")
+    lora = folder / adapter.FOLDER if (folder / adapter.CONFIG).is_file() else folder
+    found = OTHER
+    # What cannot be read, or is nothing of ours, stays what it is: unknown.
+    with suppress(MiloraError):
+        base = open_checkpoint(folder)
+        shapes = {name: info.shape for name, info in base.tensors.items()}
+        found = kinship(base, resolve(folder, base.config, shapes, trust_remote_code=trusted), open_lora(lora))
+    if found == OF_THE_ORIGINAL:
+        what = "the weights still hold the components that this adapter adds: they would count twice"
+        hint = "put it beside the residual base it was made with; onto the original, trained: milora-init convert"
+        return Verdict(out, ORIGINAL, (Difference(str(lora), what, hint), missing), (), {"files": 0})
+    return Verdict(out, UNRECORDED if found == OF_THE_RESIDUAL else UNKNOWN, (missing,), (), {"files": 0})
 
 
 class _Inspection:

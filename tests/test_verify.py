@@ -270,6 +270,8 @@ def test_settings_of_the_training_alone_may_be_edited(out: Path) -> None:
 
 def test_a_folder_without_a_manifest(out: Path) -> None:
     (out / MANIFEST).unlink()
+    require(verify(str(out)), verdicts.UNRECORDED, MANIFEST)
+    shutil.rmtree(out / "lora")
     require(verify(str(out)), verdicts.UNKNOWN, MANIFEST)
     (out / ".milora-init").mkdir()
     require(verify(str(out)), verdicts.UNFINISHED, MANIFEST)
