@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -82,7 +82,11 @@ class Crew:
 
     HANDS = 2
 
+    _left: ClassVar[list[ThreadPoolExecutor]] = []  # pools of crews that failed, with a solve still running
+
     def __init__(self, devices: Sequence[torch.device]) -> None:
+        while self._left:  # such a solve sets the process's number of threads, and would set it in the midst of ours
+            self._left.pop().shutdown()
         self._threads = torch.get_num_threads()
         if len(devices) > 1:
             # The solver counts on one thread where it asks for one, and the count is the whole process's.
@@ -105,6 +109,8 @@ class Crew:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After a failure nobody waits for what is still running: its files are about to go.
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            self._left.append(self._pool)
         torch.set_num_threads(self._threads)
 
     def _sit_down(self) -> None:

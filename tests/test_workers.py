@@ -194,6 +194,30 @@ def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
     assert finished.wait(PATIENCE_S)
 
 
+def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads: None) -> None:
+    """Else its end would set the number of threads in the midst of the next run's solves."""
+    solving, release = threading.Event(), threading.Event()
+
+    def work(job: int, device: torch.device, turn: Turn) -> None:
+        with turn, dense.one_thread():
+            solving.set()
+            release.wait(PATIENCE_S)
+
+    def interrupted() -> None:
+        with Crew([CPU]) as crew:
+            crew.submit(work, 0)
+            assert solving.wait(PATIENCE_S)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    threading.Timer(0.1, release.set).start()
+    with Crew([CPU]) as crew:
+        assert release.is_set()
+        assert crew.submit(lambda *_: torch.get_num_threads(), 0).result(PATIENCE_S) == 2
+    assert torch.get_num_threads() == 2
+
+
 def test_a_finished_crew_leaves_no_thread() -> None:
     with Crew([CPU] * 2) as crew:
         names = [crew.submit(lambda *_: threading.current_thread().name, job).result(PATIENCE_S) for job in range(4)]
