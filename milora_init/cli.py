@@ -244,7 +244,7 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
     from dataclasses import asdict
 
     from milora_init.card import write_step_summary
-    from milora_init.decompose import decompose, locate
+    from milora_init.decompose import decompose, locate, seats
     from milora_init.plan import describe, make_plan
     from milora_init.report import summary
     from milora_init.self_check import require_loadable
@@ -258,10 +258,11 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
     if dry_run:
         require_loadable(plan)
         estimate_s = plan.solve_flops / multiply_rate()
+        at_once = len(seats(plan)[0])
         if as_json:
-            print(json.dumps({**describe(plan), "estimate_s": round(estimate_s, 1)}, indent=2))
+            print(json.dumps({**describe(plan, at_once), "estimate_s": round(estimate_s, 1)}, indent=2))
         else:
-            print_plan(plan, estimate_s)
+            print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once))
         return
     repository = _claim(options, yes=yes)
     through = options.low_disk and repository is not None  # nothing of the output is to stay here

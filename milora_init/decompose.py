@@ -36,7 +36,7 @@ from milora_init.safetensors_writer import SafetensorsWriter
 from milora_init.self_check import require_loadable
 from milora_init.supply import Supply
 from milora_init.weight_job import WeightJob
-from milora_init.workers import Crew, resolve_devices
+from milora_init.workers import Crew, resolve_devices, side_by_side
 
 
 class Progress(Protocol):
@@ -115,6 +115,20 @@ def _fetch(options: InitOptions, remote: Remote | None, name: str, into: Path | 
     return download(remote, name, cache_dir=options.cache_dir, token=options.token, into=into)
 
 
+def seats(plan: Plan) -> tuple[tuple[torch.device, ...], int]:
+    """The devices that solve, the CPU as often as it has weights in work at a time, and each one's number of threads.
+
+    Raises:
+        UsageError: A device that this machine does not have.
+    """
+    devices = resolve_devices(plan.options.device)
+    if [device.type for device in devices] != ["cpu"]:
+        return devices, Crew.HANDS
+    count = side_by_side([plan.memory_bytes(w) for w in plan.weights])
+    # Where several solve, one that reads or writes leaves the others the cores; a second hand would only hold memory.
+    return devices * count, 1 if count > 1 else Crew.HANDS
+
+
 class Sink(Protocol):
     """Where finished shards go while the others are made, for a disk that cannot hold them all."""
 
@@ -135,7 +149,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
     """Carry out a plan; see `initialize`. With a sink, the output ends there and nothing of it stays here."""
     progress = progress or Silent()
     started = time.monotonic()
-    devices = resolve_devices(plan.options.device)
+    devices, hands = seats(plan)
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     if finished := out.enter(plan):
         return finished
@@ -151,7 +165,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
             sink.begin()
         hashes = {job.target: _hash(hasher, out, lines[job.target]) for job in done}
         with _supply(plan, todo, out, progress) as supply:
-            for job, result in _run_shards(todo, supply, devices, out, progress):
+            for job, result in _run_shards(todo, supply, Crew(devices, hands=hands), out, progress):
                 line = dataclasses.asdict(result)
                 out.record(line)
                 supply.done(job)
@@ -201,7 +215,7 @@ def _supply(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], p
 def _run_shards(
     jobs: Sequence[ShardJob],
     supply: Supply,
-    devices: Sequence[torch.device],
+    crew: Crew,
     out: OutputFolder[Manifest],
     progress: Progress,
 ) -> Iterator[tuple[ShardJob, ShardResult]]:
@@ -210,7 +224,7 @@ def _run_shards(
     The crew has the weights of the next file before this one is waited for, so it never runs dry; this thread copies
     what is not adapted meanwhile.
     """
-    with Crew(devices) as crew, ExitStack() as stack:
+    with crew, ExitStack() as stack:
         before: tuple[ShardJob, OpenShard] | None = None
         for job in jobs:
             opened = stack.enter_context(OpenShard(supply.take(job), out.path, progress))

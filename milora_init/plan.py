@@ -32,6 +32,7 @@ from milora_init.manifest import MANIFEST
 from milora_init.naming import Naming, resolve
 from milora_init.options import InitOptions, Mode
 from milora_init.safetensors_format import DTYPES, Header, plan_header, torch_name
+from milora_init.svd import KRYLOV_FROM
 from milora_init.weight_plan import WeightPlan, plan_weights
 
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and before transformers 4.56
@@ -163,25 +164,30 @@ class Plan:
     def adapter_bytes(self) -> int:
         return self.adapter_header.file_bytes
 
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Estimate for one worker on the CPU: the largest weight, its Gram matrix and two factors, its residual."""
+    def peak_memory_bytes(self, at_once: int) -> int:
+        """Estimate with so many weights in work at a time, the largest ones."""
         stacked = max(info.size_bytes for info in self.adapter_header.tensors.values())
-        return _PROCESS_BYTES + max(2 * stacked, *(self._memory_bytes(w) for w in self.weights))
+        largest = sorted((self.memory_bytes(w) for w in self.weights), reverse=True)[:at_once]
+        return _PROCESS_BYTES + max(2 * stacked, sum(largest))
 
     @property
     def solve_flops(self) -> int:
-        """Estimate of the multiply-adds: a Gram matrix of half p q^2 products, and a few times q^3 after it."""
-        return sum(round(1.1 * max(shape) * min(shape) ** 2 + 1.4 * min(shape) ** 3) for shape in self._shapes)
+        """Estimate of the multiply-adds, as measured on trained weights: see `svd` for what they are."""
+        return sum(self._flops(max(w.weight.shape), min(w.weight.shape), w.rank) for w in self.weights)
 
-    @property
-    def _shapes(self) -> list[tuple[int, int]]:
-        return [w.weight.shape for w in self.weights]
+    def _flops(self, p: int, q: int, r: int) -> int:
+        rest = 4 * q * q * 12 * r if self._by_krylov(q, r) else 9 * q**3
+        return round(1.3 * (0.8 * p * q * q + 0.4 * q**3 + rest + 500 * p * q))
 
-    def _memory_bytes(self, w: WeightPlan) -> int:
+    def _by_krylov(self, q: int, r: int) -> bool:
+        return self.options.mode in ("min", "max") and q >= KRYLOV_FROM and r <= q // 8
+
+    def memory_bytes(self, w: WeightPlan) -> int:
+        """Estimate of what one weight takes while it is in work on the CPU: as read and written, and to be solved."""
         (m, n), q = w.weight.shape, min(w.weight.shape)
         stored = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
-        return stored + 3 * q * q * 8 + 4 * (m + n) * w.rank * 8 + (64 << 20)
+        square = 1.5 * q + 16 * w.rank if self._by_krylov(q, w.rank) else 3 * q
+        return round(stored + 8 * q * square + 5 * (m + n) * w.rank * 8 + (64 << 20))
 
     def kinds(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
         """How many weights there are of each (suffix, shape, dtype, rank)."""
@@ -319,8 +325,8 @@ def _notices(
     return notices
 
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON: what `--dry-run --json` prints."""
+def describe(plan: Plan, at_once: int) -> dict[str, Any]:
+    """The plan as JSON: what `--dry-run --json` prints. `at_once` weights are in work at a time."""
     return {
         "status": "planned",
         "model": plan.options.model,
@@ -334,7 +340,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "download_bytes": sum(header.file_bytes for header in plan.absent.values()),
         "base_bytes": plan.base_bytes,
         "adapter_bytes": plan.adapter_bytes,
-        "peak_memory_bytes": plan.peak_memory_bytes,
+        "peak_memory_bytes": plan.peak_memory_bytes(at_once),
         "solve_flops": plan.solve_flops,
         "adapter_config": plan.adapter_config,
         "notices": list(plan.notices),

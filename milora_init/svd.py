@@ -215,11 +215,12 @@ def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
             mantissa, exponent = math.frexp(SHIFT / rough_inverse)
             shift = math.ldexp(math.floor(32 * mantissa) / 32, exponent)
             del rough
-            shifted = G.clone()
-            shifted.diagonal().sub_(shift)
-            factor = dense.cholesky(shifted) if shift > 0 else None
-            if factor is not None:
-                return factor, shift
+            if shift > 0:
+                G.diagonal().sub_(shift)
+                factor = dense.cholesky(G)
+                if factor is not None:
+                    return factor, shift
+                G = X.gram()  # the attempt overwrote it
     return dense.cholesky(G), 0.0
 
 

@@ -150,7 +150,7 @@ class Bar:
             self._console.print(line, markup=False)
 
 
-def print_plan(plan: Plan, estimate_s: float) -> None:
+def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     """What `--dry-run` shows."""
     console = _stdout()
     options = plan.options
@@ -164,7 +164,7 @@ def print_plan(plan: Plan, estimate_s: float) -> None:
         f"{plan.naming.architecture}, mode {options.mode}: {len(plan.weights)} weights in {len(plan.jobs)} files\n"
         f"base     {size(plan.base_bytes)} (source {size(plan.source_bytes)})\n"
         f"adapter  {size(plan.adapter_bytes)}\n"
-        f"memory   about {size(plan.peak_memory_bytes)}\n"
+        f"memory   about {size(memory_bytes)}\n"
         + (f"download {size(download)}\n" if download else "")
         + f"time     about {duration(estimate_s)} of solving here, and the copying"
     )

@@ -5,12 +5,15 @@ A job is a value and its result is a value, so a worker needs nothing but the fu
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -54,6 +57,29 @@ def multiply_rate() -> float:
     return rate
 
 
+def side_by_side(needs_bytes: Sequence[int]) -> int:
+    """How many weights the CPU is to solve at a time, each on one thread; 1 is one weight on all threads.
+
+    Several at a time use the cores better than several threads on one, of whose solve half is on one thread anyway.
+    They may take a quarter of the machine's memory.
+
+    Args:
+        needs_bytes: What each weight takes.
+    """
+    needs = sorted(needs_bytes, reverse=True)[: torch.get_num_threads()]
+    fitting = sum(total <= _memory_bytes() // 4 for total in accumulate(needs))
+    return max(1, fitting)
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, or what a container is allowed of it."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file; "max"
+            found = min(found, int(Path(limit).read_text()))
+    return found
+
+
 class _Turn:
     """The right to solve on a device, for one thread at a time.
 
@@ -74,7 +100,7 @@ class _Turn:
 
 
 class Crew:
-    """Threads that take jobs from one queue, `HANDS` of them to a device.
+    """Threads that take jobs from one queue, `hands` of them to a device; the CPU may be given several times.
 
     One solves, and only one, for it holds the device's turn; another reads the next weight or writes the last. A job
     is in memory only while a thread has it, so memory is bounded by the number of threads, not of jobs.
@@ -84,7 +110,7 @@ class Crew:
 
     _left: ClassVar[list[ThreadPoolExecutor]] = []  # pools of crews that failed, with a solve still running
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
+    def __init__(self, devices: Sequence[torch.device], *, hands: int = HANDS) -> None:
         while self._left:  # such a solve sets the process's number of threads, and would set it in the midst of ours
             self._left.pop().shutdown()
         self._threads = torch.get_num_threads()
@@ -93,11 +119,11 @@ class Crew:
             torch.set_num_threads(1)
         self._seats: queue.SimpleQueue[tuple[torch.device, _Turn]] = queue.SimpleQueue()
         turns = [_Turn(torch.get_num_threads()) for _ in devices]
-        for _ in range(self.HANDS):  # every device gets a hand before any gets its second: jobs may be few
+        for _ in range(hands):  # every device gets a hand before any gets its second: jobs may be few
             for seat in zip(devices, turns, strict=True):
                 self._seats.put(seat)
         self._own = threading.local()
-        self._pool = ThreadPoolExecutor(len(devices) * self.HANDS, "milora", initializer=self._sit_down)
+        self._pool = ThreadPoolExecutor(len(devices) * hands, "milora", initializer=self._sit_down)
 
     def submit(self, work: Work[Job, Result], job: Job) -> Future[Result]:
         """Have `work(job, device, turn)` done by the next free thread."""

@@ -192,9 +192,9 @@ def test_a_run_with_experts_goes_on_where_it_stopped(
 def test_a_model_with_experts_says_what_it_costs_and_what_it_needs(tmp_path: Path) -> None:
     source = architectures.save(tmp_path, FAMILIES["mixtral"], "bfloat16")
     options: dict[str, Any] = {"model": str(source), "out": "out", "rank": RANK}
-    left = describe(make_plan(InitOptions(**options, target=("q_proj",)), source))
+    left = describe(make_plan(InitOptions(**options, target=("q_proj",)), source), 1)
     assert left["notices"] == ["the 24 matrices of the experts are left as they are; --target experts adapts them too"]
-    taken = describe(make_plan(InitOptions(**options, target=("q_proj", "experts")), source))
+    taken = describe(make_plan(InitOptions(**options, target=("q_proj", "experts")), source), 1)
     (notice,) = taken["notices"]
     assert "training needs PEFT >= 0.19.1, and lora_dropout is 0 instead of 0.05" in notice
     assert len(taken["weights"]) == len(left["weights"]) + 24

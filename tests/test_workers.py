@@ -13,10 +13,10 @@ import pytest
 import torch
 from tiny_models import contents
 
-from milora_init import decompose, dense
+from milora_init import decompose, dense, workers
 from milora_init.errors import UsageError
 from milora_init.manifest import MANIFEST
-from milora_init.workers import Crew, multiply_rate, resolve_devices
+from milora_init.workers import Crew, multiply_rate, resolve_devices, side_by_side
 
 CPU = torch.device("cpu")
 PATIENCE_S = 20  # for what happens at once, on a machine that is busy with something else
@@ -70,6 +70,16 @@ def test_a_device_that_is_not_there_is_a_usage_error_that_lists_those_that_are(
 def test_the_rate_of_this_machine_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(0, monkeypatch)
     assert 1e6 < multiply_rate() < 1e15
+
+
+def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 << 28 < workers._memory_bytes() < 1 << 50
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(workers, "_memory_bytes", lambda: 4000)
+    assert side_by_side([10] * 9) == 4  # a core each
+    assert side_by_side([10, 10]) == 2
+    assert side_by_side([300, 500, 400]) == 2  # the largest two take 900 of the 1000 that are theirs
+    assert side_by_side([5000, 1]) == 1  # one there must be
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -279,10 +289,10 @@ def test_several_devices_make_the_same_bytes_as_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = []
-    for count in (1, 2, 3):
+    for count, hands in ((1, 2), (2, 2), (3, 1)):
         (tmp_path / str(count)).mkdir()
         monkeypatch.chdir(tmp_path / str(count))
-        monkeypatch.setattr(decompose, "resolve_devices", lambda _, count=count: (CPU,) * count)
+        monkeypatch.setattr(decompose, "seats", lambda _, count=count, hands=hands: ((CPU,) * count, hands))
         start(checkpoint("llama", "bfloat16"), out="out", mode=mode)
         made.append(contents(Path("out")))
         del made[-1][MANIFEST]  # it holds seconds
