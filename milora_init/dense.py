@@ -28,7 +28,7 @@ from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
 
-BLOCK = 384
+BLOCK = 192
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def _residual(W: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype)
 
 def _squares(*tensors: Tensor) -> Tensor:
     """The squared Frobenius norm of each."""
-    return torch.stack([tensor.square().sum() for tensor in tensors])
+    return torch.stack([torch.dot(tensor.flatten(), tensor.flatten()) for tensor in tensors])
 
 
 def round_once(R: Tensor, dtype: torch.dtype) -> Tensor:

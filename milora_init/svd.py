@@ -45,7 +45,8 @@ __all__ = ["Certificate", "Mode", "Triplets", "singular_triplets", "wanted_indic
 Mode = Literal["min", "max", "mid", "random"]
 
 KRYLOV_FROM = 512  # the smallest q for which a Krylov space beats all eigenvectors
-KRYLOV_BLOCKS = (24, 48)  # up to 2047 columns, and from there; MKL is fastest on multiples of 24
+KRYLOV_BLOCK = 24  # columns; MKL is fastest on multiples of 24
+ROUGH_BLOCK = 48  # a better guess of the shift, in a few steps
 ANGLES = (4.0, 0.04)  # times the tolerance: where the Krylov loop stops, and if that was not enough
 NEAR_ONE = 16  # binary orders of magnitude
 SHIFT = 0.95  # of the smallest eigenvalue of X^T X
@@ -155,7 +156,7 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode, tolerance: float) -> tupl
         if factor is None:
             return None, "the Gram matrix is not positive definite"
         apply = factor.solve
-    block = _krylov_block(q)
+    block = KRYLOV_BLOCK
     max_basis = min(q - 2 * block, 16 * r + 768)
     doubt = ""
     for factor_of_tolerance in ANGLES:
@@ -194,10 +195,6 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode, tolerance: float) -> tupl
     return None, doubt
 
 
-def _krylov_block(q: int) -> int:
-    return KRYLOV_BLOCKS[q >= 2048]
-
-
 def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
     """The Cholesky factor of X^T X - shift I, and the shift.
 
@@ -210,7 +207,7 @@ def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
     if 2 * p >= 3 * q:
         rough = dense.cholesky(G.to(torch.float32))
         if rough is not None:
-            rough_inverse = krylov.rough_largest(rough.solve, q, block=_krylov_block(q), device=G.device)
+            rough_inverse = krylov.rough_largest(rough.solve, q, block=ROUGH_BLOCK, device=G.device)
             # float32 products do depend on the number of threads: of the shift, five bits are kept.
             mantissa, exponent = math.frexp(SHIFT / rough_inverse)
             shift = math.ldexp(math.floor(32 * mantissa) / 32, exponent)

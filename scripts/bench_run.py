@@ -147,10 +147,8 @@ def report(figures: dict[str, dict[str, float]], size_bytes: int) -> None:
             f"{figure['peak_bytes'] / 2**20:.0f} MiB",
         )
     Console().print(table)
-    ours = figures["ours"]
-    parts = (f"{ours[f'{part}_s']:.1f} s ({ours[f'{part}_s'] / ours['elapsed_s']:.0%})" for part in PARTS)
-    print("ours: " + ", ".join(f"{part} {figure}" for part, figure in zip(PARTS, parts, strict=True)) + " of the run;")
-    print("reading and writing of the adapted weights overlap the solving, copying of the rest is not counted")
+    sums = ", ".join(f"{part} {figures['ours'][f'{part}_s']:.1f} s" for part in PARTS)
+    print(f"ours, summed over the weights, of which several are in work at a time: {sums}")
 
 
 if __name__ == "__main__":
