@@ -38,6 +38,7 @@ from torch import Tensor
 
 from milora_init import dense, krylov
 from milora_init.certificate import EPS, Certificate, certify, gaps, is_good
+from milora_init.dense import Operator
 from milora_init.scaled import Scaled
 
 __all__ = ["Certificate", "Mode", "Triplets", "singular_triplets", "wanted_indices"]
@@ -173,26 +174,39 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode, tolerance: float) -> tupl
             return None, ritz
         if not ritz.probe < float(ritz.values[-1]):
             return None, "an independent block found what the Krylov space had missed"
-        left, s, right, image = rayleigh_ritz(X, ritz.basis)
-        s_max = float(s[0]) if factor is None else math.sqrt(_largest(factor) + shift)
-        nearest = torch.full_like(s, ritz.nearest if factor is None else shift + 1 / ritz.nearest).sqrt()
-        certificate = certify(
-            X,
-            left,
-            s,
-            right,
-            image,
-            (nearest, (s - nearest).abs()),
-            s_max,
-            path="lanczos",
-            reason=f"r = {r} of q = {q}, {ritz.steps} steps of {block}",
-            complete="an independent block found nothing beyond the cut",
-            inverse=None if factor is None else factor.solve,
-        )
-        if is_good(s, s_max, certificate, tolerance):
-            return (left, s, right, s_max, certificate), ""
+        basis = ritz.basis
+        for note in ("", ", refined"):
+            left, s, right, image = rayleigh_ritz(X, basis)
+            s_max = float(s[0]) if factor is None else math.sqrt(_largest(factor) + shift)
+            nearest = torch.full_like(s, ritz.nearest if factor is None else shift + 1 / ritz.nearest).sqrt()
+            certificate = certify(
+                X,
+                left,
+                s,
+                right,
+                image,
+                (nearest, (s - nearest).abs()),
+                s_max,
+                path="lanczos",
+                reason=f"r = {r} of q = {q}, {ritz.steps} steps of {block}{note}",
+                complete="an independent block found nothing beyond the cut",
+                inverse=None if factor is None else factor.solve,
+            )
+            if is_good(s, s_max, certificate, tolerance):
+                return (left, s, right, s_max, certificate), ""
+            basis = _refined(apply, right if factor is None else right.flip(1))
         doubt = f"lanczos left a component error of {certificate.component_error:.1e}"
     return None, doubt
+
+
+def _refined(apply: Operator, basis: Tensor) -> Tensor:
+    """A basis (q, r) of eigenvectors, the largest eigenvalue's first, after one more application of the operator.
+
+    Where its eigenvalues span many orders of magnitude, rounding in the projected operator leaves in each vector a
+    little of those far beyond the cut; an application damps exactly these.
+    """
+    image = apply(basis)
+    return krylov.orthonormalise(image / image.norm(dim=0).clamp_min(1e-300))[0]
 
 
 def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
