@@ -40,13 +40,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of `milora-init`: run, and leave with the exit status."""
     signal.signal(signal.SIGTERM, _terminate)
     status = run(sys.argv[1:] if argv is None else argv)
-    if status:
-        # A factorisation or a download cannot be interrupted, and the interpreter would wait minutes for its thread.
-        # All that it could still do is write into files that are gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    # After a failure a factorisation or a download may still run, which cannot be interrupted: the interpreter would
+    # wait minutes for its thread. All that it could still do is write into files that are gone. After a success all
+    # is on the disk, and taking torch down would only cost time.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(argv: list[str]) -> int:
