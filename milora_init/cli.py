@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -43,8 +44,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     # After a failure a factorisation or a download may still run, which cannot be interrupted: the interpreter would
     # wait minutes for its thread. All that it could still do is write into files that are gone. After a success all
     # is on the disk, and taking torch down would only cost time.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):  # who read has had enough
+            stream.flush()
     os._exit(status)
 
 

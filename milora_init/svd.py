@@ -16,12 +16,14 @@ is not an alternative: its error is relative to the largest singular value, whic
 to 10^6 times the smallest.  float32 serves once, to place the shift, where any value below the spectrum does.
 
 Cost.  p q^2 operations for G and q^3 / 3 for its factor, then 4 q^2 for each of some hundreds of vectors;
-9 q^3 where all eigenvectors are needed.  3 q^2 float64 numbers of memory and the Krylov basis, since X is
-upcast one block of rows at a time.  The bits do not depend on the number of threads (dense.py).
+9 q^3 where all eigenvectors are needed.  1.5 q^2 float64 numbers of memory and the Krylov basis, 3 q^2 for all
+eigenvectors; X is upcast one block of rows at a time.  The bits do not depend on the number of threads
+(dense.py).
 
 Failure.  Every result is measured against W (certificate.py), and one that is not converged, or in doubt, is
-not returned: the next path is taken, all eigenvectors of G, then, where squaring lost the wanted end, a full
-float64 SVD, which holds a float64 copy of W.  The certificate says which path ran and why.
+not returned: one more application of the operator is tried, then the next path, all eigenvectors of G, then,
+where squaring lost the wanted end, a full float64 SVD, which holds a float64 copy of W.  The certificate says
+which path ran and why.
 
 Sources: MiLoRA, https://arxiv.org/abs/2406.09044.  Perturbation of singular subspaces: P.-A. Wedin (1972),
 https://doi.org/10.1007/BF01932678.  The Krylov space: krylov.py.
