@@ -1,80 +1,38 @@
 """Carry a plan out: split every planned weight, copy the rest, assemble the adapter, account for all of it.
 
-Per shard: the output file is laid out under a partial name; a crew reads its weights, splits them and writes them at
-their offsets, while this thread copies everything else as bytes; factors go into a piece of the adapter beside the
-journal; the file takes its name; the journal gets a line. A run that is cut off anywhere is resumed by the same
-command.
+Per shard: a crew splits its weights while this thread copies everything else as bytes; the file takes its name; the
+journal gets a line. A run that is cut off anywhere is resumed by the same command.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import platform
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from milora_init import __version__, adapter, weight_job
-from milora_init.checkpoint import SAFETENSORS_INDEX, Remote, SafetensorsShard, open_shard, read_bytes, stamp
+from milora_init import __version__, adapter
+from milora_init.checkpoint import SAFETENSORS_INDEX, Remote, read_bytes
 from milora_init.digest import sha256
-from milora_init.errors import CheckpointError, OutputError
+from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
+from milora_init.open_shard import OpenShard, piece_of
 from milora_init.options import InitOptions
-from milora_init.output import WORK, OutputFolder
-from milora_init.pieces import assemble, piece_key, plan_piece
+from milora_init.output import OutputFolder
+from milora_init.pieces import assemble
 from milora_init.plan import Plan, ShardJob, make_plan
+from milora_init.progress import Progress, ShardResult, Silent
 from milora_init.safetensors_format import read_header
-from milora_init.safetensors_writer import SafetensorsWriter
 from milora_init.self_check import require_loadable
 from milora_init.supply import Supply
-from milora_init.weight_job import WeightJob
 from milora_init.workers import Crew, resolve_devices, side_by_side
-
-
-class Progress(Protocol):
-    """Who wants to know how far the run is. Called from the workers' threads."""
-
-    def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
-        """The run starts; these of `plan.jobs` were finished by an earlier one."""
-
-    def solving(self, module: str, device: str) -> None:
-        """A device has taken a module up."""
-
-    def fetching(self, name: str, size_bytes: int) -> None:
-        """A file of the source is being fetched from the Hub."""
-
-    def tensor(self, name: str, size_bytes: int) -> None:
-        """A tensor of the source has been dealt with."""
-
-    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
-        """A file of the output has its name."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None: ...
-    def solving(self, module: str, device: str) -> None: ...
-    def fetching(self, name: str, size_bytes: int) -> None: ...
-    def tensor(self, name: str, size_bytes: int) -> None: ...
-    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ShardResult:
-    """What came of a ShardJob: sizes of the files it made, relative to the output folder, and its weights' records."""
-
-    shard: str
-    files: dict[str, int]
-    records: tuple[WeightRecord, ...]
 
 
 def initialize(options: InitOptions, *, progress: Progress | None = None) -> Manifest:
@@ -235,101 +193,6 @@ def _run_shards(
             before = job, opened
         if before:
             yield before[0], before[1].finish()
-
-
-def piece_of(job: ShardJob) -> str:
-    """Where a shard's factors wait for the others."""
-    return f"{WORK}/{job.target}.adapter"
-
-
-class OpenShard:
-    """One file of the output on its way, and its piece of the adapter.
-
-    Raises:
-        CheckpointError: The source changed since it was planned, or cannot be read.
-        OutputError: The output cannot be written.
-        SolveError: A weight that cannot be decomposed.
-    """
-
-    def __init__(self, job: ShardJob, out: Path, progress: Progress) -> None:
-        self._job = job
-        self._progress = progress
-        self._piece = piece_of(job)
-        self._base = SafetensorsWriter(out / job.target, job.header)
-        self._factors = SafetensorsWriter(out / self._piece, plan_piece(job.splits))
-        self._running: list[Future[WeightRecord]] = []
-
-    def __enter__(self) -> OpenShard:
-        with ExitStack() as stack:
-            self._source = open_shard(self._job.source)
-            stack.callback(self._source.close)
-            self._require_unchanged()
-            stack.enter_context(self._base)
-            stack.enter_context(self._factors)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def start(self, crew: Crew) -> None:
-        """Give every weight to the crew, the largest first."""
-        places = {tensor: self._base.place(tensor) for tensor in self._job.weights}
-        for plan in sorted(self._job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
-            weight = plan.weight
-            source, residual = self._source.locate(weight.tensor), places[weight.tensor]
-            job = WeightJob(
-                plan=plan,
-                source=source if weight.row is None else source.at(weight.row),
-                residual=residual if weight.row is None else residual.at(weight.row),
-                A=self._factors.place(piece_key(weight.module, "A")),
-                B=self._factors.place(piece_key(weight.module, "B")),
-                mode=self._job.mode,
-            )
-            self._running.append(crew.submit(self._split, job))
-
-    def copy_the_rest(self) -> None:
-        """Copy what is not adapted, byte for byte."""
-        for name, info in self._source.header.tensors.items():
-            if name in self._job.weights:
-                continue
-            if isinstance(self._source, SafetensorsShard):
-                self._base.copy(name, self._source.fileno, self._source.offset(name), self._source.path)
-            else:
-                self._base.write(name, self._source.read(name))
-            self._progress.tensor(name, info.size_bytes)
-
-    def finish(self) -> ShardResult:
-        """Wait for the weights, account for them, and give the files their names."""
-        records = []
-        for future in self._running:
-            record = future.result()
-            for factor in "AB":
-                self._factors.written(piece_key(record.module, factor))
-            records.append(record)
-        for tensor in self._job.weights:
-            self._base.written(tensor)
-        self._require_unchanged()
-        files = {self._piece: self._factors.finish(), self._job.target: self._base.finish()}
-        self._stack.close()
-        return ShardResult(self._job.target, files, tuple(records))
-
-    def _split(self, job: WeightJob, device: torch.device, turn: AbstractContextManager[Any]) -> WeightRecord:
-        @contextmanager
-        def announced() -> Iterator[None]:
-            with turn:
-                self._progress.solving(job.plan.weight.module, str(device))
-                yield
-
-        record = weight_job.run(job, device, announced())
-        self._progress.tensor(job.source.name, job.source.size_bytes)
-        return record
-
-    def _require_unchanged(self) -> None:
-        if stamp(self._job.source) != self._job.stamp:
-            raise CheckpointError(
-                f"{self._job.source} changed during the run", hint="wait until nobody writes to it, and run again"
-            )
 
 
 def _assemble(

@@ -27,10 +27,10 @@ from rich.table import Column, Table
 from milora_init.report import component_error, duration, kinds, loading_lines, size, warnings
 
 if TYPE_CHECKING:
-    from milora_init.decompose import ShardResult
     from milora_init.manifest import Manifest
     from milora_init.merge import Merged
     from milora_init.plan import Plan, ShardJob
+    from milora_init.progress import ShardResult
     from milora_init.verify import Verdict
 
 _DIFFERENCES = 20  # of a verdict, before the rest is only counted
@@ -58,7 +58,7 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
 
 
 class Bar:
-    """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere. A `decompose.Progress`.
+    """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere. A `progress.Progress`.
 
     Either tells how many modules are done and how long the rest will take at this run's rate; the bar also which
     module each device is at.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from milora_init.decompose import ShardResult, Silent
 from milora_init.manifest import Manifest
 from milora_init.output import WORK
 from milora_init.plan import Plan, ShardJob
+from milora_init.progress import ShardResult, Silent
 
 
 class PulledPlugError(Exception):

@@ -16,12 +16,13 @@ import pytest
 from interruptions import shards
 from tiny_models import contents
 
-from milora_init.decompose import Silent, decompose
+from milora_init.decompose import decompose
 from milora_init.errors import CheckpointError, MiloraError, OutputError
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import InitOptions
 from milora_init.output import WORK
 from milora_init.plan import make_plan
+from milora_init.progress import Silent
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]

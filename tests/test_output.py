@@ -18,12 +18,12 @@ import tiny_models
 from interruptions import Count, PulledPlugError, PullThePlug, halfway, shards
 from tiny_models import contents
 
-from milora_init.decompose import Silent
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
 from milora_init.output import WORK, OutputFolder
 from milora_init.plan import make_plan
+from milora_init.progress import Silent
 from milora_init.verify import verify
 
 Built = Callable[..., Path]

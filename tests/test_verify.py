@@ -17,11 +17,12 @@ from tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_json, tensors
 
 from milora_init import verify as verdicts
 from milora_init.cli import run
-from milora_init.decompose import ShardResult, Silent, initialize
+from milora_init.decompose import initialize
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
+from milora_init.progress import ShardResult, Silent
 from milora_init.safetensors_format import read_header
 from milora_init.verify import Verdict, verify
 
