@@ -8,15 +8,10 @@ Nothing heavy is imported until a name is used.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["InitOptions", "Manifest", "MiloraError", "__version__", "initialize"]
-
-# MKL's strict reproducible mode: the same bits for any number of threads. Read at MKL's first call, so it is asked for
-# before anything here can compute; where the importing program has computed already, or has chosen, its choice stands.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
     from milora_init.decompose import initialize

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init.dense import Operator
+from milora_init.cholesky import Operator
 from milora_init.scaled import Scaled
 
 EPS = torch.finfo(torch.float64).eps

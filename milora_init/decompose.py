@@ -74,7 +74,7 @@ def _fetch(options: InitOptions, remote: Remote | None, name: str, into: Path | 
 
 
 def seats(plan: Plan) -> tuple[tuple[torch.device, ...], int]:
-    """The devices that solve, the CPU as often as it has weights in work at a time, and each one's number of threads.
+    """The devices that solve, the CPU as often as it has weights in work at a time, and each one's number of hands.
 
     Raises:
         UsageError: A device that this machine does not have.

@@ -33,8 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init import dense
-from milora_init.dense import Operator
+from milora_init.cholesky import Operator
 
 LONGEST_WAIT = 8  # steps between two looks at convergence
 ROUGH_STEPS = 4
@@ -89,7 +88,7 @@ def largest(
             small = (small + small.triu(1).mT).cpu()
             if not bool(small.isfinite().all()):
                 return f"the Krylov space broke down after {step} steps"
-            values, vectors = (x.flip(-1) for x in dense.eigh(small))
+            values, vectors = (x.flip(-1) for x in torch.linalg.eigh(small))
             residual = (factor.cpu() @ vectors[-block:, :r]).norm(dim=0)
             angle = (residual / (values[:r] - values[r]).clamp_min(1e-300)).norm()
             if float(angle) <= tolerance:
@@ -118,7 +117,7 @@ def rough_largest(apply: Operator, q: int, *, block: int, device: torch.device) 
         newest, _ = orthonormalise(image - basis @ (basis.mT @ image))
         basis = torch.cat([basis, newest], dim=1)
     projected = (basis.mT @ apply(basis)).cpu()
-    return float(dense.eigh(projected)[0][-1])
+    return float(torch.linalg.eigh(projected)[0][-1])
 
 
 def _wait(previous: tuple[int, float], now: tuple[int, float], tolerance: float) -> int:
@@ -132,7 +131,8 @@ def _wait(previous: tuple[int, float], now: tuple[int, float], tolerance: float)
 def orthonormalise(Y: Tensor) -> tuple[Tensor, Tensor]:
     """Q (q, b) with orthonormal columns and R (b, b) with Y = Q R; NaN on a GPU where Y is rank-deficient."""
     if not Y.is_cuda:
-        return dense.qr(Y)
+        Q, R = torch.linalg.qr(Y)
+        return Q, R
     # Householder QR of a thin block is launch-bound there; Cholesky-QR, twice, is a few matrix products.
     total = torch.eye(Y.shape[1], dtype=Y.dtype, device=Y.device)
     for _ in range(2):

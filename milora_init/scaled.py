@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init.dense import Operator
+from milora_init.cholesky import Operator
 
 BLOCK_BYTES = 8 * 2**20  # of X, upcast at a time: twice as fast as blocks that leave the cache
 COLUMNS = 24  # MKL multiplies so many at a time: 72 columns take half the time of 64

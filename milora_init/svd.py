@@ -17,8 +17,10 @@ to 10^6 times the smallest.  float32 serves once, to place the shift, where any 
 
 Cost.  p q^2 operations for G and q^3 / 3 for its factor, then 4 q^2 for each of some hundreds of vectors;
 9 q^3 where all eigenvectors are needed.  1.5 q^2 float64 numbers of memory and the Krylov basis, 3 q^2 for all
-eigenvectors; X is upcast one block of rows at a time.  The bits do not depend on the number of threads
-(dense.py).
+eigenvectors; X is upcast one block of rows at a time.
+
+Bits.  The same on the same processor with the same number of threads; a BLAS splits its sums by that number, so the
+engine gives every weight one thread (workers.py).
 
 Failure.  Every result is measured against W (certificate.py), and one that is not converged, or in doubt, is
 not returned: one more application of the operator is tried, then the next path, all eigenvectors of G, then,
@@ -38,9 +40,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from milora_init import dense, krylov
+from milora_init import krylov
 from milora_init.certificate import EPS, Certificate, certify, gaps, is_good
-from milora_init.dense import Operator
+from milora_init.cholesky import Cholesky, Operator, cholesky
 from milora_init.scaled import Scaled
 
 __all__ = ["Certificate", "Mode", "Triplets", "singular_triplets", "wanted_indices"]
@@ -211,7 +213,7 @@ def _refined(apply: Operator, basis: Tensor) -> Tensor:
     return krylov.orthonormalise(image / image.norm(dim=0).clamp_min(1e-300))[0]
 
 
-def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
+def _factor(X: Scaled) -> tuple[Cholesky | None, float]:
     """The Cholesky factor of X^T X - shift I, and the shift.
 
     The spectrum of a clearly rectangular matrix does not reach down to zero, and a shift just below its
@@ -221,23 +223,23 @@ def _factor(X: Scaled) -> tuple[dense.Cholesky | None, float]:
     p, q = X.X.shape
     G = X.gram()
     if 2 * p >= 3 * q:
-        rough = dense.cholesky(G.to(torch.float32))
+        rough = cholesky(G.to(torch.float32))
         if rough is not None:
             rough_inverse = krylov.rough_largest(rough.solve, q, block=ROUGH_BLOCK, device=G.device)
-            # float32 products do depend on the number of threads: of the shift, five bits are kept.
+            # Five bits of it are enough, and do not hang on the last bits of a float32.
             mantissa, exponent = math.frexp(SHIFT / rough_inverse)
             shift = math.ldexp(math.floor(32 * mantissa) / 32, exponent)
             del rough
             if shift > 0:
                 G.diagonal().sub_(shift)
-                factor = dense.cholesky(G)
+                factor = cholesky(G)
                 if factor is not None:
                     return factor, shift
                 G = X.gram()  # the attempt overwrote it
-    return dense.cholesky(G), 0.0
+    return cholesky(G), 0.0
 
 
-def _largest(factor: dense.Cholesky) -> float:
+def _largest(factor: Cholesky) -> float:
     """The largest eigenvalue of the factored matrix, from below, to a tenth or so: only a scale."""
     q = factor.L.shape[0]
     block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -248,7 +250,7 @@ def _largest(factor: dense.Cholesky) -> float:
 
 
 def _by_eigh(X: Scaled, wanted: Tensor, seed: int, reason: str) -> _Solution:
-    eigenvalues, vectors = dense.eigh(X.gram())
+    eigenvalues, vectors = torch.linalg.eigh(X.gram())
     spectrum = eigenvalues.clamp_(min=0).sqrt_().flip(0)
     vectors = vectors.flip(1)
     left, s, right, image = rayleigh_ritz(X, vectors[:, wanted])
@@ -262,7 +264,7 @@ def _by_eigh(X: Scaled, wanted: Tensor, seed: int, reason: str) -> _Solution:
 
 def _by_svd(X: Scaled, wanted: Tensor, reason: str) -> _Solution:
     full = X.whole()
-    left, spectrum, right = dense.svd(full)
+    left, spectrum, right = torch.linalg.svd(full, full_matrices=False)
     del full
     left, s, right = left[:, wanted], spectrum[wanted], right.mT[:, wanted]
     s_max = float(spectrum[0])
@@ -275,8 +277,8 @@ def _by_svd(X: Scaled, wanted: Tensor, reason: str) -> _Solution:
 def rayleigh_ritz(X: Scaled, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The triplets of X within an orthonormal basis (q, k): left (p, k), s, right (q, k), X right."""
     image = X.times(basis)
-    Q, R = dense.qr(image)
-    u, s, vh = dense.svd(R)
+    Q, R = torch.linalg.qr(image)
+    u, s, vh = torch.linalg.svd(R)
     return Q @ u, s, basis @ vh.mT, image @ vh.mT
 
 
@@ -300,7 +302,7 @@ def _purify(X: Scaled, left: Tensor, s: Tensor, spectrum: Tensor, vectors: Tenso
         weak = weak - X.times(right @ (inverse * (right.mT @ X.transposed_times(weak))))
         left[:, small] = weak / weak.norm(dim=0).clamp_min(1e-300)
         # QR keeps the leading columns, which are those with the larger s.
-        Q, R = dense.qr(left)
+        Q, R = torch.linalg.qr(left)
         left = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
     return left
 

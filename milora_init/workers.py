@@ -22,7 +22,8 @@ from milora_init.errors import UsageError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Work = Callable[[Job, torch.device, AbstractContextManager[Any]], Result]
+Turn = AbstractContextManager[Any]  # the right to solve on a device, for one thread at a time
+Work = Callable[[Job, torch.device, Turn], Result]
 
 
 def resolve_devices(names: Sequence[str]) -> tuple[torch.device, ...]:
@@ -58,16 +59,15 @@ def multiply_rate() -> float:
 
 
 def side_by_side(needs_bytes: Sequence[int]) -> int:
-    """How many weights the CPU is to solve at a time, each on one thread; 1 is one weight on all threads.
+    """How many weights the CPU is to solve at a time, each on one thread.
 
-    Several at a time use the cores better than several threads on one, of whose solve half is on one thread anyway.
-    They may take a quarter of the machine's memory.
+    As many as there are cores, within half of the machine's memory.
 
     Args:
         needs_bytes: What each weight takes.
     """
     needs = sorted(needs_bytes, reverse=True)[: torch.get_num_threads()]
-    fitting = sum(total <= _memory_bytes() // 4 for total in accumulate(needs))
+    fitting = sum(total <= _memory_bytes() // 2 for total in accumulate(needs))
     return max(1, fitting)
 
 
@@ -80,30 +80,15 @@ def _memory_bytes() -> int:
     return found
 
 
-class _Turn:
-    """The right to solve on a device, for one thread at a time.
-
-    A thread that first meets torch while another one's solver asks for one CPU thread would keep to one for good; so
-    the number is set where nobody else on the device is solving.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._lock = threading.Lock()
-        self._threads = threads
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        torch.set_num_threads(self._threads)
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 class Crew:
     """Threads that take jobs from one queue, `hands` of them to a device; the CPU may be given several times.
 
     One solves, and only one, for it holds the device's turn; another reads the next weight or writes the last. A job
     is in memory only while a thread has it, so memory is bounded by the number of threads, not of jobs.
+
+    Each computes on one CPU thread: a BLAS splits its sums by the number of threads, and the last bits with them, so
+    this is what makes the bytes of an output the same on any number of cores. Several weights at a time also use the
+    cores better than several threads on one.
     """
 
     HANDS = 2
@@ -111,14 +96,12 @@ class Crew:
     _left: ClassVar[list[ThreadPoolExecutor]] = []  # pools of crews that failed, with a solve still running
 
     def __init__(self, devices: Sequence[torch.device], *, hands: int = HANDS) -> None:
-        while self._left:  # such a solve sets the process's number of threads, and would set it in the midst of ours
+        while self._left:  # such a solve writes to files that may be ours now
             self._left.pop().shutdown()
         self._threads = torch.get_num_threads()
-        if len(devices) > 1:
-            # The solver counts on one thread where it asks for one, and the count is the whole process's.
-            torch.set_num_threads(1)
-        self._seats: queue.SimpleQueue[tuple[torch.device, _Turn]] = queue.SimpleQueue()
-        turns = [_Turn(torch.get_num_threads()) for _ in devices]
+        torch.set_num_threads(1)  # of torch threads that begin from here on, too
+        self._seats: queue.SimpleQueue[tuple[torch.device, Turn]] = queue.SimpleQueue()
+        turns = [threading.Lock() for _ in devices]
         for _ in range(hands):  # every device gets a hand before any gets its second: jobs may be few
             for seat in zip(devices, turns, strict=True):
                 self._seats.put(seat)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tiny_models import as_pickles, tensors
 from torch import Tensor
 
-from milora_init import decompose
 from milora_init.decompose import initialize
 from milora_init.manifest import Manifest
+from milora_init.open_shard import OpenShard
 from milora_init.options import InitOptions
 from milora_init.plan import describe, make_plan
 from milora_init.verify import verify
@@ -167,7 +167,7 @@ def test_a_run_with_experts_goes_on_where_it_stopped(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, straight, _ = made("mixtral")
-    real = decompose.OpenShard.finish
+    real = OpenShard.finish
     finished: list[Any] = []
 
     def stop(self: Any) -> Any:
@@ -179,10 +179,10 @@ def test_a_run_with_experts_goes_on_where_it_stopped(
     options = InitOptions(
         model=str(source), out=str(tmp_path / "out"), rank=RANK, target=FAMILIES["mixtral"].targets, device=("cpu",)
     )
-    monkeypatch.setattr(decompose.OpenShard, "finish", stop)
+    monkeypatch.setattr(OpenShard, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         initialize(options)
-    monkeypatch.setattr(decompose.OpenShard, "finish", real)
+    monkeypatch.setattr(OpenShard, "finish", real)
     initialize(options)
     for file in ("model-00003-of-*.safetensors", "lora/adapter_model.safetensors"):
         (one,), (other,) = (list(folder.glob(file)) for folder in (straight, tmp_path / "out"))

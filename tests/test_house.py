@@ -17,7 +17,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # Bottom to top: a file imports only from files before it. A new file takes its place here.
 ORDER = [
-    "errors", "layout", "safetensors_format", "safetensors_writer", "manifest", "dense", "scaled", "certificate",
+    "errors", "layout", "safetensors_format", "safetensors_writer", "manifest", "cholesky", "scaled", "certificate",
     "krylov", "svd", "split", "digest", "checkpoint", "factors", "meta_model", "naming", "targets", "options",
     "adapter", "weight_plan", "plan", "self_check", "pieces", "supply", "output", "workers", "weight_job", "hub",
     "progress", "open_shard", "decompose", "audit", "trained", "kinship", "verify", "convert", "merge", "report",
@@ -72,7 +72,7 @@ def test_no_file_reaches_the_network_past_the_hub(module: str) -> None:
 
 
 def test_the_mathematics_knows_no_files_and_the_files_no_mathematics() -> None:
-    mathematics = {"dense", "scaled", "certificate", "krylov", "svd", "split"}
+    mathematics = {"cholesky", "scaled", "certificate", "krylov", "svd", "split"}
     for module in mathematics:
         assert own_imports(module) <= mathematics
         assert {name.split(".")[0] for name in imports(module)} & {"os", "pathlib", "safetensors", "io"} == set()

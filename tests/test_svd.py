@@ -242,34 +242,6 @@ def _blind_randn(q: int) -> Callable[..., Tensor]:
     return randn
 
 
-@pytest.mark.parametrize(
-    ("shape", "mode", "path"),
-    [
-        ((600, 600), "min", "lanczos"),
-        ((560, 1700), "min", "lanczos"),
-        ((600, 600), "max", "lanczos"),
-        ((300, 200), "mid", "eigh"),
-    ],
-    ids=str,
-)
-def test_same_bits_for_any_number_of_threads(shape: tuple[int, int], mode: Mode, path: str) -> None:
-    W = matrices.language_model_like(*shape)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            results.append(singular_triplets(W, 10, mode=mode))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert results[0].certificate.path == path
-    for other in results[1:]:
-        for name in ("U", "s", "V"):
-            assert torch.equal(getattr(results[0], name), getattr(other, name))
-        assert results[0].certificate == other.certificate
-
-
 @given(
     m=st.integers(1, 24),
     n=st.integers(1, 24),

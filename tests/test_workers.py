@@ -9,13 +9,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import matrices
 import pytest
 import torch
 from tiny_models import contents
 
-from milora_init import decompose, dense, workers
+from milora_init import decompose, workers
 from milora_init.errors import UsageError
 from milora_init.manifest import MANIFEST
+from milora_init.svd import Mode, Triplets, singular_triplets
 from milora_init.workers import Crew, multiply_rate, resolve_devices, side_by_side
 
 CPU = torch.device("cpu")
@@ -78,7 +80,7 @@ def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypat
     monkeypatch.setattr(workers, "_memory_bytes", lambda: 4000)
     assert side_by_side([10] * 9) == 4  # a core each
     assert side_by_side([10, 10]) == 2
-    assert side_by_side([300, 500, 400]) == 2  # the largest two take 900 of the 1000 that are theirs
+    assert side_by_side([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
     assert side_by_side([5000, 1]) == 1  # one there must be
 
 
@@ -205,11 +207,11 @@ def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
 
 
 def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads: None) -> None:
-    """Else its end would set the number of threads in the midst of the next run's solves."""
+    """Else it would write into the next run's files, and give it threads that are not its own."""
     solving, release = threading.Event(), threading.Event()
 
     def work(job: int, device: torch.device, turn: Turn) -> None:
-        with turn, dense.one_thread():
+        with turn:
             solving.set()
             release.wait(PATIENCE_S)
 
@@ -224,7 +226,7 @@ def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads:
     threading.Timer(0.1, release.set).start()
     with Crew([CPU]) as crew:
         assert release.is_set()
-        assert crew.submit(lambda *_: torch.get_num_threads(), 0).result(PATIENCE_S) == 2
+        assert crew.submit(lambda *_: torch.get_num_threads(), 0).result(PATIENCE_S) == 1
     assert torch.get_num_threads() == 2
 
 
@@ -254,30 +256,51 @@ def test_the_number_of_threads_is_given_back(count: int, fails: bool, two_thread
     else:
         run()
     assert torch.get_num_threads() == 2
-    assert inside == [2 if count == 1 else 1]  # several devices at once share out the cores
+    assert inside == [1]
 
 
-def test_every_hand_solves_with_all_threads_whenever_it_came(two_threads: None) -> None:
-    """A thread of torch's begins with the count that stands at that moment, and the solver sets it to one at times."""
-    inside, arrived = threading.Event(), threading.Event()
+def test_every_hand_computes_on_one_thread_whenever_it_came(two_threads: None) -> None:
+    """The sums of a product, and so the last bits, would follow the number of threads."""
 
     def work(job: int, device: torch.device, turn: Turn) -> int:
-        if job == 1:
-            torch.ones(2).add(1)  # what reading a weight does: the first touch of torch in this thread
-            torch.get_num_threads()
-            arrived.set()
+        torch.ones(2).add(1)  # what reading a weight does: the first touch of torch in this thread
         with turn:
-            if job == 0:
-                with dense.one_thread():
-                    inside.set()
-                    assert arrived.wait(PATIENCE_S)
             return torch.get_num_threads()
 
     with Crew([CPU]) as crew:
-        first = crew.submit(work, 0)
-        assert inside.wait(PATIENCE_S)
-        second = crew.submit(work, 1)
-        assert [first.result(PATIENCE_S), second.result(PATIENCE_S)] == [2, 2]
+        assert {crew.submit(work, job).result(PATIENCE_S) for job in range(4)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "path"),
+    [
+        ((600, 600), "min", "lanczos"),
+        ((560, 1700), "min", "lanczos"),
+        ((600, 600), "max", "lanczos"),
+        ((300, 200), "mid", "eigh"),
+    ],
+    ids=str,
+)
+def test_a_solve_has_the_same_bits_whatever_the_cores_of_its_crew(
+    shape: tuple[int, int], mode: Mode, path: str, two_threads: None
+) -> None:
+    W = matrices.language_model_like(*shape)
+
+    def work(job: int, device: torch.device, turn: Turn) -> Triplets:
+        with turn:
+            return singular_triplets(W, 10, mode=mode)
+
+    results = []
+    for threads, seats in ((1, 1), (2, 1), (2, 2), (3, 3)):
+        torch.set_num_threads(threads)
+        with Crew([CPU] * seats) as crew:
+            results += [future.result() for future in [crew.submit(work, job) for job in range(seats)]]
+        assert torch.get_num_threads() == threads
+    assert results[0].certificate.path == path
+    for other in results[1:]:
+        for name in ("U", "s", "V"):
+            assert torch.equal(getattr(results[0], name), getattr(other, name))
+        assert results[0].certificate == other.certificate
 
 
 @pytest.mark.parametrize("mode", ["min", "random"])
