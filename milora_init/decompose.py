@@ -10,8 +10,8 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ import torch
 
 from milora_init import __version__, adapter
 from milora_init.checkpoint import SAFETENSORS_INDEX, Remote, read_bytes
-from milora_init.digest import sha256
+from milora_init.digest import forget, sha256
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.open_shard import OpenShard, piece_of
@@ -32,7 +32,7 @@ from milora_init.progress import Progress, ShardResult, Silent
 from milora_init.safetensors_format import read_header
 from milora_init.self_check import require_loadable
 from milora_init.supply import Supply
-from milora_init.workers import Crew, resolve_devices, side_by_side
+from milora_init.workers import Crew, memory_bytes, resolve_devices, side_by_side
 
 
 def initialize(options: InitOptions, *, progress: Progress | None = None) -> Manifest:
@@ -112,7 +112,8 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
     if finished := out.enter(plan):
         return finished
     # Files are hashed from the page cache while the next one is made: the journal does not wait for it.
-    hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
+    hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
+    hasher = _hasher(plan, out, hashing)
     try:
         lines = out.done(sink.holds if sink else None)
         done = [job for job in plan.jobs if job.target in lines]
@@ -121,7 +122,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
         progress.begin(plan, done)
         if sink and not done:
             sink.begin()
-        hashes = {job.target: _hash(hasher, out, lines[job.target]) for job in done}
+        hashes = {job.target: hasher(lines[job.target]) for job in done}
         with _supply(plan, todo, out, progress) as supply:
             for job, result in _run_shards(todo, supply, Crew(devices, hands=hands), out, progress):
                 line = dataclasses.asdict(result)
@@ -131,7 +132,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
                     line["pushed"] = sink.push_shard(out.path / result.shard, result.shard)
                     out.record(line)
                     (out.path / result.shard).unlink()
-                hashes[result.shard] = _hash(hasher, out, line)
+                hashes[result.shard] = hasher(line)
                 lines[result.shard] = line
                 progress.shard(result, len(lines), len(plan.jobs), time.monotonic() - started)
         manifest = _assemble(plan, out, lines, hashes, asked, started)
@@ -141,7 +142,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
         out.abandon()
         raise
     finally:
-        hasher.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a hash
+        hashing.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a hash
     if sink:
         out.discard(plan.files)
     else:
@@ -149,9 +150,24 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
     return manifest
 
 
-def _hash(hasher: ThreadPoolExecutor, out: OutputFolder[Manifest], line: Mapping[str, Any]) -> Future[str]:
-    """The SHA-256 of a shard, to come; whoever took it from the disk has told it."""
-    return hasher.submit(str, line["pushed"]) if "pushed" in line else hasher.submit(sha256, out.path / line["shard"])
+def _hasher(plan: Plan, out: OutputFolder[Manifest], pool: Executor) -> Callable[[Mapping[str, Any]], Future[str]]:
+    """From a journal's line to the SHA-256 of its shard, to come; whoever took it from the disk has told it.
+
+    Where source and output do not fit the page cache together, what was hashed leaves it: else it would push out what
+    of the source is still to be read.
+    """
+    crowded = plan.source_bytes + plan.base_bytes > memory_bytes()
+
+    def hashed(path: Path) -> str:
+        digest = sha256(path)
+        if crowded:
+            forget(path)
+        return digest
+
+    def hasher(line: Mapping[str, Any]) -> Future[str]:
+        return pool.submit(str, line["pushed"]) if "pushed" in line else pool.submit(hashed, out.path / line["shard"])
+
+    return hasher
 
 
 def _supply(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Supply:
@@ -205,7 +221,7 @@ def _assemble(
 ) -> Manifest:
     """All shards stand: put the adapter together, copy the side files, then make the folder loadable."""
     (out.path / adapter.FOLDER).mkdir(exist_ok=True)
-    pieces = [out.path / piece_of(job) for job in plan.jobs]
+    pieces = [out.path / piece_of(job) for job in plan.jobs if job.splits]
     assemble(pieces, plan.weights, plan.adapter_header, out.path / adapter.WEIGHTS)
     out.write(adapter.CONFIG, (json.dumps(plan.adapter_config, indent=2) + "\n").encode())
     for name in plan.side_files:

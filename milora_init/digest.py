@@ -7,6 +7,7 @@ disk, know the SHA-256 of every large file.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from milora_init.errors import CheckpointError
@@ -25,6 +26,13 @@ def sha256(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def forget(path: Path) -> None:
+    """Let the system drop a synced file from its page cache, where it takes such advice."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sampled(path: Path, header: Header) -> str:

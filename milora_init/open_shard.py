@@ -45,9 +45,10 @@ class OpenShard:
     def __init__(self, job: ShardJob, out: Path, progress: Progress) -> None:
         self._job = job
         self._progress = progress
-        self._piece = piece_of(job)
         self._base = SafetensorsWriter(out / job.target, job.header)
-        self._factors = SafetensorsWriter(out / self._piece, plan_piece(job.splits))
+        self._factors = SafetensorsWriter(out / piece_of(job), plan_piece(job.splits))
+        self._files = {piece_of(job): self._factors} if job.splits else {}
+        self._files[job.target] = self._base
         self._running: list[Future[WeightRecord]] = []
 
     def __enter__(self) -> OpenShard:
@@ -55,8 +56,8 @@ class OpenShard:
             self._source = open_shard(self._job.source)
             stack.callback(self._source.close)
             self._require_unchanged()
-            stack.enter_context(self._base)
-            stack.enter_context(self._factors)
+            for writer in self._files.values():
+                stack.enter_context(writer)
             self._stack = stack.pop_all()
         return self
 
@@ -89,6 +90,7 @@ class OpenShard:
             else:
                 self._base.write(name, self._source.read(name))
             self._progress.tensor(name, info.size_bytes)
+        self._base.flush()
 
     def finish(self) -> ShardResult:
         """Wait for the weights, account for them, and give the files their names."""
@@ -101,7 +103,7 @@ class OpenShard:
         for tensor in self._job.weights:
             self._base.written(tensor)
         self._require_unchanged()
-        files = {self._piece: self._factors.finish(), self._job.target: self._base.finish()}
+        files = {name: writer.finish() for name, writer in self._files.items()}
         self._stack.close()
         return ShardResult(self._job.target, files, tuple(records))
 

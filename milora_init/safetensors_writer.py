@@ -11,6 +11,7 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +81,8 @@ class SafetensorsWriter:
         self._partial = path.with_name(path.name + ".partial")
         self._unplaced, self._missing = set(header.tensors), set(header.tensors)
         self._fileno: int | None = None
+        self._flusher: ThreadPoolExecutor | None = None
+        self._flushed: Future[None] | None = None
 
     def __enter__(self) -> SafetensorsWriter:
         try:
@@ -97,6 +100,8 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._flusher is not None:
+            self._flusher.shutdown()
         if self._fileno is not None:
             os.close(self._fileno)
             self._partial.unlink(missing_ok=True)
@@ -134,20 +139,26 @@ class SafetensorsWriter:
                 done += len(chunk)
         self.written(name)
 
+    def flush(self) -> None:
+        """Send to the disk what is there, while others go on: `finish` then has little left to wait for."""
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flushed = self._flusher.submit(os.fsync, self._open())
+
     def finish(self) -> int:
-        """Sync the file and give it its name; return its size in bytes."""
+        """Sync the file and give it its name; return its size in bytes. The name is safe once its folder is synced."""
         if self._missing:
             raise OutputError(
                 f"{self.path}: {len(self._missing)} tensors were never written, {min(self._missing)} first"
             )
         fileno = self._open()
         with writing(self._partial):
+            if self._flushed is not None:
+                self._flushed.result()  # the system reports a failed write once, and to whoever asked first
             os.fsync(fileno)
             size_bytes = os.fstat(fileno).st_size
             os.close(fileno)
             self._fileno = None
             self._partial.replace(self.path)
-            sync_folder(self.path.parent)
         return size_bytes
 
     def _open(self) -> int:

@@ -67,11 +67,11 @@ def side_by_side(needs_bytes: Sequence[int]) -> int:
         needs_bytes: What each weight takes.
     """
     needs = sorted(needs_bytes, reverse=True)[: torch.get_num_threads()]
-    fitting = sum(total <= _memory_bytes() // 2 for total in accumulate(needs))
+    fitting = sum(total <= memory_bytes() // 2 for total in accumulate(needs))
     return max(1, fitting)
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """The machine's memory, or what a container is allowed of it."""
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):

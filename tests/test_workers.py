@@ -75,9 +75,9 @@ def test_the_rate_of_this_machine_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 1 << 28 < workers._memory_bytes() < 1 << 50
+    assert 1 << 28 < workers.memory_bytes() < 1 << 50
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(workers, "_memory_bytes", lambda: 4000)
+    monkeypatch.setattr(workers, "memory_bytes", lambda: 4000)
     assert side_by_side([10] * 9) == 4  # a core each
     assert side_by_side([10, 10]) == 2
     assert side_by_side([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
