@@ -31,6 +31,7 @@ from milora_init.safetensors_format import (
     REFETCH,
     Header,
     TensorInfo,
+    bytes_of,
     plan_header,
     read_header,
 )
@@ -67,12 +68,13 @@ class TensorSource:
         entry = replace(self, shape=self.shape[1:], row=row)
         return entry if self.offset is None else replace(entry, offset=self.offset + row * entry.size_bytes)
 
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own, on the CPU. Raises CheckpointError."""
+    def read(self, *, pinned: bool = False) -> Tensor:
+        """The tensor, in memory of its own, on the CPU; page-locked, for its way to a GPU. Raises CheckpointError."""
         if self.offset is None:
-            return PickleShard(self.path).read(self.name, self.row)
-        data = bytearray(self.size_bytes)
-        view, position = memoryview(data), self.offset
+            tensor = PickleShard(self.path).read(self.name, self.row)
+            return tensor.pin_memory() if pinned else tensor
+        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype], pin_memory=pinned)
+        view, position = bytes_of(tensor), self.offset
         try:
             with self.path.open("rb", buffering=0) as file:
                 while view:
@@ -82,9 +84,7 @@ class TensorSource:
                     view, position = view[count:], position + count
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read {self.name}: {error.strerror}") from error
-        if not data:
-            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(self.shape)
+        return tensor
 
 
 class SafetensorsShard:

@@ -7,6 +7,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from milora_init.errors import CheckpointError
 
@@ -171,3 +173,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name!r} stands in it twice")
         mapping[name] = value
     return mapping
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, its own where it is contiguous; without NumPy, which torch does not require."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.numel() == 0:
+        return memoryview(b"")
+    buffer = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
+    buffer.tensor = flat  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
+    return memoryview(buffer).cast("B")

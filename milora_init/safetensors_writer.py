@@ -6,7 +6,6 @@ tensor there; the writer lays the file out, keeps account and gives it its name.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import math
 import os
@@ -16,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from milora_init.errors import CheckpointError, OutputError
-from milora_init.safetensors_format import DTYPE_NAMES, DTYPES, Header
+from milora_init.safetensors_format import DTYPE_NAMES, DTYPES, Header, bytes_of
 
 _CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that calls cost nothing
 _NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO)
@@ -57,7 +55,7 @@ class Place:
                 planned = f"planned {self.dtype} {list(self.shape)}"
                 raise OutputError(f"{self.name} is {tensor.dtype} {list(tensor.shape)}, {planned}")
             with writing(self.path):
-                _write_all(fileno, _bytes_of(tensor), self.offset)
+                _write_all(fileno, bytes_of(tensor), self.offset)
 
         try:
             yield write
@@ -219,13 +217,3 @@ def _read(source: int, size: int, offset: int, complaint: str) -> bytes:
     if not chunk:
         raise CheckpointError(f"{complaint}: the file ended early; it changed during the run")
     return chunk
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, without a copy and without NumPy, which torch does not require."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    buffer = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
-    buffer.tensor = flat  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
-    return memoryview(buffer).cast("B")

@@ -50,20 +50,28 @@ def run(job: WeightJob, device: torch.device, turn: AbstractContextManager[Any])
     """
     with job.residual.opened() as write_residual, job.A.opened() as write_A, job.B.opened() as write_B:
         began = time.monotonic()
-        W = job.source.read()
+        pinned = device.type == "cuda"
+        W = job.source.read(pinned=pinned)
         with suppress(torch.OutOfMemoryError):  # then it goes there in its turn, when the other hand's has left
-            W = W.to(device)
+            W = W.to(device, non_blocking=pinned)
         read = time.monotonic()
         with turn:
             started = time.monotonic()
             result, where = _split(job, W, device)
             solved = time.monotonic()
         del W
-        write_residual((result.residual.mT if job.plan.weight.transposed else result.residual).cpu())
-        write_A(result.A.cpu())
-        write_B(result.B.cpu())
+        write_residual(_on_cpu(result.residual.mT if job.plan.weight.transposed else result.residual))
+        write_A(_on_cpu(result.A))
+        write_B(_on_cpu(result.B))
     written = time.monotonic()
     return _record(job, result, where, read_s=read - began, elapsed_s=solved - started, write_s=written - solved)
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, by way of page-locked memory where it comes from a GPU: several times as fast."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:
