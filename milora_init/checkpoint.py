@@ -68,6 +68,12 @@ class TensorSource:
         entry = replace(self, shape=self.shape[1:], row=row)
         return entry if self.offset is None else replace(entry, offset=self.offset + row * entry.size_bytes)
 
+    def rows(self, start: int, stop: int) -> TensorSource:
+        """Some entries of the first dimension of a tensor in a safetensors file."""
+        assert self.offset is not None
+        size_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * size_bytes)
+
     def read(self, *, pinned: bool = False) -> Tensor:
         """The tensor, in memory of its own, on the CPU; page-locked, for its way to a GPU. Raises CheckpointError."""
         if self.offset is None:

@@ -2,7 +2,7 @@
 
     W' = round(residual + scale * B @ A)
 
-The sum is taken in float64, a block of rows at a time, and rounded once. With the adapter as milora-init wrote it that
+The sum is rounded once, a block of rows at a time. With the adapter as milora-init wrote it that
 is the source again, but for what the residual's own rounding left behind. Every other tensor is copied as bytes.
 
 The output is a plain model; milora_merge.json says what it was made of. A run that was cut off is taken up by the same
@@ -42,14 +42,14 @@ from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.output import OutputFolder
 from milora_init.plan import config_with_dtype
 from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
-from milora_init.safetensors_writer import SafetensorsWriter
-from milora_init.split import round_once
+from milora_init.safetensors_writer import Place, SafetensorsWriter
+from milora_init.split import add_once, round_once
 from milora_init.trained import LoraFolder, open_lora, require_pair
 from milora_init.verify import require_related
 
 MERGED = "milora_merge.json"
 _HANDS = 2
-_BLOCK_ELEMENTS = 1 << 18  # of a float64 block of rows, which fits a cache
+_BLOCK_ELEMENTS = 1 << 19  # of a block of rows, which fits a cache
 
 
 @dataclass(frozen=True)
@@ -219,21 +219,20 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
 
 
 def merged_weight(residual: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """residual (m, n) + scale * B (m, r) @ A (r, n), in float64 and rounded once to dtype.
+    """residual (m, n) + scale * B (m, r) @ A (r, n), rounded once to dtype.
+
+    For a 16-bit dtype the product is taken in float32, whose rounding is some 2^-16 of what is kept of it.
 
     Raises:
         ValueError: An entry that dtype does not hold, or none.
     """
-    out = torch.empty(residual.shape, dtype=dtype)
-    A64 = scale * A.double()
-    rows = max(1, _BLOCK_ELEMENTS // residual.shape[1])
-    for top in range(0, residual.shape[0], rows):
-        block = slice(top, top + rows)
-        exact = residual[block].double().addmm_(B[block].double(), A64)
-        if not bool(torch.stack(exact.aminmax()).to(dtype).isfinite().all()):
-            raise ValueError(f"it overflows {str(dtype).removeprefix('torch.')}, or the adapter is not finite")
-        out[block] = round_once(exact, dtype)
-    return out
+    if dtype.itemsize > 2 or residual.dtype.itemsize > 4:
+        merged = round_once(residual.double().addmm_(B.double(), scale * A.double()), dtype)
+    else:
+        merged = add_once(residual, B @ (scale * A), dtype)
+    if not bool(torch.stack(merged.aminmax()).isfinite().all()):
+        raise ValueError(f"it overflows {str(dtype).removeprefix('torch.')}, or the adapter is not finite")
+    return merged
 
 
 def _merge_files(plan: MergePlan, folder: OutputFolder[Merged]) -> None:
@@ -267,8 +266,10 @@ def _merge_file(plan: MergePlan, name: str, target: Path, stop: threading.Event)
                 place, residual = writer.place(tensor), shard.locate(tensor)
                 for record in plan.records[tensor]:
                     row = record.row
-                    with (place if row is None else place.at(row)).opened() as write:
-                        write(_merge_weight(plan, residual if row is None else residual.at(row), factors, record))
+                    if row is None:
+                        _merge_weight(plan, residual, place, factors, record)
+                    else:
+                        _merge_weight(plan, residual.at(row), place.at(row), factors, record)
                 writer.written(tensor)
             if stamp(source) != before:
                 raise CheckpointError(f"{source} changed during the run", hint="run again when nobody writes to it")
@@ -277,16 +278,24 @@ def _merge_file(plan: MergePlan, name: str, target: Path, stop: threading.Event)
         shard.close()
 
 
-def _merge_weight(plan: MergePlan, source: TensorSource, factors: FactorReader, record: WeightRecord) -> Tensor:
-    residual, (B, A) = source.read(), factors.read(record)
+def _merge_weight(
+    plan: MergePlan, source: TensorSource, place: Place, factors: FactorReader, record: WeightRecord
+) -> None:
+    """Merge one weight, a block of the rows that it is stored in at a time."""
+    B, A = factors.read(record)
+    left, right = (A.mT, B.mT) if record.transposed else (B, A)
     scale = plan.lora.modules[record.key].scale
     dtype: torch.dtype = getattr(torch, record.source_dtype)
-    try:
-        merged = merged_weight(residual.mT if record.transposed else residual, B, A, scale, dtype)
-    except ValueError as error:
-        hint = "look at the training: an adapter with NaN or Inf cannot be merged"
-        raise SolveError(f"{record.module} cannot be merged: {error}", hint=hint) from error
-    return merged.mT if record.transposed else merged
+    count = max(1, _BLOCK_ELEMENTS // source.shape[1])
+    for top in range(0, source.shape[0], count):
+        rows = top, min(top + count, source.shape[0])
+        try:
+            merged = merged_weight(source.rows(*rows).read(), left[slice(*rows)], right, scale, dtype)
+        except ValueError as error:
+            hint = "look at the training: an adapter with NaN or Inf cannot be merged"
+            raise SolveError(f"{record.module} cannot be merged: {error}", hint=hint) from error
+        with place.rows(*rows).opened() as write:
+            write(merged)
 
 
 def _require_fit(lora: LoraFolder, manifest: Manifest) -> None:

@@ -40,6 +40,11 @@ class Place:
         size_bytes = math.prod(shape) * DTYPES[self.dtype].itemsize
         return replace(self, shape=shape, offset=self.offset + row * size_bytes)
 
+    def rows(self, start: int, stop: int) -> Place:
+        """The place of some entries of the tensor's first dimension."""
+        size_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * size_bytes)
+
     @contextmanager
     def opened(self) -> Iterator[Callable[[Tensor], None]]:
         """A function that writes the tensor, which must have this dtype and shape. Raises OutputError.

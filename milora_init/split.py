@@ -15,6 +15,7 @@ written and for those that could have been.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,14 +121,21 @@ def _squares(*tensors: Tensor) -> Tensor:
 
 def round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
     """R (float64) to the nearest value of dtype."""
-    if dtype.itemsize > 2:
-        return R.to(dtype)
-    # torch goes by way of float32, which can round to the middle of two 16-bit values and then to the farther one.
-    # A middle ends in twelve zero bits at least; what does is rounded again, to odd, which is never a middle.
-    nearest = R.float()
+    return R.to(dtype) if dtype.itemsize > 2 else _to_16_bits(R.float(), lambda at: R[at], dtype)
+
+
+def add_once(R: Tensor, P: Tensor, dtype: torch.dtype) -> Tensor:
+    """R + P, neither longer than float32, to the nearest value of a 16-bit dtype: faster than all of it in float64."""
+    return _to_16_bits(R.float() + P, lambda at: R[at].double() + P[at].double(), dtype)
+
+
+def _to_16_bits(nearest: Tensor, exact: Callable[[tuple[Tensor, ...]], Tensor], dtype: torch.dtype) -> Tensor:
+    """The nearest values of dtype to those that `nearest` has in float32 and `exact` in float64."""
+    # By way of float32 torch can round to the middle of two 16-bit values and then to the farther one. A middle ends
+    # in twelve zero bits at least; what does is rounded again, to odd, which is never a middle.
     stored = nearest.to(dtype)
     suspects = (nearest.view(torch.int32) & 0xFFF).eq(0).nonzero(as_tuple=True)
-    stored[suspects] = _round_to_odd(R[suspects]).to(dtype)
+    stored[suspects] = _round_to_odd(exact(suspects)).to(dtype)
     return stored
 
 
