@@ -169,7 +169,8 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         + f"time     about {duration(estimate_s)} of solving here, and the copying"
     )
     for job in plan.jobs:
-        console.print(f"  {job.source.name} -> {options.out}/{job.target}  ({len(job.splits)} weights)", markup=False)
+        becomes = "" if job.target == job.source.name else f" -> {job.target}"
+        console.print(f"  {job.source.name}{becomes}  ({len(job.splits)} weights)", markup=False)
     _print_warnings(plan.notices)
     console.print("nothing was written")
 
