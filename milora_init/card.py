@@ -17,7 +17,7 @@ _METHODS = {
     "mid": "the middle singular components",
     "random": "singular components drawn at random",
 }
-_SUMMARY_BYTES = 1 << 20  # what GitHub takes of a step's summary
+_SUMMARY_BYTES = 1 << 20  # what GitHub takes of a step's summary, all that is in it
 
 
 def card_data(manifest: Manifest) -> dict[str, Any]:
@@ -93,11 +93,12 @@ def write_step_summary(manifest: Manifest) -> None:
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if path:
         with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
-            file.write(step_summary(manifest))
+            room = _SUMMARY_BYTES - 1 - file.tell()
+            file.write(step_summary(manifest).encode()[: max(0, room)].decode(errors="ignore"))
 
 
 def step_summary(manifest: Manifest) -> str:
-    """What a CI job shows of a run, cut to what GitHub takes."""
+    """What a CI job shows of a run."""
     notes = "".join(f"- {warning}\n" for warning in warnings(manifest))
     files = size(sum(manifest.files.values()))
     text = f"""### milora-init: {manifest.out}
@@ -109,7 +110,7 @@ def step_summary(manifest: Manifest) -> str:
 
 {notes}
 """
-    return text.encode()[: _SUMMARY_BYTES - 1].decode(errors="ignore")
+    return text
 
 
 def table(manifest: Manifest) -> str:

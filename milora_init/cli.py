@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -74,14 +75,11 @@ def run(argv: list[str]) -> int:
 
 def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseException) -> int:
     if os.environ.get("MILORA_DEBUG"):
-        raise error
+        traceback.print_exception(error)
     from milora_init.terminal import print_error
 
     print_error(message, hint)
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        text = f"{message}. Hint: {hint}" if hint else message
-        escaped = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-        print(f"::error title=milora-init::{escaped}", file=sys.stderr)
+    verbs.annotate(message, hint)
     if "--json" in argv:
         print(json.dumps({"status": "failed", "error": message, "hint": hint, "exit_code": status}))
     return status
@@ -268,7 +266,8 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
     repository = _claim(options, yes=yes)
     through = options.low_disk and repository is not None  # nothing of the output is to stay here
     if through and repository and repository.manifest_fingerprint() == plan.fingerprint:
-        print_published(options.push_to_hub or "", unchanged=True, as_json=as_json)
+        if as_json or not quiet:
+            print_published(options.push_to_hub or "", unchanged=True, as_json=as_json)
         return
     with Bar(quiet=quiet, verbose=verbose) as bar:
         manifest = decompose(plan, progress=bar, sink=repository if through else None)
@@ -278,12 +277,13 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
         with waiting(f"pushing to {options.push_to_hub}", quiet=quiet):
             repository.push(plan.out, manifest)
     published = repository.published if repository else None
+    unchanged = not bar.began and not (through and published)
     write_step_summary(manifest)
     if as_json:
         told = {"pushed": asdict(published)} if published else {}
-        print(json.dumps({**summary(manifest, unchanged=not bar.began), **told}, indent=2))
+        print(json.dumps({**summary(manifest, unchanged=unchanged), **told}, indent=2))
     elif not quiet:
-        print_summary(manifest, unchanged=not bar.began)
+        print_summary(manifest, unchanged=unchanged)
         if published:
             print_published(published.url)
 

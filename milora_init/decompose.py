@@ -21,7 +21,7 @@ import torch
 from milora_init import __version__, adapter
 from milora_init.checkpoint import SAFETENSORS_INDEX, Remote, read_bytes
 from milora_init.digest import forget, sha256
-from milora_init.errors import OutputError
+from milora_init.errors import OutputError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.open_shard import OpenShard, piece_of
 from milora_init.options import InitOptions
@@ -52,6 +52,8 @@ def locate(options: InitOptions) -> tuple[Path, Remote | None]:
     """The folder named, or a snapshot of the Hub's in the cache with what the Hub knows of the rest."""
     folder = Path(options.model).expanduser()
     if folder.exists() or not _is_hub_id(options.model):
+        if options.revision:
+            raise UsageError(f"{options.model} is a folder here, which has no --revision {options.revision}")
         return folder, None
     from milora_init.hub import open_snapshot
 
@@ -91,7 +93,7 @@ class Sink(Protocol):
     """Where finished shards go while the others are made, for a disk that cannot hold them all."""
 
     def begin(self) -> None:
-        """The first shard is about to come."""
+        """Shards are about to come, the first ones or further ones."""
 
     def holds(self, hashes: Mapping[str, str]) -> set[str]:
         """Which of these files, by SHA-256, are there."""
@@ -110,6 +112,8 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
     devices, hands = seats(plan)
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     if finished := out.enter(plan):
+        if sink:
+            sink.push(out.path, finished, there=())
         return finished
     # Files are hashed from the page cache while the next one is made: the journal does not wait for it.
     hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
@@ -120,7 +124,7 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
         todo = [job for job in plan.jobs if job.target not in lines]
         asked = require_loadable(plan)
         progress.begin(plan, done)
-        if sink and not done:
+        if sink:
             sink.begin()
         hashes = {job.target: hasher(lines[job.target]) for job in done}
         with _supply(plan, todo, out, progress) as supply:
@@ -238,6 +242,7 @@ def _assemble(
             "model": options.model,
             "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.naming.architecture,
+            **({"trust_remote_code": True} if options.trust_remote_code else {}),
         },
         out=options.out,
         fingerprint=plan.fingerprint,

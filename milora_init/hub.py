@@ -28,7 +28,7 @@ from milora_init.checkpoint import (
 )
 from milora_init.digest import sha256
 from milora_init.errors import HubError
-from milora_init.safetensors_format import Header, parse_header
+from milora_init.safetensors_format import MAX_HEADER_BYTES, Header, parse_header
 
 _HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
 
@@ -38,7 +38,7 @@ def open_snapshot(model: str, *, revision: str | None, cache_dir: str | None, to
 
     The side files come first and fix the commit, which the folder is named after; all else is asked of that commit.
     Weights that are in the cache are taken as they are, so a complete cache serves without a network. Of the others
-    the headers are read. Pickled weights have none, and are fetched.
+    the headers are read. Pickled weights have none, and must be in the cache.
 
     Raises:
         HubError: No such model or revision, no permission, no way to the Hub and nothing in the cache.
@@ -54,11 +54,13 @@ def open_snapshot(model: str, *, revision: str | None, cache_dir: str | None, to
         absent = [name for name in files if not (folder / name).is_file()]
         # Numbered folders are sentence-transformers' own; their weights are side files of ours.
         pickles = [name for name in absent if name.endswith(".bin")]
-        if absent and (pickles or (folder / "modules.json").is_file()):
-            snapshot_download(
-                model, revision=commit, cache_dir=cache_dir, token=token, allow_patterns=[*pickles, "[0-9]_*/*"]
+        if pickles:
+            raise HubError(
+                f"{model} has pickled weights only ({pickles[0]}): no header tells what is in them",
+                hint=f"name a --revision with safetensors, or fetch them all first: hf download {model}",
             )
-            absent = [name for name in absent if name not in pickles]
+        if absent and (folder / "modules.json").is_file():
+            snapshot_download(model, revision=commit, cache_dir=cache_dir, token=token, allow_patterns="[0-9]_*/*")
         infos = api.get_paths_info(model, absent, revision=commit) if absent else []
         known = {info.path: info for info in infos if isinstance(info, RepoFile)}
         hashes: dict[str, str] = {}
@@ -78,9 +80,12 @@ def open_snapshot(model: str, *, revision: str | None, cache_dir: str | None, to
 def download(remote: Remote, name: str, *, cache_dir: str | None, token: str | None, into: Path | None) -> Path:
     """Fetch one file of weights, into the cache or into a folder. Raises HubError."""
     with explained(remote.model, remote.commit):
-        if into is None:
-            return Path(hf_hub_download(remote.model, name, revision=remote.commit, cache_dir=cache_dir, token=token))
-        return Path(hf_hub_download(remote.model, name, revision=remote.commit, local_dir=into, token=token))
+        place = {"cache_dir": cache_dir} if into is None else {"local_dir": str(into)}
+        path = Path(hf_hub_download(remote.model, name, revision=remote.commit, token=token, **place))
+    if sha256(path) != remote.hashes[name]:  # huggingface_hub compares sizes
+        path.resolve().unlink()
+        raise HubError(f"{name} of {remote.model} arrived damaged: it has another SHA-256", hint="run it again")
+    return path
 
 
 def require_room(remote: Remote, folder: Path) -> None:
@@ -126,9 +131,14 @@ def explained(model: str, revision: str | None) -> Iterator[None]:
         raise _refused(model, _status(error), error) from error
     except HubError:
         raise
+    except hub.OfflineModeIsEnabled as error:
+        raise HubError(
+            f"{model!r} is not whole in the local cache, and HF_HUB_OFFLINE is set",
+            hint=f"unset it, or, with a network, fetch the model first: hf download {model}",
+        ) from error
     except OSError as error:
         raise HubError(
-            f"{model}: {error}", hint="free some space, or look at the disk; what was fetched is kept"
+            f"{model}: {error}", hint="look at the disk and the folder of the cache; what was fetched is kept"
         ) from error
     except Exception as error:  # huggingface_hub lets its HTTP library's errors through, and changes that library
         if type(error).__module__.startswith("milora_init"):
@@ -200,6 +210,6 @@ def _remote_header(model: str, name: str, commit: str, token: str | None, file_b
 
     start = read(_HEADER_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
-    if len(start) < end <= file_bytes:
+    if len(start) < end <= min(file_bytes, 8 + MAX_HEADER_BYTES):
         start = read(end)
     return parse_header(start[:end], file_bytes, Path(f"{model}/{name}"))

@@ -95,6 +95,9 @@ class InitOptions:
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
             _require(isinstance(getattr(self, name), str | None), f"{name} is not text", "quote it in the recipe")
+        object.__setattr__(self, "token", clean_token(self.token))
+        if self.push_to_hub is not None:
+            require_repository(self.push_to_hub)
         _require(bool(self.model), "--model is empty", "name a local folder or a Hub id")
         _require(bool(self.out), "--out is empty", "name the folder to write")
         _require(
@@ -150,6 +153,20 @@ class InitOptions:
         missing = [name for name in ("model", "out") if name not in values]
         _require(not missing, f"no --{' and no --'.join(missing)} given", "milora-init --model MODEL --out FOLDER")
         return cls(**values)
+
+
+def clean_token(token: str | None) -> str | None:
+    """A Hub token without the line end that comes with a pasted secret. Raises UsageError, which does not name it."""
+    token = token.strip() if token else None
+    ok = token is None or (token.isascii() and token.isprintable() and " " not in token)
+    _require(ok, "the Hub token has characters that no token has", "look at HF_TOKEN or --token, or `hf auth login`")
+    return token
+
+
+def require_repository(repo: str) -> None:
+    """Raise UsageError for what is no full name of a repository to write to."""
+    owner, _, name = repo.partition("/")
+    _require(bool(owner and name) and "/" not in name, f"{repo!r} is no name of a repository", "name it org/name")
 
 
 def recipe_names() -> list[str]:

@@ -136,6 +136,8 @@ class OutputFolder(Generic[F]):
         lines = {line["shard"]: line for line in self._read_journal()[1:]}
         pushed = {name: line["pushed"] for name, line in lines.items() if "pushed" in line}
         there = elsewhere(pushed) if elsewhere else set()
+        for name in pushed.keys() - there:  # to another repository, say: what stands here has to go there yet
+            del lines[name]["pushed"]
         return {
             name: line
             for name, line in lines.items()

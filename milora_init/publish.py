@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, metadata_load
-from huggingface_hub import errors as hub
 
 from milora_init import adapter
 from milora_init.card import card_data, card_text
@@ -27,6 +26,7 @@ from milora_init.digest import sha256
 from milora_init.errors import OutputError, PlanError
 from milora_init.hub import explained
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.options import clean_token, require_repository
 
 _FINISH = ("config.json", SAFETENSORS_INDEX, MANIFEST, adapter.CONFIG, adapter.WEIGHTS)
 _BEGUN = "unfinished-by-milora-init"  # in a repository whose shards are pushed one by one
@@ -56,8 +56,9 @@ class Repository:
     def __init__(
         self, repo: str, *, private: bool = True, revision: str | None = None, token: str | None = None
     ) -> None:
+        require_repository(repo)
         self.repo, self._private, self._revision = repo, private, revision
-        self._api = HfApi(token=token)
+        self._api = HfApi(token=clean_token(token))
         self.published: Published | None = None  # once it is
 
     def claim(self, *, overwrite: bool = False) -> None:
@@ -71,7 +72,7 @@ class Repository:
             self._api.create_repo(self.repo, private=self._private, exist_ok=True)
             if self._revision:
                 self._api.create_branch(self.repo, branch=self._revision, exist_ok=True)
-            others = self.files() - {".gitattributes", "README.md"}
+            others = self.files() - {".gitattributes"}
             if others and MANIFEST not in others and _BEGUN not in others and not overwrite:
                 raise PlanError(
                     f"{self.repo} exists and is no output of milora-init: it holds {min(others)}",
@@ -90,6 +91,13 @@ class Repository:
             path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
             return str(json.loads(Path(path).read_text(encoding="utf-8")).get("fingerprint", ""))
 
+    def _former_files(self) -> set[str]:
+        """The files of the output of ours that stands in it."""
+        if MANIFEST not in self.files():
+            return set()
+        path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
+        return set(json.loads(Path(path).read_text(encoding="utf-8")).get("files", ()))
+
     def push(self, folder: Path, manifest: Manifest, *, there: Collection[str] = ()) -> Published:
         """Upload a finished output in one commit.
 
@@ -102,7 +110,7 @@ class Repository:
             HubError: See `claim`; the same push again sends only what is missing.
         """
         with explained(self.repo, self._revision):
-            published = as_published(manifest, self.repo)
+            published = as_published(manifest, self.repo, self._revision)
             contents = {
                 adapter.CONFIG: (json.dumps(published.adapter, indent=2) + "\n").encode(),
                 MANIFEST: (json.dumps(published.to_json(), indent=1) + "\n").encode(),
@@ -112,20 +120,31 @@ class Repository:
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 CommitOperationAdd(name, content) for name, content in (contents | paths).items()
             ]
-            stale = self.files() - manifest.files.keys()
-            operations += [CommitOperationDelete(name) for name in sorted(stale) if _would_be_loaded(name)]
+            for operation in operations:
+                name = operation.path_in_repo
+                hashed = operation.upload_info.sha256.hex() if isinstance(operation, CommitOperationAdd) else ""
+                if name in paths and hashed != manifest.hashes.get(name):
+                    raise OutputError(f"{folder}: {name} was changed", hint=f"milora-init verify {folder}")
+            former = self._former_files()
+            stale = self.files() - manifest.files.keys() - contents.keys()
+            operations += [
+                CommitOperationDelete(name) for name in sorted(stale) if name in former or _would_be_loaded(name)
+            ]
             info = self._commit(operations, "A residual base and its adapter, by milora-init")
         self.published = Published(self.repo, f"{self._api.endpoint}/{self.repo}", info, len(operations))
         return self.published
 
     def shown(self, manifest: Manifest) -> Manifest:
         """The manifest as it stands here, where the output is."""
-        return as_published(manifest, self.repo)
+        return as_published(manifest, self.repo, self._revision)
 
     def begin(self) -> None:
         """Take from the repository what makes it look finished; shards are about to change one by one."""
         with explained(self.repo, self._revision):
-            marks = sorted(self.files() & set(_FINISH))
+            files = self.files()
+            marks = sorted(files & set(_FINISH))
+            if _BEGUN in files and not marks:
+                return
             mark = CommitOperationAdd(_BEGUN, b"milora-init is writing here; without config.json this is no model.\n")
             self._commit([mark, *(CommitOperationDelete(name) for name in marks)], "Begin an output of milora-init")
 
@@ -162,7 +181,7 @@ class Repository:
             if revision is not None:
                 path = self._api.hf_hub_download(model, "README.md", revision=revision)
             data = metadata_load(path) or {}
-        except (OSError, ValueError, hub.HfHubHTTPError):
+        except Exception:  # somebody else's card, missing or broken in whatever way, costs no more than its licence
             return {}
         return {key: data[key] for key in _OF_THE_SOURCE if key in data}
 
@@ -189,9 +208,11 @@ def push(
     return repository.push(out, manifest)
 
 
-def as_published(manifest: Manifest, repo: str) -> Manifest:
+def as_published(manifest: Manifest, repo: str, branch: str | None = None) -> Manifest:
     """The manifest as it stands in the repository, which is where the pair is now, and not in somebody's folder."""
     adapter_config = {**manifest.adapter, "base_model_name_or_path": repo}
+    if branch:
+        adapter_config["revision"] = branch
     encoded = (json.dumps(adapter_config, indent=2) + "\n").encode()
     source = dict(manifest.source)
     if source["revision"] is None:
@@ -208,4 +229,6 @@ def as_published(manifest: Manifest, repo: str) -> Manifest:
 
 def _would_be_loaded(name: str) -> bool:
     """Whether a file that is not of the output might be loaded in its stead."""
-    return "/" not in name and (Path(name).suffix in WEIGHT_SUFFIXES or name.endswith(".index.json"))
+    if "/" in name:
+        return False
+    return Path(name).suffix in WEIGHT_SUFFIXES or name.endswith((".index.json", "adapter_config.json"))

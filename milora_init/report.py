@@ -83,11 +83,14 @@ def loading_lines(manifest: Manifest) -> str:
     causal = manifest.adapter["task_type"] == "CAUSAL_LM"
     cls = "AutoModelForCausalLM" if causal else manifest.source["architecture"]
     out = json.dumps(manifest.out, ensure_ascii=False)  # quotes and backslashes in a path stay what they are
+    branch = manifest.adapter.get("revision")
+    of_branch = f", revision={json.dumps(branch)}" if branch else ""
+    trusted = ", trust_remote_code=True" if manifest.source.get("trust_remote_code") else ""
     return (
         f"from peft import PeftModel\n"
         f"from transformers import {cls}\n\n"
-        f'base = {cls}.from_pretrained({out}, dtype="auto")\n'
-        f'model = PeftModel.from_pretrained(base, {out}, subfolder="lora", is_trainable=True)'
+        f'base = {cls}.from_pretrained({out}, dtype="auto"{of_branch}{trusted})\n'
+        f'model = PeftModel.from_pretrained(base, {out}, subfolder="lora", is_trainable=True{of_branch})'
     )
 
 

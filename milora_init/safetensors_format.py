@@ -34,7 +34,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def torch_name(dtype: str) -> str:
@@ -92,7 +92,7 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > file_bytes - 8:
                 raise CheckpointError(f"{path}: truncated, or not a safetensors file", hint=REFETCH)
-            if length > _MAX_HEADER_BYTES:
+            if length > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path}: its header claims {length} bytes; the format allows 100 MB")
             raw = prefix + file.read(length)
     except OSError as error:

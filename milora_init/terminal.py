@@ -40,10 +40,15 @@ def print_error(message: str, hint: str) -> None:
     """An error and its repair, on stderr, never wrapped: paths and commands must survive a copy."""
     console = _stderr()
     console.print("[bold red]error:[/]", end=" ")
-    console.print(message, markup=False)
+    console.print(_tame(message), markup=False)
     if hint:
         console.print("\n[bold cyan]hint:[/]", end=" ")
-        console.print(hint, markup=False)
+        console.print(_tame(hint), markup=False)
+
+
+def _tame(text: str) -> str:
+    """Text that may hold names out of somebody's file: what would steer a terminal or a CI runner is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
@@ -215,9 +220,9 @@ def print_verdict(verdict: Verdict) -> None:
     console = _stderr()
     for difference in verdict.differences[:_DIFFERENCES]:
         console.print("[bold red]differs:[/]", end=" ")
-        console.print(f"{difference.where}: {difference.what}", markup=False)
+        console.print(_tame(f"{difference.where}: {difference.what}"), markup=False)
         console.print("   [bold cyan]hint:[/]", end=" ")
-        console.print(difference.hint, markup=False)
+        console.print(_tame(difference.hint), markup=False)
     if (hidden := len(verdict.differences) - _DIFFERENCES) > 0:
         console.print(f"and {hidden} more: --json lists them all", markup=False)
     for note in verdict.notes:
@@ -228,7 +233,7 @@ def _print_warnings(lines: tuple[str, ...] | list[str]) -> None:
     console = _stderr()
     for line in lines:
         console.print("[bold yellow]warning:[/]", end=" ")
-        console.print(line, markup=False)
+        console.print(_tame(line), markup=False)
 
 
 def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> None:

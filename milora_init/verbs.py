@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Annotated
 
 import typer
+
+_ANNOTATIONS = 5  # of a verdict; GitHub shows ten of a step
+
+
+def annotate(message: str, hint: str) -> None:
+    """Under GitHub Actions, an error that is shown at the job."""
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        text = f"{message}. Hint: {hint}" if hint else message
+        escaped = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        print(f"::error title=milora-init::{escaped}", file=sys.stderr)
 
 
 def verify(
@@ -22,6 +33,8 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code in the model's own repository.")
     ] = False,
+    cache_dir: Annotated[str | None, typer.Option(help="Hub cache.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> int:
@@ -32,12 +45,15 @@ def verify(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # theirs would be drawn over ours
     with waiting("reading and comparing", quiet=quiet):
         verdict = judge(
-            out, model=against, revision=revision, every=every, trained=adapter, trust_remote_code=trust_remote_code
-        )
+            out, model=against, revision=revision, every=every, trained=adapter,
+            trust_remote_code=trust_remote_code, cache_dir=cache_dir, token=token,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(verdict.to_json(), indent=2))
     elif not quiet or not verdict.ok:
         print_verdict(verdict)
+    for difference in verdict.differences[:_ANNOTATIONS]:
+        annotate(f"{out} is {verdict.kind}; {difference.where}: {difference.what}", difference.hint)
     return 0 if verdict.ok else 1
 
 
@@ -57,7 +73,7 @@ def push(
     from milora_init.publish import push as publish
     from milora_init.terminal import print_published
 
-    if quiet:
+    if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     published = publish(out, repo, private=private, revision=revision, token=token, overwrite=yes)
     if as_json:

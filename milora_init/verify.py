@@ -62,7 +62,8 @@ _COSINE = 0.1  # between trained and initial factors; of unrelated ones it is ab
 # What decides the function that the pair computes. Dropout and the like are the trainer's own business.
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_EXTRAS = ("use_dora", "lora_bias", "layers_to_transform", "modules_to_save", "exclude_modules")
+_EXTRAS = ("use_dora", "lora_bias", "layers_to_transform", "layer_replication", "modules_to_save",
+           "exclude_modules")  # fmt: skip
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -100,16 +101,19 @@ def verify(
     every: bool = False,
     trained: str | None = None,
     trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+    token: str | None = None,
 ) -> Verdict:
     """Judge an output folder.
 
     Args:
         out: The folder.
         model: The source, to judge every tensor by: a folder or a Hub id.
-        revision: Of the source.
+        revision: Of the source; of the model that it was made of, the recorded commit if None.
         every: Solve every component anew from the source, not a sample of three.
         trained: The folder of a trained adapter, to judge by the base in `out`.
         trust_remote_code: Run the code in the folder if its config.json names it.
+        cache_dir, token: For a source on the Hub.
 
     Raises:
         UsageError: `every` without a source.
@@ -123,7 +127,12 @@ def verify(
     manifest = read_manifest(folder)
     if manifest is None:
         return _without_manifest(out, folder, trust_remote_code)
-    return _Inspection(out, folder, manifest, trust_remote_code).verdict(model, revision, every, trained)
+    source = None
+    if model is not None:
+        if model == manifest.source["model"]:
+            revision = revision or manifest.source["revision"]
+        source = InitOptions(model=model, out=out, revision=revision, cache_dir=cache_dir, token=token)
+    return _Inspection(out, folder, manifest, trust_remote_code).verdict(source, every, trained)
 
 
 def _without_manifest(out: str, folder: Path, trusted: bool) -> Verdict:
@@ -156,7 +165,7 @@ class _Inspection:
         self.notes: list[str] = []
         self.changed: set[str] = set()
 
-    def verdict(self, model: str | None, revision: str | None, every: bool, trained: str | None) -> Verdict:
+    def verdict(self, original: InitOptions | None, every: bool, trained: str | None) -> Verdict:
         found = [*self.files(), *self.strangers()]
         checked: dict[str, Any] = {"files": len(self.manifest.files), "modules": len(self.records)}
         base, kind = None, DAMAGED
@@ -187,10 +196,14 @@ class _Inspection:
             found += faults
             kind = FOREIGN if foreign else kind
             checked["trained"] = trained
-        if model is not None and base is not None and readable:
-            source = open_checkpoint(fetched(InitOptions(model=model, out=self.out, revision=revision)))
+        if original is not None and base is not None and readable:
+            source = open_checkpoint(fetched(original))
             found += audit.against(base, self.folder / adapter.WEIGHTS, source, self.manifest, every=every)
-            checked |= {"against": model, "tensors": len(base.tensors), "components": "all" if every else "sample"}
+            checked |= {
+                "against": original.model,
+                "tensors": len(base.tensors),
+                "components": "all" if every else "sample",
+            }
         if not found:
             kind = PAIR if trained is None else TRAINED
         return Verdict(self.out, kind, tuple(found), tuple(self.notes), checked)

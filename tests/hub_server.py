@@ -60,12 +60,14 @@ class Hub:
     Attributes:
         fault: Called with (method, path) before an answer; an int is the status to fail with, "cut" cuts the
             connection in the middle of the body.
+        damaged: What is sent in a file's stead, by `org/name/path`.
         served: Bytes served of each file of a repository.
         uploads: Bytes received of each large file, by its hash; `stored` is their content.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     fault: Callable[[str, str], int | str | None] = lambda *_: None
+    damaged: Mapping[str, bytes] = field(default_factory=dict)
     served: Counter[str] = field(default_factory=Counter)
     requests: list[tuple[str, str]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
@@ -174,6 +176,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 status, headers, content = _error(404, "EntryNotFound")
                 return status, {**headers, "X-Repo-Commit": commit[0]}, content
             data, entry = commit[1][file], _entry(file, commit[1][file])
+            data = hub.damaged.get(f"{name}/{file}", data)
             etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
             headers = {"X-Repo-Commit": commit[0], "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
             status, total = 200, len(data)

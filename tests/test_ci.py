@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from milora_init.card import step_summary
+from milora_init.card import step_summary, write_step_summary
 from milora_init.cli import run
 from milora_init.manifest import Manifest
 from milora_init.verify import verify
@@ -91,12 +91,42 @@ def test_every_step_is_given_its_values_by_the_environment() -> None:
         assert "${{" not in step.get("run", "")
 
 
-def test_a_summary_of_any_size_is_one_that_github_takes(start: Callable[..., Manifest], checkpoint: Built) -> None:
+def test_a_summary_of_any_size_is_one_that_github_takes(
+    start: Callable[..., Manifest], checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = start(checkpoint("llama"))
     assert "| down_proj |" in step_summary(manifest)
     many = replace(manifest, notices=("ö" * 700_000, "ü" * 700_000))
-    text = step_summary(many).encode()
-    assert 1_000_000 < len(text) < 1 << 20
+    path = tmp_path / "summary.md"
+    path.write_text("# what another step said\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
+    for _ in range(2):  # what is in it counts too
+        write_step_summary(many)
+        assert 1_000_000 < path.stat().st_size < 1 << 20
+        path.read_text(encoding="utf-8")
+
+
+def test_a_verdict_of_no_is_annotated_too(
+    start: Callable[..., Manifest], checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    start(checkpoint("llama"))
+    (tmp_path / "out" / "lora" / "adapter_config.json").unlink()
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert run(["verify", str(tmp_path / "out"), "--quiet"]) == 1
+    annotations = [line for line in capsys.readouterr().err.splitlines() if line.startswith("::")]
+    assert len(annotations) == 1
+    assert "adapter_config.json: missing. Hint: " in annotations[0]
+
+
+def test_what_a_message_quotes_cannot_steer_a_runner_or_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    assert run(["--model", "./x\n::warning::pwned\x1b[31m", "--out", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert not [line for line in said.splitlines() if line.startswith("::")]
 
 
 def test_an_error_is_annotated_in_github_and_nowhere_else(

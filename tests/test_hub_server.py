@@ -213,3 +213,47 @@ def test_a_run_that_was_cut_off_fetches_only_what_is_missing(hub: Hub, milora: C
     name = "tiny/llama/model-00001-of-00010.safetensors"
     assert hub.served[name] - before[name] <= shards(hub)["model-00001-of-00010.safetensors"]  # its header at most
     assert milora("verify", "out", "--against", "tiny/llama").returncode == 0
+
+
+def test_a_token_with_its_line_end_is_a_token_and_what_cannot_be_one_is_not_repeated(hub: Hub, milora: Command) -> None:
+    hub.repositories["tiny/llama"].private = True
+    done = milora(*INIT, "--dry-run", "--json", HF_TOKEN=f"{hub.token}\n")
+    assert done.returncode == 0, done.stderr
+    for odd in ("hf_secret\nhf_secret", "hf_sécret"):
+        done = milora(*INIT, "--dry-run", "--token", odd)
+        assert done.returncode == 2
+        assert "hf_s" not in done.stdout + done.stderr
+
+
+def test_a_model_that_is_pickled_on_the_hub_is_refused_before_anything_is_fetched(
+    hub: Hub, milora: Command, pickled: Callable[[int], Path], tmp_path: Path
+) -> None:
+    hub.publish("tiny/pickle", pickled(3))
+    done = milora("--model", "tiny/pickle", *INIT[2:], "--dry-run")
+    assert done.returncode == 1
+    assert "pickled weights only" in done.stderr
+    assert "hf download tiny/pickle" in done.stderr
+    assert not list((tmp_path / "home").rglob("*.bin"))
+
+
+def test_a_shard_that_arrives_with_another_byte_is_not_used(hub: Hub, milora: Command) -> None:
+    repository = hub.repositories["tiny/llama"]
+    name = "model-00003-of-00010.safetensors"
+    whole = repository.files[name]
+    hub.damaged = {f"tiny/llama/{name}": whole[:-1] + bytes([whole[-1] ^ 1])}
+    done = milora(*INIT)
+    assert done.returncode == 1
+    assert f"{name} of tiny/llama arrived damaged" in done.stderr
+    hub.damaged = {}
+    done = milora(*INIT)
+    assert done.returncode == 0, done.stderr
+    # Judged by the commit that it was made of, wherever main has gone since.
+    repository.commit({**repository.files, name: whole[:-1] + bytes([whole[-1] ^ 1])})
+    assert milora("verify", "out", "--against", "tiny/llama").returncode == 0
+    assert milora("verify", "out", "--against", "tiny/llama", "--revision", "main").returncode == 1
+
+
+def test_a_folder_has_no_revision(milora: Command, checkpoint: Built) -> None:
+    done = milora("--model", str(checkpoint("llama")), *INIT[2:], "--revision", "v2")
+    assert done.returncode == 2
+    assert "which has no --revision v2" in done.stderr

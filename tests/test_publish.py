@@ -18,6 +18,7 @@ from milora_init.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
+INIT = ("--model", "tiny/llama", "--out", "out", "--rank", "4", "--device", "cpu")
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_a_push_of_shards_that_was_cut_off_goes_on(
     ("arguments", "message"),
     [
         (("push", "nowhere", "me/x"), "nowhere is no finished output"),
-        (("push", "out", "not a name"), "is neither a folder here nor a model on the Hub"),
+        (("push", "out", "me/not a name"), "is neither a folder here nor a model on the Hub"),
     ],
 )
 def test_what_cannot_be_pushed_is_named(
@@ -232,3 +233,90 @@ def test_a_folder_that_was_changed_since_is_not_pushed(
     assert done.returncode == 1
     assert "model-00002-of-00010.safetensors was changed or removed" in done.stderr
     assert not hub.repositories
+
+
+def test_a_file_whose_bytes_were_changed_is_not_pushed(
+    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    path = tmp_path / "out" / "model-00002-of-00010.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = milora("push", "out", "me/x")
+    assert done.returncode == 1
+    assert "model-00002-of-00010.safetensors was changed" in done.stderr
+    assert not hub.repositories["me/x"].files.keys() - {".gitattributes"}
+
+
+@pytest.mark.parametrize("repo", ["mine", "/mine", "me/", "me/mine/too"])
+def test_a_repository_without_an_owner_is_a_usage_error_and_nothing_is_made(
+    repo: str, hub: Hub, milora: Command, checkpoint: Built, start: Start
+) -> None:
+    start(checkpoint("llama"))
+    for done in (milora("push", "out", repo), milora(*INIT, "--push-to-hub", repo)):
+        assert done.returncode == 2
+        assert "name it org/name" in done.stderr
+    assert not hub.repositories
+
+
+def test_an_output_that_is_finished_here_goes_to_the_hub_all_the_same(
+    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+) -> None:
+    hub.publish("tiny/llama", checkpoint("llama"))
+    assert milora(*INIT).returncode == 0
+    done = milora(*INIT, "--low-disk", "--push-to-hub", "me/late", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pushed"]["repo"] == "me/late"
+    assert verify(str(fetched(hub, "me/late", tmp_path / "there")), model=str(checkpoint("llama"))).ok
+
+
+def test_a_run_that_goes_on_with_another_repository_leaves_both_honest(
+    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+) -> None:
+    """The first is no model and says so; the second is whole, whatever had gone to the first."""
+    hub.publish("tiny/llama", checkpoint("llama"))
+    hub.fault = lambda _, path: 403 if path.endswith("/commit/main") and len(hub.stored) >= 4 else None
+    assert milora(*INIT, "--low-disk", "--push-to-hub", "me/first").returncode == 1
+    hub.fault = lambda *_: None
+    done = milora(*INIT, "--low-disk", "--push-to-hub", "me/second")
+    assert done.returncode == 0, done.stderr
+    assert "config.json" not in hub.repositories["me/first"].files
+    assert verify(str(fetched(hub, "me/second", tmp_path / "there")), model=str(checkpoint("llama"))).ok
+
+
+def test_an_earlier_output_is_no_model_while_a_run_that_began_without_a_push_replaces_it(
+    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+) -> None:
+    hub.publish("tiny/llama", checkpoint("llama"))
+    assert milora(*INIT[:-4], "--rank", "3", "--device", "cpu", "--push-to-hub", "me/x").returncode == 0
+    assert "config.json" in hub.repositories["me/x"].files
+    command = ("--model", "tiny/llama", "--out", "other", *INIT[-4:], "--low-disk")
+    hub.fault = lambda _, path: 403 if "00006-of" in path and len(hub.served) > 12 else None
+    milora(*command)
+    assert (tmp_path / "other" / ".milora-init" / "journal.jsonl").exists()
+    stored = len(hub.stored)
+    hub.fault = lambda _, path: 403 if path.endswith("/commit/main") and len(hub.stored) >= stored + 2 else None
+    assert milora(*command, "--push-to-hub", "me/x").returncode == 1
+    assert "config.json" not in hub.repositories["me/x"].files
+    hub.fault = lambda *_: None
+    done = milora(*command, "--push-to-hub", "me/x")
+    assert done.returncode == 0, done.stderr
+    assert verify(str(fetched(hub, "me/x", tmp_path / "there")), model=str(checkpoint("llama"))).ok
+
+
+def test_what_an_earlier_output_had_and_this_one_has_not_goes(
+    hub: Hub, milora: Command, own: Built, start: Start, tmp_path: Path
+) -> None:
+    source = own("llama")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    start(source, out=str(tmp_path / "with"))
+    (source / "chat_template.jinja").unlink()
+    (source / "README.md").write_text("---\nlicense: [unclosed\n---\n")  # a card that is broken costs its licence only
+    start(source, out=str(tmp_path / "without"))
+    assert milora("push", "with", "me/x").returncode == 0
+    hub.repositories["me/x"].commit({**hub.repositories["me/x"].files, "notes.txt": b"somebody's"})
+    done = milora("push", "without", "me/x")
+    assert done.returncode == 0, done.stderr
+    assert "chat_template.jinja" not in hub.repositories["me/x"].files
+    assert "notes.txt" in hub.repositories["me/x"].files
