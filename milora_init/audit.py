@@ -100,6 +100,10 @@ def against(
             before, after = original.read(name), written.read(name)
             if name not in split and not _same_bytes(before, after):
                 yield Difference(name, "not adapted, yet not the source's bytes", "make the output again")
+            if before.shape != after.shape:
+                what = f"{list(before.shape)} in the source, {list(after.shape)} in the output"
+                yield Difference(name, what, wrong_source)
+                continue
             for record in split.get(name, ()):
                 W, R = (tensor if record.row is None else tensor[record.row] for tensor in (before, after))
                 if record.transposed:

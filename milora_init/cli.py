@@ -46,8 +46,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
     # wait minutes for its thread. All that it could still do is write into files that are gone. After a success all
     # is on the disk, and taking torch down would only cost time.
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):  # who read has had enough
+        try:
             stream.flush()
+        except BrokenPipeError:  # who read has had enough
+            pass
+        except OSError:
+            status = status or 1
     os._exit(status)
 
 
@@ -63,6 +67,9 @@ def run(argv: list[str]) -> int:
         return _fail(argv, "interrupted", _RESUME, 130, error)
     except _Terminated as error:
         return _fail(argv, "terminated", _RESUME, 143, error)
+    except OSError as error:  # where a path was only looked at; whoever reads or writes one says so himself
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(argv, what, "look at the path, its permissions and its disk", 1, error)
     except Exception as error:
         # Typer's own usage errors; which package defines their class depends on its version.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -81,7 +88,8 @@ def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseExce
     print_error(message, hint)
     verbs.annotate(message, hint)
     if "--json" in argv:
-        print(json.dumps({"status": "failed", "error": message, "hint": hint, "exit_code": status}))
+        with suppress(OSError):  # when stdout is what failed
+            print(json.dumps({"status": "failed", "error": message, "hint": hint, "exit_code": status}), flush=True)
     return status
 
 

@@ -24,8 +24,16 @@ from milora_init.layout import lora_key
 from milora_init.manifest import read_manifest
 from milora_init.safetensors_format import plan_header
 from milora_init.safetensors_writer import SafetensorsWriter, sync_folder, writing
-from milora_init.trained import CONFIG, WEIGHTS, LoraFolder, open_lora, require_pair
-from milora_init.verify import require_related
+from milora_init.trained import (
+    CONFIG,
+    WEIGHTS,
+    LoraFolder,
+    open_lora,
+    require_made_with,
+    require_pair,
+    require_related,
+    require_trained_on,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +66,13 @@ def convert(
     manifest = read_manifest(init.absolute().parent)
     records = manifest.weights if manifest else ()
     before, after = open_lora(init, records), open_lora(trained, records)
+    if manifest:
+        require_made_with(before, manifest)
     require_pair(before, after)
-    require_related(after.weights, before.weights)
+    if manifest:
+        require_trained_on(after, manifest, before.weights)
+    else:
+        require_related(after.weights, before.weights)
     if base is None and manifest is None:
         raise UsageError(f"no milora_init.json beside {init} names the original model", hint="--base ORIGINAL")
     base = base or str(manifest.source["model"] if manifest else "")

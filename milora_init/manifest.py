@@ -131,5 +131,6 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise OutputError(
-            f"{path} is not a manifest that this version reads: {error}", hint="choose another --out"
+            f"{path} is not a manifest that this version reads: {error}",
+            hint="put it back from where the output was made, or remove the folder",
         ) from error

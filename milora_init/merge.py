@@ -36,7 +36,7 @@ from milora_init.checkpoint import (
     stamp,
 )
 from milora_init.digest import sha256
-from milora_init.errors import CheckpointError, OutputError, PlanError, SolveError
+from milora_init.errors import CheckpointError, OutputError, PlanError, SolveError, UsageError
 from milora_init.factors import FactorReader, reading_factors, wanted_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.output import OutputFolder
@@ -44,8 +44,7 @@ from milora_init.plan import config_with_dtype
 from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
 from milora_init.safetensors_writer import Place, SafetensorsWriter
 from milora_init.split import add_once, round_once
-from milora_init.trained import LoraFolder, open_lora, require_pair
-from milora_init.verify import require_related
+from milora_init.trained import LoraFolder, open_lora, require_made_with, require_pair, require_trained_on
 
 MERGED = "milora_merge.json"
 _HANDS = 2
@@ -162,8 +161,14 @@ def merge(base: str, out: str, *, trained: str | None = None, overwrite: bool = 
         SolveError: A merged weight that does not fit the source's dtype.
     """
     started = time.monotonic()
+    if not out:
+        raise UsageError("--out is empty", hint="name the folder to write")
     plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None, overwrite=overwrite)
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
+    if plan.lora.path.resolve() in (folder.path.resolve(), *folder.path.resolve().parents):
+        raise OutputError(f"--out {out} lies inside {plan.lora.path}", hint="write beside it: --out ./merged")
+    if (folder.path / "adapter_config.json").exists():
+        raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
     if (folder.path / MANIFEST).exists():
         raise OutputError(f"{folder.path} holds an output of milora-init", hint="choose another --out")
     if finished := folder.enter(plan):
@@ -206,10 +211,11 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
         if not whole and name not in (adapter.CONFIG, adapter.WEIGHTS):  # the adapter is read for itself, below
             raise CheckpointError(f"{base}: {name} was changed or removed", hint=f"milora-init verify {base}")
     initial = open_lora(base / adapter.FOLDER, manifest.weights)
+    require_made_with(initial, manifest)
     lora = open_lora(trained, manifest.weights) if trained else initial
     if lora.path.resolve() != initial.path.resolve():
         require_pair(initial, lora)
-        require_related(lora.weights, initial.weights)
+        require_trained_on(lora, manifest, initial.weights)
     _require_fit(lora, manifest)
     records: dict[str, list[WeightRecord]] = {}
     for record in manifest.weights:
@@ -256,6 +262,9 @@ def _merge_file(plan: MergePlan, name: str, target: Path, stop: threading.Event)
     shard = SafetensorsShard(source)
     try:
         before = stamp(source)
+        if sha256(source) != plan.manifest.hashes.get(name):
+            hint = f"milora-init verify {plan.source}"
+            raise CheckpointError(f"{source} is not the file that milora-init wrote", hint=hint)
         with SafetensorsWriter(target, plan.headers[name]) as writer, reading_factors(plan.lora.weights) as factors:
             for tensor in shard.header.tensors:
                 if stop.is_set():

@@ -86,6 +86,8 @@ def read_header(path: Path) -> Header:
         CheckpointError: Not a file, truncated, not JSON, or a tensor whose dtype, shape or offsets cannot be true.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is no file")
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)

@@ -11,22 +11,28 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_init.adapter import pattern_of
-from milora_init.errors import CheckpointError, PlanError
+from milora_init.adapter import FOLDER, pattern_of
+from milora_init.checkpoint import SafetensorsShard
+from milora_init.digest import sha256
+from milora_init.errors import CheckpointError, MiloraError, PlanError
 from milora_init.layout import key_and_factor
-from milora_init.manifest import WeightRecord
+from milora_init.manifest import Manifest, WeightRecord, read_manifest
 from milora_init.safetensors_format import Header, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+_COSINE = 0.1  # between trained and initial factors; of unrelated ones it is about 1 / sqrt(number of entries)
+_OTHER_BASE = "name the base that it was trained on"
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys of adapter_config.json that change what the factors mean, or add to them. Off is None, False or empty.
-_BEYOND_FACTORS = (
+BEYOND_FACTORS = (
     "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "layer_replication",
     "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
 )  # fmt: skip
@@ -73,6 +79,10 @@ def open_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraFolder:
         PlanError: The adapter holds more than factors of Linears.
     """
     config = _read_config(path)
+    if not (path / WEIGHTS).is_file():
+        pickled = f", only {PICKLED}" if (path / PICKLED).is_file() else ""
+        hint = "save it as safetensors: model.save_pretrained(FOLDER)"
+        raise CheckpointError(f"{path} has no {WEIGHTS}{pickled}", hint=hint)
     header = read_header(path / WEIGHTS)
     keys: dict[str, dict[str, str]] = {}
     for key, info in header.tensors.items():
@@ -107,7 +117,7 @@ def open_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraFolder:
 def require_pair(before: LoraFolder, after: LoraFolder) -> None:
     """Raise PlanError unless `after` can be `before`, trained: the same modules, shapes and scales.
 
-    Whether it *is*, the factors themselves say: `verify.require_related`. The paths in the configs do not: a base that
+    Whether it *is*, the factors themselves say: `require_related`. The paths in the configs do not: a base that
     was moved or pushed is still the same one.
     """
     if before.path.resolve() == after.path.resolve():
@@ -133,19 +143,80 @@ def require_pair(before: LoraFolder, after: LoraFolder) -> None:
                 )
 
 
+def require_made_with(lora: LoraFolder, manifest: Manifest) -> None:
+    """Raise PlanError unless `lora` is the adapter of the manifest's base as it was made, to the byte and the scale."""
+    if sha256(lora.weights) != manifest.hashes.get(f"{FOLDER}/{WEIGHTS}"):
+        raise PlanError(
+            f"{lora.weights} is not the adapter that its base was made with: it was replaced, or trained in place",
+            hint="put the initial one back; milora-init with the same options makes it again, in another --out",
+        )
+    for record in manifest.weights:
+        scale = lora.modules[record.key].scale
+        if abs(scale - record.scale) > 1e-9 * record.scale:
+            raise PlanError(
+                f"{lora.path / CONFIG} scales {record.module} by {scale:g}, its base was made with {record.scale:g}",
+                hint=f"milora-init verify {lora.path.parent} tells what to set",
+            )
+
+
+def require_trained_on(lora: LoraFolder, manifest: Manifest, initial: Path) -> None:
+    """Raise PlanError where an adapter of the initial one's keys, shapes and scales was trained on another base.
+
+    That is so where its config names another output of milora-init, or its factors lean on other ones.
+    """
+    named = lora.config.get("base_model_name_or_path")
+    other = None
+    if isinstance(named, str) and named:
+        with suppress(MiloraError, OSError, ValueError):  # a base that is not here, or cannot be read, tells nothing
+            other = read_manifest(Path(named).expanduser())
+    if other and other.fingerprint != manifest.fingerprint:
+        raise PlanError(f"{lora.path} was trained on {named}, another residual base", hint=_OTHER_BASE)
+    require_related(lora.weights, initial)
+
+
+def require_related(trained: Path, initial: Path) -> None:
+    """Raise PlanError unless the one adapter's factors, of the other's keys and shapes, still lean on the other's."""
+    cosine, entries = _cosine(trained, initial)
+    if not math.isfinite(cosine):
+        hint = "look at the training: such an adapter has learnt nothing"
+        raise PlanError(f"{trained}: it has entries that are NaN or infinite", hint=hint)
+    if not cosine > max(_COSINE, 6 / math.sqrt(entries)):
+        raise PlanError(
+            f"{trained}: unrelated to the adapter that this base was made with (cosine {cosine:.3f})", hint=_OTHER_BASE
+        )
+
+
+def _cosine(one: Path, other: Path) -> tuple[float, int]:
+    """The cosine between all factors of two adapters, each module's brought to one length, and how many entries."""
+    first, second = SafetensorsShard(one), SafetensorsShard(other)
+    try:
+        inner, entries = 0.0, 0
+        for key in second.header.tensors:
+            a, b = (shard.read(key).double().flatten() for shard in (first, second))
+            inner += float(a @ b) / max(float(a.norm() * b.norm()), 1e-300)
+            entries += a.numel()
+        return inner / len(second.header.tensors), entries
+    finally:
+        first.close()
+        second.close()
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
         hint = f"name the folder that holds {CONFIG} and {WEIGHTS}"
         raise CheckpointError(f"{path / CONFIG}: {error.strerror}", hint=hint) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path / CONFIG} is not readable JSON: {error}", hint="save the adapter again"
         ) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise PlanError(f"{path / CONFIG} does not describe a LoRA adapter")
-    beyond = [f"{key} = {config[key]!r}" for key in _BEYOND_FACTORS if config.get(key)]
+        raise PlanError(f"{path / CONFIG} does not describe a LoRA adapter", hint="name the folder of one")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise CheckpointError(f"{path / CONFIG}: target_parameters is {parameters!r}", hint="save the adapter again")
+    beyond = [f"{key} = {config[key]!r}" for key in BEYOND_FACTORS if config.get(key)]
     if config.get("bias", "none") != "none":
         beyond.append(f"bias = {config['bias']!r}")
     if beyond:

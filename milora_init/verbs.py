@@ -119,7 +119,7 @@ def convert(
 
     from milora_init.convert import convert
 
-    modules = convert(Path(init), Path(trained), Path(out), base=base, rank=rank)
+    modules = convert(*(Path(p).expanduser() for p in (init, trained, out)), base=base, rank=rank)
     if as_json:
         print(json.dumps({"status": "done", "out": out, "modules": [asdict(m) for m in modules]}, indent=2))
     else:

@@ -12,7 +12,6 @@ unrelated directions in thousands of dimensions. So the initial adapter is the f
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -28,7 +27,6 @@ from milora_init.checkpoint import (
     SAFETENSORS_INDEX,
     WEIGHT_SUFFIXES,
     Checkpoint,
-    SafetensorsShard,
     open_checkpoint,
     read_bytes,
 )
@@ -45,7 +43,7 @@ from milora_init.naming import resolve
 from milora_init.options import InitOptions
 from milora_init.output import WORK
 from milora_init.safetensors_format import Header, read_header
-from milora_init.trained import open_lora
+from milora_init.trained import BEYOND_FACTORS, open_lora, require_related
 
 PAIR = "a matching pair: a residual base and its adapter"
 TRAINED = "a matching pair: a residual base and an adapter trained on it"
@@ -55,15 +53,13 @@ BARE = "a residual base alone, which is not the original model"
 UNRECORDED = "a residual base and its adapter, by their tensors; its manifest is gone"
 UNFINISHED = "an unfinished output"
 UNKNOWN = "not an output of milora-init, as far as can be told"
+UNFIT = "a residual base, and a trained adapter that does not fit it as it is"
 DAMAGED = "an output of milora-init that was changed"
 
 _AGAIN = "make the output again: milora-init ... --overwrite, or fetch it again"
-_COSINE = 0.1  # between trained and initial factors; of unrelated ones it is about 1 / sqrt(number of entries)
 # What decides the function that the pair computes. Dropout and the like are the trainer's own business.
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_EXTRAS = ("use_dora", "lora_bias", "layers_to_transform", "layer_replication", "modules_to_save",
-           "exclude_modules")  # fmt: skip
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -126,7 +122,7 @@ def verify(
         raise UsageError(f"{out}: no such folder", hint="name the --out of a run of milora-init")
     manifest = read_manifest(folder)
     if manifest is None:
-        return _without_manifest(out, folder, trust_remote_code)
+        return _without_manifest(out, folder, trained, trust_remote_code)
     source = None
     if model is not None:
         if model == manifest.source["model"]:
@@ -135,7 +131,7 @@ def verify(
     return _Inspection(out, folder, manifest, trust_remote_code).verdict(source, every, trained)
 
 
-def _without_manifest(out: str, folder: Path, trusted: bool) -> Verdict:
+def _without_manifest(out: str, folder: Path, trained: str | None, trusted: bool) -> Verdict:
     """A folder judged by what its tensors say, where nothing else does."""
     if (folder / WORK).is_dir():
         hint = "run the same command again: it resumes"
@@ -143,6 +139,7 @@ def _without_manifest(out: str, folder: Path, trusted: bool) -> Verdict:
         return Verdict(out, UNFINISHED, (missing,), (), {"files": 0})
     missing = Difference(MANIFEST, "missing: what was written is unknown", "get it back from where the output was made")
     lora = folder / adapter.FOLDER if (folder / adapter.CONFIG).is_file() else folder
+    lora = Path(trained).expanduser() if trained else lora
     found = OTHER
     # What cannot be read, or is nothing of ours, stays what it is: unknown.
     with suppress(MiloraError):
@@ -193,8 +190,8 @@ class _Inspection:
             found.append(Difference(adapter.WEIGHTS, what, "put the adapter made with this base back"))
         if trained is not None:
             foreign, faults = self.judge_trained(Path(trained).expanduser(), modules, comparable=readable)
+            kind = FOREIGN if foreign else kind if found else UNFIT
             found += faults
-            kind = FOREIGN if foreign else kind
             checked["trained"] = trained
         if original is not None and base is not None and readable:
             source = open_checkpoint(fetched(original))
@@ -251,21 +248,26 @@ class _Inspection:
             config = json.loads(read_bytes(path))
             if not isinstance(config, dict):
                 raise TypeError(f"a {type(config).__name__}")
-        except (MiloraError, ValueError, TypeError) as error:
-            yield Difference(name, f"not a readable JSON object: {error}", _AGAIN)
+        except (MiloraError, ValueError, TypeError, RecursionError) as error:
+            yield Difference(
+                name, f"not a readable JSON object: {error}", "save the adapter again" if trained else _AGAIN
+            )
             return
+        # What was trained with another function has learnt for that one: an edit would make a third one of it.
+        retrain = "train again from this base's lora/, without a change to it" if trained else ""
         wanted = self.manifest.adapter
         for key in _FIELDS:
             if config.get(key) != wanted[key]:
                 what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
-                yield Difference(name, what, f'set "{key}": {json.dumps(wanted[key])}')
+                yield Difference(name, what, retrain or f'set "{key}": {json.dumps(wanted[key])}')
         for key in _PATTERNS:
             if (config.get(key) or {}) != (wanted[key] or {}):
-                yield Difference(name, f"{key} is {config[key]!r}", f'set "{key}": {json.dumps(wanted[key])}')
-        for key in _EXTRAS:
+                what = f"{key} is {config.get(key)!r}"
+                yield Difference(name, what, f'set "{key}": {json.dumps(wanted[key])}')
+        for key in BEYOND_FACTORS:
             if config.get(key) and config[key] != wanted.get(key):
                 yield Difference(
-                    name, f"{key} is {config[key]!r}, which this adapter was not made for", f"remove {key}"
+                    name, f"{key} is {config[key]!r}, which this adapter was not made for", retrain or f"remove {key}"
                 )
         try:
             hit = adapter.targeted(config.get("target_modules"), modules)
@@ -323,23 +325,13 @@ class _Inspection:
         found += faults
         if faults or not comparable:
             # A file that cannot be read at all says nothing of its base.
-            return any(fault.where != str(weights) for fault in faults), found
+            return len(faults) > len(self.records), found
         try:
             require_related(weights, self.folder / adapter.WEIGHTS)
         except PlanError as error:
             what = error.message.removeprefix(f"{weights}: ")
             return True, [*found, Difference(str(weights), what, error.hint)]
         return False, found
-
-
-def require_related(trained: Path, initial: Path) -> None:
-    """Raise PlanError unless the one adapter's factors, of the other's keys and shapes, still lean on the other's."""
-    cosine, entries = _cosine(trained, initial)
-    if not cosine > max(_COSINE, 6 / math.sqrt(entries)):
-        raise PlanError(
-            f"{trained}: unrelated to the adapter that this base was made with (cosine {cosine:.3f})",
-            hint="name the base that it was trained on",
-        )
 
 
 def _is_other(B: Tensor, A: Tensor, record: WeightRecord) -> bool:
@@ -368,18 +360,3 @@ def _header_faults(path: Path, records: tuple[WeightRecord, ...]) -> Iterator[Di
             yield Difference(key, f"{path} adapts {named[0] if named else 'what is no module'}, not this base's", hint)
         elif header.tensors[key].shape != wanted[key]:
             yield Difference(key, f"is {list(header.tensors[key].shape)}, expected {list(wanted[key])}", hint)
-
-
-def _cosine(one: Path, other: Path) -> tuple[float, int]:
-    """The cosine between all factors of two adapters, each module's brought to one length, and how many entries."""
-    first, second = SafetensorsShard(one), SafetensorsShard(other)
-    try:
-        inner, entries = 0.0, 0
-        for key in second.header.tensors:
-            a, b = (shard.read(key).double().flatten() for shard in (first, second))
-            inner += float(a @ b) / max(float(a.norm() * b.norm()), 1e-300)
-            entries += a.numel()
-        return inner / len(second.header.tensors), entries
-    finally:
-        first.close()
-        second.close()

@@ -70,7 +70,10 @@ def test_patterns_double_with_the_rest(rslora: bool, checkpoint: Built, start: S
     start(source, out=str(out), rank=4, rslora=rslora)
     with_patterns(out / "lora")
     trained = train(out, tmp_path / "trained")
-    convert(out / "lora", trained, tmp_path / "plain")
+    initial = shutil.copytree(out / "lora", tmp_path / "initial")  # the manifest knows another one
+    with pytest.raises(PlanError, match="is not the adapter that its base was made with"):
+        convert(out / "lora", trained, tmp_path / "plain")
+    convert(initial, trained, tmp_path / "plain", base=str(source))
 
     # The base was not made for the shortened factors, so the truth is theirs: residual + s (B A - B0 A0) on both sides.
     before, after = load(out, out / "lora").merge_and_unload(), load(out, trained).merge_and_unload()

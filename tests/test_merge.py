@@ -18,7 +18,7 @@ from training import digests, load, logits, train
 from milora_init import merge as merging
 from milora_init.cli import run
 from milora_init.convert import convert
-from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError
+from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.manifest import Manifest
 from milora_init.merge import MERGED, merge, merged_weight
 from milora_init.output import WORK
@@ -154,6 +154,30 @@ def not_finite(out: Path, trained: Path) -> None:
     save_file(weights, trained / "adapter_model.safetensors")
 
 
+def another_initial(out: Path, trained: Path) -> None:
+    weights = load_file(out / "lora" / "adapter_model.safetensors")
+    save_file({key: value + 1 for key, value in weights.items()}, out / "lora" / "adapter_model.safetensors")
+
+
+def another_scale(out: Path, trained: Path) -> None:
+    for folder in (out / "lora", trained):
+        tiny_models.edit_json(folder / "adapter_config.json", lora_alpha=8)
+
+
+def trained_elsewhere(out: Path, trained: Path) -> None:
+    other = shutil.copytree(out, out.parent / "other")
+    tiny_models.edit_json(other / "milora_init.json", fingerprint="another")
+    tiny_models.edit_json(trained / "adapter_config.json", base_model_name_or_path=str(other))
+
+
+def pickled(out: Path, trained: Path) -> None:
+    (trained / "adapter_model.safetensors").rename(trained / "adapter_model.bin")
+
+
+def odd_parameters(out: Path, trained: Path) -> None:
+    tiny_models.edit_json(trained / "adapter_config.json", target_parameters=5)
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "words"),
     [
@@ -163,7 +187,12 @@ def not_finite(out: Path, trained: Path) -> None:
         (a_key_too_many, PlanError, "lm_head"),
         (of_another_base, PlanError, "unrelated to the adapter"),
         (with_dora, PlanError, "use_dora"),
-        (not_finite, MiloraError, "not finite|unrelated"),
+        (not_finite, PlanError, "NaN or infinite"),
+        (another_initial, PlanError, "is not the adapter that its base was made with"),
+        (another_scale, PlanError, "its base was made with 1"),
+        (trained_elsewhere, PlanError, "another residual base"),
+        (pickled, CheckpointError, "only adapter_model.bin"),
+        (odd_parameters, CheckpointError, "target_parameters is 5"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -231,3 +260,33 @@ def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytes
     assert (said["status"], said["modules"]) == ("done", 10)
     assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
     assert "10 modules merged" in capsys.readouterr().out
+
+
+def test_no_output_where_it_would_be_lost_or_mistaken(checkpoint: Built, start: Start, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    out, trained = tmp_path / "out", shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
+    with pytest.raises(UsageError, match="--out is empty"):
+        merge(str(out), "")
+    with pytest.raises(OutputError, match="lies inside"):
+        merge(str(out), str(trained / "merged"), trained=str(trained))
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "adapter_config.json").write_text("{}")
+    with pytest.raises(OutputError, match="holds an adapter"):
+        merge(str(out), str(tmp_path / "merged"))
+
+
+def test_a_base_with_another_bit_makes_no_model_until_it_is_mended(
+    checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    merge(str(tmp_path / "out"), str(tmp_path / "straight"))
+    path = tmp_path / "out" / "model-00002-of-00010.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="is not the file that milora-init wrote") as caught:
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    assert "milora-init verify" in caught.value.hint
+    assert not (tmp_path / "merged" / "config.json").exists()
+    path.write_bytes(content)
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    assert model(tmp_path / "merged") == model(tmp_path / "straight")

@@ -286,10 +286,11 @@ def test_a_run_that_goes_on_with_another_repository_leaves_both_honest(
 
 
 def test_an_earlier_output_is_no_model_while_a_run_that_began_without_a_push_replaces_it(
-    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     hub.publish("tiny/llama", checkpoint("llama"))
-    assert milora(*INIT[:-4], "--rank", "3", "--device", "cpu", "--push-to-hub", "me/x").returncode == 0
+    start(checkpoint("llama"), rank=3)
+    assert milora("push", "out", "me/x").returncode == 0
     assert "config.json" in hub.repositories["me/x"].files
     command = ("--model", "tiny/llama", "--out", "other", *INIT[-4:], "--low-disk")
     hub.fault = lambda _, path: 403 if "00006-of" in path and len(hub.served) > 12 else None

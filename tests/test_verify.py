@@ -343,9 +343,9 @@ def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pri
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    require(verify(str(pristine()), trained=str(folder)), verdicts.DAMAGED, str(path))
+    require(verify(str(pristine()), trained=str(folder)), verdicts.UNFIT, str(path))
     path.unlink()
-    require(verify(str(pristine()), trained=str(folder)), verdicts.DAMAGED, f"{path}: missing")
+    require(verify(str(pristine()), trained=str(folder)), verdicts.UNFIT, f"{path}: missing")
 
 
 def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
@@ -370,3 +370,28 @@ def test_the_command_line(out: Path, checkpoint: Built, capsys: pytest.CaptureFi
     assert run(["verify", str(out / "nothing")]) == 2
     assert run(["verify", str(out), "--all"]) == 2
     assert run(["verify"]) == 2
+
+
+def test_a_config_without_its_patterns_is_told_and_no_exception(
+    start: Callable[..., Manifest], checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"), rank_pattern={"v_proj": 2})
+    path = tmp_path / "out" / "lora" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["rank_pattern"]
+    path.write_text(json.dumps(config))
+    require(verify(str(tmp_path / "out")), verdicts.DAMAGED, "rank_pattern is None", 'set "rank_pattern"')
+
+
+def test_what_a_trained_adapter_learnt_is_not_mended_by_an_edit(trained: Path, pristine: Built, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "trained"))
+    edit_json(folder / "adapter_config.json", use_dora=True, lora_alpha=99)
+    verdict = verify(str(pristine()), trained=str(folder))
+    require(verdict, verdicts.UNFIT, "use_dora", "lora_alpha is 99")
+    assert {d.hint for d in verdict.differences} == {"train again from this base's lora/, without a change to it"}
+
+
+def test_without_a_manifest_a_named_adapter_tells_an_original(
+    trained: Path, checkpoint: Built, pristine: Built, tmp_path: Path
+) -> None:
+    assert verify(str(checkpoint("llama")), trained=str(pristine() / "lora")).kind == verdicts.ORIGINAL
