@@ -380,7 +380,7 @@ def test_a_config_without_its_patterns_is_told_and_no_exception(
     config = json.loads(path.read_text())
     del config["rank_pattern"]
     path.write_text(json.dumps(config))
-    require(verify(str(tmp_path / "out")), verdicts.DAMAGED, "rank_pattern is None", 'set "rank_pattern"')
+    require(verify(str(tmp_path / "out")), verdicts.DAMAGED, "rank_pattern is None")
 
 
 def test_what_a_trained_adapter_learnt_is_not_mended_by_an_edit(trained: Path, pristine: Built, tmp_path: Path) -> None:
