@@ -86,17 +86,15 @@ class Repository:
     def manifest_fingerprint(self) -> str:
         """The fingerprint of the finished output in it, empty where there is none."""
         with explained(self.repo, self._revision):
-            if MANIFEST not in self.files():
-                return ""
-            path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
-            return str(json.loads(Path(path).read_text(encoding="utf-8")).get("fingerprint", ""))
+            return str(self._manifest().get("fingerprint", ""))
 
-    def _former_files(self) -> set[str]:
-        """The files of the output of ours that stands in it."""
+    def _manifest(self) -> dict[str, Any]:
+        """The manifest of the output of ours that stands in it, empty where there is none."""
         if MANIFEST not in self.files():
-            return set()
+            return {}
         path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
-        return set(json.loads(Path(path).read_text(encoding="utf-8")).get("files", ()))
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content
 
     def push(self, folder: Path, manifest: Manifest, *, there: Collection[str] = ()) -> Published:
         """Upload a finished output in one commit.
@@ -125,7 +123,7 @@ class Repository:
                 hashed = operation.upload_info.sha256.hex() if isinstance(operation, CommitOperationAdd) else ""
                 if name in paths and hashed != manifest.hashes.get(name):
                     raise OutputError(f"{folder}: {name} was changed", hint=f"milora-init verify {folder}")
-            former = self._former_files()
+            former = self._manifest().get("files", {})
             stale = self.files() - manifest.files.keys() - contents.keys()
             operations += [
                 CommitOperationDelete(name) for name in sorted(stale) if name in former or _would_be_loaded(name)
