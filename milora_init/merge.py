@@ -47,7 +47,7 @@ from milora_init.split import add_once, round_once
 from milora_init.trained import LoraFolder, open_lora, require_made_with, require_pair, require_trained_on
 
 MERGED = "milora_merge.json"
-_HANDS = 2
+_HANDS = 3  # two that sum, and one that waits for the disk
 _BLOCK_ELEMENTS = 1 << 19  # of a block of rows, which fits a cache
 
 
@@ -242,10 +242,13 @@ def merged_weight(residual: Tensor, B: Tensor, A: Tensor, scale: float, dtype: t
 
 
 def _merge_files(plan: MergePlan, folder: OutputFolder[Merged]) -> None:
-    """Make what the journal lacks of the weights, two files at a time: one is summed while the other is written."""
+    """Make what the journal lacks of the weights, a few files at a time."""
+    # Blocks of rows come and go. What is freed, glibc gives back to the system and takes again page by page, until it
+    # has seen a block freed that is larger: measured on 2.2 GB, 1.3 million page faults and a quarter of the time.
+    torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: up to 32 MiB are learnt
     done, stop = folder.done(), threading.Event()
     todo = [name for name in plan.headers if name not in done]
-    threads = max(1, torch.get_num_threads() // _HANDS)  # of each hand's arithmetic
+    threads = max(1, torch.get_num_threads() // 2)  # of each hand's arithmetic
     with ThreadPoolExecutor(_HANDS, "merge", torch.set_num_threads, (threads,)) as pool:
         made = pool.map(lambda name: _merge_file(plan, name, folder.path / name, stop), todo)
         try:

@@ -120,13 +120,13 @@ def _squares(*tensors: Tensor) -> Tensor:
 
 
 def round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
-    """R (float64) to the nearest value of dtype."""
+    """R (m, n), in float64, to the nearest value of dtype."""
     return R.to(dtype) if dtype.itemsize > 2 else _to_16_bits(R.float(), lambda at: R[at], dtype)
 
 
 def add_once(R: Tensor, P: Tensor, dtype: torch.dtype) -> Tensor:
     """R + P, neither longer than float32, to the nearest value of a 16-bit dtype: faster than all of it in float64."""
-    return _to_16_bits(R.float() + P, lambda at: R[at].double() + P[at].double(), dtype)
+    return _to_16_bits(R + P, lambda at: R[at].double() + P[at].double(), dtype)
 
 
 def _to_16_bits(nearest: Tensor, exact: Callable[[tuple[Tensor, ...]], Tensor], dtype: torch.dtype) -> Tensor:
@@ -134,7 +134,10 @@ def _to_16_bits(nearest: Tensor, exact: Callable[[tuple[Tensor, ...]], Tensor], 
     # By way of float32 torch can round to the middle of two 16-bit values and then to the farther one. A middle ends
     # in twelve zero bits at least; what does is rounded again, to odd, which is never a middle.
     stored = nearest.to(dtype)
-    suspects = (nearest.view(torch.int32) & 0xFFF).eq(0).nonzero(as_tuple=True)
+    low = nearest.view(torch.int32) & 0xFFF
+    columns = low.amin(0).eq(0).nonzero().squeeze(1)  # few of a block's: only these are looked at entry by entry
+    rows, which = low[:, columns].eq(0).nonzero(as_tuple=True)
+    suspects = rows, columns[which]
     stored[suspects] = _round_to_odd(exact(suspects)).to(dtype)
     return stored
 
