@@ -120,6 +120,27 @@ def pattern_of(patterns: Mapping[str, float], name: str) -> float | None:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
+def patterns(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], *, rank: int, alpha: float
+) -> tuple[dict[str, int], dict[str, float]]:
+    """rank_pattern and alpha_pattern: for each name that has another rank or alpha than the defaults, its own.
+
+    Raises:
+        PlanError: PEFT would find another rank or alpha for a name than its own.
+    """
+    other = [name for name in ranks if ranks[name] != rank or alphas[name] != alpha]
+    rank_pattern = {name: ranks[name] for name in other}
+    alpha_pattern = {name: alphas[name] for name in other}
+    for name in ranks:
+        found = (pattern_of(rank_pattern, name) or rank, pattern_of(alpha_pattern, name) or alpha)
+        if found != (ranks[name], alphas[name]):
+            raise PlanError(
+                f"PEFT would give {name} the rank and alpha of another module whose name ends alike",
+                hint="give both the same rank and alpha",
+            )
+    return rank_pattern, alpha_pattern
+
+
 def adapter_config(
     *,
     base: str,
@@ -142,16 +163,7 @@ def adapter_config(
     Raises:
         PlanError: PEFT would find another rank or alpha for a target than its own.
     """
-    other = [name for name in ranks if ranks[name] != rank or alphas[name] != alpha]
-    rank_pattern = {name: ranks[name] for name in other}
-    alpha_pattern = {name: alphas[name] for name in other}
-    for name in ranks:
-        found = (pattern_of(rank_pattern, name) or rank, pattern_of(alpha_pattern, name) or alpha)
-        if found != (ranks[name], alphas[name]):
-            raise PlanError(
-                f"PEFT would give {name} the rank and alpha of another module whose name ends alike",
-                hint="leave that module out of rank_pattern and alpha_pattern",
-            )
+    rank_pattern, alpha_pattern = patterns(ranks, alphas, rank=rank, alpha=alpha)
     return {
         "peft_type": "LORA",
         "task_type": task_type,

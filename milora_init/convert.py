@@ -3,6 +3,9 @@
     residual + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
 
 The rank doubles, or is cut to the best `rank` per module: QR of both factors, SVD of the small core in float64.
+
+Where modules differ in rank or scale, or are cut, the scales go into the factors and every module's alpha is its rank:
+servers such as vLLM know one r and one lora_alpha for the whole adapter, and drop patterns without a word.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from milora_init.adapter import patterns
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.layout import lora_key
 from milora_init.manifest import read_manifest
@@ -55,7 +60,7 @@ def convert(
         trained: The same adapter after training.
         out: Folder to write; it must not exist, or be empty. Appears whole or not at all.
         base: The original model, for the adapter's config. From the manifest beside `init` where it is None.
-        rank: Compress to this rank; None keeps everything, at twice the rank.
+        rank: Compress to this rank, those modules that have more; None keeps everything, at twice the rank.
 
     Raises:
         CheckpointError: An adapter that cannot be read.
@@ -76,29 +81,32 @@ def convert(
     if base is None and manifest is None:
         raise UsageError(f"no milora_init.json beside {init} names the original model", hint="--base ORIGINAL")
     base = base or str(manifest.source["model"] if manifest else "")
-    ranks = {module: rank or 2 * factors.rank for module, factors in before.modules.items()}
-    for module, factors in before.modules.items():
-        limit = min(2 * factors.rank, *factors.shape)
-        if rank is not None and not 1 <= rank <= limit:
-            raise PlanError(f"rank {rank} is not between 1 and the {limit} of {module}", hint=f"--rank {limit}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"--out {out} exists", hint="choose another --out, or move it away")
-
+    ranks = {module: 2 * factors.rank for module, factors in before.modules.items()}
+    if rank is not None:
+        limits = {m: min(2 * factors.rank, *factors.shape) for m, factors in before.modules.items()}
+        most = max(limits.values())
+        if not 1 <= rank <= most:
+            raise PlanError(f"rank {rank} is not between 1 and {most}, the most of any module", hint=f"--rank {most}")
+        ranks = {module: min(rank, limit) for module, limit in limits.items()}
     for given in (init, trained):
         if given.resolve() in (out.resolve(), *out.resolve().parents):
             raise OutputError(f"--out {out} lies inside {given}", hint="write beside it: --out ./plain")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"--out {out} exists", hint="choose another --out, or move it away")
+    out = out.resolve()  # a link to an empty folder stays one
 
     # A name of its own: neither a second run nor what somebody put there can end up in the output.
-    partial = out.absolute().with_name(f".{out.absolute().name}.{uuid4().hex[:8]}.partial")
+    partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
     with writing(out):
         partial.mkdir(parents=True)
     try:
+        config = {**_plain_config(before.config, base), **_scaling(before, ranks, compress=rank is not None)}
         results = _write_weights(before, after, ranks, partial / WEIGHTS, compress=rank is not None)
         with writing(out):
-            (partial / CONFIG).write_text(json.dumps(_plain_config(before, base, rank), indent=2) + "\n")
+            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             sync_folder(partial)
             partial.replace(out)
-            sync_folder(out.absolute().parent)
+            sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -106,7 +114,7 @@ def convert(
 
 
 def _write_weights(
-    before: LoraFolder, after: LoraFolder, ranks: dict[str, int], path: Path, *, compress: bool
+    before: LoraFolder, after: LoraFolder, ranks: Mapping[str, int], path: Path, *, compress: bool
 ) -> list[ConvertedModule]:
     header = plan_header(
         (
@@ -132,8 +140,10 @@ def _write_weights(
                 (old.get_tensor(start.A), old.get_tensor(start.B)),
                 start.experts,
             )
+            if not _is_uniform(before) or compress:
+                B = start.scale * B
             if compress:
-                A, B, lost = compressed(A, B, ranks[module], start.scale)
+                A, B, lost = compressed(A, B, ranks[module])
             writer.write(lora_key(module, "A"), A.flatten(0, 1).float().contiguous())
             writer.write(lora_key(module, "B"), B.permute(1, 2, 0).flatten(1, 2).float().contiguous())
             results.append(ConvertedModule(module, ranks[module], lost))
@@ -157,9 +167,9 @@ def difference(trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor], e
     return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
 
 
-def compressed(A: Tensor, B: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, float]:
-    """The factors by expert cut to their best rank, with the scale in them, and the most that any of them lost."""
-    cut = [best_rank(scale * its_B, its_A, rank) for its_B, its_A in zip(B, A, strict=True)]
+def compressed(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The factors by expert cut to their best rank, and the most that any of them lost."""
+    cut = [best_rank(its_B, its_A, rank) for its_B, its_A in zip(B, A, strict=True)]
     return torch.stack([a for _, a, _ in cut]), torch.stack([b for b, _, _ in cut]), max(lost for *_, lost in cut)
 
 
@@ -176,23 +186,27 @@ def best_rank(B: Tensor, A: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
     return Q_B @ (U[:, :k] * root), (root[:, None] * Vh[:k]) @ Q_A.mT, lost
 
 
-def _plain_config(before: LoraFolder, base: str, rank: int | None) -> dict[str, Any]:
-    """adapter_config.json of the result; a compressed one carries its scale in its factors."""
-    config = before.config
-    changed: dict[str, Any]
-    if rank is not None:
-        changed = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    else:
-        rslora = bool(config.get("use_rslora"))
-        ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-        grown: float = math.sqrt(2) if rslora else 2
-        changed = {
-            "r": 2 * config["r"],
-            "lora_alpha": grown * config["lora_alpha"],
-            "use_rslora": rslora,
-            "rank_pattern": {key: 2 * value for key, value in ranks.items()},
-            "alpha_pattern": {key: grown * value for key, value in alphas.items()},
-        }
+def _is_uniform(before: LoraFolder) -> bool:
+    """Whether one rank and one alpha hold for all modules."""
+    return not before.config.get("rank_pattern") and not before.config.get("alpha_pattern")
+
+
+def _scaling(before: LoraFolder, ranks: Mapping[str, int], *, compress: bool) -> dict[str, Any]:
+    """What adapter_config.json says of ranks and scales."""
+    if _is_uniform(before) and not compress:
+        rslora = bool(before.config.get("use_rslora"))
+        alpha = before.config["lora_alpha"] * (math.sqrt(2) if rslora else 2)
+        return {"r": 2 * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
+                "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+    highest = max(ranks.values())
+    own = {factors.name: ranks[module] for module, factors in before.modules.items()}
+    rank_pattern, alpha_pattern = patterns(own, own, rank=highest, alpha=highest)
+    return {"r": highest, "lora_alpha": highest, "use_rslora": False,
+            "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}  # fmt: skip
+
+
+def _plain_config(config: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """The rest of adapter_config.json."""
     return {
         "peft_type": "LORA",
         "task_type": config.get("task_type"),
@@ -204,5 +218,4 @@ def _plain_config(before: LoraFolder, base: str, rank: int | None) -> dict[str, 
         "init_lora_weights": True,
         "inference_mode": True,
         "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-        **changed,
     }

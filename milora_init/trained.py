@@ -42,9 +42,11 @@ BEYOND_FACTORS = (
 class Factors:
     """A module's A (rank, n) and B (m, rank); their product is multiplied with `scale`.
 
-    Of `experts` they are stacked as in `layout`; rank and shape are one expert's.
+    Of `experts` they are stacked as in `layout`; rank and shape are one expert's. `name` is what PEFT looks up in
+    rank_pattern and alpha_pattern.
     """
 
+    name: str
     A: str
     B: str
     rank: int
@@ -127,7 +129,7 @@ def require_pair(before: LoraFolder, after: LoraFolder) -> None:
         where = before.path if module in before.modules else after.path
         raise PlanError(
             f"{len(odd)} modules are in one adapter only, {module} first (in {where})",
-            hint="name the initial adapter that this one was trained from",
+            hint=f"name the adapter that was trained from {before.path}, saved as it was trained",
         )
     for module, start in before.modules.items():
         end = after.modules[module]
@@ -139,7 +141,7 @@ def require_pair(before: LoraFolder, after: LoraFolder) -> None:
             if was != now:
                 raise PlanError(
                     f"{module} has {what} {was} in {before.path}, but {now} in {after.path}",
-                    hint="name the initial adapter that this one was trained from",
+                    hint=f"name the adapter that was trained from {before.path}, saved as it was trained",
                 )
 
 
@@ -244,7 +246,7 @@ def _pair(
             hint="save the adapter and its config again, together",
         )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Factors(keys["A"], keys["B"], int(rank), (m, n), scale, experts)
+    return Factors(module, keys["A"], keys["B"], int(rank), (m, n), scale, experts)
 
 
 def _of_module(config: Mapping[str, Any], pattern: str, default: str, module: str, path: Path) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, Family
+from safetensors.torch import load_file
 from tiny_models import tensors
 from torch import Tensor
 
@@ -121,6 +125,46 @@ def test_compressed_to_less_than_twice_the_rank_it_says_what_was_lost(name: str,
         other = answer(family, load(family, source, tmp_path / f"plain-{rank}"))
         off[rank] = float((other - pair).norm() / pair.norm())
     assert off[5] < off[2]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_rank_between_those_of_the_modules_cuts_only_who_has_more(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source, out, _ = start(name, tmp_path, "float32", **patterned(family))
+    trained = train(family, out, tmp_path / "trained")
+    whole = {m.module: m.rank for m in convert(out / "lora", trained, tmp_path / "whole")}
+    cut = convert(out / "lora", trained, tmp_path / "plain", rank=7)
+    assert {m.module: m.rank for m in cut} == {module: min(7, rank) for module, rank in whole.items()}
+    assert {6, 7} <= {m.rank for m in cut}
+    assert all((m.lost > 1e-6) == (whole[m.module] > 7) for m in cut)
+    pair = answer(family, load(family, out, trained))
+    plain = answer(family, load(family, source, tmp_path / "plain"))
+    assert float((plain - pair).norm() / pair.norm()) < max(m.lost for m in cut)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("options", [lambda _: PLAIN, patterned], ids=["plain", "rsLoRA and patterns"])
+def test_a_server_that_knows_one_rank_and_one_alpha_serves_the_same(
+    rank: int | None, options: Any, tmp_path: Path
+) -> None:
+    """vLLM reads r, lora_alpha and use_rslora, and nothing of patterns; its ranks may not be above r."""
+    family = FAMILIES["llama"]
+    source, out, _ = start("llama", tmp_path, "float32", **options(family))
+    trained = train(family, out, tmp_path / "trained")
+    convert(out / "lora", trained, tmp_path / "plain", rank=rank)
+
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    factors = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    original = dict(load(family, source).named_parameters())
+    plain = dict(load(family, source, tmp_path / "plain").merge_and_unload().named_parameters())
+    assert config["r"] == max(factor.shape[0] for key, factor in factors.items() if ".lora_A." in key)
+    modules = [re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key) for key in factors if ".lora_A." in key]
+    for module in (match[1] for match in modules if match):
+        B, A = (factors[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "BA")
+        served = original[f"{module}.weight"] + scale * B @ A
+        torch.testing.assert_close(served, plain[f"{module}.weight"], rtol=1e-5, atol=1e-6)
+    assert len(modules) == len(factors) / 2 > 0
 
 
 def test_an_adapter_of_experts_away_from_its_manifest_is_refused_with_the_reason(tmp_path: Path) -> None:
