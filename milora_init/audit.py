@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from milora_init.certificate import EPS
-from milora_init.checkpoint import Checkpoint, PickleShard, SafetensorsShard, open_shard
+from milora_init.checkpoint import Checkpoint, PickleShard, SafetensorsShard, TensorSource, open_shard
 from milora_init.digest import sha256
 from milora_init.factors import reading_factors
 from milora_init.layout import own_block
@@ -28,6 +28,7 @@ from milora_init.weight_plan import own_seed
 EPS32 = torch.finfo(torch.float32).eps
 _BLOCK_ELEMENTS = 1 << 20
 _SAMPLE = 3
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of a float that takes so many bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,18 @@ class Reader:
 
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own. Raises CheckpointError."""
+        return self._home(name).read(name)
+
+    def locate(self, name: str) -> TensorSource:
+        """Where a tensor can be read, or one entry of its first dimension. Raises CheckpointError."""
+        return self._home(name).locate(name)
+
+    def _home(self, name: str) -> SafetensorsShard | PickleShard:
         path = self._folder / self._homes[name]
         if self._shard is None or self._shard.path != path:
             self.close()
             self._shard = open_shard(path)
-        return self._shard.read(name)
+        return self._shard
 
     def close(self) -> None:
         if self._shard is not None:
@@ -110,6 +118,24 @@ def against(
                     W, R = W.mT, R.mT
                 B, A = factors.read(record)
                 yield from _judge(W, R, B, A, record, manifest, solve=record.module in sample)
+
+
+def bit_equal(merged: Checkpoint, source: Checkpoint, manifest: Manifest) -> int:
+    """How many entries of the adapted weights are, after a merge, to the bit what they were in the source.
+
+    Raises:
+        CheckpointError: A tensor that cannot be read.
+    """
+    count = 0
+    with reading(merged) as after, reading(source) as before:
+        for record in manifest.weights:
+            places = (reader.locate(record.tensor) for reader in (after, before))
+            if record.row is not None:
+                places = (place.at(record.row) for place in places)
+            one, other = (place.read() for place in places)
+            bits = _BITS[one.itemsize]
+            count += one.numel() - int((one.view(bits) != other.view(bits)).count_nonzero())
+    return count
 
 
 def _judge(

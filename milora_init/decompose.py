@@ -68,6 +68,13 @@ def fetched(options: InitOptions) -> Path:
     return folder
 
 
+def fetched_source(manifest: Manifest, options: InitOptions) -> Path:
+    """The same, to compare an output with: of the model that it was made of, the recorded commit if none is asked."""
+    if options.model == manifest.source["model"] and options.revision is None:
+        options = dataclasses.replace(options, revision=manifest.source["revision"])
+    return fetched(options)
+
+
 def _fetch(options: InitOptions, remote: Remote | None, name: str, into: Path | None) -> Path:
     from milora_init.hub import download
 
@@ -242,6 +249,7 @@ def _assemble(
             "model": options.model,
             "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.naming.architecture,
+            **({"config.json": plan.checkpoint.config_bytes.decode()} if plan.changes_config else {}),
             **({"trust_remote_code": True} if options.trust_remote_code else {}),
         },
         out=options.out,

@@ -82,7 +82,8 @@ class Manifest:
     """The whole run.
 
     Attributes:
-        source: The model as given, its revision and its architecture.
+        source: The model as given, its revision and its architecture; its config.json, as text, where the output's is
+            another.
         out: The output folder as given.
         fingerprint: Hash of `inputs`.
         inputs: All that decides the output's bytes: a digest of each source file, the options, the version.

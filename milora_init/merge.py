@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from milora_init import __version__, adapter
+from milora_init.audit import bit_equal
 from milora_init.checkpoint import (
     SAFETENSORS_INDEX,
     Checkpoint,
@@ -35,12 +37,13 @@ from milora_init.checkpoint import (
     read_bytes,
     stamp,
 )
+from milora_init.decompose import fetched_source
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, OutputError, PlanError, SolveError, UsageError
 from milora_init.factors import FactorReader, reading_factors, wanted_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
+from milora_init.options import InitOptions
 from milora_init.output import OutputFolder
-from milora_init.plan import config_with_dtype
 from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
 from milora_init.safetensors_writer import Place, SafetensorsWriter
 from milora_init.split import add_once, round_once
@@ -114,6 +117,7 @@ class Merged:
         inputs: What decides the bytes: the base's fingerprint, the adapter's hash and scales, the version.
         files: Size in bytes of every file of the output but this one.
         elapsed_s: Seconds; when it was resumed, of its last part.
+        entries: Of the merged weights; `bit_equal`: how many of them the source has too, if that was asked.
     """
 
     out: str
@@ -124,6 +128,8 @@ class Merged:
     inputs: Mapping[str, Any]
     files: Mapping[str, int]
     elapsed_s: float
+    entries: int
+    bit_equal: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,7 +148,9 @@ def read_merged(folder: Path) -> Merged | None:
         ) from error
 
 
-def merge(base: str, out: str, *, trained: str | None = None, overwrite: bool = False) -> Merged:
+def merge(
+    base: str, out: str, *, trained: str | None = None, overwrite: bool = False, against: str | None = None
+) -> Merged:
     """Write to `out` the model that the residual base `base` and an adapter compute together.
 
     Args:
@@ -150,6 +158,7 @@ def merge(base: str, out: str, *, trained: str | None = None, overwrite: bool = 
         out: Folder to write.
         trained: The adapter; the one in `base` where it is None.
         overwrite: Replace an earlier merge in `out`.
+        against: The source, a folder or a Hub id: count the entries that have its bits.
 
     Returns:
         What was merged; of a finished merge of the same request, when it was made.
@@ -164,6 +173,7 @@ def merge(base: str, out: str, *, trained: str | None = None, overwrite: bool = 
     if not out:
         raise UsageError("--out is empty", hint="name the folder to write")
     plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None, overwrite=overwrite)
+    source = _open_source(plan.manifest, against, out) if against else None
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
     if plan.lora.path.resolve() in (folder.path.resolve(), *folder.path.resolve().parents):
         raise OutputError(f"--out {out} lies inside {plan.lora.path}", hint="write beside it: --out ./merged")
@@ -171,8 +181,8 @@ def merge(base: str, out: str, *, trained: str | None = None, overwrite: bool = 
         raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
     if (folder.path / MANIFEST).exists():
         raise OutputError(f"{folder.path} holds an output of milora-init", hint="choose another --out")
-    if finished := folder.enter(plan):
-        return finished
+    if merged := folder.enter(plan):
+        return _compared(merged, folder.path, source, plan.manifest)
     try:
         _merge_files(plan, folder)
         for name in plan.side_files:
@@ -192,9 +202,26 @@ def merge(base: str, out: str, *, trained: str | None = None, overwrite: bool = 
         inputs=plan.inputs,
         files={name: (folder.path / name).stat().st_size for name in plan.files},
         elapsed_s=round(time.monotonic() - started, 3),
+        entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
     )
     folder.finish(merged)
-    return merged
+    return _compared(merged, folder.path, source, plan.manifest)
+
+
+def _open_source(manifest: Manifest, model: str, out: str) -> Checkpoint:
+    source = open_checkpoint(fetched_source(manifest, InitOptions(model=model, out=out)))
+    if not source.has_weights(manifest.inputs["source"]):
+        raise CheckpointError(
+            f"{model} is not what this base was made from: another model, or another commit",
+            hint=f"name the model it was made from: --against {manifest.source['model']}",
+        )
+    return source
+
+
+def _compared(merged: Merged, folder: Path, source: Checkpoint | None, manifest: Manifest) -> Merged:
+    if source is None:
+        return merged
+    return replace(merged, bit_equal=bit_equal(open_checkpoint(folder), source, manifest))
 
 
 def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = False) -> MergePlan:
@@ -346,8 +373,6 @@ def _index(plan: MergePlan) -> bytes:
 
 
 def _config(plan: MergePlan) -> bytes:
-    """config.json with the source's dtype, where the residuals had another."""
-    before = {record.source_dtype for record in plan.manifest.weights}
-    if before == {record.dtype for record in plan.manifest.weights}:
-        return plan.base.config_bytes
-    return config_with_dtype(plan.base, min(before))
+    """The source's config.json."""
+    text = plan.manifest.source.get("config.json")
+    return plan.base.config_bytes if text is None else str(text).encode()

@@ -125,6 +125,11 @@ class Plan:
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
 
     @property
+    def changes_config(self) -> bool:
+        """Whether the output's config.json is another than the source's: its dtype was asked for."""
+        return self.config_bytes != self.checkpoint.config_bytes
+
+    @property
     def source(self) -> Path:
         return self.checkpoint.folder
 
@@ -219,7 +224,7 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
         weights=weights,
         adapter_config=adapter_config,
         index=_plan_index(checkpoint, jobs),
-        config_bytes=config_with_dtype(checkpoint, options.dtype),
+        config_bytes=_config_with_dtype(checkpoint, options.dtype),
         side_files=tuple(side_files(folder)),
         notices=tuple(_notices(options, checkpoint, naming, weights, adapter_config)),
     )
@@ -276,7 +281,7 @@ def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | N
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
+def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     """config.json with its dtype set where the residuals' differs: transformers casts the whole model to that one."""
     if dtype == "auto" or _config_dtypes(checkpoint.config) == {dtype}:
         return checkpoint.config_bytes

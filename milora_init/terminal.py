@@ -27,6 +27,7 @@ from rich.table import Column, Table
 from milora_init.report import component_error, duration, kinds, loading_lines, size, warnings
 
 if TYPE_CHECKING:
+    from milora_init.convert import ConvertedModule
     from milora_init.manifest import Manifest
     from milora_init.merge import Merged
     from milora_init.plan import Plan, ShardJob
@@ -185,6 +186,18 @@ def print_merged(merged: Merged) -> None:
     total = size(sum(merged.files.values()))
     line = f"{merged.out}: {merged.modules} modules merged, {total}, {duration(merged.elapsed_s)}"
     _stdout().print(line, markup=False)
+    if merged.bit_equal is not None:
+        share = merged.bit_equal / merged.entries
+        _stdout().print(f"{share:.4%} of their {merged.entries:,} entries have the source's bits", markup=False)
+
+
+def print_converted(out: str, modules: Sequence[ConvertedModule], *, compressed: bool) -> None:
+    """What stands at the end of a conversion: what each module lost, if it could."""
+    console = _stdout()
+    for module in modules if compressed else ():
+        console.print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}", markup=False)
+    lost = f", at most {max(module.lost for module in modules):.2e} lost" if compressed else ""
+    console.print(f"{out}: {len(modules)} modules{lost}", markup=False)
 
 
 def print_summary(manifest: Manifest, *, unchanged: bool) -> None:

@@ -80,7 +80,7 @@ def open_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraFolder:
         CheckpointError: A file is missing or damaged, a factor has no partner, or shapes contradict the config.
         PlanError: The adapter holds more than factors of Linears.
     """
-    config = _read_config(path)
+    config = _lora_config(path)
     if not (path / WEIGHTS).is_file():
         pickled = f", only {PICKLED}" if (path / PICKLED).is_file() else ""
         hint = "save it as safetensors: model.save_pretrained(FOLDER)"
@@ -161,17 +161,22 @@ def require_made_with(lora: LoraFolder, manifest: Manifest) -> None:
             )
 
 
+def names_another_base(config: Mapping[str, Any], manifest: Manifest) -> str:
+    """The folder of another output of milora-init, where an adapter's config names one as its base; else empty."""
+    named = config.get("base_model_name_or_path")
+    other = None
+    if isinstance(named, str) and named:
+        with suppress(MiloraError, OSError, ValueError):  # a base that is not here, or cannot be read, tells nothing
+            other = read_manifest(Path(named).expanduser())
+    return str(named) if other and other.fingerprint != manifest.fingerprint else ""
+
+
 def require_trained_on(lora: LoraFolder, manifest: Manifest, initial: Path) -> None:
     """Raise PlanError where an adapter of the initial one's keys, shapes and scales was trained on another base.
 
     That is so where its config names another output of milora-init, or its factors lean on other ones.
     """
-    named = lora.config.get("base_model_name_or_path")
-    other = None
-    if isinstance(named, str) and named:
-        with suppress(MiloraError, OSError, ValueError):  # a base that is not here, or cannot be read, tells nothing
-            other = read_manifest(Path(named).expanduser())
-    if other and other.fingerprint != manifest.fingerprint:
+    if named := names_another_base(lora.config, manifest):
         raise PlanError(f"{lora.path} was trained on {named}, another residual base", hint=_OTHER_BASE)
     require_related(lora.weights, initial)
 
@@ -203,17 +208,25 @@ def _cosine(one: Path, other: Path) -> tuple[float, int]:
         second.close()
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Content of an adapter_config.json. Raises CheckpointError where it is not a readable JSON object."""
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__}")
     except OSError as error:
         hint = f"name the folder that holds {CONFIG} and {WEIGHTS}"
-        raise CheckpointError(f"{path / CONFIG}: {error.strerror}", hint=hint) from error
+        raise CheckpointError(f"{path}: {error.strerror}", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path / CONFIG} is not readable JSON: {error}", hint="save the adapter again"
+            f"{path} is not a readable JSON object: {error}", hint="save the adapter again"
         ) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    return config
+
+
+def _lora_config(path: Path) -> dict[str, Any]:
+    config = read_config(path / CONFIG)
+    if config.get("peft_type") != "LORA":
         raise PlanError(f"{path / CONFIG} does not describe a LoRA adapter", hint="name the folder of one")
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):

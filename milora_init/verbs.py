@@ -86,6 +86,9 @@ def merge(
     base: Annotated[str, typer.Argument(metavar="OUT", help="The output folder: the residual base.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
     adapter: Annotated[str | None, typer.Option(help="The trained adapter. (default: the one in OUT)")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The source, to count what has its bits again: local folder or Hub id.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
@@ -97,7 +100,7 @@ def merge(
     from milora_init.terminal import print_merged, waiting
 
     with waiting("merging", quiet=quiet):
-        merged = join(base, out, trained=adapter, overwrite=overwrite)
+        merged = join(base, out, trained=adapter, overwrite=overwrite, against=against)
     if as_json:
         told = {name: value for name, value in asdict(merged).items() if name != "inputs"}
         print(json.dumps({"status": "done", **told}, indent=2))
@@ -112,18 +115,18 @@ def convert(
     base: Annotated[str | None, typer.Option(help="The original model. (default: as the manifest says)")] = None,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Compress to it. (default: twice the rank)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:
     """Turn a trained adapter into a plain LoRA for the original model."""
     from dataclasses import asdict
     from pathlib import Path
 
     from milora_init.convert import convert
+    from milora_init.terminal import print_converted, waiting
 
-    modules = convert(*(Path(p).expanduser() for p in (init, trained, out)), base=base, rank=rank)
+    with waiting("converting", quiet=quiet):
+        modules = convert(*(Path(p).expanduser() for p in (init, trained, out)), base=base, rank=rank)
     if as_json:
         print(json.dumps({"status": "done", "out": out, "modules": [asdict(m) for m in modules]}, indent=2))
-    else:
-        worst = max(modules, key=lambda m: m.lost)
-        for module in modules if rank is not None else ():
-            print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}")
-        print(f"{out}: {len(modules)} modules" + (f", at most {worst.lost:.2e} lost" if rank is not None else ""))
+    elif not quiet:
+        print_converted(out, modules, compressed=rank is not None)

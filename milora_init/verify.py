@@ -28,11 +28,10 @@ from milora_init.checkpoint import (
     WEIGHT_SUFFIXES,
     Checkpoint,
     open_checkpoint,
-    read_bytes,
 )
-from milora_init.decompose import fetched
+from milora_init.decompose import fetched_source
 from milora_init.digest import sha256
-from milora_init.errors import MiloraError, PlanError, UsageError
+from milora_init.errors import CheckpointError, MiloraError, PlanError, UsageError
 from milora_init.factors import reading_factors, wanted_tensors
 from milora_init.kinship import ORIGINAL as OF_THE_ORIGINAL
 from milora_init.kinship import OTHER, kinship
@@ -43,7 +42,7 @@ from milora_init.naming import resolve
 from milora_init.options import InitOptions
 from milora_init.output import WORK
 from milora_init.safetensors_format import Header, read_header
-from milora_init.trained import BEYOND_FACTORS, open_lora, require_related
+from milora_init.trained import BEYOND_FACTORS, names_another_base, open_lora, read_config, require_related
 
 PAIR = "a matching pair: a residual base and its adapter"
 TRAINED = "a matching pair: a residual base and an adapter trained on it"
@@ -125,8 +124,6 @@ def verify(
         return _without_manifest(out, folder, trained, trust_remote_code)
     source = None
     if model is not None:
-        if model == manifest.source["model"]:
-            revision = revision or manifest.source["revision"]
         source = InitOptions(model=model, out=out, revision=revision, cache_dir=cache_dir, token=token)
     return _Inspection(out, folder, manifest, trust_remote_code).verdict(source, every, trained)
 
@@ -194,7 +191,7 @@ class _Inspection:
             found += faults
             checked["trained"] = trained
         if original is not None and base is not None and readable:
-            source = open_checkpoint(fetched(original))
+            source = open_checkpoint(fetched_source(self.manifest, original))
             found += audit.against(base, self.folder / adapter.WEIGHTS, source, self.manifest, every=every)
             checked |= {
                 "against": original.model,
@@ -245,13 +242,9 @@ class _Inspection:
         """The fields of an adapter_config.json that decide what a trainer or a server makes of it."""
         name = str(path) if trained else adapter.CONFIG
         try:
-            config = json.loads(read_bytes(path))
-            if not isinstance(config, dict):
-                raise TypeError(f"a {type(config).__name__}")
-        except (MiloraError, ValueError, TypeError, RecursionError) as error:
-            yield Difference(
-                name, f"not a readable JSON object: {error}", "save the adapter again" if trained else _AGAIN
-            )
+            config = read_config(path)
+        except CheckpointError as error:
+            yield Difference(name, error.message, error.hint if trained else _AGAIN)
             return
         # What was trained with another function has learnt for that one: an edit would make a third one of it.
         retrain = "train again from this base's lora/, without a change to it" if trained else ""
@@ -326,12 +319,15 @@ class _Inspection:
         if faults or not comparable:
             # A file that cannot be read at all says nothing of its base.
             return len(faults) > len(self.records), found
+        foreign = False
+        with suppress(CheckpointError):  # which is among the faults
+            foreign = bool(names_another_base(read_config(config), self.manifest))
         try:
             require_related(weights, self.folder / adapter.WEIGHTS)
         except PlanError as error:
             what = error.message.removeprefix(f"{weights}: ")
             return True, [*found, Difference(str(weights), what, error.hint)]
-        return False, found
+        return foreign, found
 
 
 def _is_other(B: Tensor, A: Tensor, record: WeightRecord) -> bool:

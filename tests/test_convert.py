@@ -230,6 +230,14 @@ def test_what_lies_beside_the_output_stays_out_of_it(pair: Path, tmp_path: Path)
     assert not list(tmp_path.glob(".plain.*"))
 
 
+def test_a_link_to_an_empty_folder_stays_one(pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "plain").symlink_to(tmp_path / "elsewhere")
+    convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
+    assert (tmp_path / "plain").is_symlink()
+    assert (tmp_path / "elsewhere" / "adapter_config.json").is_file()
+
+
 @pytest.mark.parametrize("inside", ["trained/plain", "out/lora/plain", "trained"])
 def test_the_inputs_are_no_place_for_the_output(inside: str, pair: Path) -> None:
     before = digests(pair)
@@ -244,5 +252,8 @@ def test_on_the_command_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureF
     answer = json.loads(capsys.readouterr().out)
     assert answer["status"] == "done"
     assert {module["rank"] for module in answer["modules"]} == {2}
+    again = [*words[:-1], str(tmp_path / "again")]
+    assert run(["convert", *again, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
     assert run(["convert", *words]) == 1
     assert "exists" in capsys.readouterr().err

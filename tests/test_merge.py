@@ -262,6 +262,41 @@ def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytes
     assert "10 modules merged" in capsys.readouterr().out
 
 
+def test_what_comes_back_to_the_bit_is_counted(
+    checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out, to = checkpoint("llama", "bfloat16"), str(tmp_path / "out"), tmp_path / "merged"
+    manifest = start(source)
+    with pytest.raises(CheckpointError, match="another model, or another commit"):
+        merge(out, str(to), against=str(checkpoint("llama")))
+    assert not to.exists()
+    assert merge(out, str(to)).bit_equal is None
+    said = merge(out, str(to), against=str(source))
+    before, after = tensors(source), tensors(to)
+    equal = [before[r.tensor].view(torch.int16) == after[r.tensor].view(torch.int16) for r in manifest.weights]
+    assert (said.bit_equal, said.entries) == (sum(int(e.sum()) for e in equal), sum(e.numel() for e in equal))
+    assert said.bit_equal is not None
+    assert 0 < said.bit_equal < said.entries
+    assert run(["merge", out, "--out", str(to), "--against", str(source)]) == 0
+    assert f"{said.bit_equal / said.entries:.4%} of their {said.entries:,} entries" in capsys.readouterr().out
+
+
+def test_a_source_of_several_dtypes_comes_back_with_its_own_config(
+    checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(checkpoint("llama", "bfloat16"), tmp_path / "source"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    shard = next(path for path in sorted(source.glob("*.safetensors")) if name in load_file(path))
+    weights = load_file(shard)
+    save_file({**weights, name: weights[name].half()}, shard, metadata={"format": "pt"})
+    start(source, dtype="float32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    assert (tmp_path / "merged" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    before, after = tensors(source), tensors(tmp_path / "merged")
+    assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
+
+
 def test_no_output_where_it_would_be_lost_or_mistaken(checkpoint: Built, start: Start, tmp_path: Path) -> None:
     start(checkpoint("llama"))
     out, trained = tmp_path / "out", shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")

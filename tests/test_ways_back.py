@@ -14,16 +14,18 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, Family
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tensors
 from torch import Tensor
 
 from milora_init import verify as verifying
 from milora_init.convert import convert
 from milora_init.decompose import initialize
+from milora_init.errors import PlanError
 from milora_init.manifest import Manifest
 from milora_init.merge import merge
 from milora_init.options import InitOptions
+from milora_init.trained import require_related
 from milora_init.verify import verify
 
 NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "t5"]
@@ -165,6 +167,30 @@ def test_a_server_that_knows_one_rank_and_one_alpha_serves_the_same(
         served = original[f"{module}.weight"] + scale * B @ A
         torch.testing.assert_close(served, plain[f"{module}.weight"], rtol=1e-5, atol=1e-6)
     assert len(modules) == len(factors) / 2 > 0
+
+
+def test_an_adapter_of_a_sibling_base_is_named_by_the_base_in_its_config(tmp_path: Path) -> None:
+    """Their principal directions are nearly the same, as those of a model and of what was tuned from it."""
+    family = FAMILIES["llama"]
+    _, out, _ = start("llama", tmp_path / "one", "float32", mode="max")
+    sibling = architectures.save(tmp_path / "two" / "source", family, "float32")
+    for shard in sibling.glob("*.safetensors"):
+        torch.manual_seed(1)
+        tuned = {name: w + 1e-3 * w.std() * torch.randn_like(w) for name, w in load_file(shard).items()}
+        save_file(tuned, shard, metadata={"format": "pt"})
+    asked = InitOptions(model=str(sibling), out=str(tmp_path / "two" / "out"), rank=4, mode="max",
+                        target=family.targets, device=("cpu",))  # fmt: skip
+    initialize(asked)
+    trained = train(family, tmp_path / "two" / "out", tmp_path / "trained")
+    require_related(trained / "adapter_model.safetensors", out / "lora" / "adapter_model.safetensors")  # no help here
+    assert verify(str(out), trained=str(trained)).kind == verifying.FOREIGN
+    for back in (
+        lambda: merge(str(out), str(tmp_path / "merged"), trained=str(trained)),
+        lambda: convert(out / "lora", trained, tmp_path / "plain"),
+    ):
+        with pytest.raises(PlanError, match="another residual base"):
+            back()
+    assert not {"merged", "plain"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_an_adapter_of_experts_away_from_its_manifest_is_refused_with_the_reason(tmp_path: Path) -> None:
