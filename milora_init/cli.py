@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (verbs.verify, verbs.push, verbs.merge, verbs.convert):
+for _verb in (verbs.verify, verbs.report, verbs.push, verbs.merge, verbs.convert):
     app.command()(_verb)
 
 _RESUME = "run the same command to resume"
@@ -291,7 +291,7 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
         told = {"pushed": asdict(published)} if published else {}
         print(json.dumps({**summary(manifest, unchanged=unchanged), **told}, indent=2))
     elif not quiet:
-        print_summary(manifest, unchanged=unchanged)
+        print_summary(manifest, ended="already done, nothing to do" if unchanged else "")
         if published:
             print_published(published.url)
 

@@ -135,3 +135,18 @@ def read_manifest(folder: Path) -> Manifest | None:
             f"{path} is not a manifest that this version reads: {error}",
             hint="put it back from where the output was made, or remove the folder",
         ) from error
+
+
+def require_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished output.
+
+    Raises:
+        OutputError: There is none, or none that this version can read.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise OutputError(
+            f"{folder} has no {MANIFEST}: it is no finished output of milora-init",
+            hint="name the --out of a finished run; an unfinished one is resumed by the same command",
+        )
+    return manifest

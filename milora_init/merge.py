@@ -16,7 +16,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -41,7 +41,7 @@ from milora_init.decompose import fetched_source
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, OutputError, PlanError, SolveError, UsageError
 from milora_init.factors import FactorReader, reading_factors, wanted_tensors
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, require_manifest
 from milora_init.options import InitOptions
 from milora_init.output import OutputFolder
 from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
@@ -51,6 +51,7 @@ from milora_init.trained import LoraFolder, open_lora, require_made_with, requir
 
 MERGED = "milora_merge.json"
 _HANDS = 3  # two that sum, and one that waits for the disk
+Tell = Callable[[str, int, int], None]
 _BLOCK_ELEMENTS = 1 << 19  # of a block of rows, which fits a cache
 
 
@@ -149,7 +150,13 @@ def read_merged(folder: Path) -> Merged | None:
 
 
 def merge(
-    base: str, out: str, *, trained: str | None = None, overwrite: bool = False, against: str | None = None
+    base: str,
+    out: str,
+    *,
+    trained: str | None = None,
+    overwrite: bool = False,
+    against: str | None = None,
+    progress: Tell = lambda *_: None,
 ) -> Merged:
     """Write to `out` the model that the residual base `base` and an adapter compute together.
 
@@ -159,14 +166,15 @@ def merge(
         trained: The adapter; the one in `base` where it is None.
         overwrite: Replace an earlier merge in `out`.
         against: The source, a folder or a Hub id: count the entries that have its bits.
+        progress: Told of each file that is made: its name, the bytes of all that are done, and of all.
 
     Returns:
         What was merged; of a finished merge of the same request, when it was made.
 
     Raises:
-        CheckpointError: A base or an adapter that cannot be read, or a base that is not finished.
+        CheckpointError: A base or an adapter that cannot be read.
         PlanError: An adapter that is not of this base, or holds more than factors.
-        OutputError: `out` holds something else, or cannot be written.
+        OutputError: The base is not finished; `out` holds something else, or cannot be written.
         SolveError: A merged weight that does not fit the source's dtype.
     """
     started = time.monotonic()
@@ -184,7 +192,7 @@ def merge(
     if merged := folder.enter(plan):
         return _compared(merged, folder.path, source, plan.manifest)
     try:
-        _merge_files(plan, folder)
+        _merge_files(plan, folder, progress)
         for name in plan.side_files:
             folder.write(name, read_bytes(plan.source / name))
         if index := _index(plan):
@@ -226,12 +234,7 @@ def _compared(merged: Merged, folder: Path, source: Checkpoint | None, manifest:
 
 def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = False) -> MergePlan:
     """Read the headers of a base and an adapter, and see that they belong together. Raises as `merge`."""
-    manifest = read_manifest(base)
-    if manifest is None:
-        raise CheckpointError(
-            f"{base} has no {MANIFEST}: it is no finished output of milora-init",
-            hint="name the --out of a finished run",
-        )
+    manifest = require_manifest(base)
     checkpoint = open_checkpoint(base)
     for name, size_bytes in manifest.files.items():
         whole = (base / name).is_file() and (base / name).stat().st_size == size_bytes
@@ -268,19 +271,22 @@ def merged_weight(residual: Tensor, B: Tensor, A: Tensor, scale: float, dtype: t
     return merged
 
 
-def _merge_files(plan: MergePlan, folder: OutputFolder[Merged]) -> None:
+def _merge_files(plan: MergePlan, folder: OutputFolder[Merged], progress: Tell) -> None:
     """Make what the journal lacks of the weights, a few files at a time."""
     # Blocks of rows come and go. What is freed, glibc gives back to the system and takes again page by page, until it
     # has seen a block freed that is larger: measured on 2.2 GB, 1.3 million page faults and a quarter of the time.
     torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: up to 32 MiB are learnt
     done, stop = folder.done(), threading.Event()
     todo = [name for name in plan.headers if name not in done]
+    made_bytes = sum(plan.headers[name].file_bytes for name in done)
     threads = max(1, torch.get_num_threads() // 2)  # of each hand's arithmetic
     with ThreadPoolExecutor(_HANDS, "merge", torch.set_num_threads, (threads,)) as pool:
         made = pool.map(lambda name: _merge_file(plan, name, folder.path / name, stop), todo)
         try:
             for name, size_bytes in zip(todo, made, strict=True):
                 folder.record({"shard": name, "files": {name: size_bytes}, "records": []})
+                made_bytes += size_bytes
+                progress(name, made_bytes, plan.room_bytes)
         except BaseException:
             stop.set()  # whoever cleans up behind us must be alone
             pool.shutdown(cancel_futures=True)

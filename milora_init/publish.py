@@ -25,7 +25,7 @@ from milora_init.checkpoint import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
 from milora_init.digest import sha256
 from milora_init.errors import OutputError, PlanError
 from milora_init.hub import explained
-from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.manifest import MANIFEST, Manifest, require_manifest
 from milora_init.options import clean_token, require_repository
 
 _FINISH = ("config.json", SAFETENSORS_INDEX, MANIFEST, adapter.CONFIG, adapter.WEIGHTS)
@@ -195,9 +195,7 @@ def push(
         HubError, PlanError: See `Repository.claim`.
     """
     out = Path(folder).expanduser()
-    manifest = read_manifest(out)
-    if manifest is None:
-        raise OutputError(f"{folder} is no finished output of milora-init", hint="name the --out of a finished run")
+    manifest = require_manifest(out)
     for name, size_bytes in manifest.files.items():
         if not (out / name).is_file() or (name != adapter.CONFIG and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")

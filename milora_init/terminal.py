@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,22 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextmanager
+def by_files(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar by bytes on a terminal, a line a file elsewhere. Yields whom to tell: file, bytes done, all bytes."""
+    console = _stderr(quiet)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def tell(name: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal:
+                console.print(f"{what} {name}: {size(done)} of {size(total)}", markup=False)
+
+        yield tell
 
 
 class Bar:
@@ -200,8 +216,8 @@ def print_converted(out: str, modules: Sequence[ConvertedModule], *, compressed:
     console.print(f"{out}: {len(modules)} modules{lost}", markup=False)
 
 
-def print_summary(manifest: Manifest, *, unchanged: bool) -> None:
-    """What stands at the end of a run."""
+def print_summary(manifest: Manifest, *, ended: str = "") -> None:
+    """What stands at the end of a run, and how that `ended`; of an earlier one, how long it took."""
     console = _stdout()
     columns = ("module", "shape", "weights", "rank", "energy", "worst leak", "worst error", "time")
     rows = [
@@ -219,8 +235,8 @@ def print_summary(manifest: Manifest, *, unchanged: bool) -> None:
     ]
     _print_table(console, columns, rows, spare=("energy", "time", "weights", "rank"))
     total = size(sum(manifest.files.values()))
-    done = "already done, nothing to do" if unchanged else f"done in {duration(manifest.elapsed_s)}"
-    console.print(f"{manifest.out}: {len(manifest.weights)} weights, {total}, {done}", markup=False)
+    ended = ended or f"done in {duration(manifest.elapsed_s)}"
+    console.print(f"{manifest.out}: {len(manifest.weights)} weights, {total}, {ended}", markup=False)
     _print_warnings(warnings(manifest))
     console.print("\nLoad the pair, for training or inference:\n")
     for line in loading_lines(manifest).splitlines():

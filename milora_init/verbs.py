@@ -1,4 +1,4 @@
-"""The verbs beside the main job: judge an output, push it, take a trained adapter back. Each one call, and print."""
+"""The verbs beside the main job: judge, show and push an output, take a trained adapter back. One call, and print."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from typing import Annotated
 
 import typer
+
+from milora_init.errors import UsageError
 
 _ANNOTATIONS = 5  # of a verdict; GitHub shows ten of a step
 
@@ -57,6 +59,31 @@ def verify(
     return 0 if verdict.ok else 1
 
 
+def report(
+    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="For a CI step or a pull request.")] = False,
+) -> None:
+    """Show a finished run again: its figures, its warnings and the lines that load the pair."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from milora_init.card import step_summary
+    from milora_init.manifest import require_manifest
+    from milora_init.report import summary
+    from milora_init.terminal import print_summary
+
+    if as_json and as_markdown:
+        raise UsageError("--json and --markdown contradict each other", hint="drop one of them")
+    manifest = replace(require_manifest(Path(out).expanduser()), out=out)  # it may have been moved since
+    if as_json:
+        print(json.dumps(summary(manifest, unchanged=True), indent=2))
+    elif as_markdown:
+        print(step_summary(manifest), end="")
+    else:
+        print_summary(manifest)
+
+
 def push(
     out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
     repo: Annotated[str, typer.Argument(help="The repository: org/name.", show_default=False)],
@@ -97,10 +124,11 @@ def merge(
     from dataclasses import asdict
 
     from milora_init.merge import merge as join
-    from milora_init.terminal import print_merged, waiting
+    from milora_init.terminal import by_files, print_merged
 
-    with waiting("merging", quiet=quiet):
-        merged = join(base, out, trained=adapter, overwrite=overwrite, against=against)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with by_files("merging", quiet=quiet) as progress:
+        merged = join(base, out, trained=adapter, overwrite=overwrite, against=against, progress=progress)
     if as_json:
         told = {name: value for name, value in asdict(merged).items() if name != "inputs"}
         print(json.dumps({"status": "done", **told}, indent=2))

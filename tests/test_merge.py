@@ -182,7 +182,7 @@ def odd_parameters(out: Path, trained: Path) -> None:
     ("damage", "error", "words"),
     [
         (no_shard, CheckpointError, "was changed or removed|no such|missing"),
-        (no_manifest, CheckpointError, "no milora_init.json"),
+        (no_manifest, OutputError, "no milora_init.json"),
         (a_key_missing, CheckpointError, "incomplete"),
         (a_key_too_many, PlanError, "lm_head"),
         (of_another_base, PlanError, "unrelated to the adapter"),
@@ -256,8 +256,15 @@ def test_a_finished_merge_is_left_alone_and_another_request_is_refused(
 def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start(checkpoint("llama"))
     assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged"), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    answer, lines = capsys.readouterr()
+    said = json.loads(answer)
     assert (said["status"], said["modules"]) == ("done", 10)
+    shards = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
+    assert [line.split()[1] for line in lines.splitlines()] == [f"{shard}:" for shard in shards]
+    total = lines.split(" of ")[-1].strip()
+    assert lines.endswith(f"{total} of {total}\n")
+    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
     assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
     assert "10 modules merged" in capsys.readouterr().out
 

@@ -199,7 +199,7 @@ def test_a_push_of_shards_that_was_cut_off_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("push", "nowhere", "me/x"), "nowhere is no finished output"),
+        (("push", "nowhere", "me/x"), "nowhere has no milora_init.json"),
         (("push", "out", "me/not a name"), "is neither a folder here nor a model on the Hub"),
     ],
 )

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from milora_init.cli import app, run
+from milora_init.manifest import Manifest
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
 
 VERBS = sorted(str(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands)
 
 
 def test_there_are_verbs() -> None:
-    assert {"verify", "convert"} <= set(VERBS)
+    assert set(VERBS) == {"convert", "merge", "push", "report", "verify"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -33,3 +41,24 @@ def test_a_usage_error_points_at_the_verbs_own_help(verb: str, capsys: pytest.Ca
 def test_an_unknown_verb_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["unmerge", "out"]) == 2
     assert "'unmerge'" in capsys.readouterr().err
+
+
+def test_a_report_shows_a_finished_run_again(
+    checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = start(checkpoint("llama"))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = str(tmp_path / "moved")
+    assert run(["report", moved]) == 0
+    said = capsys.readouterr().out
+    assert f"{moved}: 10 weights" in said
+    assert f'from_pretrained("{moved}"' in said
+    assert run(["report", moved, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["fingerprint"], answer["out"]) == (manifest.fingerprint, moved)
+    assert run(["report", moved, "--markdown"]) == 0
+    assert f"### milora-init: {moved}\n" in capsys.readouterr().out
+    assert run(["report", moved, "--markdown", "--json"]) == 2
+    assert "contradict" in capsys.readouterr().err
+    assert run(["report", str(tmp_path / "out")]) == 1
+    assert "it is no finished output of milora-init" in capsys.readouterr().err
