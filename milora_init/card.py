@@ -9,7 +9,7 @@ from typing import Any
 
 from milora_init import adapter
 from milora_init.manifest import Manifest
-from milora_init.report import duration, kinds, loading_lines, size, warnings
+from milora_init.report import duration, kinds, loading_lines, share, size, warnings
 
 _METHODS = {
     "min": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
@@ -117,7 +117,7 @@ def table(manifest: Manifest) -> str:
     """The figures, a line for each kind of weight."""
     lines = ["| module | shape | weights | rank | energy | worst leak | worst error |", "|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {kind.suffix} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} | {kind.energy:.2%} "
+        f"| {kind.suffix} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} | {share(kind.energy)} "
         f"| {kind.leak:.1e} | {kind.certificate:.0e} |"
         for kind in kinds(manifest.weights)
     ]

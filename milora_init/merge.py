@@ -2,8 +2,8 @@
 
     W' = round(residual + scale * B @ A)
 
-The sum is rounded once, a block of rows at a time. With the adapter as milora-init wrote it that
-is the source again, but for what the residual's own rounding left behind. Every other tensor is copied as bytes.
+With the adapter as milora-init wrote it that is the source again, but for what the residual's own rounding left
+behind. Every other tensor is copied as bytes.
 
 The output is a plain model; milora_merge.json says what it was made of. A run that was cut off is taken up by the same
 command, a finished one left as it is.
@@ -14,45 +14,35 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from milora_init import __version__, adapter
 from milora_init.audit import bit_equal
-from milora_init.checkpoint import (
-    SAFETENSORS_INDEX,
-    Checkpoint,
-    SafetensorsShard,
-    TensorSource,
-    open_checkpoint,
-    read_bytes,
-    stamp,
-)
+from milora_init.checkpoint import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, read_bytes
 from milora_init.decompose import fetched_source
 from milora_init.digest import sha256
-from milora_init.errors import CheckpointError, OutputError, PlanError, SolveError, UsageError
-from milora_init.factors import FactorReader, reading_factors, wanted_tensors
+from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
+from milora_init.factors import wanted_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, require_manifest
+from milora_init.merge_shard import MergeShard
 from milora_init.options import InitOptions
 from milora_init.output import OutputFolder
 from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
-from milora_init.safetensors_writer import Place, SafetensorsWriter
-from milora_init.split import add_once, round_once
 from milora_init.trained import LoraFolder, open_lora, require_made_with, require_pair, require_trained_on
+from milora_init.workers import Crew, side_by_side
 
 MERGED = "milora_merge.json"
-_HANDS = 3  # two that sum, and one that waits for the disk
+_HASHES = 2  # at a time
 Tell = Callable[[str, int, int], None]
-_BLOCK_ELEMENTS = 1 << 19  # of a block of rows, which fits a cache
 
 
 @dataclass(frozen=True)
@@ -254,93 +244,47 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
     return MergePlan(checkpoint, manifest, lora, records, headers, overwrite)
 
 
-def merged_weight(residual: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """residual (m, n) + scale * B (m, r) @ A (r, n), rounded once to dtype.
-
-    For a 16-bit dtype the product is taken in float32, whose rounding is some 2^-16 of what is kept of it.
-
-    Raises:
-        ValueError: An entry that dtype does not hold, or none.
-    """
-    if dtype.itemsize > 2 or residual.dtype.itemsize > 4:
-        merged = round_once(residual.double().addmm_(B.double(), scale * A.double()), dtype)
-    else:
-        merged = add_once(residual, B @ (scale * A), dtype)
-    if not bool(torch.stack(merged.aminmax()).isfinite().all()):
-        raise ValueError(f"it overflows {str(dtype).removeprefix('torch.')}, or the adapter is not finite")
-    return merged
-
-
 def _merge_files(plan: MergePlan, folder: OutputFolder[Merged], progress: Tell) -> None:
-    """Make what the journal lacks of the weights, a few files at a time."""
+    """Make what the journal lacks of the weights. A file is begun before the one before it is waited for."""
     # Blocks of rows come and go. What is freed, glibc gives back to the system and takes again page by page, until it
     # has seen a block freed that is larger: measured on 2.2 GB, 1.3 million page faults and a quarter of the time.
     torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: up to 32 MiB are learnt
-    done, stop = folder.done(), threading.Event()
-    todo = [name for name in plan.headers if name not in done]
+    done = folder.done()
     made_bytes = sum(plan.headers[name].file_bytes for name in done)
-    threads = max(1, torch.get_num_threads() // 2)  # of each hand's arithmetic
-    with ThreadPoolExecutor(_HANDS, "merge", torch.set_num_threads, (threads,)) as pool:
-        made = pool.map(lambda name: _merge_file(plan, name, folder.path / name, stop), todo)
-        try:
-            for name, size_bytes in zip(todo, made, strict=True):
-                folder.record({"shard": name, "files": {name: size_bytes}, "records": []})
-                made_bytes += size_bytes
-                progress(name, made_bytes, plan.room_bytes)
-        except BaseException:
-            stop.set()  # whoever cleans up behind us must be alone
-            pool.shutdown(cancel_futures=True)
-            raise
 
+    def record(shard: MergeShard) -> None:
+        nonlocal made_bytes
+        size_bytes = shard.finish()
+        folder.record({"shard": shard.name, "files": {shard.name: size_bytes}, "records": []})
+        made_bytes += size_bytes
+        progress(shard.name, made_bytes, plan.room_bytes)
 
-def _merge_file(plan: MergePlan, name: str, target: Path, stop: threading.Event) -> int:
-    source = plan.source / name
-    shard = SafetensorsShard(source)
+    cpu = [torch.device("cpu")] * side_by_side([_need_bytes(plan, name) for name in plan.records])
+    hashing = ThreadPoolExecutor(_HASHES, thread_name_prefix="hash")
     try:
-        before = stamp(source)
-        if sha256(source) != plan.manifest.hashes.get(name):
-            hint = f"milora-init verify {plan.source}"
-            raise CheckpointError(f"{source} is not the file that milora-init wrote", hint=hint)
-        with SafetensorsWriter(target, plan.headers[name]) as writer, reading_factors(plan.lora.weights) as factors:
-            for tensor in shard.header.tensors:
-                if stop.is_set():
-                    raise OutputError(f"{target} was not finished: the run was stopped")
-                if tensor not in plan.records:
-                    writer.copy(tensor, shard.fileno, shard.offset(tensor), source)
-                    continue
-                place, residual = writer.place(tensor), shard.locate(tensor)
-                for record in plan.records[tensor]:
-                    row = record.row
-                    if row is None:
-                        _merge_weight(plan, residual, place, factors, record)
-                    else:
-                        _merge_weight(plan, residual.at(row), place.at(row), factors, record)
-                writer.written(tensor)
-            if stamp(source) != before:
-                raise CheckpointError(f"{source} changed during the run", hint="run again when nobody writes to it")
-            return writer.finish()
+        with Crew(cpu, hands=1) as crew, ExitStack() as stack:
+            before: MergeShard | None = None
+            for name in (name for name in plan.headers if name not in done):
+                digest = plan.manifest.hashes.get(name)
+                shard = MergeShard(plan.source / name, folder.path / name, plan.headers[name],
+                                   digest=digest, records=plan.records, lora=plan.lora)  # fmt: skip
+                stack.enter_context(shard)
+                shard.start(crew, hashing)
+                shard.copy_the_rest()
+                if before:
+                    record(before)
+                before = shard
+            if before:
+                record(before)
     finally:
-        shard.close()
+        hashing.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a hash
 
 
-def _merge_weight(
-    plan: MergePlan, source: TensorSource, place: Place, factors: FactorReader, record: WeightRecord
-) -> None:
-    """Merge one weight, a block of the rows that it is stored in at a time."""
-    B, A = factors.read(record)
-    left, right = (A.mT, B.mT) if record.transposed else (B, A)
-    scale = plan.lora.modules[record.key].scale
-    dtype: torch.dtype = getattr(torch, record.source_dtype)
-    count = max(1, _BLOCK_ELEMENTS // source.shape[1])
-    for top in range(0, source.shape[0], count):
-        rows = top, min(top + count, source.shape[0])
-        try:
-            merged = merged_weight(source.rows(*rows).read(), left[slice(*rows)], right, scale, dtype)
-        except ValueError as error:
-            hint = "look at the training: an adapter with NaN or Inf cannot be merged"
-            raise SolveError(f"{record.module} cannot be merged: {error}", hint=hint) from error
-        with place.rows(*rows).opened() as write:
-            write(merged)
+def _need_bytes(plan: MergePlan, tensor: str) -> int:
+    """What the work on a tensor holds: the factors of its weights, and some blocks of rows."""
+    factors = plan.lora.modules[plan.records[tensor][0].key]
+    keys = plan.lora.header.tensors
+    return keys[factors.A].size_bytes + keys[factors.B].size_bytes + (16 << 20)
 
 
 def _require_fit(lora: LoraFolder, manifest: Manifest) -> None:

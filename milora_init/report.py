@@ -104,6 +104,11 @@ def summary(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
     }
 
 
+def share(part: float) -> str:
+    """A share of a whole for people: 12.16%, 2.1e-06."""
+    return f"{part:.2%}" if part > 1e-4 else f"{part:.1e}"
+
+
 def size(size_bytes: float) -> str:
     """Bytes for people: 13.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from milora_init.report import component_error, duration, kinds, loading_lines, size, warnings
+from milora_init.report import component_error, duration, kinds, loading_lines, share, size, warnings
 
 if TYPE_CHECKING:
     from milora_init.convert import ConvertedModule
@@ -203,8 +203,8 @@ def print_merged(merged: Merged) -> None:
     line = f"{merged.out}: {merged.modules} modules merged, {total}, {duration(merged.elapsed_s)}"
     _stdout().print(line, markup=False)
     if merged.bit_equal is not None:
-        share = merged.bit_equal / merged.entries
-        _stdout().print(f"{share:.4%} of their {merged.entries:,} entries have the source's bits", markup=False)
+        line = f"{merged.bit_equal / merged.entries:.4%} of their {merged.entries:,} entries have the source's bits"
+        _stdout().print(line, markup=False)
 
 
 def print_converted(out: str, modules: Sequence[ConvertedModule], *, compressed: bool) -> None:
@@ -226,7 +226,7 @@ def print_summary(manifest: Manifest, *, ended: str = "") -> None:
             "{} x {}".format(*kind.shape),
             str(kind.count),
             str(kind.rank),
-            f"{kind.energy:.2%}" if kind.energy > 1e-4 else f"{kind.energy:.1e}",
+            share(kind.energy),
             f"{kind.leak:.1e}",
             f"{kind.certificate:.0e}" if math.isfinite(kind.certificate) else "not unique",
             duration(kind.elapsed_s),

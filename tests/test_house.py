@@ -20,8 +20,8 @@ ORDER = [
     "errors", "layout", "safetensors_format", "safetensors_writer", "manifest", "cholesky", "scaled", "certificate",
     "krylov", "svd", "split", "digest", "checkpoint", "factors", "meta_model", "naming", "targets", "options",
     "adapter", "weight_plan", "plan", "self_check", "pieces", "supply", "output", "workers", "weight_job", "hub",
-    "progress", "open_shard", "decompose", "audit", "trained", "kinship", "verify", "convert", "merge", "report",
-    "card", "publish", "terminal", "verbs", "cli",
+    "progress", "open_shard", "decompose", "audit", "trained", "kinship", "verify", "convert", "merge_shard", "merge",
+    "report", "card", "publish", "terminal", "verbs", "cli",
 ]  # fmt: skip
 
 # Who alone may import a package, wherever in the file the import stands.

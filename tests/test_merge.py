@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
@@ -15,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TARGETS, contents, tensors
 from training import digests, load, logits, train
 
-from milora_init import merge as merging
 from milora_init.cli import run
 from milora_init.convert import convert
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.manifest import Manifest
-from milora_init.merge import MERGED, merge, merged_weight
+from milora_init.merge import MERGED, merge
+from milora_init.merge_shard import MergeShard, merged_weight
 from milora_init.output import WORK
 
 Built = Callable[..., Path]
@@ -96,17 +95,17 @@ def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
     start(checkpoint("llama"))
     out, merged = tmp_path / "out", tmp_path / "merged"
     merge(str(out), str(tmp_path / "straight"))
-    whole, real = model(tmp_path / "straight"), merging._merge_file
+    whole, real = model(tmp_path / "straight"), MergeShard.finish
     made: list[str] = []
     plug = 2  # pulled after so many files
 
-    def cut_off(plan: Any, name: str, target: Path, stop: Any) -> int:
-        if name in list(plan.headers)[plug:]:
+    def cut_off(shard: MergeShard) -> int:
+        if len(made) == plug:
             raise KeyboardInterrupt
-        made.append(name)
-        return real(plan, name, target, stop)
+        made.append(shard.name)
+        return real(shard)
 
-    monkeypatch.setattr(merging, "_merge_file", cut_off)
+    monkeypatch.setattr(MergeShard, "finish", cut_off)
     with pytest.raises(KeyboardInterrupt):
         merge(str(out), str(merged))
     assert not (merged / "config.json").exists()
