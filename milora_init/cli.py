@@ -32,6 +32,7 @@ for _verb in (verbs.verify, verbs.report, verbs.push, verbs.merge, verbs.convert
     app.command()(_verb)
 
 _RESUME = "run the same command to resume"
+_AGAIN = "run the same command again"  # of verbs that begin anew
 
 
 class _Terminated(BaseException):
@@ -57,16 +58,20 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run a command line; return its exit status: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
+    if not argv:
+        app(["--help"], standalone_mode=False, prog_name="milora-init")
+        return 2
+    resume = _AGAIN if {"verify", "report", "convert"} & set(argv) else _RESUME
     try:
         status = int(app(argv, standalone_mode=False, prog_name="milora-init") or 0)
         # Some versions of typer turn an interruption into a bare status.
-        return _fail(argv, "interrupted", _RESUME, 130, KeyboardInterrupt()) if status == 130 else status
+        return _fail(argv, "interrupted", resume, 130, KeyboardInterrupt()) if status == 130 else status
     except MiloraError as error:
         return _fail(argv, error.message, error.hint, error.exit_code, error)
     except (KeyboardInterrupt, typer.Abort) as error:
-        return _fail(argv, "interrupted", _RESUME, 130, error)
+        return _fail(argv, "interrupted", resume, 130, error)
     except _Terminated as error:
-        return _fail(argv, "terminated", _RESUME, 143, error)
+        return _fail(argv, "terminated", resume, 143, error)
     except OSError as error:  # where a path was only looked at; whoever reads or writes one says so himself
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _fail(argv, what, "look at the path, its permissions and its disk", 1, error)

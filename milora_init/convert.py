@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from milora_init.adapter import patterns
+from milora_init.digest import sha256
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.layout import lora_key
 from milora_init.manifest import read_manifest
@@ -74,6 +75,9 @@ def convert(
     if manifest:
         require_made_with(before, manifest)
     require_pair(before, after)
+    if sha256(after.weights) == sha256(before.weights):
+        hint = "name the folder that the trainer saved"
+        raise PlanError(f"{trained} holds the initial factors: it was not trained", hint=hint)
     if manifest:
         require_trained_on(after, manifest, before.weights)
     else:

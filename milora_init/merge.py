@@ -109,6 +109,7 @@ class Merged:
         files: Size in bytes of every file of the output but this one.
         elapsed_s: Seconds; when it was resumed, of its last part.
         entries: Of the merged weights; `bit_equal`: how many of them the source has too, if that was asked.
+        unchanged: It was found finished.
     """
 
     out: str
@@ -121,6 +122,7 @@ class Merged:
     elapsed_s: float
     entries: int
     bit_equal: int | None = None
+    unchanged: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -146,6 +148,9 @@ def merge(
     trained: str | None = None,
     overwrite: bool = False,
     against: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
     progress: Tell = lambda *_: None,
 ) -> Merged:
     """Write to `out` the model that the residual base `base` and an adapter compute together.
@@ -156,6 +161,7 @@ def merge(
         trained: The adapter; the one in `base` where it is None.
         overwrite: Replace an earlier merge in `out`.
         against: The source, a folder or a Hub id: count the entries that have its bits.
+        revision, cache_dir, token: Of a source on the Hub; the recorded commit if there is no revision.
         progress: Told of each file that is made: its name, the bytes of all that are done, and of all.
 
     Returns:
@@ -171,7 +177,10 @@ def merge(
     if not out:
         raise UsageError("--out is empty", hint="name the folder to write")
     plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None, overwrite=overwrite)
-    source = _open_source(plan.manifest, against, out) if against else None
+    source = None
+    if against:
+        asked = InitOptions(model=against, out=out, revision=revision, cache_dir=cache_dir, token=token)
+        source = _open_source(plan.manifest, asked)
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
     if plan.lora.path.resolve() in (folder.path.resolve(), *folder.path.resolve().parents):
         raise OutputError(f"--out {out} lies inside {plan.lora.path}", hint="write beside it: --out ./merged")
@@ -180,7 +189,7 @@ def merge(
     if (folder.path / MANIFEST).exists():
         raise OutputError(f"{folder.path} holds an output of milora-init", hint="choose another --out")
     if merged := folder.enter(plan):
-        return _compared(merged, folder.path, source, plan.manifest)
+        return _compared(replace(merged, unchanged=True), folder.path, source, plan.manifest)
     try:
         _merge_files(plan, folder, progress)
         for name in plan.side_files:
@@ -206,11 +215,11 @@ def merge(
     return _compared(merged, folder.path, source, plan.manifest)
 
 
-def _open_source(manifest: Manifest, model: str, out: str) -> Checkpoint:
-    source = open_checkpoint(fetched_source(manifest, InitOptions(model=model, out=out)))
+def _open_source(manifest: Manifest, asked: InitOptions) -> Checkpoint:
+    source = open_checkpoint(fetched_source(manifest, asked))
     if not source.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
-            f"{model} is not what this base was made from: another model, or another commit",
+            f"{asked.model} is not what this base was made from: another model, or another commit",
             hint=f"name the model it was made from: --against {manifest.source['model']}",
         )
     return source

@@ -7,9 +7,9 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -200,20 +200,25 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
 def print_merged(merged: Merged) -> None:
     """What stands at the end of a merge."""
     total = size(sum(merged.files.values()))
-    line = f"{merged.out}: {merged.modules} modules merged, {total}, {duration(merged.elapsed_s)}"
-    _stdout().print(line, markup=False)
+    ended = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
+    _stdout().print(f"{merged.out}: {merged.modules} modules merged, {total}, {ended}", markup=False)
     if merged.bit_equal is not None:
-        line = f"{merged.bit_equal / merged.entries:.4%} of their {merged.entries:,} entries have the source's bits"
-        _stdout().print(line, markup=False)
+        share = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
+        _stdout().print(f"{share} are the source's to the bit", markup=False)
 
 
-def print_converted(out: str, modules: Sequence[ConvertedModule], *, compressed: bool) -> None:
+def print_converted(out: str, base: str, modules: Sequence[ConvertedModule], *, compressed: bool) -> None:
     """What stands at the end of a conversion: what each module lost, if it could."""
     console = _stdout()
     for module in modules if compressed else ():
         console.print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}", markup=False)
-    lost = f", at most {max(module.lost for module in modules):.2e} lost" if compressed else ""
-    console.print(f"{out}: {len(modules)} modules{lost}", markup=False)
+    ranks = sorted({module.rank for module in modules})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    worst = max(module.lost for module in modules)
+    lost = f", at most {worst:.2e} of a module's update lost (Frobenius norm)" if compressed else ""
+    console.print(
+        f"{out}: {len(modules)} modules at {rank}{lost}; load it on {base}, not on the residual", markup=False
+    )
 
 
 def print_summary(manifest: Manifest, *, ended: str = "") -> None:
@@ -245,7 +250,10 @@ def print_summary(manifest: Manifest, *, ended: str = "") -> None:
 
 def print_verdict(verdict: Verdict) -> None:
     """What `verify` found: the folder in one line on stdout; what differs, and its repair, on stderr."""
-    _stdout().print(f"{verdict.folder}: {verdict.kind}", markup=False)
+    console = _stdout()
+    console.print(f"{verdict.folder}: {verdict.kind}", markup=False)
+    if verdict.ok:
+        console.print(f"compared: {_checked(verdict.checked)}", markup=False)
     console = _stderr()
     for difference in verdict.differences[:_DIFFERENCES]:
         console.print("[bold red]differs:[/]", end=" ")
@@ -256,6 +264,17 @@ def print_verdict(verdict: Verdict) -> None:
         console.print(f"and {hidden} more: --json lists them all", markup=False)
     for note in verdict.notes:
         console.print(f"note: {note}", markup=False)
+
+
+def _checked(checked: Mapping[str, Any]) -> str:
+    """What a verdict rests on."""
+    parts = [f"{checked['files']} files and {checked['modules']} modules with the manifest"]
+    if "against" in checked:
+        which = "all components" if checked["components"] == "all" else "a sample of the components"
+        parts.append(f"{checked['tensors']} tensors and {which} with {checked['against']}")
+    if "trained" in checked:
+        parts.append(f"{checked['trained']} with the initial adapter")
+    return ", ".join(parts)
 
 
 def _print_warnings(lines: tuple[str, ...] | list[str]) -> None:

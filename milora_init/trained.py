@@ -215,7 +215,9 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError(f"a {type(config).__name__}")
     except OSError as error:
-        hint = f"name the folder that holds {CONFIG} and {WEIGHTS}"
+        inside = path.parent / FOLDER
+        hint = f"name the adapter in it: {inside}" if (inside / CONFIG).is_file() else ""
+        hint = hint or f"name the folder that holds {CONFIG} and {WEIGHTS}"
         raise CheckpointError(f"{path}: {error.strerror}", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(

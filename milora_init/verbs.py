@@ -77,7 +77,7 @@ def report(
         raise UsageError("--json and --markdown contradict each other", hint="drop one of them")
     manifest = replace(require_manifest(Path(out).expanduser()), out=out)  # it may have been moved since
     if as_json:
-        print(json.dumps(summary(manifest, unchanged=True), indent=2))
+        print(json.dumps(summary(manifest, unchanged=False), indent=2))
     elif as_markdown:
         print(step_summary(manifest), end="")
     else:
@@ -114,8 +114,11 @@ def merge(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
     adapter: Annotated[str | None, typer.Option(help="The trained adapter. (default: the one in OUT)")] = None,
     against: Annotated[
-        str | None, typer.Option(help="The source, to count what has its bits again: local folder or Hub id.")
+        str | None, typer.Option(help="The source, folder or Hub id: count the entries that are its to the bit.")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Hub cache.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
@@ -128,10 +131,13 @@ def merge(
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with by_files("merging", quiet=quiet) as progress:
-        merged = join(base, out, trained=adapter, overwrite=overwrite, against=against, progress=progress)
+        merged = join(
+            base, out, trained=adapter, overwrite=overwrite, against=against, revision=revision,
+            cache_dir=cache_dir, token=token, progress=progress,
+        )  # fmt: skip
     if as_json:
-        told = {name: value for name, value in asdict(merged).items() if name != "inputs"}
-        print(json.dumps({"status": "done", **told}, indent=2))
+        told = {name: value for name, value in asdict(merged).items() if name not in ("inputs", "unchanged")}
+        print(json.dumps({"status": "unchanged" if merged.unchanged else "done", **told}, indent=2))
     elif not quiet:
         print_merged(merged)
 
@@ -151,10 +157,12 @@ def convert(
 
     from milora_init.convert import convert
     from milora_init.terminal import print_converted, waiting
+    from milora_init.trained import CONFIG, read_config
 
     with waiting("converting", quiet=quiet):
         modules = convert(*(Path(p).expanduser() for p in (init, trained, out)), base=base, rank=rank)
     if as_json:
         print(json.dumps({"status": "done", "out": out, "modules": [asdict(m) for m in modules]}, indent=2))
     elif not quiet:
-        print_converted(out, modules, compressed=rank is not None)
+        original = read_config(Path(out).expanduser() / CONFIG)["base_model_name_or_path"]
+        print_converted(out, original, modules, compressed=rank is not None)

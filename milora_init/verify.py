@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.naming import resolve
 from milora_init.options import InitOptions
 from milora_init.output import WORK
-from milora_init.safetensors_format import Header, read_header
+from milora_init.safetensors_format import read_header
 from milora_init.trained import BEYOND_FACTORS, names_another_base, open_lora, read_config, require_related
 
 PAIR = "a matching pair: a residual base and its adapter"
@@ -52,10 +52,15 @@ BARE = "a residual base alone, which is not the original model"
 UNRECORDED = "a residual base and its adapter, by their tensors; its manifest is gone"
 UNFINISHED = "an unfinished output"
 UNKNOWN = "not an output of milora-init, as far as can be told"
+REPLACED = "a residual base, and in its lora/ another adapter: trained in place, or made with another base"
+ELSEWHERE = "an output that was made from another source"
 UNFIT = "a residual base, and a trained adapter that does not fit it as it is"
 DAMAGED = "an output of milora-init that was changed"
 
 _AGAIN = "make the output again: milora-init ... --overwrite, or fetch it again"
+# What stands there may be hours of training.
+_KEEP = "keep a copy of it if it was trained in place; the same options in another --out make the initial one again"
+_OTHER_BASE = "name the base that it was trained on"
 # What decides the function that the pair computes. Dropout and the like are the trainer's own business.
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -119,6 +124,8 @@ def verify(
     folder = Path(out).expanduser()
     if not folder.is_dir():
         raise UsageError(f"{out}: no such folder", hint="name the --out of a run of milora-init")
+    if trained is not None and not Path(trained).expanduser().is_dir():
+        raise UsageError(f"{trained}: no such folder", hint="name the folder that the trainer saved")
     manifest = read_manifest(folder)
     if manifest is None:
         return _without_manifest(out, folder, trained, trust_remote_code)
@@ -134,7 +141,9 @@ def _without_manifest(out: str, folder: Path, trained: str | None, trusted: bool
         hint = "run the same command again: it resumes"
         missing = Difference(MANIFEST, "missing: it is written last, when all else is whole", hint)
         return Verdict(out, UNFINISHED, (missing,), (), {"files": 0})
-    missing = Difference(MANIFEST, "missing: what was written is unknown", "get it back from where the output was made")
+    missing = Difference(
+        MANIFEST, "missing: what was written is unknown", "if an output it is, get it back from where that was made"
+    )
     lora = folder / adapter.FOLDER if (folder / adapter.CONFIG).is_file() else folder
     lora = Path(trained).expanduser() if trained else lora
     found = OTHER
@@ -147,7 +156,8 @@ def _without_manifest(out: str, folder: Path, trained: str | None, trusted: bool
         what = "the weights still hold the components that this adapter adds: they would count twice"
         hint = "put it beside the residual base it was made with; onto the original, trained: milora-init convert"
         return Verdict(out, ORIGINAL, (Difference(str(lora), what, hint), missing), (), {"files": 0})
-    return Verdict(out, UNRECORDED if found == OF_THE_RESIDUAL else UNKNOWN, (missing,), (), {"files": 0})
+    kind = UNRECORDED if found == OF_THE_RESIDUAL else UNKNOWN
+    return Verdict(out, kind, (missing,), ("without a manifest nothing else was compared",), {"files": 0})
 
 
 class _Inspection:
@@ -172,7 +182,7 @@ class _Inspection:
         has_adapter = all((self.folder / name).is_file() for name in (adapter.CONFIG, adapter.WEIGHTS))
         readable = False
         if has_adapter:
-            header_faults = list(_header_faults(self.folder / adapter.WEIGHTS, self.manifest.weights))
+            header_faults, _ = _header_faults(self.folder / adapter.WEIGHTS, self.manifest.weights)
             readable = not header_faults
             found += header_faults
             found += self.config_faults(self.folder / adapter.CONFIG, modules)
@@ -182,9 +192,9 @@ class _Inspection:
         elif not has_adapter and not self.changed & set(self.shards()):
             kind = BARE
         elif readable and adapter.WEIGHTS in self.changed and self.is_foreign():
-            kind = FOREIGN
+            kind = REPLACED
             what = "its singular values are not those of this base's components: of another base, or trained since"
-            found.append(Difference(adapter.WEIGHTS, what, "put the adapter made with this base back"))
+            found.append(Difference(adapter.WEIGHTS, what, _KEEP))
         if trained is not None:
             foreign, faults = self.judge_trained(Path(trained).expanduser(), modules, comparable=readable)
             kind = FOREIGN if foreign else kind if found else UNFIT
@@ -192,7 +202,10 @@ class _Inspection:
             checked["trained"] = trained
         if original is not None and base is not None and readable:
             source = open_checkpoint(fetched_source(self.manifest, original))
-            found += audit.against(base, self.folder / adapter.WEIGHTS, source, self.manifest, every=every)
+            by_source = list(audit.against(base, self.folder / adapter.WEIGHTS, source, self.manifest, every=every))
+            if not found and by_source and by_source[0].what == audit.OTHER_SOURCE:
+                kind = ELSEWHERE
+            found += by_source
             checked |= {
                 "against": original.model,
                 "tensors": len(base.tensors),
@@ -222,7 +235,8 @@ class _Inspection:
                 fault = "its bytes were changed: another hash than recorded"
             if fault:
                 self.changed.add(name)
-                yield Difference(name, fault, _AGAIN)
+                in_place = name == adapter.WEIGHTS and path.is_file()
+                yield Difference(name, fault, _KEEP if in_place else _AGAIN)
 
     def strangers(self) -> Iterator[Difference]:
         """Weights that are not ours, and what would make transformers load something else than the base."""
@@ -314,20 +328,19 @@ class _Inspection:
         if found:
             return False, found
         found += self.config_faults(config, modules, trained=True)
-        faults = list(_header_faults(weights, self.manifest.weights))
+        faults, count = _header_faults(weights, self.manifest.weights)
         found += faults
-        if faults or not comparable:
-            # A file that cannot be read at all says nothing of its base.
-            return len(faults) > len(self.records), found
-        foreign = False
+        foreign = count > len(self.records)  # a file that cannot be read at all says nothing of its base
         with suppress(CheckpointError):  # which is among the faults
-            foreign = bool(names_another_base(read_config(config), self.manifest))
-        try:
-            require_related(weights, self.folder / adapter.WEIGHTS)
-        except PlanError as error:
-            what = error.message.removeprefix(f"{weights}: ")
-            return True, [*found, Difference(str(weights), what, error.hint)]
-        return foreign, found
+            foreign = foreign or bool(names_another_base(read_config(config), self.manifest))
+        if comparable and not faults:
+            try:
+                require_related(weights, self.folder / adapter.WEIGHTS)
+            except PlanError as error:
+                foreign = True
+                found.append(Difference(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
+        # A change to its config would make a foreign adapter look like this base's.
+        return foreign, [replace(fault, hint=_OTHER_BASE) for fault in found] if foreign else found
 
 
 def _is_other(B: Tensor, A: Tensor, record: WeightRecord) -> bool:
@@ -339,20 +352,25 @@ def _is_other(B: Tensor, A: Tensor, record: WeightRecord) -> bool:
     return not all(abs(off) <= slack for off in ends)
 
 
-def _header_faults(path: Path, records: tuple[WeightRecord, ...]) -> Iterator[Difference]:
-    """Keys and shapes of an adapter file that do not fit the modules."""
+def _header_faults(path: Path, records: tuple[WeightRecord, ...]) -> tuple[list[Difference], int]:
+    """Keys and shapes of an adapter file that do not fit the modules, one of each kind, and how many there are."""
     try:
-        header: Header = read_header(path)
+        tensors = read_header(path).tensors
     except MiloraError as error:
-        yield Difference(str(path), error.message, error.hint)
-        return
+        return [Difference(str(path), error.message, error.hint)], 1
     wanted = wanted_tensors(records)
+    missing, strange = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    odd = sorted(key for key in wanted.keys() & tensors.keys() if tensors[key].shape != wanted[key])
+    named = key_and_factor(strange[0]) if strange else None
+    whats = {
+        f"missing in {path}": missing,
+        f"{path} adapts {named[0] if named else 'what is no module'}, not this base's": strange,
+        f"is {list(tensors[odd[0]].shape)}, expected {list(wanted[odd[0]])}" if odd else "": odd,
+    }
     hint = "name the base that this adapter was made for"
-    for key in sorted(wanted.keys() | header.tensors.keys()):
-        if key not in header.tensors:
-            yield Difference(key, f"missing in {path}", hint)
-        elif key not in wanted:
-            named = key_and_factor(key)
-            yield Difference(key, f"{path} adapts {named[0] if named else 'what is no module'}, not this base's", hint)
-        elif header.tensors[key].shape != wanted[key]:
-            yield Difference(key, f"is {list(header.tensors[key].shape)}, expected {list(wanted[key])}", hint)
+    faults = [
+        Difference(keys[0], what + (f", and {len(keys) - 1} more like it" if keys[1:] else ""), hint)
+        for what, keys in whats.items()
+        if keys
+    ]
+    return faults, len(missing) + len(strange) + len(odd)

@@ -256,7 +256,10 @@ def test_another_seed_draws_other_components(start: Start, checkpoint: Built, tm
 def test_the_manifest_says_what_was_done(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     source = checkpoint("llama", "bfloat16")
     manifest = start(source, dtype="float32", rank=3)
-    assert manifest.source == {"model": str(source), "revision": None, "architecture": "LlamaForCausalLM"}
+    assert manifest.source == {
+        "model": str(source), "revision": None, "architecture": "LlamaForCausalLM",
+        "config.json": (source / "config.json").read_text(),
+    }  # fmt: skip
     assert manifest.out == manifest.adapter["base_model_name_or_path"] == str(tmp_path / "out")
     assert manifest.versions["torch"] == torch.__version__
     assert manifest.versions["transformers"] == transformers.__version__

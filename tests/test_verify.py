@@ -187,7 +187,7 @@ def test_a_flipped_bit_in_the_adapter(out: Path) -> None:
 def test_the_adapter_of_another_run_is_foreign(options: dict[str, Any], out: Path, pristine: Built) -> None:
     other = pristine(**options)
     shutil.copy(other / "lora/adapter_model.safetensors", out / "lora")
-    require(verify(str(out)), verdicts.FOREIGN, "lora/adapter_model.safetensors")
+    require(verify(str(out)), verdicts.REPLACED, "lora/adapter_model.safetensors")
 
 
 def test_original_shards_beside_a_residuals_adapter(out: Path, checkpoint: Built) -> None:
@@ -282,7 +282,7 @@ def test_another_source_is_named(out: Path, own: Built) -> None:
     other = own("llama")
     flip(shard_of(other, Q0), Q0, bit=2)
     verdict = verify(str(out), model=str(other))
-    require(verdict, verdicts.DAMAGED, "another model, or another commit", Q0)
+    require(verdict, verdicts.ELSEWHERE, "another model, or another commit", Q0)
     assert len(verdict.differences) == 2
 
 
@@ -336,7 +336,9 @@ def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, pristine: B
 
 
 def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: Built) -> None:
-    require(verify(str(pristine(rank=2)), trained=str(trained)), verdicts.FOREIGN, "r is 4", "expected [2, 32]")
+    require(
+        verify(str(pristine(rank=2)), trained=str(trained)), verdicts.FOREIGN, "r is 4", "expected [2, 48], and 19 more"
+    )
 
 
 def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pristine: Built, tmp_path: Path) -> None:
@@ -350,13 +352,21 @@ def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pri
 
 def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
     other = pristine(target=("q_proj", "o_proj"))
-    require(verify(str(other), trained=str(trained)), verdicts.FOREIGN, "target_modules", "o_proj", "v_proj")
+    require(
+        verify(str(other), trained=str(trained)),
+        verdicts.FOREIGN,
+        "target_modules",
+        "o_proj",
+        "not this base's, and 15 more",
+    )
 
 
 def test_the_command_line(out: Path, checkpoint: Built, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(out), "--against", str(checkpoint("llama")), "--all"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"{out}: {verdicts.PAIR}\n"
+    rests_on = f"21 tensors and all components with {checkpoint('llama')}\n"
+    assert captured.out.startswith(f"{out}: {verdicts.PAIR}\ncompared: ")
+    assert captured.out.endswith(rests_on)
     assert captured.err.startswith("note: ")
     shutil.rmtree(out / "lora")
     assert run(["verify", str(out)]) == 1
