@@ -336,9 +336,7 @@ def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, pristine: B
 
 
 def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: Built) -> None:
-    require(
-        verify(str(pristine(rank=2)), trained=str(trained)), verdicts.FOREIGN, "r is 4", "expected [2, 48], and 19 more"
-    )
+    require(verify(str(pristine(rank=2)), trained=str(trained)), verdicts.FOREIGN, "r is 4", "and 19 more")
 
 
 def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pristine: Built, tmp_path: Path) -> None:
@@ -352,13 +350,8 @@ def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pri
 
 def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
     other = pristine(target=("q_proj", "o_proj"))
-    require(
-        verify(str(other), trained=str(trained)),
-        verdicts.FOREIGN,
-        "target_modules",
-        "o_proj",
-        "not this base's, and 15 more",
-    )
+    verdict = verify(str(other), trained=str(trained))
+    require(verdict, verdicts.FOREIGN, "target_modules", "o_proj", "not this base's, and 15 more")
 
 
 def test_the_command_line(out: Path, checkpoint: Built, capsys: pytest.CaptureFixture[str]) -> None:
