@@ -109,6 +109,9 @@ def step_summary(manifest: Manifest) -> str:
 {table(manifest)}
 
 {notes}
+```python
+{loading_lines(manifest)}
+```
 """
     return text
 

@@ -5,7 +5,6 @@ Nothing heavy is imported here, so that `--help` and a mistyped option answer at
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -61,6 +60,7 @@ def run(argv: list[str]) -> int:
     if not argv:
         app(["--help"], standalone_mode=False, prog_name="milora-init")
         return 2
+    verbs.answer.expect()
     resume = _AGAIN if {"verify", "report", "convert"} & set(argv) else _RESUME
     try:
         status = int(app(argv, standalone_mode=False, prog_name="milora-init") or 0)
@@ -94,7 +94,8 @@ def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseExce
     verbs.annotate(message, hint)
     if "--json" in argv:
         with suppress(OSError):  # when stdout is what failed
-            print(json.dumps({"status": "failed", "error": message, "hint": hint, "exit_code": status}), flush=True)
+            verbs.answer.give({"status": "failed", "error": message, "hint": hint, "exit_code": status})
+            sys.stdout.flush()
     return status
 
 
@@ -272,15 +273,17 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
         estimate_s = plan.solve_flops / multiply_rate()
         at_once = len(seats(plan)[0])
         if as_json:
-            print(json.dumps({**describe(plan, at_once), "estimate_s": round(estimate_s, 1)}, indent=2))
+            verbs.answer.give({**describe(plan, at_once), "estimate_s": round(estimate_s, 1)})
         else:
             print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once))
         return
     repository = _claim(options, yes=yes)
     through = options.low_disk and repository is not None  # nothing of the output is to stay here
     if through and repository and repository.manifest_fingerprint() == plan.fingerprint:
-        if as_json or not quiet:
-            print_published(options.push_to_hub or "", unchanged=True, as_json=as_json)
+        if as_json:
+            verbs.answer.give({"status": "unchanged", "pushed": {"repo": options.push_to_hub}})
+        elif not quiet:
+            print_published(options.push_to_hub or "", unchanged=True)
         return
     with Bar(quiet=quiet, verbose=verbose) as bar:
         manifest = decompose(plan, progress=bar, sink=repository if through else None)
@@ -294,7 +297,7 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
     write_step_summary(manifest)
     if as_json:
         told = {"pushed": asdict(published)} if published else {}
-        print(json.dumps({**summary(manifest, unchanged=unchanged), **told}, indent=2))
+        verbs.answer.give({**summary(manifest, unchanged=unchanged), **told})
     elif not quiet:
         print_summary(manifest, ended="already done, nothing to do" if unchanged else "")
         if published:

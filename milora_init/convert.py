@@ -101,9 +101,9 @@ def convert(
 
     # A name of its own: neither a second run nor what somebody put there can end up in the output.
     partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
-    with writing(out):
-        partial.mkdir(parents=True)
     try:
+        with writing(out):
+            partial.mkdir(parents=True)
         config = {**_plain_config(before.config, base), **_scaling(before, ranks, compress=rank is not None)}
         results = _write_weights(before, after, ranks, partial / WEIGHTS, compress=rank is not None)
         with writing(out):

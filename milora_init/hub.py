@@ -30,6 +30,7 @@ from milora_init.digest import sha256
 from milora_init.errors import HubError
 from milora_init.safetensors_format import MAX_HEADER_BYTES, Header, parse_header
 
+_AGAIN = "look at the network, then run the same command again: what was done is kept"
 _HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
 
 
@@ -144,7 +145,10 @@ def explained(model: str, revision: str | None) -> Iterator[None]:
         if type(error).__module__.startswith("milora_init"):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise HubError(f"the Hub failed over {model}: {reason}", hint="try again; what was fetched is kept") from error
+        raise HubError(
+            f"the Hub failed over {model}: {reason}",
+            hint=_AGAIN,
+        ) from error
 
 
 def _refused(model: str, status: int | None, error: Exception) -> HubError:
@@ -156,7 +160,10 @@ def _refused(model: str, status: int | None, error: Exception) -> HubError:
             hint="`hf auth login` with a token that may, or set HF_TOKEN",
         )
     reason = " ".join(str(error).split())[:300]
-    return HubError(f"the Hub failed over {model}: {reason}", hint="try again; what was fetched is kept")
+    return HubError(
+        f"the Hub failed over {model}: {reason}",
+        hint=_AGAIN,
+    )
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -174,8 +174,9 @@ def merge(
         SolveError: A merged weight that does not fit the source's dtype.
     """
     started = time.monotonic()
-    if not out:
-        raise UsageError("--out is empty", hint="name the folder to write")
+    for what, given in (("OUT", base), ("--out", out), ("--adapter", "-" if trained is None else trained)):
+        if not given:  # an unset variable of a shell, which must not stand for something else
+            raise UsageError(f"{what} is empty", hint="name a folder")
     plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None, overwrite=overwrite)
     source = None
     if against:
@@ -239,6 +240,9 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
         whole = (base / name).is_file() and (base / name).stat().st_size == size_bytes
         if not whole and name not in (adapter.CONFIG, adapter.WEIGHTS):  # the adapter is read for itself, below
             raise CheckpointError(f"{base}: {name} was changed or removed", hint=f"milora-init verify {base}")
+    for name in manifest.files.keys() - checkpoint.headers.keys() - {adapter.CONFIG, adapter.WEIGHTS}:
+        if sha256(base / name) != manifest.hashes.get(name):  # of the files of weights it is seen when they are read
+            raise CheckpointError(f"{base}: {name} was changed", hint=f"milora-init verify {base}")
     initial = open_lora(base / adapter.FOLDER, manifest.weights)
     require_made_with(initial, manifest)
     lora = open_lora(trained, manifest.weights) if trained else initial

@@ -135,10 +135,10 @@ def merged_weight(residual: Tensor, B: Tensor, A: Tensor, scale: float, dtype: t
     Raises:
         ValueError: An entry that dtype does not hold, or none.
     """
-    if dtype.itemsize > 2 or residual.dtype.itemsize > 4:
+    if dtype.itemsize > 2 or max(tensor.dtype.itemsize for tensor in (residual, B, A)) > 4:
         merged = round_once(residual.double().addmm_(B.double(), scale * A.double()), dtype)
     else:
-        merged = add_once(residual, B @ (scale * A), dtype)
+        merged = add_once(residual, B.float() @ (scale * A.float()), dtype)
     if not bool(torch.stack(merged.aminmax()).isfinite().all()):
         raise ValueError(f"it overflows {str(dtype).removeprefix('torch.')}, or the adapter is not finite")
     return merged

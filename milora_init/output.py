@@ -217,8 +217,8 @@ class OutputFolder(Generic[F]):
 
     def _release_lock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            fileno, self._lock = self._lock, None
+            os.close(fileno)
 
     def _busy(self) -> OutputError:
         self._release_lock()
@@ -247,6 +247,9 @@ class OutputFolder(Generic[F]):
         if out == model or model in out.parents:
             where = "is the model's folder" if out == model else "lies inside the model's folder"
             raise OutputError(f"--out {self.path} {where}", hint="write beside it: --out ./svd_init")
+        if self.path.is_symlink() and not self.path.exists():
+            hint = "make that folder, or name another"
+            raise OutputError(f"--out {self.path} is a link to what is not there", hint=hint)
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"--out {self.path} is a file", hint="name a folder")
 
@@ -295,7 +298,7 @@ class OutputFolder(Generic[F]):
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(
-                f"--out {self.path} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free",
+                f"--out {self.path} needs {needed / 1e6:,.0f} MB, its disk has {free / 1e6:,.0f} MB free",
                 hint="free some space, or choose an --out on another disk",
             )
 

@@ -320,6 +320,9 @@ def _notices(
         notices.append(
             f"the source has both {SAFETENSORS_SINGLE} and an index; as transformers does, the index is ignored"
         )
+    if whole := [w for w in weights if w.rank == min(w.weight.shape)]:
+        first = f"rank {whole[0].rank} is all that {whole[0].weight.module} has"
+        notices.append(f"{first}: nothing of {len(whole)} weights stays in the base")
     stored = {torch_name(w.dtype) for w in weights}
     for dtype in _config_dtypes(checkpoint.config) if options.dtype == "auto" else ():
         if stored != {dtype}:

@@ -65,8 +65,10 @@ def warnings(manifest: Manifest) -> list[str]:
             if value is not None and value < leak and dtype != worst.dtype
         }
         instead = " or ".join(f"--dtype {dtype} ({value:.1e})" for dtype, value in better.items())
+        count = sum(weight.rounding["leak"] > LEAK_LINE for weight in manifest.weights)
+        others = f", and more than {LEAK_LINE:.0%} in {count - 1} more" if count > 1 else ""
         found.append(
-            f"rounding to {worst.dtype} leaves {leak:.0%} of the component of {worst.module} in the base"
+            f"rounding to {worst.dtype} leaves {leak:.0%} of the component of {worst.module} in the base{others}"
             + (f"; instead: {instead}" if instead else "")
         )
     idle = [weight for weight in manifest.weights if weight.untrainable]

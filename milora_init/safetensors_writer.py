@@ -106,7 +106,8 @@ class SafetensorsWriter:
         if self._flusher is not None:
             self._flusher.shutdown()
         if self._fileno is not None:
-            os.close(self._fileno)
+            fileno, self._fileno = self._fileno, None
+            os.close(fileno)
             self._partial.unlink(missing_ok=True)
 
     def place(self, name: str) -> Place:
@@ -159,8 +160,8 @@ class SafetensorsWriter:
                 self._flushed.result()  # the system reports a failed write once, and to whoever asked first
             os.fsync(fileno)
             size_bytes = os.fstat(fileno).st_size
+            self._fileno = None  # first: an interruption between the two must not close somebody else's
             os.close(fileno)
-            self._fileno = None
             self._partial.replace(self.path)
         return size_bytes
 

@@ -125,7 +125,10 @@ def round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_once(R: Tensor, P: Tensor, dtype: torch.dtype) -> Tensor:
-    """R + P, neither longer than float32, to the nearest value of a 16-bit dtype: faster than all of it in float64."""
+    """R, at most as long as float32, plus P in float32, to the nearest value of a 16-bit dtype.
+
+    Faster than all of it in float64.
+    """
     return _to_16_bits(R + P, lambda at: R[at].double() + P[at].double(), dtype)
 
 

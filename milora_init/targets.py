@@ -41,7 +41,8 @@ def select(naming: Naming, targets: Sequence[str], exclude: Sequence[str] = ()) 
         hits = {name for name in naming.modules if matches(name)}
         hits |= set(filter(names_fused(target), naming.experts))
         if not hits:
-            raise PlanError(f"exclude {target!r} matches no module of {naming.architecture}")
+            hint = f"modules: {', '.join(suffixes(naming))}"
+            raise PlanError(f"exclude {target!r} matches no module of {naming.architecture}", hint=hint)
         chosen -= hits
     if not chosen:
         raise PlanError("every target is excluded", hint="drop an --exclude")
@@ -64,6 +65,8 @@ def _no_hit(naming: Naming, target: str, matches: Callable[[str], bool]) -> Plan
         reason, hint = f" outside {tower}, which has to be named", f"--target 're:.*\\.{tower}\\..*{target}'"
     elif any(matches(name) for name in naming.experts):
         reason = ", only experts, which have to be named"
+    if "," in target and not target.startswith(REGEX):
+        hint = f"give each its own option: {' '.join(f'--target {part.strip()}' for part in target.split(','))}"
     return PlanError(
         f"target {target!r} matches no module of {naming.architecture}{reason}",
         hint=hint,
@@ -84,7 +87,8 @@ def matcher(targets: Iterable[str]) -> Callable[[str], bool]:
             try:
                 patterns.append(re.compile(target.removeprefix(REGEX)))
             except re.error as error:
-                raise PlanError(f"target {target!r} is not a regular expression: {error}") from None
+                hint = "write it as Python's re does, in quotes: --target 're:.*\\.(q|v)_proj'"
+                raise PlanError(f"target {target!r} is not a regular expression: {error}", hint=hint) from None
 
     def matches(module: str) -> bool:
         return (

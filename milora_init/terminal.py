@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import threading
@@ -98,11 +97,12 @@ class Bar:
             DownloadColumn(table_column=Column(no_wrap=True)),
             TransferSpeedColumn(table_column=Column(no_wrap=True)),
         )
+        module = TextColumn("[dim]{task.fields[current]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
         self._bar = Progress(
             *(wide if self._console.width >= 90 else wide[2:3]),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[modules]}", table_column=Column(no_wrap=True)),
-            TextColumn("[dim]{task.fields[current]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            *([module] if self._console.width >= 70 else []),
             console=self._console,
             transient=True,
             disable=quiet or not self._console.is_terminal,
@@ -224,7 +224,7 @@ def print_converted(out: str, base: str, modules: Sequence[ConvertedModule], *, 
 def print_summary(manifest: Manifest, *, ended: str = "") -> None:
     """What stands at the end of a run, and how that `ended`; of an earlier one, how long it took."""
     console = _stdout()
-    columns = ("module", "shape", "weights", "rank", "energy", "worst leak", "worst error", "time")
+    columns = ("module", "shape", "weights", "rank", "energy", "worst leak", "worst error", "solving")
     rows = [
         (
             kind.suffix,
@@ -238,14 +238,13 @@ def print_summary(manifest: Manifest, *, ended: str = "") -> None:
         )
         for kind in kinds(manifest.weights)
     ]
-    _print_table(console, columns, rows, spare=("energy", "time", "weights", "rank"))
+    _print_table(console, columns, rows, spare=("energy", "solving", "weights", "rank"))
     total = size(sum(manifest.files.values()))
     ended = ended or f"done in {duration(manifest.elapsed_s)}"
     console.print(f"{manifest.out}: {len(manifest.weights)} weights, {total}, {ended}", markup=False)
     _print_warnings(warnings(manifest))
     console.print("\nLoad the pair, for training or inference:\n")
-    for line in loading_lines(manifest).splitlines():
-        console.print(f"    {line}", markup=False)
+    console.print(loading_lines(manifest), markup=False)
 
 
 def print_verdict(verdict: Verdict) -> None:
@@ -309,9 +308,6 @@ def _stderr(quiet: bool = False) -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
 
 
-def print_published(url: str, *, unchanged: bool = False, as_json: bool = False) -> None:
+def print_published(url: str, *, unchanged: bool = False) -> None:
     """Where the output went."""
-    if as_json:
-        print(json.dumps({"status": "unchanged" if unchanged else "done", "pushed": {"repo": url}}, indent=2))
-    else:
-        Console(highlight=False).print(f"{url} {'holds it already' if unchanged else 'holds the pair'}", markup=False)
+    Console(highlight=False).print(f"{url} {'holds it already' if unchanged else 'holds the pair'}", markup=False)

@@ -5,13 +5,34 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
 from milora_init.errors import UsageError
 
 _ANNOTATIONS = 5  # of a verdict; GitHub shows ten of a step
+
+
+class Answer:
+    """The one JSON object that a command prints. What comes after it, a signal say, adds no second one."""
+
+    def __init__(self) -> None:
+        self._given = False
+
+    def expect(self) -> None:
+        """A command begins."""
+        self._given = False
+
+    def give(self, content: Mapping[str, Any]) -> None:
+        """Print the object, if none was."""
+        if not self._given:
+            self._given = True
+            print(json.dumps(content, indent=2))
+
+
+answer = Answer()
 
 
 def annotate(message: str, hint: str) -> None:
@@ -51,7 +72,7 @@ def verify(
             trust_remote_code=trust_remote_code, cache_dir=cache_dir, token=token,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(verdict.to_json(), indent=2))
+        answer.give(verdict.to_json())
     elif not quiet or not verdict.ok:
         print_verdict(verdict)
     for difference in verdict.differences[:_ANNOTATIONS]:
@@ -77,7 +98,7 @@ def report(
         raise UsageError("--json and --markdown contradict each other", hint="drop one of them")
     manifest = replace(require_manifest(Path(out).expanduser()), out=out)  # it may have been moved since
     if as_json:
-        print(json.dumps(summary(manifest, unchanged=False), indent=2))
+        answer.give(summary(manifest, unchanged=False))
     elif as_markdown:
         print(step_summary(manifest), end="")
     else:
@@ -104,7 +125,7 @@ def push(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     published = publish(out, repo, private=private, revision=revision, token=token, overwrite=yes)
     if as_json:
-        print(json.dumps({"status": "done", **asdict(published)}, indent=2))
+        answer.give({"status": "done", **asdict(published)})
     elif not quiet:
         print_published(published.url)
 
@@ -137,7 +158,7 @@ def merge(
         )  # fmt: skip
     if as_json:
         told = {name: value for name, value in asdict(merged).items() if name not in ("inputs", "unchanged")}
-        print(json.dumps({"status": "unchanged" if merged.unchanged else "done", **told}, indent=2))
+        answer.give({"status": "unchanged" if merged.unchanged else "done", **told})
     elif not quiet:
         print_merged(merged)
 
@@ -162,7 +183,7 @@ def convert(
     with waiting("converting", quiet=quiet):
         modules = convert(*(Path(p).expanduser() for p in (init, trained, out)), base=base, rank=rank)
     if as_json:
-        print(json.dumps({"status": "done", "out": out, "modules": [asdict(m) for m in modules]}, indent=2))
+        answer.give({"status": "done", "out": out, "modules": [asdict(m) for m in modules]})
     elif not quiet:
         original = read_config(Path(out).expanduser() / CONFIG)["base_model_name_or_path"]
         print_converted(out, original, modules, compressed=rank is not None)

@@ -122,9 +122,9 @@ def verify(
     if every and model is None:
         raise UsageError("--all needs the source to solve from", hint="add --against MODEL")
     folder = Path(out).expanduser()
-    if not folder.is_dir():
+    if not out or not folder.is_dir():
         raise UsageError(f"{out}: no such folder", hint="name the --out of a run of milora-init")
-    if trained is not None and not Path(trained).expanduser().is_dir():
+    if trained is not None and not (trained and Path(trained).expanduser().is_dir()):
         raise UsageError(f"{trained}: no such folder", hint="name the folder that the trainer saved")
     manifest = read_manifest(folder)
     if manifest is None:

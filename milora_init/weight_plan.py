@@ -142,11 +142,12 @@ def _adapter_config(
 
 
 def _require_rank(weights: Sequence[WeightPlan]) -> None:
-    for w in weights:
+    too_high = [w for w in weights if w.rank > min(w.weight.shape)]
+    if too_high:
+        w = min(too_high, key=lambda w: min(w.weight.shape))  # what it allows, all others do
         shape, limit = list(w.weight.shape), min(w.weight.shape)
-        if w.rank > limit:
-            smallest = min(min(other.weight.shape) for other in weights)
-            raise PlanError(
-                f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}",
-                hint=f"--rank {smallest}, or --exclude {w.weight.target.rpartition('.')[2]}",
-            )
+        suffix = w.weight.target.rpartition(".")[2]
+        raise PlanError(
+            f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}",
+            hint=f"--rank {limit}, or --exclude {suffix}, or a rank_pattern for {suffix} in a recipe",
+        )

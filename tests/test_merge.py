@@ -82,6 +82,26 @@ def test_the_untrained_adapter_gives_the_source_back(
     assert total == sum(tensor.nbytes for tensor in after.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_an_adapter_of_another_dtype_is_summed_as_exactly(
+    dtype: torch.dtype, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    """PEFT saves what it trained, and autocast_adapter_dtype=False trains in the base's dtype."""
+    manifest = start(checkpoint("llama", "bfloat16"))
+    trained = shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
+    weights = load_file(trained / "adapter_model.safetensors")
+    factors = {key: (factor * 1.25).to(dtype) for key, factor in weights.items()}
+    save_file(factors, trained / "adapter_model.safetensors", metadata={"format": "pt"})
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"), trained=str(trained))
+    base, merged = tensors(tmp_path / "out"), tensors(tmp_path / "merged")
+    for record in manifest.weights:
+        B, A = (factors[f"base_model.model.{record.module}.lora_{name}.weight"].double() for name in "BA")
+        exact = base[record.tensor].double() + B @ A
+        off = (merged[record.tensor].double() - exact).abs()
+        half_ulp = torch.ldexp(torch.full_like(exact, 2.0**-9), torch.frexp(exact).exponent)
+        assert float((off - half_ulp - 2.0**-22 * exact.abs().max()).max()) <= 0, record.module
+
+
 def test_the_sum_is_rounded_once() -> None:
     """Against exact integers: 1 + 2^-8 is half way between two bfloat16, and 2^-30 above it decides."""
     residual, B, A = torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 2), torch.tensor([[2.0**-8], [2.0**-30]])
@@ -312,12 +332,30 @@ def test_no_output_where_it_would_be_lost_or_mistaken(checkpoint: Built, start: 
     out, trained = tmp_path / "out", shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
     with pytest.raises(UsageError, match="--out is empty"):
         merge(str(out), "")
+    with pytest.raises(UsageError, match="--adapter is empty"):  # and not: the one in OUT
+        merge(str(out), str(tmp_path / "merged"), trained="")
     with pytest.raises(OutputError, match="lies inside"):
         merge(str(out), str(trained / "merged"), trained=str(trained))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="a link to what is not there"):
+        merge(str(out), str(tmp_path / "link"))
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "adapter_config.json").write_text("{}")
     with pytest.raises(OutputError, match="holds an adapter"):
         merge(str(out), str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_base_with_another_side_file_of_the_same_size_is_refused(
+    name: str, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    path = tmp_path / "out" / name
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\n", b" ", 1) if b"\n" in content else content[:-1] + b" ")
+    with pytest.raises(CheckpointError, match=f"{name} was changed"):
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_base_with_another_bit_makes_no_model_until_it_is_mended(

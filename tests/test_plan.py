@@ -88,12 +88,14 @@ def test_a_rank_too_high_names_the_smallest_weight_and_its_shape(checkpoint: Bui
         plan(checkpoint("llama"), rank=20, target=("q_proj", "v_proj", "up_proj"))
     assert "rank 20 is above the 16 that model.layers.0.self_attn.v_proj allows" in caught.value.message
     assert "[16, 32]" in caught.value.message
-    assert caught.value.hint == "--rank 16, or --exclude v_proj"
+    assert caught.value.hint == "--rank 16, or --exclude v_proj, or a rank_pattern for v_proj in a recipe"
 
 
 def test_a_rank_as_high_as_the_smallest_weight_is_planned(checkpoint: Built) -> None:
     made = plan(checkpoint("llama"), rank=16)
     assert min(min(w.weight.shape) for w in made.weights) == 16
+    assert any("nothing of 4 weights stays in the base" in notice for notice in made.notices)
+    assert not any("stays in the base" in notice for notice in plan(checkpoint("llama"), rank=15).notices)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])

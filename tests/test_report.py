@@ -83,6 +83,7 @@ def test_a_small_leak_is_no_warning() -> None:
 def test_a_large_leak_names_the_weight_and_the_dtypes_that_mend_it() -> None:
     (warning,) = warnings(manifest(record("a.q_proj", leak=0.2), record("b.q_proj", leak=0.48)))
     assert "leaves 48% of the component of b.q_proj in the base" in warning
+    assert "and more than 10% in 1 more" in warning
     assert "--dtype float16" in warning
     assert "--dtype float32" in warning
     assert "--dtype bfloat16" not in warning

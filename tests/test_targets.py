@@ -86,6 +86,12 @@ def test_exclude_speaks_the_same_language(checkpoint: Built) -> None:
         select(naming, both, both)
 
 
+def test_targets_in_one_word_are_told_apart_in_the_repair(checkpoint: Built) -> None:
+    with pytest.raises(PlanError) as caught:
+        chosen(names_of(checkpoint("llama")), ["q_proj,v_proj"])
+    assert caught.value.hint.endswith("--target q_proj --target v_proj")
+
+
 @pytest.mark.parametrize("targets", [["w_proj"], ["q_proj", "w_proj"]])
 def test_a_target_that_matches_nothing_lists_what_would(targets: list[str], checkpoint: Built) -> None:
     naming = names_of(checkpoint("llama"))
