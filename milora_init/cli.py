@@ -227,9 +227,6 @@ def init(
     if verb := context.invoked_subcommand:
         _refuse_options_before(verb, context)
         return
-    for name, value in (("--model", model), ("--out", out)):
-        if value is None:
-            raise UsageError(f"Missing option {name!r}", hint="milora-init --help")
     if quiet and verbose:
         raise UsageError("--quiet and --verbose contradict each other", hint="drop one of them")
     from milora_init.options import InitOptions

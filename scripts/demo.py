@@ -6,6 +6,7 @@ line itself; then transformers and PEFT load both and embed the same sentences. 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -35,6 +36,7 @@ def model_folder() -> Path:
 
 def main() -> int:
     """Run the job, compare the embeddings, print the figures."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     source, out = model_folder(), Path("demo/svd_init")
     shutil.rmtree(out, ignore_errors=True)
     # Linked, so that the command can be read: the wheel lies deep in the environment.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from milora_init import verbs
 from milora_init.cli import app, run
 from milora_init.manifest import Manifest
 
@@ -62,3 +63,34 @@ def test_a_report_shows_a_finished_run_again(
     assert "contradict" in capsys.readouterr().err
     assert run(["report", str(tmp_path / "out")]) == 1
     assert "it is no finished output of milora-init" in capsys.readouterr().err
+
+
+def test_without_a_word_the_help_is_shown_and_it_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert "Usage: milora-init" in capsys.readouterr().out
+
+
+def test_a_recipe_may_name_the_model_and_the_output(
+    checkpoint: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"model: {checkpoint('llama')}\nout: {tmp_path / 'out'}\nrank: 3\ntarget: [q_proj]\n")
+    assert run(["--config", str(recipe), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == str(tmp_path / "out")
+    assert run(["--rank", "3"]) == 2
+    assert "no --model and no --out given" in capsys.readouterr().err
+
+
+def test_a_signal_after_the_answer_adds_no_second_one(
+    checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(checkpoint("llama"))
+
+    def given(content: object, real: Callable[..., None] = verbs.answer.give) -> None:
+        real(content)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs.answer, "give", given)
+    assert run(["report", str(tmp_path / "out"), "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["status"] == "done"
