@@ -178,9 +178,11 @@ class Plan:
     @property
     def solve_flops(self) -> int:
         """Estimate of the multiply-adds, as measured on trained weights: see `svd` for what they are."""
-        return sum(self._flops(max(w.weight.shape), min(w.weight.shape), w.rank) for w in self.weights)
+        return sum(map(self.flops, self.weights))
 
-    def _flops(self, p: int, q: int, r: int) -> int:
+    def flops(self, w: WeightPlan) -> int:
+        """The same of one weight."""
+        p, q, r = max(w.weight.shape), min(w.weight.shape), w.rank
         rest = 4 * q * q * 12 * r if self._by_krylov(q, r) else 9 * q**3
         return round(1.3 * (0.8 * p * q * q + 0.4 * q**3 + rest + 500 * p * q))
 

@@ -81,9 +81,11 @@ def by_files(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], No
 class Bar:
     """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere. A `progress.Progress`.
 
-    Either tells how many modules are done and how long the rest will take at this run's rate; the bar also which
-    module each device is at.
+    Either tells how many modules are done and how long the rest will take at this run's rate, by the arithmetic that
+    is left as well as by the bytes; the bar also which module each device is at.
     """
+
+    FLOPS_PER_BYTE = 200  # about what a machine multiplies in the time that it copies a byte
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self.began = False
@@ -100,14 +102,14 @@ class Bar:
         module = TextColumn("[dim]{task.fields[current]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
         self._bar = Progress(
             *(wide if self._console.width >= 90 else wide[2:3]),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[modules]}", table_column=Column(no_wrap=True)),
             *([module] if self._console.width >= 70 else []),
             console=self._console,
             transient=True,
             disable=quiet or not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("splitting", total=None, modules="", current="")
+        self._task = self._bar.add_task("splitting", total=None, left="", modules="", current="")
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -119,13 +121,15 @@ class Bar:
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
         self.began = True
         self._started = time.monotonic()
-        self._total = plan.source_bytes
-        self._earlier = self._done = sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done)
+        self._flops = {w.weight.tensor: plan.flops(w) for w in plan.weights}  # of one weight in that tensor
+        total_bytes = plan.source_bytes
+        done_bytes = sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done)
+        self._total = self._work(total_bytes, plan.solve_flops)
+        self._earlier = self._done = self._work(done_bytes, sum(plan.flops(w) for job in done for w in job.splits))
         self._modules, self._split = len(plan.weights), sum(len(job.splits) for job in done)
-        self._adapted = {w.weight.tensor for w in plan.weights}
-        self._bar.update(self._task, total=self._total, completed=self._done, modules=self._count())
+        self._bar.update(self._task, total=total_bytes, completed=done_bytes, modules=self._count())
         if done:
-            self._console.print(f"resuming: {size(self._done)} of {size(self._total)} were done before")
+            self._console.print(f"resuming: {size(done_bytes)} of {size(total_bytes)} were done before")
 
     def fetching(self, name: str, size_bytes: int) -> None:
         if not self._console.is_terminal:
@@ -146,16 +150,19 @@ class Bar:
 
     def tensor(self, name: str, size_bytes: int) -> None:
         with self._lock:
-            self._done += size_bytes
-            self._split += name in self._adapted
-        self._bar.update(self._task, advance=size_bytes, modules=self._count())
+            self._done += self._work(size_bytes, self._flops.get(name, 0))
+            self._split += name in self._flops
+        self._bar.update(self._task, advance=size_bytes, modules=self._count(), left=self._time_left())
 
     def _count(self) -> str:
         return f"{self._split}/{self._modules} modules"
 
+    def _work(self, size_bytes: int, flops: int) -> int:
+        return self.FLOPS_PER_BYTE * size_bytes + flops
+
     def _time_left(self) -> str:
-        rate = (self._done - self._earlier) / (time.monotonic() - self._started)
-        return f"about {duration((self._total - self._done) / rate)} left"
+        done, elapsed_s = self._done - self._earlier, time.monotonic() - self._started
+        return f"about {duration(elapsed_s * (self._total - self._done) / done)} left" if done else ""
 
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
         if self._verbose:
