@@ -158,7 +158,7 @@ def init(
     ] = None,
     alpha: Annotated[int | None, typer.Option(help="lora_alpha. (default: the rank)", rich_help_panel=_ADAPTER)] = None,
     rslora: Annotated[
-        bool | None, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).", rich_help_panel=_ADAPTER)
+        bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha / sqrt(rank).", rich_help_panel=_ADAPTER)
     ] = None,
     dropout: Annotated[
         float | None, typer.Option(help="lora_dropout. (default: the recipe's)", rich_help_panel=_ADAPTER)

@@ -173,18 +173,23 @@ class Bar:
                     f"  leak {record.rounding['leak']:.1e}  {duration(record.elapsed_s)}"
                 )
         if self._verbose or not self._console.is_terminal:
-            weights = f"{len(result.records)} weight{'s' if len(result.records) != 1 else ''} split"
             left = f", {self._time_left()}" if finished < of else ""
-            line = f"[{finished}/{of}] {result.shard}: {weights}, {duration(elapsed_s)}{left}"
+            line = f"[{finished}/{of}] {result.shard}: {_weights(result.records)} split, {duration(elapsed_s)}{left}"
             self._console.print(line, markup=False)
+
+
+def _weights(some: Sequence[object]) -> str:
+    return f"{len(some)} weight{'s' if len(some) != 1 else ''}"
 
 
 def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     """What `--dry-run` shows."""
+    from milora_init.safetensors_format import torch_name  # torch is there: somebody has planned
+
     console = _stdout()
     options = plan.options
     rows = [
-        (suffix, f"{m} x {n}", dtype, str(count), str(rank))
+        (suffix, f"{m} x {n}", torch_name(dtype), str(count), str(rank))
         for (suffix, (m, n), dtype, rank), count in plan.kinds().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
@@ -199,7 +204,9 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     )
     for job in plan.jobs:
         becomes = "" if job.target == job.source.name else f" -> {job.target}"
-        console.print(f"  {job.source.name}{becomes}  ({len(job.splits)} weights)", markup=False)
+        console.print(
+            f"  {job.source.name}{becomes}  ({len(job.splits)} weight{'s' * (len(job.splits) != 1)})", markup=False
+        )
     _print_warnings(plan.notices)
     console.print("nothing was written")
 
