@@ -24,10 +24,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from milora_init.adapter import patterns
-from milora_init.digest import sha256
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.layout import lora_key
 from milora_init.manifest import read_manifest
+from milora_init.output import require_outside
 from milora_init.safetensors_format import plan_header
 from milora_init.safetensors_writer import SafetensorsWriter, sync_folder, writing
 from milora_init.trained import (
@@ -75,7 +75,7 @@ def convert(
     if manifest:
         require_made_with(before, manifest)
     require_pair(before, after)
-    if sha256(after.weights) == sha256(before.weights):
+    if after.digest == before.digest:
         hint = "name the folder that the trainer saved"
         raise PlanError(f"{trained} holds the initial factors: it was not trained", hint=hint)
     if manifest:
@@ -93,8 +93,7 @@ def convert(
             raise PlanError(f"rank {rank} is not between 1 and {most}, the most of any module", hint=f"--rank {most}")
         ranks = {module: min(rank, limit) for module, limit in limits.items()}
     for given in (init, trained):
-        if given.resolve() in (out.resolve(), *out.resolve().parents):
-            raise OutputError(f"--out {out} lies inside {given}", hint="write beside it: --out ./plain")
+        require_outside(out, given, "./plain")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"--out {out} exists", hint="choose another --out, or move it away")
     out = out.resolve()  # a link to an empty folder stays one
@@ -104,8 +103,9 @@ def convert(
     try:
         with writing(out):
             partial.mkdir(parents=True)
-        config = {**_plain_config(before.config, base), **_scaling(before, ranks, compress=rank is not None)}
-        results = _write_weights(before, after, ranks, partial / WEIGHTS, compress=rank is not None)
+        folded = rank is not None or bool(before.config.get("rank_pattern") or before.config.get("alpha_pattern"))
+        config = {**_plain_config(before.config, base), **_scaling(before, ranks, folded=folded)}
+        results = _write_weights(before, after, ranks, partial / WEIGHTS, compress=rank is not None, folded=folded)
         with writing(out):
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             sync_folder(partial)
@@ -118,7 +118,7 @@ def convert(
 
 
 def _write_weights(
-    before: LoraFolder, after: LoraFolder, ranks: Mapping[str, int], path: Path, *, compress: bool
+    before: LoraFolder, after: LoraFolder, ranks: Mapping[str, int], path: Path, *, compress: bool, folded: bool
 ) -> list[ConvertedModule]:
     header = plan_header(
         (
@@ -144,7 +144,7 @@ def _write_weights(
                 (old.get_tensor(start.A), old.get_tensor(start.B)),
                 start.experts,
             )
-            if not _is_uniform(before) or compress:
+            if folded:
                 B = start.scale * B
             if compress:
                 A, B, lost = compressed(A, B, ranks[module])
@@ -190,14 +190,9 @@ def best_rank(B: Tensor, A: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
     return Q_B @ (U[:, :k] * root), (root[:, None] * Vh[:k]) @ Q_A.mT, lost
 
 
-def _is_uniform(before: LoraFolder) -> bool:
-    """Whether one rank and one alpha hold for all modules."""
-    return not before.config.get("rank_pattern") and not before.config.get("alpha_pattern")
-
-
-def _scaling(before: LoraFolder, ranks: Mapping[str, int], *, compress: bool) -> dict[str, Any]:
-    """What adapter_config.json says of ranks and scales."""
-    if _is_uniform(before) and not compress:
+def _scaling(before: LoraFolder, ranks: Mapping[str, int], *, folded: bool) -> dict[str, Any]:
+    """What adapter_config.json says of ranks and scales, which may be folded into the factors."""
+    if not folded:
         rslora = bool(before.config.get("use_rslora"))
         alpha = before.config["lora_alpha"] * (math.sqrt(2) if rslora else 2)
         return {"r": 2 * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,

@@ -32,7 +32,7 @@ from milora_init.progress import Progress, ShardResult, Silent
 from milora_init.safetensors_format import read_header
 from milora_init.self_check import require_loadable
 from milora_init.supply import Supply
-from milora_init.workers import Crew, memory_bytes, resolve_devices, side_by_side
+from milora_init.workers import Crew, memory_bytes, one_ahead, resolve_devices, side_by_side
 
 
 def initialize(options: InitOptions, *, progress: Progress | None = None) -> Manifest:
@@ -210,16 +210,16 @@ def _run_shards(
     what is not adapted meanwhile.
     """
     with crew, ExitStack() as stack:
-        before: tuple[ShardJob, OpenShard] | None = None
-        for job in jobs:
-            opened = stack.enter_context(OpenShard(supply.take(job), out.path, progress))
-            opened.start(crew)
-            opened.copy_the_rest()
-            if before:
-                yield before[0], before[1].finish()
-            before = job, opened
-        if before:
-            yield before[0], before[1].finish()
+
+        def begun() -> Iterator[tuple[ShardJob, OpenShard]]:
+            for job in jobs:
+                opened = stack.enter_context(OpenShard(supply.take(job), out.path, progress))
+                opened.start(crew)
+                opened.copy_the_rest()
+                yield job, opened
+
+        for job, opened in one_ahead(begun()):
+            yield job, opened.finish()
 
 
 def _assemble(

@@ -30,7 +30,6 @@ from milora_init.digest import sha256
 from milora_init.errors import HubError
 from milora_init.safetensors_format import MAX_HEADER_BYTES, Header, parse_header
 
-_AGAIN = "look at the network, then run the same command again: what was done is kept"
 _HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
 
 
@@ -144,11 +143,7 @@ def explained(model: str, revision: str | None) -> Iterator[None]:
     except Exception as error:  # huggingface_hub lets its HTTP library's errors through, and changes that library
         if type(error).__module__.startswith("milora_init"):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise HubError(
-            f"the Hub failed over {model}: {reason}",
-            hint=_AGAIN,
-        ) from error
+        raise _refused(model, None, error) from error
 
 
 def _refused(model: str, status: int | None, error: Exception) -> HubError:
@@ -159,10 +154,10 @@ def _refused(model: str, status: int | None, error: Exception) -> HubError:
             f"the Hub does not let this token at {model} (status {status})",
             hint="`hf auth login` with a token that may, or set HF_TOKEN",
         )
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return HubError(
         f"the Hub failed over {model}: {reason}",
-        hint=_AGAIN,
+        hint="look at the network, then run the same command again: what was done is kept",
     )
 
 

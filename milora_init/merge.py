@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -35,10 +35,10 @@ from milora_init.factors import wanted_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, require_manifest
 from milora_init.merge_shard import MergeShard
 from milora_init.options import InitOptions
-from milora_init.output import OutputFolder
+from milora_init.output import OutputFolder, require_outside
 from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
 from milora_init.trained import LoraFolder, open_lora, require_made_with, require_pair, require_trained_on
-from milora_init.workers import Crew, side_by_side
+from milora_init.workers import Crew, one_ahead, side_by_side
 
 MERGED = "milora_merge.json"
 _HASHES = 2  # at a time
@@ -73,7 +73,7 @@ class MergePlan:
         return {
             "merge": __version__,
             "source": self.manifest.fingerprint,
-            "adapter": sha256(self.lora.weights),
+            "adapter": self.lora.digest,
             "scales": {module: factors.scale for module, factors in self.lora.modules.items()},
         }
 
@@ -183,8 +183,7 @@ def merge(
         asked = InitOptions(model=against, out=out, revision=revision, cache_dir=cache_dir, token=token)
         source = _open_source(plan.manifest, asked)
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
-    if plan.lora.path.resolve() in (folder.path.resolve(), *folder.path.resolve().parents):
-        raise OutputError(f"--out {out} lies inside {plan.lora.path}", hint="write beside it: --out ./merged")
+    require_outside(folder.path, plan.lora.path, "./merged")
     if (folder.path / "adapter_config.json").exists():
         raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
     if (folder.path / MANIFEST).exists():
@@ -237,12 +236,13 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
     manifest = require_manifest(base)
     checkpoint = open_checkpoint(base)
     for name, size_bytes in manifest.files.items():
+        if name in (adapter.CONFIG, adapter.WEIGHTS):  # the adapter is read for itself, below
+            continue
         whole = (base / name).is_file() and (base / name).stat().st_size == size_bytes
-        if not whole and name not in (adapter.CONFIG, adapter.WEIGHTS):  # the adapter is read for itself, below
+        if whole and name not in checkpoint.headers:  # files of weights are hashed when they are read
+            whole = sha256(base / name) == manifest.hashes.get(name)
+        if not whole:
             raise CheckpointError(f"{base}: {name} was changed or removed", hint=f"milora-init verify {base}")
-    for name in manifest.files.keys() - checkpoint.headers.keys() - {adapter.CONFIG, adapter.WEIGHTS}:
-        if sha256(base / name) != manifest.hashes.get(name):  # of the files of weights it is seen when they are read
-            raise CheckpointError(f"{base}: {name} was changed", hint=f"milora-init verify {base}")
     initial = open_lora(base / adapter.FOLDER, manifest.weights)
     require_made_with(initial, manifest)
     lora = open_lora(trained, manifest.weights) if trained else initial
@@ -258,37 +258,33 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
 
 
 def _merge_files(plan: MergePlan, folder: OutputFolder[Merged], progress: Tell) -> None:
-    """Make what the journal lacks of the weights. A file is begun before the one before it is waited for."""
+    """Make what the journal lacks of the weights."""
     # Blocks of rows come and go. What is freed, glibc gives back to the system and takes again page by page, until it
     # has seen a block freed that is larger: measured on 2.2 GB, 1.3 million page faults and a quarter of the time.
     torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: up to 32 MiB are learnt
     done = folder.done()
     made_bytes = sum(plan.headers[name].file_bytes for name in done)
 
-    def record(shard: MergeShard) -> None:
-        nonlocal made_bytes
-        size_bytes = shard.finish()
-        folder.record({"shard": shard.name, "files": {shard.name: size_bytes}, "records": []})
-        made_bytes += size_bytes
-        progress(shard.name, made_bytes, plan.room_bytes)
-
     cpu = [torch.device("cpu")] * side_by_side([_need_bytes(plan, name) for name in plan.records])
     hashing = ThreadPoolExecutor(_HASHES, thread_name_prefix="hash")
     try:
         with Crew(cpu, hands=1) as crew, ExitStack() as stack:
-            before: MergeShard | None = None
-            for name in (name for name in plan.headers if name not in done):
-                digest = plan.manifest.hashes.get(name)
-                shard = MergeShard(plan.source / name, folder.path / name, plan.headers[name],
-                                   digest=digest, records=plan.records, lora=plan.lora)  # fmt: skip
-                stack.enter_context(shard)
-                shard.start(crew, hashing)
-                shard.copy_the_rest()
-                if before:
-                    record(before)
-                before = shard
-            if before:
-                record(before)
+
+            def begun() -> Iterator[MergeShard]:
+                for name in (name for name in plan.headers if name not in done):
+                    digest = plan.manifest.hashes.get(name)
+                    shard = MergeShard(plan.source / name, folder.path / name, plan.headers[name],
+                                       digest=digest, records=plan.records, lora=plan.lora)  # fmt: skip
+                    stack.enter_context(shard)
+                    shard.start(crew, hashing)
+                    shard.copy_the_rest()
+                    yield shard
+
+            for shard in one_ahead(begun()):
+                size_bytes = shard.finish()
+                folder.record({"shard": shard.name, "files": {shard.name: size_bytes}, "records": []})
+                made_bytes += size_bytes
+                progress(shard.name, made_bytes, plan.room_bytes)
     finally:
         hashing.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a hash
 

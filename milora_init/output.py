@@ -63,6 +63,12 @@ class Finished(Protocol):
 F = TypeVar("F", bound=Finished)
 
 
+def require_outside(out: Path, folder: Path, instead: str) -> None:
+    """Raise OutputError where an output would lie inside a folder that is read."""
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise OutputError(f"--out {out} lies inside {folder}", hint=f"write beside it: --out {instead}")
+
+
 class OutputFolder(Generic[F]):
     """One output folder and its journal.
 

@@ -204,9 +204,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     )
     for job in plan.jobs:
         becomes = "" if job.target == job.source.name else f" -> {job.target}"
-        console.print(
-            f"  {job.source.name}{becomes}  ({len(job.splits)} weight{'s' * (len(job.splits) != 1)})", markup=False
-        )
+        console.print(f"  {job.source.name}{becomes}  ({_weights(job.splits)})", markup=False)
     _print_warnings(plan.notices)
     console.print("nothing was written")
 
@@ -217,8 +215,8 @@ def print_merged(merged: Merged) -> None:
     ended = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
     _stdout().print(f"{merged.out}: {merged.modules} modules merged, {total}, {ended}", markup=False)
     if merged.bit_equal is not None:
-        share = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
-        _stdout().print(f"{share} are the source's to the bit", markup=False)
+        part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
+        _stdout().print(f"{part} are the source's to the bit", markup=False)
 
 
 def print_converted(out: str, base: str, modules: Sequence[ConvertedModule], *, compressed: bool) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 _COSINE = 0.1  # between trained and initial factors; of unrelated ones it is about 1 / sqrt(number of entries)
-_OTHER_BASE = "name the base that it was trained on"
+OTHER_BASE = "name the base that it was trained on"
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys of adapter_config.json that change what the factors mean, or add to them. Off is None, False or empty.
@@ -55,7 +56,7 @@ class Factors:
     experts: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoraFolder:
     """A LoRA adapter on disk, its header read: config and every module's factors by the key of its tensors."""
 
@@ -67,6 +68,11 @@ class LoraFolder:
     @property
     def weights(self) -> Path:
         return self.path / WEIGHTS
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights. Raises CheckpointError."""
+        return sha256(self.weights)
 
 
 def open_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraFolder:
@@ -124,12 +130,13 @@ def require_pair(before: LoraFolder, after: LoraFolder) -> None:
     """
     if before.path.resolve() == after.path.resolve():
         raise PlanError(f"{after.path} is both the initial and the trained adapter", hint="name two folders")
+    hint = f"name the adapter that was trained from {before.path}, saved as it was trained"
     if odd := before.modules.keys() ^ after.modules.keys():
         module = min(odd)
         where = before.path if module in before.modules else after.path
         raise PlanError(
             f"{len(odd)} modules are in one adapter only, {module} first (in {where})",
-            hint=f"name the adapter that was trained from {before.path}, saved as it was trained",
+            hint=hint,
         )
     for module, start in before.modules.items():
         end = after.modules[module]
@@ -141,13 +148,13 @@ def require_pair(before: LoraFolder, after: LoraFolder) -> None:
             if was != now:
                 raise PlanError(
                     f"{module} has {what} {was} in {before.path}, but {now} in {after.path}",
-                    hint=f"name the adapter that was trained from {before.path}, saved as it was trained",
+                    hint=hint,
                 )
 
 
 def require_made_with(lora: LoraFolder, manifest: Manifest) -> None:
     """Raise PlanError unless `lora` is the adapter of the manifest's base as it was made, to the byte and the scale."""
-    if sha256(lora.weights) != manifest.hashes.get(f"{FOLDER}/{WEIGHTS}"):
+    if lora.digest != manifest.hashes.get(f"{FOLDER}/{WEIGHTS}"):
         raise PlanError(
             f"{lora.weights} is not the adapter that its base was made with: it was replaced, or trained in place",
             hint="put the initial one back; milora-init with the same options makes it again, in another --out",
@@ -177,7 +184,7 @@ def require_trained_on(lora: LoraFolder, manifest: Manifest, initial: Path) -> N
     That is so where its config names another output of milora-init, or its factors lean on other ones.
     """
     if named := names_another_base(lora.config, manifest):
-        raise PlanError(f"{lora.path} was trained on {named}, another residual base", hint=_OTHER_BASE)
+        raise PlanError(f"{lora.path} was trained on {named}, another residual base", hint=OTHER_BASE)
     require_related(lora.weights, initial)
 
 
@@ -189,7 +196,7 @@ def require_related(trained: Path, initial: Path) -> None:
         raise PlanError(f"{trained}: it has entries that are NaN or infinite", hint=hint)
     if not cosine > max(_COSINE, 6 / math.sqrt(entries)):
         raise PlanError(
-            f"{trained}: unrelated to the adapter that this base was made with (cosine {cosine:.3f})", hint=_OTHER_BASE
+            f"{trained}: unrelated to the adapter that this base was made with (cosine {cosine:.3f})", hint=OTHER_BASE
         )
 
 

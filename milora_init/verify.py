@@ -42,7 +42,7 @@ from milora_init.naming import resolve
 from milora_init.options import InitOptions
 from milora_init.output import WORK
 from milora_init.safetensors_format import read_header
-from milora_init.trained import BEYOND_FACTORS, names_another_base, open_lora, read_config, require_related
+from milora_init.trained import BEYOND_FACTORS, OTHER_BASE, names_another_base, open_lora, read_config, require_related
 
 PAIR = "a matching pair: a residual base and its adapter"
 TRAINED = "a matching pair: a residual base and an adapter trained on it"
@@ -60,7 +60,6 @@ DAMAGED = "an output of milora-init that was changed"
 _AGAIN = "make the output again: milora-init ... --overwrite, or fetch it again"
 # What stands there may be hours of training.
 _KEEP = "keep a copy of it if it was trained in place; the same options in another --out make the initial one again"
-_OTHER_BASE = "name the base that it was trained on"
 # What decides the function that the pair computes. Dropout and the like are the trainer's own business.
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -340,7 +339,7 @@ class _Inspection:
                 foreign = True
                 found.append(Difference(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
         # A change to its config would make a foreign adapter look like this base's.
-        return foreign, [replace(fault, hint=_OTHER_BASE) for fault in found] if foreign else found
+        return foreign, [replace(fault, hint=OTHER_BASE) for fault in found] if foreign else found
 
 
 def _is_other(B: Tensor, A: Tensor, record: WeightRecord) -> bool:
@@ -361,16 +360,17 @@ def _header_faults(path: Path, records: tuple[WeightRecord, ...]) -> tuple[list[
     wanted = wanted_tensors(records)
     missing, strange = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     odd = sorted(key for key in wanted.keys() & tensors.keys() if tensors[key].shape != wanted[key])
-    named = key_and_factor(strange[0]) if strange else None
-    whats = {
-        f"missing in {path}": missing,
-        f"{path} adapts {named[0] if named else 'what is no module'}, not this base's": strange,
-        f"is {list(tensors[odd[0]].shape)}, expected {list(wanted[odd[0]])}" if odd else "": odd,
-    }
-    hint = "name the base that this adapter was made for"
-    faults = [
-        Difference(keys[0], what + (f", and {len(keys) - 1} more like it" if keys[1:] else ""), hint)
-        for what, keys in whats.items()
-        if keys
-    ]
+    faults = []
+
+    def add(keys: list[str], what: str) -> None:
+        more = f", and {len(keys) - 1} more like it" if keys[1:] else ""
+        faults.append(Difference(keys[0], what + more, "name the base that this adapter was made for"))
+
+    if missing:
+        add(missing, f"missing in {path}")
+    if strange:
+        named = key_and_factor(strange[0])
+        add(strange, f"{path} adapts {named[0] if named else 'what is no module'}, not this base's")
+    if odd:
+        add(odd, f"is {list(tensors[odd[0]].shape)}, expected {list(wanted[odd[0]])}")
     return faults, len(missing) + len(strange) + len(odd)

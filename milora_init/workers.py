@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from itertools import accumulate
@@ -20,6 +20,7 @@ import torch
 
 from milora_init.errors import UsageError
 
+T = TypeVar("T")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Turn = AbstractContextManager[Any]  # the right to solve on a device, for one thread at a time
@@ -78,6 +79,15 @@ def memory_bytes() -> int:
         with suppress(OSError, ValueError):  # no such file; "max"
             found = min(found, int(Path(limit).read_text()))
     return found
+
+
+def one_ahead(begun: Iterable[T]) -> Iterator[T]:
+    """Each of these once the next one was begun, so that a crew which works on them does not run dry meanwhile."""
+    before: list[T] = []
+    for item in begun:
+        yield from before
+        before = [item]
+    yield from before
 
 
 class Crew:

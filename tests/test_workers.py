@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +18,7 @@ from milora_init import decompose, workers
 from milora_init.errors import UsageError
 from milora_init.manifest import MANIFEST
 from milora_init.svd import Mode, Triplets, singular_triplets
-from milora_init.workers import Crew, multiply_rate, resolve_devices, side_by_side
+from milora_init.workers import Crew, multiply_rate, one_ahead, resolve_devices, side_by_side
 
 CPU = torch.device("cpu")
 PATIENCE_S = 20  # for what happens at once, on a machine that is busy with something else
@@ -321,3 +321,17 @@ def test_several_devices_make_the_same_bytes_as_one(
         del made[-1][MANIFEST]  # it holds seconds
     assert made[0] == made[1] == made[2]
     assert {"lora/adapter_model.safetensors", "model.safetensors.index.json"} < made[0].keys()
+
+
+def test_each_comes_once_the_next_was_begun_and_none_is_lost() -> None:
+    events: list[str] = []
+
+    def begun(count: int) -> Iterator[int]:
+        for number in range(count):
+            events.append(f"begin {number}")
+            yield number
+
+    assert list(one_ahead(begun(0))) == []
+    for number in one_ahead(begun(3)):
+        events.append(f"take {number}")
+    assert events == ["begin 0", "begin 1", "take 0", "begin 2", "take 1", "take 2"]
