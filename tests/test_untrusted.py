@@ -1,0 +1,60 @@
+"""Names and text out of somebody's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from milora_init.untrusted import path_inside, printable, relative_name
+
+BAD = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/../x",
+    "a/..",
+    "/etc/passwd",
+    "a//b",
+    "./a",
+    "a/",
+    "a\\b",
+    "..\\x",
+    "C:\\x",
+    "a\0b",
+    None,
+    3,
+]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_name_that_could_leave_the_folder_is_refused(name: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no (plain )?name of a file|the folder itself"):
+        relative_name(name)
+    with pytest.raises(ValueError, match=r"no (plain )?name of a file|the folder itself"):
+        path_inside(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["a", "lora/adapter_config.json", "..a", "a..", ".hidden", "a b", "ä"])
+def test_a_plain_name_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+    assert relative_name(name) == name
+    assert path_inside(tmp_path, name) == tmp_path / name
+
+
+def test_a_link_that_leads_out_is_refused_and_one_that_stays_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("s")
+    (folder / "file").write_text("f")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    (folder / "within").symlink_to("file")
+    (folder / "up").symlink_to(tmp_path)
+    for name in ("out", "up/secret", "up/new"):
+        with pytest.raises(ValueError, match="leads out"):
+            path_inside(folder, name)
+    assert path_inside(folder, "within") == folder / "within"
+
+
+def test_text_cannot_steer_a_terminal() -> None:
+    assert printable("a\n::b\x1b]0;c\x07é") == "a\\n::b\\x1b]0;c\\x07é"
