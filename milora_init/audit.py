@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.certificate import EPS
 from milora_init.checkpoint import Checkpoint, PickleShard, SafetensorsShard, TensorSource, open_shard
 from milora_init.digest import sha256
 from milora_init.factors import reading_factors
 from milora_init.layout import own_block
+from milora_init.linalg.certificate import EPS
+from milora_init.linalg.svd import singular_triplets
 from milora_init.manifest import Manifest, WeightRecord
-from milora_init.svd import singular_triplets
 from milora_init.weight_plan import own_seed
 
 OTHER_SOURCE = "not the files that the output was made from: another model, or another commit"

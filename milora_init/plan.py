@@ -28,11 +28,11 @@ from milora_init.checkpoint import (
     side_files,
 )
 from milora_init.digest import sha256
+from milora_init.linalg.svd import KRYLOV_FROM
 from milora_init.manifest import MANIFEST
 from milora_init.naming import Naming, resolve
 from milora_init.options import InitOptions, Mode
 from milora_init.safetensors_format import DTYPES, Header, plan_header, torch_name
-from milora_init.svd import KRYLOV_FROM
 from milora_init.weight_plan import WeightPlan, plan_weights
 
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and before transformers 4.56

@@ -17,11 +17,11 @@ import torch
 
 from milora_init.checkpoint import TensorSource
 from milora_init.errors import SolveError
+from milora_init.linalg.split import Rounding, Split, split
+from milora_init.linalg.svd import Certificate, Mode
 from milora_init.manifest import WeightRecord
 from milora_init.safetensors_format import DTYPES, torch_name
 from milora_init.safetensors_writer import Place
-from milora_init.split import Rounding, Split, split
-from milora_init.svd import Certificate, Mode
 from milora_init.weight_plan import WeightPlan
 
 

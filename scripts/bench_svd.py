@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.svd import Mode, singular_triplets
+from milora_init.linalg.svd import Mode, singular_triplets
 
 # Each model: how often a weight of that shape (out, in) occurs among the targeted ones of one layer.
 MODELS: dict[str, dict[tuple[int, int], int]] = {

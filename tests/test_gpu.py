@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny_models import TARGETS, contents
 
+from milora_init.linalg.svd import Mode, singular_triplets
 from milora_init.manifest import MANIFEST, Manifest
-from milora_init.svd import Mode, singular_triplets
 from milora_init.verify import verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

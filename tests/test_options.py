@@ -10,8 +10,9 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from milora_init import options, svd
+from milora_init import options
 from milora_init.errors import UsageError
+from milora_init.linalg import svd
 from milora_init.options import DEFAULT_RECIPE, InitOptions, read_recipe, recipe_names
 
 CONFIGS = Path(__file__).parent.parent / "configs"

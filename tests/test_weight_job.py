@@ -19,12 +19,12 @@ from tiny_models import contents
 from milora_init import weight_job
 from milora_init.checkpoint import SafetensorsShard
 from milora_init.errors import CheckpointError, OutputError, SolveError
+from milora_init.linalg.split import split
 from milora_init.manifest import WeightRecord
 from milora_init.naming import Adaptable
 from milora_init.pieces import piece_key, plan_piece
 from milora_init.safetensors_format import plan_header, read_header
 from milora_init.safetensors_writer import SafetensorsWriter
-from milora_init.split import split
 from milora_init.weight_job import WeightJob, run
 from milora_init.weight_plan import WeightPlan
 

@@ -28,7 +28,7 @@ where squaring lost the wanted end, a full float64 SVD, which holds a float64 co
 which path ran and why.
 
 Sources: MiLoRA, https://arxiv.org/abs/2406.09044.  Perturbation of singular subspaces: P.-A. Wedin (1972),
-https://doi.org/10.1007/BF01932678.  The Krylov space: krylov.py.
+https://doi.org/10.1007/BF01932678.  The Krylov space: lanczos.py.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from milora_init import krylov
-from milora_init.certificate import EPS, Certificate, certify, gaps, is_good
-from milora_init.cholesky import Cholesky, Operator, cholesky
-from milora_init.scaled import Scaled
+from milora_init.linalg import lanczos
+from milora_init.linalg.blocked_matrix import BlockedMatrix
+from milora_init.linalg.certificate import EPS, Certificate, certify, gaps, is_good
+from milora_init.linalg.cholesky import Cholesky, Operator, cholesky
 
 __all__ = ["Certificate", "Mode", "Triplets", "singular_triplets", "wanted_indices"]
 
@@ -120,7 +120,7 @@ def singular_triplets(
     exponent = math.frexp(max(-low, high))[1]
     if abs(exponent) <= NEAR_ONE:
         exponent = 0
-    X = Scaled(W.mT if wide else W, exponent)
+    X = BlockedMatrix(W.mT if wide else W, exponent)
 
     left, s, right, s_max, certificate = _solve(X, wanted, mode, seed, tolerance)
     U, V = (right, left) if wide else (left, right)
@@ -132,7 +132,7 @@ def singular_triplets(
 _Solution = tuple[Tensor, Tensor, Tensor, float, Certificate]
 
 
-def _solve(X: Scaled, wanted: Tensor, mode: Mode, seed: int, tolerance: float) -> _Solution:
+def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: float) -> _Solution:
     """Left (p, r), s (r,), right (q, r), s_max and the certificate, by the first path that is good enough."""
     q, r = X.X.shape[1], wanted.numel()
     if mode not in ("min", "max"):
@@ -150,7 +150,7 @@ def _solve(X: Scaled, wanted: Tensor, mode: Mode, seed: int, tolerance: float) -
     return _by_svd(X, wanted, f"{doubt}; {error}")
 
 
-def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode, tolerance: float) -> tuple[_Solution | None, str]:
+def _by_lanczos(X: BlockedMatrix, wanted: Tensor, mode: Mode, tolerance: float) -> tuple[_Solution | None, str]:
     """By a Krylov space; or None, and why."""
     q, r = X.X.shape[1], wanted.numel()
     factor, shift = None, 0.0
@@ -165,7 +165,7 @@ def _by_lanczos(X: Scaled, wanted: Tensor, mode: Mode, tolerance: float) -> tupl
     max_basis = min(q - 2 * block, 16 * r + 768)
     doubt = ""
     for factor_of_tolerance in ANGLES:
-        ritz = krylov.largest(
+        ritz = lanczos.largest(
             apply,
             q,
             r,
@@ -210,10 +210,10 @@ def _refined(apply: Operator, basis: Tensor) -> Tensor:
     little of those far beyond the cut; an application damps exactly these.
     """
     image = apply(basis)
-    return krylov.orthonormalise(image / image.norm(dim=0).clamp_min(1e-300))[0]
+    return lanczos.orthonormalise(image / image.norm(dim=0).clamp_min(1e-300))[0]
 
 
-def _factor(X: Scaled) -> tuple[Cholesky | None, float]:
+def _factor(X: BlockedMatrix) -> tuple[Cholesky | None, float]:
     """The Cholesky factor of X^T X - shift I, and the shift.
 
     The spectrum of a clearly rectangular matrix does not reach down to zero, and a shift just below its
@@ -225,7 +225,7 @@ def _factor(X: Scaled) -> tuple[Cholesky | None, float]:
     if 2 * p >= 3 * q:
         rough = cholesky(G.to(torch.float32))
         if rough is not None:
-            rough_inverse = krylov.rough_largest(rough.solve, q, block=ROUGH_BLOCK, device=G.device)
+            rough_inverse = lanczos.rough_largest(rough.solve, q, block=ROUGH_BLOCK, device=G.device)
             # Five bits of it are enough, and do not hang on the last bits of a float32.
             mantissa, exponent = math.frexp(SHIFT / rough_inverse)
             shift = math.ldexp(math.floor(32 * mantissa) / 32, exponent)
@@ -245,11 +245,11 @@ def _largest(factor: Cholesky) -> float:
     block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block = block.to(factor.L.device)
     for _ in range(2):
-        block, _ = krylov.orthonormalise(factor.times(block))
+        block, _ = lanczos.orthonormalise(factor.times(block))
     return float(torch.linalg.matrix_norm(block.mT @ factor.times(block), ord=2))
 
 
-def _by_eigh(X: Scaled, wanted: Tensor, seed: int, reason: str) -> _Solution:
+def _by_eigh(X: BlockedMatrix, wanted: Tensor, seed: int, reason: str) -> _Solution:
     eigenvalues, vectors = torch.linalg.eigh(X.gram())
     spectrum = eigenvalues.clamp_(min=0).sqrt_().flip(0)
     vectors = vectors.flip(1)
@@ -262,7 +262,7 @@ def _by_eigh(X: Scaled, wanted: Tensor, seed: int, reason: str) -> _Solution:
     return left, s, right, s_max, certificate
 
 
-def _by_svd(X: Scaled, wanted: Tensor, reason: str) -> _Solution:
+def _by_svd(X: BlockedMatrix, wanted: Tensor, reason: str) -> _Solution:
     full = X.whole()
     left, spectrum, right = torch.linalg.svd(full, full_matrices=False)
     del full
@@ -274,7 +274,7 @@ def _by_svd(X: Scaled, wanted: Tensor, reason: str) -> _Solution:
     return left, s, right, s_max, certificate
 
 
-def rayleigh_ritz(X: Scaled, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rayleigh_ritz(X: BlockedMatrix, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The triplets of X within an orthonormal basis (q, k): left (p, k), s, right (q, k), X right."""
     image = X.times(basis)
     Q, R = torch.linalg.qr(image)
@@ -282,7 +282,7 @@ def rayleigh_ritz(X: Scaled, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return Q @ u, s, basis @ vh.mT, image @ vh.mT
 
 
-def _purify(X: Scaled, left: Tensor, s: Tensor, spectrum: Tensor, vectors: Tensor, seed: int) -> Tensor:
+def _purify(X: BlockedMatrix, left: Tensor, s: Tensor, spectrum: Tensor, vectors: Tensor, seed: int) -> Tensor:
     """Left vectors cleared of the range of X outside the wanted right vectors.
 
     Where s is near 0, X v / s is rounding error and has no meaning.  Any unit vector that X^T sends to zero

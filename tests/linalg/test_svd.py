@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from milora_init import krylov, scaled
-from milora_init.svd import Mode, Triplets, singular_triplets, wanted_indices
+from milora_init.linalg import blocked_matrix, lanczos
+from milora_init.linalg.svd import Mode, Triplets, singular_triplets, wanted_indices
 
 EPS = torch.finfo(torch.float64).eps
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -176,7 +176,7 @@ def test_krylov_on_hard_spectra(name: str, mode: Mode) -> None:
 
 def test_unconverged_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(krylov, "largest", lambda *_, **__: "no convergence")
+    monkeypatch.setattr(lanczos, "largest", lambda *_, **__: "no convergence")
     t = singular_triplets(W, 8)
     assert t.certificate.path == "eigh"
     assert "no convergence" in t.certificate.reason
@@ -186,16 +186,16 @@ def test_unconverged_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("noise", [1e-6, 1e-3, 1.0])
 def test_corrupted_basis_is_refused(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
     """A basis that is slightly or wholly wrong does not reach the caller."""
-    true_largest = krylov.largest
+    true_largest = lanczos.largest
 
-    def corrupted(*args: object, **kwargs: object) -> krylov.Ritz | str:
+    def corrupted(*args: object, **kwargs: object) -> lanczos.Ritz | str:
         ritz = true_largest(*args, **kwargs)  # type: ignore[arg-type]
-        assert isinstance(ritz, krylov.Ritz)
+        assert isinstance(ritz, lanczos.Ritz)
         wrong = ritz.basis + noise * matrices.orthonormal(*ritz.basis.shape)
-        return krylov.Ritz(ritz.values, torch.linalg.qr(wrong).Q, ritz.nearest, ritz.probe, ritz.steps)
+        return lanczos.Ritz(ritz.values, torch.linalg.qr(wrong).Q, ritz.nearest, ritz.probe, ritz.steps)
 
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(krylov, "largest", corrupted)
+    monkeypatch.setattr(lanczos, "largest", corrupted)
     t = singular_triplets(W, 8)
     if t.certificate.path == "lanczos":
         assert "refined" in t.certificate.reason
@@ -235,8 +235,8 @@ def _blind_randn(q: int) -> Callable[..., Tensor]:
 
     def randn(*size: int, **options: Any) -> Tensor:
         out = true_randn(*size, **options)
-        if out.shape[0] == q and out.shape[1] > krylov.PROBE_WIDTH:
-            out[-1, : -krylov.PROBE_WIDTH] = 0
+        if out.shape[0] == q and out.shape[1] > lanczos.PROBE_WIDTH:
+            out[-1, : -lanczos.PROBE_WIDTH] = 0
         return out
 
     return randn
@@ -287,7 +287,7 @@ def test_scaled_reads_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows give what one gives."""
     W = matrices.language_model_like(700, 600)
     whole = singular_triplets(W, 10)
-    monkeypatch.setattr(scaled, "BLOCK_BYTES", 100 * 600 * 8)
+    monkeypatch.setattr(blocked_matrix, "BLOCK_BYTES", 100 * 600 * 8)
     for X in (W, W.mT.contiguous().mT):
         t = singular_triplets(X, 10)
         assert t.certificate.path == "lanczos"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init.cholesky import Operator
+from milora_init.linalg.cholesky import Operator
 
 BLOCK_BYTES = 8 * 2**20  # of X, upcast at a time: twice as fast as blocks that leave the cache
 COLUMNS = 24  # MKL multiplies so many at a time: 72 columns take half the time of 64
@@ -20,7 +20,7 @@ SMALL_GRAM = 256  # columns; below, halving a triangle further costs more than i
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class BlockedMatrix:
     """X * 2^-exponent (p, q) in float64, read a block of rows at a time and never held whole."""
 
     X: Tensor

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init.cholesky import Operator
-from milora_init.scaled import Scaled
+from milora_init.linalg.blocked_matrix import BlockedMatrix
+from milora_init.linalg.cholesky import Operator
 
 EPS = torch.finfo(torch.float64).eps
 TINY = 1e-200  # against division by zero; X is scaled, so only a zero matrix has an s_max below 2^-17
@@ -49,7 +49,7 @@ class Certificate:
 
 
 def certify(
-    X: Scaled,
+    X: BlockedMatrix,
     left: Tensor,
     s: Tensor,
     right: Tensor,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init.svd import Mode, Triplets, singular_triplets
+from milora_init.linalg.svd import Mode, Triplets, singular_triplets
 
 CANDIDATES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SAMPLE = 8

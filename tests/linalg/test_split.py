@@ -7,8 +7,8 @@ import reference
 import torch
 from torch import Tensor
 
+from milora_init.linalg.split import Rounding, Split, split
 from milora_init.options import Mode
-from milora_init.split import Rounding, Split, split
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init.cholesky import Operator
+from milora_init.linalg.cholesky import Operator
 
 LONGEST_WAIT = 8  # steps between two looks at convergence
 ROUGH_STEPS = 4
