@@ -212,7 +212,7 @@ def component_error(
         missed += float((left[block] @ right - D).square().sum())
         strayed += float((W[block].double() @ unit - left[block] * lengths).square().sum())
     certified = truth.certificate.component_error
-    if certified < 1e-3:
+    if certified is not None and certified < 1e-3:
         norm = max(float(s.norm()), min(W.shape) * EPS * s_max * math.sqrt(record.rank))
         rounding = EPS32 * math.sqrt(float(s.sum() * s.max())) / norm
         return math.sqrt(missed) / norm, 4 * rounding + 1e-6 + 2 * certified

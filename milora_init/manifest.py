@@ -36,8 +36,8 @@ class WeightRecord:
         energy: Share of the component in the squared Frobenius norm of the weight.
         untrainable: Directions with s < 1e-6 * s_max. Their rows of A and columns of B are next to zero, so that
             neither gets a gradient.
-        certificate: `svd.Certificate`, field by field.
-        rounding: `split.Rounding`, field by field.
+        certificate: `linalg.certificate.Certificate`, field by field.
+        rounding: `linalg.split.Rounding`, field by field.
         device: Where it was solved.
         elapsed_s: Seconds for solving and splitting; `read_s` and `write_s` for bringing it in and out.
     """

@@ -17,7 +17,7 @@ from milora_init.checkpoint import SafetensorsShard, TensorSource, stamp
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, SolveError
 from milora_init.factors import FactorReader, reading_factors
-from milora_init.linalg.split import add_once, round_once
+from milora_init.linalg.rounding import add_once, round_once
 from milora_init.manifest import WeightRecord
 from milora_init.safetensors_format import Header
 from milora_init.safetensors_writer import Place, SafetensorsWriter

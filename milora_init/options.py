@@ -12,16 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 
 from milora_init.errors import UsageError
+from milora_init.linalg.modes import MODES, Mode
 
-Mode = Literal["min", "max", "mid", "random"]
 DEFAULT_RECIPE = "llm-adapters"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MODES: tuple[str, ...] = get_args(Mode)
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 

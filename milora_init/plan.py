@@ -28,10 +28,11 @@ from milora_init.checkpoint import (
     side_files,
 )
 from milora_init.digest import sha256
-from milora_init.linalg.svd import KRYLOV_FROM
+from milora_init.linalg.cost import solve_flops, solve_memory_bytes
+from milora_init.linalg.modes import Mode
 from milora_init.manifest import MANIFEST
 from milora_init.naming import Naming, resolve
-from milora_init.options import InitOptions, Mode
+from milora_init.options import InitOptions
 from milora_init.safetensors_format import DTYPES, Header, plan_header, torch_name
 from milora_init.weight_plan import WeightPlan, plan_weights
 
@@ -177,24 +178,18 @@ class Plan:
 
     @property
     def solve_flops(self) -> int:
-        """Estimate of the multiply-adds, as measured on trained weights: see `svd` for what they are."""
+        """Estimate of the multiply-adds of all weights."""
         return sum(map(self.flops, self.weights))
 
     def flops(self, w: WeightPlan) -> int:
         """The same of one weight."""
-        p, q, r = max(w.weight.shape), min(w.weight.shape), w.rank
-        rest = 4 * q * q * 12 * r if self._by_krylov(q, r) else 9 * q**3
-        return round(1.3 * (0.8 * p * q * q + 0.4 * q**3 + rest + 500 * p * q))
-
-    def _by_krylov(self, q: int, r: int) -> bool:
-        return self.options.mode in ("min", "max") and q >= KRYLOV_FROM and r <= q // 8
+        return solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.mode)
 
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate of what one weight takes while it is in work on the CPU: as read and written, and to be solved."""
-        (m, n), q = w.weight.shape, min(w.weight.shape)
-        stored = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
-        square = 1.5 * q + 16 * w.rank if self._by_krylov(q, w.rank) else 3 * q
-        return round(stored + 8 * q * square + 5 * (m + n) * w.rank * 8 + (64 << 20))
+        m, n = w.weight.shape
+        stored_bytes = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
+        return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.mode, stored_bytes)
 
     def kinds(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
         """How many weights there are of each (suffix, shape, dtype, rank)."""

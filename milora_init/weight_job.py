@@ -7,7 +7,6 @@ this process, on a GPU, or on another machine that sees the same disk.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import torch
 
 from milora_init.checkpoint import TensorSource
 from milora_init.errors import SolveError
-from milora_init.linalg.split import Rounding, Split, split
-from milora_init.linalg.svd import Certificate, Mode
+from milora_init.linalg.modes import Mode
+from milora_init.linalg.split import Split, split
 from milora_init.manifest import WeightRecord
 from milora_init.safetensors_format import DTYPES, torch_name
 from milora_init.safetensors_writer import Place
@@ -122,14 +121,8 @@ def _record(job: WeightJob, result: Split, where: str, **seconds: float) -> Weig
         s_max=triplets.s_max,
         energy=result.rounding.component**2,
         untrainable=sum(value < 1e-6 * triplets.s_max or value == 0 for value in s),
-        certificate=_plain(triplets.certificate),
-        rounding=_plain(result.rounding),
+        certificate=dataclasses.asdict(triplets.certificate),
+        rounding=dataclasses.asdict(result.rounding),
         device=where,
         **{name: round(value, 4) for name, value in seconds.items()},
     )
-
-
-def _plain(figures: Certificate | Rounding) -> dict[str, Any]:
-    """A dataclass as JSON has it, which knows no infinity."""
-    values = dataclasses.asdict(figures)
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}

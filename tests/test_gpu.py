@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_models import TARGETS, contents
 
-from milora_init.linalg.svd import Mode, singular_triplets
+from milora_init.linalg.modes import Mode
+from milora_init.linalg.svd import singular_triplets
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.verify import verify
 

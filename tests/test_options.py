@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 
-from milora_init import options
 from milora_init.errors import UsageError
-from milora_init.linalg import svd
 from milora_init.options import DEFAULT_RECIPE, InitOptions, read_recipe, recipe_names
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -21,10 +19,6 @@ Q_K_V_UP_DOWN = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 def request(**values: Any) -> InitOptions:
     return InitOptions(**{"model": "m", "out": "o", **values})
-
-
-def test_the_modes_are_the_solvers() -> None:
-    assert set(options.MODES) == set(get_args(svd.Mode)) == {"min", "max", "mid", "random"}
 
 
 def test_every_recipe_in_configs_is_found_by_its_name() -> None:

@@ -16,7 +16,8 @@ from tiny_models import contents
 
 from milora_init import decompose, workers
 from milora_init.errors import UsageError
-from milora_init.linalg.svd import Mode, Triplets, singular_triplets
+from milora_init.linalg.modes import Mode
+from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.manifest import MANIFEST
 from milora_init.workers import Crew, multiply_rate, one_ahead, resolve_devices, side_by_side
 

@@ -1,53 +1,72 @@
-"""A weight as the solver reads it: scaled by a power of two, in float64, a block of rows at a time.
+"""A weight as the solver reads it: in float64, scaled by a power of two, one block of rows at a time.
 
-No float64 copy of the whole is held, so memory is bounded whatever the number of rows.
+No float64 copy of the whole weight is held, so memory is bounded whatever the number of rows. The upcast from bfloat16,
+float16 or float32 is exact, and so is a scaling by a power of two.
+
+Cost: p q^2 operations for the Gram matrix, of which nearly half are saved by its symmetry; 2 p q for each column of a
+product. Every product reads the weight once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from milora_init.linalg.cholesky import Operator
+from milora_init.linalg.arithmetic import DeviceArithmetic
 
-BLOCK_BYTES = 8 * 2**20  # of X, upcast at a time: twice as fast as blocks that leave the cache
-COLUMNS = 24  # MKL multiplies so many at a time: 72 columns take half the time of 64
-SMALL_GRAM = 256  # columns; below, halving a triangle further costs more than it saves
+Operator = Callable[[Tensor], Tensor]
+"""A symmetric (q, q) matrix as a function: it multiplies a block of columns (q, b)."""
+
+PRODUCT_COLUMNS = 24  # MKL multiplies so many columns at a time: 72 columns take half the time of 64
 
 
 @dataclass(frozen=True, slots=True)
 class BlockedMatrix:
-    """X * 2^-exponent (p, q) in float64, read a block of rows at a time and never held whole."""
+    """The matrix X = stored * 2^-exponent (p, q), p >= q, in float64.
 
-    X: Tensor
+    Attributes:
+        stored: The weight or its transpose (p, q), in the dtype and on the device where it lies.
+        exponent: Of the power of two that is divided out.
+        arithmetic: Chooses the block sizes.
+    """
+
+    stored: Tensor
     exponent: int
+    arithmetic: DeviceArithmetic
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(p, q)."""
+        p, q = self.stored.shape
+        return p, q
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        p, q = self.X.shape
-        step = max(1, BLOCK_BYTES // (8 * q))
+        """Each block of rows: which rows, and the block (rows, q) in float64."""
+        p, q = self.shape
+        step = max(1, self.arithmetic.row_block_bytes // (8 * q))
         for start in range(0, p, step):
             rows = slice(start, min(p, start + step))
             block = self._upcast(rows)
             if self.exponent:
-                # Two factors, for 2^1074 is no float64.
+                # Two factors, because 2^1074 is not a float64.
                 half = self.exponent // 2
                 block.mul_(math.ldexp(1.0, -half)).mul_(math.ldexp(1.0, half - self.exponent))
             yield rows, block
 
     def _upcast(self, rows: slice) -> Tensor:
-        block = self.X[rows]
-        if block.stride(0) < block.stride(1):  # a wide W, seen transposed: convert along its own rows
+        block = self.stored[rows]
+        if block.stride(0) < block.stride(1):  # the transpose of a wide weight: convert in the order of its memory
             return block.mT.to(torch.float64, copy=True).mT
         return block.to(torch.float64, copy=True)
 
     def times(self, V: Tensor) -> Tensor:
         """X V (p, k) for V (q, k)."""
         padded = _pad(V)
-        out = V.new_empty(self.X.shape[0], V.shape[1])
+        out = V.new_empty(self.shape[0], V.shape[1])
         for rows, block in self.blocks():
             out[rows] = (block @ padded)[:, : V.shape[1]]
         return out
@@ -55,23 +74,23 @@ class BlockedMatrix:
     def transposed_times(self, U: Tensor) -> Tensor:
         """X^T U (q, k) for U (p, k)."""
         padded = _pad(U)
-        out = U.new_zeros(self.X.shape[1], padded.shape[1])
+        out = U.new_zeros(self.shape[1], padded.shape[1])
         for rows, block in self.blocks():
             out.addmm_(block.mT, padded[rows])
         return out[:, : U.shape[1]].contiguous()
 
-    def whole(self) -> Tensor:
-        """X itself, in float64."""
-        out = torch.empty(self.X.shape, dtype=torch.float64, device=self.X.device)
+    def to_float64(self) -> Tensor:
+        """X itself (p, q), all of it."""
+        out = torch.empty(self.shape, dtype=torch.float64, device=self.stored.device)
         for rows, block in self.blocks():
             out[rows] = block
         return out
 
-    def normal_operator(self) -> Operator:
-        """V -> X^T X V.  X is kept in float64 where that takes no more than 3 q^2 numbers."""
-        p, q = self.X.shape
+    def gram_operator(self) -> Operator:
+        """V -> X^T X V, without the Gram matrix. Holds X in float64 where that takes no more than 3 q^2 numbers."""
+        p, q = self.shape
         if p <= 3 * q:
-            full = self.whole()
+            full = self.to_float64()
             return lambda V: full.mT @ (full @ V)
 
         def apply(V: Tensor) -> Tensor:
@@ -83,27 +102,30 @@ class BlockedMatrix:
         return apply
 
     def gram(self) -> Tensor:
-        """X^T X (q, q), its lower triangle only: what lies above is not filled in."""
-        q = self.X.shape[1]
-        G = torch.zeros(q, q, dtype=torch.float64, device=self.X.device)
+        """The lower triangle of the Gram matrix X^T X (q, q); the entries above it have no meaning."""
+        q = self.shape[1]
+        G = torch.zeros(q, q, dtype=torch.float64, device=self.stored.device)
         for _, block in self.blocks():
-            _add_gram(G, block)
+            _add_gram(G, block, self.arithmetic.gram_columns)
         return G
 
 
-def _add_gram(G: Tensor, block: Tensor) -> None:
-    """Add block^T block to the lower triangle of G, by halves: nearly all of it is large square products."""
+def _add_gram(G: Tensor, block: Tensor, whole_columns: int) -> None:
+    """Add block^T block to the lower triangle of G (q, q), for block (rows, q).
+
+    The columns are halved until no more than `whole_columns` are left: nearly all the work is in large products.
+    """
     q = G.shape[0]
-    if q <= SMALL_GRAM:
+    if q <= whole_columns:
         G.addmm_(block.mT, block)
         return
-    half = -(-q // (2 * COLUMNS)) * COLUMNS
+    half = -(-q // (2 * PRODUCT_COLUMNS)) * PRODUCT_COLUMNS
     left, right = block[:, :half], block[:, half:]
-    _add_gram(G[:half, :half], left)
-    _add_gram(G[half:, half:], right)
+    _add_gram(G[:half, :half], left, whole_columns)
+    _add_gram(G[half:, half:], right, whole_columns)
     G[half:, :half].addmm_(right.mT, left)
 
 
 def _pad(V: Tensor) -> Tensor:
-    """V with zero columns up to a multiple of `COLUMNS`."""
-    return torch.nn.functional.pad(V, (0, -V.shape[1] % COLUMNS))
+    """V (q, k) with zero columns up to a multiple of PRODUCT_COLUMNS."""
+    return torch.nn.functional.pad(V, (0, -V.shape[1] % PRODUCT_COLUMNS))

@@ -1,118 +1,166 @@
-"""What is known about r computed singular triplets, measured against the weight itself.
+"""How far computed singular triplets are from those of the weight, measured against the weight in float64.
 
-The measure is the residual, which bounds the error of each singular value (Weyl) and, over the distance to
-the nearest unwanted singular value, that of the space (Wedin).  Both are turned here into one figure for what
-is used in the end, the component D = U diag(s) V^T.
+A solver's own error estimate is not trusted: every solution is measured here before it is returned.
 
-Sources: P.-A. Wedin (1972), https://doi.org/10.1007/BF01932678.
+What is measured. The residuals X v - s u and X^T u - s v of each triplet. They bound the error of its singular value
+(Weyl) and, divided by the distance to the nearest unwanted singular value, the error of its singular vectors (Wedin).
+Both become one figure for what is used in the end, the component D = U diag(s) V^T.
+
+Cost: one product with X^T, 2 p q r operations; with an inverse of X^T X at hand, 2 q^2 r more.
+
+Source: P.-A. Wedin (1972), https://doi.org/10.1007/BF01932678.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from milora_init.linalg.blocked_matrix import BlockedMatrix
-from milora_init.linalg.cholesky import Operator
+from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator
 
 EPS = torch.finfo(torch.float64).eps
-TINY = 1e-200  # against division by zero; X is scaled, so only a zero matrix has an s_max below 2^-17
-BACKWARD_LIMIT = 1e-13  # the residual, relative to s_max, of a result that float64 cannot improve
-CLUSTER_GAP = 1e-6  # below this gap the component is not unique, and the backward error is judged instead
+_TINY = 1e-200  # against division by zero; X is scaled, so only a zero matrix has an s_max below 2^-17
+_BACKWARD_LIMIT = 1e-13  # the residual, relative to s_max, of a result that float64 cannot improve
+_CLUSTER_GAP = 1e-6  # below this gap the component is not unique, and the residual is judged instead
+
+Path = Literal["lanczos", "eigh", "svd"]
+
+
+class NotConverged(Exception):  # noqa: N818  the caller tries the next algorithm, nobody sees an error
+    """An algorithm found no solution that may be returned; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """r computed triplets of X (p, q), not yet measured.
+
+    Attributes:
+        left: (p, r), the left singular vectors.
+        s: (r,), descending.
+        right: (q, r), the right singular vectors.
+        image: (p, r), the product X right.
+        s_max: The largest singular value of X, or an estimate of it.
+        path: The algorithm.
+        reason: Why this one.
+        complete: The evidence that no wanted triplet was missed.
+        inverse: The product with (X^T X - shift I)^-1, for a shift below the wanted eigenvalues, where it is known.
+    """
+
+    left: Tensor
+    s: Tensor
+    right: Tensor
+    image: Tensor
+    s_max: float
+    path: Path
+    reason: str
+    complete: str
+    inverse: Operator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """For each wanted singular value (r,): the nearest unwanted one, and the distance to it.
+
+    The distance is inf where nothing is unwanted.
+    """
+
+    nearest: Tensor
+    distance: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What is known about a result, measured against W in float64.
+    """What is known about a solution, measured against W in float64. Plain values, as JSON has them.
 
-    gap is the distance from the wanted singular values to the nearest unwanted one, relative to the larger of
-    the two; inf where nothing is unwanted (r = q).
-
-    component_error estimates ||D - D_true||_F / ||D||_F for D = U diag(s) V^T.  To first order a triplet
-    with residuals a = ||X v - s u|| and b = ||X^T u - s v|| leans on an unwanted triplet s_j by an angle of
-    at most sqrt(a^2 + b^2) / |s_j - s|, and D moves by s times that; the r moves add in squares.
-    Where the cut falls in a cluster (gap near 0) it is large or inf: the component is not unique, and what
-    holds is the residual, by which D is exactly a component of a matrix that close to W.  ||D||_F is replaced
-    by q * eps * s_max * sqrt(r) where D is below that, the resolution of float64.
+    Attributes:
+        path: The algorithm: "lanczos", "eigh" or "svd".
+        reason: Why this one.
+        residual: The maximum over the triplets of max(||X v - s u||, ||X^T u - s v||), divided by s_max.
+        orthogonality: max(||U^T U - I||_max, ||V^T V - I||_max).
+        gap: The distance from the wanted singular values to the nearest unwanted one, divided by the larger of the
+            two. None where nothing is unwanted (r = q).
+        component_error: Estimate of ||D - D_true||_F / ||D||_F for D = U diag(s) V^T. To first order a triplet with
+            residuals of norms a = ||X v - s u|| and b = ||X^T u - s v|| is turned towards an unwanted triplet s_j by an
+            angle of at most sqrt(a^2 + b^2) / |s_j - s|, and D changes by s times that; the r changes add in squares.
+            Where the cut falls in a cluster (gap near 0) it is large, or None for infinite: the component is not
+            unique, and the residual says how close to W the matrix is of which D is exactly a component. Where ||D||_F
+            is below q * eps * s_max * sqrt(r), the resolution of float64, that takes its place.
+        complete: The evidence that no wanted triplet was missed.
     """
 
-    path: str  # the algorithm: "lanczos", "eigh" or "svd"
-    reason: str  # why that one
-    residual: float  # max over the triplets of max(||X v - s u||, ||X^T u - s v||) / s_max
-    orthogonality: float  # max(||U^T U - I||_max, ||V^T V - I||_max)
-    gap: float
-    component_error: float
-    complete: str  # the evidence that no wanted triplet was missed
+    path: Path
+    reason: str
+    residual: float
+    orthogonality: float
+    gap: float | None
+    component_error: float | None
+    complete: str
 
 
-def certify(
-    X: BlockedMatrix,
-    left: Tensor,
-    s: Tensor,
-    right: Tensor,
-    image: Tensor,
-    nearby: tuple[Tensor, Tensor],
-    s_max: float,
-    path: str,
-    reason: str,
-    complete: str,
-    inverse: Operator | None = None,
-) -> Certificate:
-    """Measure left (p, r), s (r,), right (q, r) against X; image is X right, nearby as from `gaps`.
+def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
+    """Measure a solution against X (p, q).
 
-    Where the inverse of X^T X is at hand and the wanted end is the smallest, it weighs the residual b.  Most
-    of b is rounding error along the largest singular vectors, where it does no harm: the part along s_j moves
-    D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that falls with s_j.
+    Most of the residual b = X^T u - s v is rounding error along the largest singular vectors, where it does no harm:
+    the part of b along s_j changes D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that
+    falls with s_j. Where the solution has an inverse of X^T X, it gives the weights 1 / s_j.
     """
-    a = (image - left * s).norm(dim=0)
-    lean_on = X.transposed_times(left) - right * s
-    b = lean_on.norm(dim=0)
-    nearest, distance = nearby
+    s, right = solution.s, solution.right
+    a = (solution.image - solution.left * s).norm(dim=0)
+    residual = X.transposed_times(solution.left) - right * s
+    b = residual.norm(dim=0)
     identity = torch.eye(s.numel(), dtype=s.dtype, device=s.device)
-    orthogonality = max(float((Q.mT @ Q - identity).abs().max()) for Q in (left, right))
-    scale = max(s_max, TINY)
-    larger = torch.maximum(s, nearest).clamp_min(TINY)
-    lean = (s / distance.clamp_min(TINY)).clamp_min(1.0)
-    moved_by_b = b * lean
-    if inverse is not None:
-        outside = lean_on - right @ (right.mT @ lean_on)
-        weighed = (outside * inverse(outside)).sum(dim=0).clamp_min(0).sqrt()
-        factor = nearest * torch.hypot(nearest, s) / (distance * (nearest + s)).clamp_min(TINY)
-        moved_by_b = torch.minimum(moved_by_b, s * weighed * factor)
-    moved = float(torch.hypot(a * lean, moved_by_b).norm())
-    resolution = X.X.shape[1] * EPS * scale * math.sqrt(s.numel())
+    orthogonality = max(float((Q.mT @ Q - identity).abs().max()) for Q in (solution.left, right))
+    scale = max(solution.s_max, _TINY)
+    larger = torch.maximum(s, gaps.nearest).clamp_min(_TINY)
+    per_residual = (s / gaps.distance.clamp_min(_TINY)).clamp_min(1.0)
+    change_by_b = b * per_residual
+    if solution.inverse is not None:
+        outside = residual - right @ (right.mT @ residual)
+        weighted = (outside * solution.inverse(outside)).sum(dim=0).clamp_min(0).sqrt()
+        factor = gaps.nearest * torch.hypot(gaps.nearest, s) / (gaps.distance * (gaps.nearest + s)).clamp_min(_TINY)
+        change_by_b = torch.minimum(change_by_b, s * weighted * factor)
+    change = float(torch.hypot(a * per_residual, change_by_b).norm())
+    resolution = X.shape[1] * EPS * scale * math.sqrt(s.numel())
+    error = change / max(float(s.norm()), resolution)
+    gap = float((gaps.distance / larger).min())
     return Certificate(
-        path=path,
-        reason=reason,
+        path=solution.path,
+        reason=solution.reason,
         residual=float(torch.maximum(a, b).max()) / scale,
         orthogonality=orthogonality,
-        gap=float((distance / larger).min()),
-        component_error=moved / max(float(s.norm()), resolution),
-        complete=complete,
+        gap=gap if math.isfinite(gap) else None,
+        component_error=error if math.isfinite(error) else None,
+        complete=solution.complete,
     )
 
 
-def gaps(spectrum: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """For each wanted value of a descending spectrum, the nearest unwanted one and the distance to it."""
+def gaps_in(spectrum: Tensor, wanted: Tensor) -> Gaps:
+    """The gaps of the values at the indices `wanted` (r,) of a descending spectrum (q,)."""
     unwanted = torch.ones_like(spectrum, dtype=torch.bool)
     unwanted[wanted] = False
     others = spectrum[unwanted]
     s = spectrum[wanted]
     if others.numel() == 0:
-        return s, torch.full_like(s, math.inf)
+        return Gaps(s, torch.full_like(s, math.inf))
     nearest = (s.unsqueeze(1) - others).abs().min(dim=1)
-    return others[nearest.indices], nearest.values
+    return Gaps(others[nearest.indices], nearest.values)
 
 
-def is_good(s: Tensor, s_max: float, certificate: Certificate, tolerance: float) -> bool:
-    """Whether a result with singular values s (r,) may be returned, or the next path must be tried."""
-    negligible = float(s[0]) <= BACKWARD_LIMIT * s_max
-    if not math.isfinite(certificate.residual) or certificate.orthogonality > 1e-10:
+def is_accepted(solution: Solution, certificate: Certificate, tolerance: float) -> bool:
+    """Whether a solution may be returned. `tolerance` is the largest component error that is accepted."""
+    if not math.isfinite(certificate.residual) or not certificate.orthogonality <= 1e-10:
         return False
-    if certificate.component_error <= tolerance:
+    if certificate.component_error is not None and certificate.component_error <= tolerance:
         return True
-    # No path can do better where the component is not unique, or is itself rounding error.
-    return (certificate.gap < CLUSTER_GAP or negligible) and certificate.residual <= BACKWARD_LIMIT
+    # No algorithm can do better where the component is not unique, or is itself rounding error.
+    negligible = float(solution.s[0]) <= _BACKWARD_LIMIT * solution.s_max
+    clustered = certificate.gap is not None and certificate.gap < _CLUSTER_GAP
+    return (clustered or negligible) and certificate.residual <= _BACKWARD_LIMIT

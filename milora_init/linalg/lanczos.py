@@ -1,28 +1,28 @@
-"""Block Lanczos: the r largest eigenpairs of a symmetric positive semi-definite operator.
+"""The r largest eigenpairs of a symmetric positive semi-definite operator, by block Lanczos.
 
-The operator is a function of a (q, b) block.  The minor end of a weight is the top of the inverse of its Gram
-matrix, so this one loop serves both ends of the spectrum.
+The operator is a function of a block (q, b). The smallest singular values of a weight are the largest eigenvalues of
+the inverse of its Gram matrix, so this one loop serves both ends of the spectrum.
 
-The basis K is kept orthonormal to working precision (every new block is projected against all of it, twice),
-and the projected operator T = K^T A K is taken whole, not as the band that theory promises.  Both cost little
-beside the operator, and with them a Ritz value is never a ghost of one already found.
+Orthogonality. Each new block is orthogonalised against the whole basis K, twice, and the projected operator
+T = K^T A K is computed in full, not as the band that it is in exact arithmetic. Both are cheap beside the operator, and
+no eigenvalue is found twice.
 
-Stopping.  A Ritz pair's residual over its distance to the nearest unwanted Ritz value bounds the angle by
-which it is wrong; the loop ends when these angles are small, not after a number of steps, because a residual
-alone says little where the cut is narrow.
+Stopping. The residual of a Ritz pair, divided by the distance to the nearest unwanted Ritz value, bounds the angle by
+which its vector is wrong. The loop ends when these angles are small, and not after a number of steps: where the wanted
+and the unwanted eigenvalues are close, a small residual says little.
 
-Evidence.  A Krylov space can be blind to an eigenvector, if its start is, or if an eigenvalue is repeated
-more often than the block is wide.  A second, independent random block is therefore iterated in the complement
-of the basis, where a missed eigenvector would dominate at once: its largest Ritz value must stay below the
-cut.
+Completeness. A Krylov space lacks an eigenvector if its start does, or if an eigenvalue has more copies than the block
+has columns. So a second, independent random block, the probe, is iterated in the complement of the basis, where a
+missed eigenvector would dominate at once: its largest Ritz value must be below the wanted ones.
 
-Looks at convergence cost an eigenproblem of the size of the basis, so their number is kept small: the angle
-falls about geometrically, and two looks say when the next is worth while.  On a GPU nothing between two looks
-returns to the host: QR is Cholesky-QR, and T is copied over only for the look.
+Cost. The operator for each column, and 8 q k operations for a block of the basis at k columns. A convergence test
+costs an eigenproblem of the size of the basis, so there are few: the angle falls about geometrically, and two tests say
+when the next is worth while. On a GPU nothing between two tests waits for the host.
+
+Failure. `NotConverged`, with the reason.
 
 Sources: G. H. Golub and R. Underwood (1977), https://doi.org/10.1016/B978-0-12-587260-7.50018-2; R. Grimes,
-J. Lewis and H. Simon (1994), https://doi.org/10.1137/S0895479888151111; Cholesky-QR twice: Y. Yamamoto et al.
-(2015), https://etna.math.kent.edu/volumes/2011-2020/vol44/abstract.php?vol=44&pages=306-326.
+J. Lewis and H. Simon (1994), https://doi.org/10.1137/S0895479888151111.
 """
 
 from __future__ import annotations
@@ -33,44 +33,68 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init.linalg.cholesky import Operator
+from milora_init.linalg.arithmetic import DeviceArithmetic
+from milora_init.linalg.blocked_matrix import Operator
+from milora_init.linalg.certificate import NotConverged
 
-LONGEST_WAIT = 8  # steps between two looks at convergence
-ROUGH_STEPS = 4
-PROBE_WIDTH = 24
-PROBE_STEPS = 2
+PROBE_COLUMNS = 24
+_MOST_STEPS_UNTESTED = 8
+_PROBE_STEPS = 2
+_ESTIMATE_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Ritz:
-    """The result of `largest`: values (r,) descending, and an orthonormal basis (q, r) of their eigenvectors.
+class RitzPairs:
+    """Approximate eigenpairs of an operator (q, q).
 
-    nearest is the largest Ritz value below the wanted ones; probe that of the independent block in the
-    complement of the basis.
+    Attributes:
+        values: (r,), descending.
+        vectors: (q, r), an orthonormal basis of their eigenvectors.
+        next_value: The largest Ritz value below these.
+        probe_value: The largest Ritz value of the probe.
+        steps: Blocks in the basis.
     """
 
     values: Tensor
-    basis: Tensor
-    nearest: float
-    probe: float
+    vectors: Tensor
+    next_value: float
+    probe_value: float
     steps: int
 
 
-def largest(
-    apply: Operator, q: int, r: int, *, block: int, max_basis: int, tolerance: float, device: torch.device
-) -> Ritz | str:
-    """The r largest eigenpairs of the (q, q) operator `apply`, or in words why they could not be had.
+def largest_eigenpairs(
+    apply: Operator,
+    q: int,
+    r: int,
+    *,
+    block: int,
+    max_basis: int,
+    tolerance: float,
+    arithmetic: DeviceArithmetic,
+    device: torch.device,
+) -> RitzPairs:
+    """The r largest eigenpairs of the operator `apply` (q, q).
 
-    tolerance bounds the estimated angle, in radians, between the wanted space and the one returned, to first
-    order.  The start is a fixed pseudo-random block, drawn on the CPU so that every device starts alike.
+    Args:
+        apply: On a float64 block (q, b) on `device`.
+        q: The size of the operator.
+        r: How many eigenpairs.
+        block: Columns of a block.
+        max_basis: Columns of the basis at which the search ends.
+        tolerance: Of the estimated angle between the wanted space and the computed one, in radians, to first order.
+        arithmetic: Orthonormalises the blocks.
+        device: Of the basis. The start block is drawn on the CPU, the same for every device.
+
+    Raises:
+        NotConverged: The basis is full, or has entries that are not finite.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(q, block + PROBE_WIDTH, generator=generator, dtype=torch.float64).to(device)
-    newest, _ = orthonormalise(start[:, :block])
+    start = torch.randn(q, block + PROBE_COLUMNS, generator=generator, dtype=torch.float64).to(device)
+    newest, _ = arithmetic.orthonormalise(start[:, :block])
     columns = max_basis + 2 * block
     basis = torch.empty(columns, q, dtype=torch.float64, device=device).mT  # column-major: columns are appended
     T = torch.zeros(columns, columns, dtype=torch.float64, device=device)
-    k, step, look = 0, 0, -(-3 * r // (2 * block)) + 4
+    k, step, next_test = 0, 0, -(-3 * r // (2 * block)) + 4
     previous = (0, math.inf)
     while True:
         basis[:, k : k + block] = newest
@@ -82,74 +106,61 @@ def largest(
         second = K.mT @ image
         image -= K @ second
         T[:k, k - block : k] = first + second
-        newest, factor = orthonormalise(image)
-        if k > r and (step >= look or k >= max_basis):
-            small = T[:k, :k].triu()
-            small = (small + small.triu(1).mT).cpu()
-            if not bool(small.isfinite().all()):
-                return f"the Krylov space broke down after {step} steps"
-            values, vectors = (x.flip(-1) for x in torch.linalg.eigh(small))
+        newest, factor = arithmetic.orthonormalise(image)
+        if k > r and (step >= next_test or k >= max_basis):
+            projected = T[:k, :k].triu()
+            projected = (projected + projected.triu(1).mT).cpu()
+            if not bool(projected.isfinite().all()):
+                raise NotConverged(f"the Krylov space broke down after {step} steps")
+            values, vectors = (x.flip(-1) for x in torch.linalg.eigh(projected))
             residual = (factor.cpu() @ vectors[-block:, :r]).norm(dim=0)
-            angle = (residual / (values[:r] - values[r]).clamp_min(1e-300)).norm()
-            if float(angle) <= tolerance:
+            angle = float((residual / (values[:r] - values[r]).clamp_min(1e-300)).norm())
+            if angle <= tolerance:
                 break
             if k >= max_basis:
-                return f"no convergence with {k} Krylov vectors"
-            look = step + _wait(previous, (step, float(angle)), tolerance)
-            previous = (step, float(angle))
+                raise NotConverged(f"no convergence with {k} Krylov vectors")
+            next_test = step + _steps_to_convergence(previous, (step, angle), tolerance)
+            previous = (step, angle)
 
-    # One more application of the operator is at hand for nothing: A (K y) = K y value + newest (factor y).
+    # One more application of the operator costs nothing: A (K y) = K y value + newest (factor y).
     y = vectors[:, :r].to(device)
-    top = values[:r].to(device)
-    improved, _ = orthonormalise(K @ y + newest @ (factor @ y[-block:]) / top)
-    probe = _probe(apply, K, start[:, block:])
-    return Ritz(top, improved, float(values[r]), probe, step)
+    largest = values[:r].to(device)
+    improved, _ = arithmetic.orthonormalise(K @ y + newest @ (factor @ y[-block:]) / largest)
+    probe_value = _largest_in_complement(apply, K, start[:, block:], arithmetic)
+    return RitzPairs(largest, improved, float(values[r]), probe_value, step)
 
 
-def rough_largest(apply: Operator, q: int, *, block: int, device: torch.device) -> float:
-    """The largest eigenvalue of a float32 operator, from below, to a few percent."""
+def estimate_largest_eigenvalue(
+    apply: Operator, q: int, *, block: int, arithmetic: DeviceArithmetic, device: torch.device
+) -> float:
+    """The largest eigenvalue of a float32 operator (q, q), from below, to a few percent."""
     generator = torch.Generator().manual_seed(1)
     newest = torch.randn(q, block, generator=generator, dtype=torch.float32).to(device)
-    basis, _ = orthonormalise(newest)
+    basis, _ = arithmetic.orthonormalise(newest)
     newest = basis
-    for _ in range(ROUGH_STEPS - 1):
+    for _ in range(_ESTIMATE_STEPS - 1):
         image = apply(newest)
-        newest, _ = orthonormalise(image - basis @ (basis.mT @ image))
+        newest, _ = arithmetic.orthonormalise(image - basis @ (basis.mT @ image))
         basis = torch.cat([basis, newest], dim=1)
     projected = (basis.mT @ apply(basis)).cpu()
     return float(torch.linalg.eigh(projected)[0][-1])
 
 
-def _wait(previous: tuple[int, float], now: tuple[int, float], tolerance: float) -> int:
-    """Steps until the angle, falling as it did between two looks (step, angle), meets the tolerance."""
+def _steps_to_convergence(previous: tuple[int, float], now: tuple[int, float], tolerance: float) -> int:
+    """Steps until the angle meets the tolerance, if it falls as it did between two tests (step, angle)."""
     if not (math.isfinite(previous[1]) and now[1] < previous[1]):
         return 2
     fall = math.log(previous[1] / now[1]) / (now[0] - previous[0])
-    return max(1, min(LONGEST_WAIT, math.ceil(math.log(now[1] / tolerance) / fall)))
+    return max(1, min(_MOST_STEPS_UNTESTED, math.ceil(math.log(now[1] / tolerance) / fall)))
 
 
-def orthonormalise(Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (q, b) with orthonormal columns and R (b, b) with Y = Q R; NaN on a GPU where Y is rank-deficient."""
-    if not Y.is_cuda:
-        Q, R = torch.linalg.qr(Y)
-        return Q, R
-    # Householder QR of a thin block is launch-bound there; Cholesky-QR, twice, is a few matrix products.
-    total = torch.eye(Y.shape[1], dtype=Y.dtype, device=Y.device)
-    for _ in range(2):
-        factor, failed = torch.linalg.cholesky_ex(Y.mT @ Y)
-        factor = torch.where(failed == 0, factor, torch.nan)
-        Y = torch.linalg.solve_triangular(factor.mT, Y, upper=True, left=False)
-        total = factor.mT @ total
-    return Y, total
-
-
-def _probe(apply: Operator, K: Tensor, start: Tensor) -> float:
-    """The largest Ritz value of the operator on the complement of K (q, k), from an independent start."""
+def _largest_in_complement(apply: Operator, K: Tensor, start: Tensor, arithmetic: DeviceArithmetic) -> float:
+    """The largest Ritz value of the operator on the complement of K (q, k), from a block start (q, b)."""
     block = start
     value = torch.zeros((), dtype=start.dtype, device=start.device)
-    for _ in range(PROBE_STEPS):
+    for _ in range(_PROBE_STEPS):
         for _ in range(2):
-            block, _ = orthonormalise(block - K @ (K.mT @ block))
+            block, _ = arithmetic.orthonormalise(block - K @ (K.mT @ block))
         image = apply(block)
         value = torch.linalg.matrix_norm(block.mT @ image, ord=2)
         block = image

@@ -7,12 +7,11 @@ import reference
 import torch
 from torch import Tensor
 
+from milora_init.linalg.modes import MODES, Mode
 from milora_init.linalg.split import Rounding, Split, split
-from milora_init.options import Mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}
-MODES: tuple[Mode, ...] = ("min", "max", "mid", "random")
 
 
 def weight(m: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -1,0 +1,48 @@
+"""One rounding to a short dtype: the nearest value, from float64 or from a sum of two terms.
+
+torch converts float64 to bfloat16 or float16 by way of float32, and so rounds twice: the first rounding can end in the
+middle of two short values, and the second then goes to the farther one. A middle ends in twelve zero bits at least. So
+everything is converted by way of float32, fast, and the few entries that end so are rounded again: to odd, which is
+never a middle.
+
+Source: S. Boldo and G. Melquiond (2008), https://doi.org/10.1109/TC.2007.70819.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
+    """R (m, n), in float64, to the nearest value of dtype."""
+    return R.to(dtype) if dtype.itemsize > 2 else _to_16_bits(R.float(), lambda at: R[at], dtype)
+
+
+def add_once(R: Tensor, P: Tensor, dtype: torch.dtype) -> Tensor:
+    """R + P (m, n) to the nearest value of a 16-bit dtype, for R in float32 or shorter and P in float32.
+
+    Faster than the sum in float64.
+    """
+    return _to_16_bits(R + P, lambda at: R[at].double() + P[at].double(), dtype)
+
+
+def _to_16_bits(nearest: Tensor, exact: Callable[[tuple[Tensor, ...]], Tensor], dtype: torch.dtype) -> Tensor:
+    """The values of dtype (m, n) nearest to those that `nearest` has in float32, and `exact(indices)` in float64."""
+    stored = nearest.to(dtype)
+    low = nearest.view(torch.int32) & 0xFFF
+    columns = low.amin(0).eq(0).nonzero().squeeze(1)  # few of a block's: only these are looked at entry by entry
+    rows, which = low[:, columns].eq(0).nonzero(as_tuple=True)
+    suspects = rows, columns[which]
+    stored[suspects] = _round_to_odd(exact(suspects)).to(dtype)
+    return stored
+
+
+def _round_to_odd(R: Tensor) -> Tensor:
+    """R (float64) to float32; what that does not hold exactly goes to the neighbour whose last bit is odd."""
+    nearest = R.float()
+    bits = nearest.view(torch.int32)
+    odd = (bits - (nearest.double().abs() > R.abs()).int()) | 1
+    return torch.where(nearest.double() == R, bits, odd).view(torch.float32)
