@@ -29,11 +29,15 @@ def relative_name(name: object) -> str:
 def path_inside(folder: Path, name: object) -> Path:
     """The path of a file below a folder, by a name that came out of a file; links that lead out are refused.
 
+    The one exception is the Hub's cache, where `snapshots/COMMIT/x` is a link into `blobs` of the same repository.
+
     Raises:
         ValueError: See `relative_name`; or a link on the way leads out of the folder.
     """
     path = folder / relative_name(name)
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    is_blob = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    if not (target.is_relative_to(home) or is_blob):
         raise ValueError(f"{name!r} leads out of {folder} through a link")
     return path
 

@@ -176,7 +176,10 @@ def test_overwrite_removes_nothing_outside_whatever_a_manifest_claims(
     content = json.loads(path.read_text())
     content["files"] |= {"../mine": 4, str(mine): 4}
     path.write_text(json.dumps(content))
-    start(checkpoint("llama"), rank=3, overwrite=True)
+    before = states(tmp_path / "out")
+    with pytest.raises(OutputError, match=rf"{MANIFEST} is not a manifest that this version reads: '.*mine'"):
+        start(checkpoint("llama"), rank=3, overwrite=True)
+    assert states(tmp_path / "out") == before
     assert mine.read_bytes() == b"mine"
 
 
