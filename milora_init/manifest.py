@@ -14,7 +14,7 @@ from typing import Any
 
 from milora_init.errors import OutputError
 from milora_init.layout import Expert
-from milora_init.untrusted import path_inside, relative_name
+from milora_init.untrusted import path_inside, plain_file, relative_name
 
 MANIFEST = "milora_init.json"
 FORMAT = 1
@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(plain_file(path).read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError("written by another version")
         content["weights"] = tuple(WeightRecord.from_json(record) for record in content["weights"])

@@ -47,7 +47,7 @@ from milora_init.options import InitOptions
 from milora_init.output import OutputFolder, require_outside
 from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
 from milora_init.trained import LoraFolder, open_lora, require_made_with, require_pair, require_trained_on
-from milora_init.untrusted import relative_name
+from milora_init.untrusted import plain_file, relative_name
 from milora_init.workers import Crew, one_ahead, side_by_side
 
 MERGED = "milora_merge.json"
@@ -147,7 +147,7 @@ def read_merged(folder: Path) -> Merged | None:
     """The record of a finished merge, None where there is none. Raises OutputError."""
     path = folder / MERGED
     try:
-        merged = Merged(**json.loads(path.read_text(encoding="utf-8")))
+        merged = Merged(**json.loads(plain_file(path).read_text(encoding="utf-8")))
         for name in merged.files:
             relative_name(name)
         return merged

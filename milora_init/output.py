@@ -21,7 +21,7 @@ from milora_init.checkpoint import WEIGHT_SUFFIXES
 from milora_init.digest import sha256
 from milora_init.errors import OutputError
 from milora_init.safetensors_writer import partial_of, sync_folder, writing
-from milora_init.untrusted import path_inside, relative_name
+from milora_init.untrusted import path_inside, plain_file, relative_name
 
 WORK = ".milora-init"
 _LOCK = "lock"
@@ -262,7 +262,7 @@ class OutputFolder(Generic[F]):
 
     def _read_journal(self) -> list[dict[str, Any]]:
         try:
-            content = self.journal.read_bytes()
+            content = plain_file(self.journal).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:

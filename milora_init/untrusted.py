@@ -6,7 +6,9 @@ one rule for all of them, applied when the name is read and again when a file is
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path, PurePosixPath
 
 
@@ -39,6 +41,17 @@ def path_inside(folder: Path, name: object) -> Path:
     is_blob = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
     if not (target.is_relative_to(home) or is_blob):
         raise ValueError(f"{name!r} leads out of {folder} through a link")
+    return path
+
+
+def plain_file(path: Path) -> Path:
+    """The path of a file that has an end; a link in a download may lead to a device, or to a pipe.
+
+    Raises:
+        OSError: There is none, or it is no plain file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "no plain file", str(path))
     return path
 
 
