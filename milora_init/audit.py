@@ -103,7 +103,7 @@ def _compared(
 ) -> Iterator[Difference]:
     side_files = {"config.json": manifest.inputs["source"]["config.json"], **manifest.inputs["side_files"]}
     for name, recorded in side_files.items():
-        path = source.folder / name
+        path = source.folder / name  # a name that the manifest was read with
         if not path.is_file() or sha256(path) != recorded:
             yield Difference(str(path), "not the file that the output was made from", wrong_source)
     for name in sorted(base.tensors.keys() ^ source.tensors.keys()):

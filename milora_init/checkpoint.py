@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ from milora_init.safetensors_format import (
     plan_header,
     read_header,
 )
+from milora_init.untrusted import path_inside, relative_name
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_SINGLE = "model.safetensors"
@@ -42,6 +43,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 
 _PREAD_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,24 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
+def mode(path: Path) -> int:
+    """Who may read and write a file: what a copy of it is made with, at most. Raises CheckpointError."""
+    try:
+        return path.stat().st_mode & 0o666
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A file of any size, in pieces. Raises CheckpointError."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
 def read_bytes(path: Path) -> bytes:
     """A small file whole. Raises CheckpointError."""
     try:
@@ -261,9 +281,10 @@ def open_checkpoint(folder: Path, remote: Remote | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: no such folder", hint="name a folder with a config.json, or a Hub id org/name"
         )
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         hint = "this is an adapter: name the base model" if (folder / "adapter_config.json").is_file() else ""
         raise CheckpointError(f"{folder}: no config.json", hint=hint or "name the folder that save_pretrained wrote")
+    source_file(folder, "config.json")
     # transformers' own order: a single file wins over an index beside it, safetensors over pickles.
     index: dict[str, Any] | None = None
     absent = remote.absent if remote else {}
@@ -271,8 +292,8 @@ def open_checkpoint(folder: Path, remote: Remote | None = None) -> Checkpoint:
         if (folder / single).is_file() or single in absent:
             files = [single]
             break
-        if (folder / index_name).is_file():
-            index = _json_object(folder / index_name)
+        if os.path.lexists(folder / index_name):
+            index = _json_object(source_file(folder, index_name))
             files = _indexed_files(folder / index_name, index, absent)
             break
     else:
@@ -307,39 +328,104 @@ def _header_of(path: Path) -> Header:
     return shard.header
 
 
+def source_file(folder: Path, name: str) -> Path:
+    """A file of the model that is copied as it stands.
+
+    A file of weights may be a link to another disk: it is parsed as safetensors, so it cannot be somebody's key. Of
+    what is copied unread, a link would bring any file of this machine into the output.
+
+    Raises:
+        CheckpointError: A link that leads out of the folder, or nowhere; a pipe, a socket or a device.
+    """
+    try:
+        path = path_inside(folder, name)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: {error}", hint="put the file itself in its place if it belongs to the model, or remove it"
+        ) from error
+    if not os.path.isfile(path):  # noqa: PTH113 (False, where Path raises for want of permission)
+        what = "a link to what is not there" if path.is_symlink() else "no plain file"
+        raise CheckpointError(f"{path} is {what}", hint="put the file in its place, or remove it")
+    return path
+
+
 def side_files(folder: Path) -> list[str]:
     """What travels with the weights, as paths relative to the folder: tokenizer, chat template, licence, code.
 
     Left behind are other forms of the weights, hidden files, and what speaks of the source and not of the output:
     its README (a model card), and an adapter_config.json, which would make transformers load an adapter over it.
     Of the subfolders, those that modules.json names (sentence-transformers) and the additional chat templates come.
+
+    Raises:
+        CheckpointError: See `source_file`; or modules.json names what is no side folder.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and travels(path.name))
-    subfolders = ["additional_chat_templates"]
-    if (folder / "modules.json").is_file():
-        modules = _json(folder / "modules.json")
-        if not isinstance(modules, list):
-            raise CheckpointError(f"{folder / 'modules.json'}: not a list of modules")
-        subfolders += [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
-    for subfolder in subfolders:
-        if subfolder and Path(subfolder).parts == (subfolder,) and subfolder != "..":
-            names += sorted(str(path.relative_to(folder)) for path in (folder / subfolder).rglob("*") if path.is_file())
-    return names
+    beside = (path for path in folder.iterdir() if travels(path.name))
+    names = sorted(path.name for path in beside if not os.path.isdir(path))  # noqa: PTH112 (as in `source_file`)
+    for subfolder in ("additional_chat_templates", *_module_folders(folder)):
+        names += sorted(_files_below(folder, subfolder))
+    for name in names:
+        source_file(folder, name)
+    return list(dict.fromkeys(names))
+
+
+def _module_folders(folder: Path) -> list[str]:
+    """The subfolders that modules.json names. Raises CheckpointError."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    modules = _json(source_file(folder, path.name))
+    if not isinstance(modules, list):
+        raise CheckpointError(f"{path}: not a list of modules")
+    names = [module.get("path", "") for module in modules if isinstance(module, dict)]
+    for name in (name for name in names if name != ""):
+        try:
+            parts = Path(relative_name(name)).parts
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}", hint="correct that path, or remove modules.json") from error
+        if not travels(parts[0]) or any(part.startswith(".") for part in parts):
+            raise CheckpointError(
+                f"{path}: the folder {name!r} cannot go into the output: it is hidden, or has a name of the output's",
+                hint="rename that folder, or remove modules.json",
+            )
+    return [name for name in names if name != ""]
+
+
+def _files_below(folder: Path, subfolder: str) -> Iterator[str]:
+    """Every file below a subfolder that is not hidden, relative to the folder; none where it is not there."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise CheckpointError(f"{error.filename}: {error.strerror}") from error
+
+    def require_no_link(path: Path) -> None:
+        # Followed, a link to a folder could lead out, or round and round.
+        if Path(os.path.realpath(path)) != path:
+            where = folder / path.relative_to(home)
+            raise CheckpointError(f"{where} is a link to a folder", hint="put the folder itself in its place")
+
+    home = Path(os.path.realpath(folder))
+    require_no_link(home / subfolder)
+    for place, folders, files in os.walk(home / subfolder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            require_no_link(Path(place, name))
+        yield from (str(Path(place, name).relative_to(home)) for name in files if not name.startswith("."))
 
 
 WEIGHT_SUFFIXES = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack",
     ".tflite", ".ot", ".mlmodel", ".npz", ".nemo", ".llamafile", ".partial",
 })  # fmt: skip
-_LEFT_BEHIND = frozenset({"config.json", "adapter_config.json", "milora_init.json", "milora_merge.json"})
+# Of the output's own names, the folder of the adapter among them, a source has none to give.
+_LEFT_BEHIND = frozenset({"config.json", "adapter_config.json", "milora_init.json", "milora_merge.json", "lora"})
 
 
 def travels(name: str) -> bool:
-    """Whether a file beside the weights goes into the output."""
+    """Whether a file or a folder beside the weights may go into the output, by its name."""
     return not (
         name.startswith((".", "README"))
         or name.endswith(".index.json")
-        or name in _LEFT_BEHIND
+        or name.casefold() in _LEFT_BEHIND
         or Path(name).suffix.lower() in WEIGHT_SUFFIXES
     )
 
@@ -366,7 +452,11 @@ def _indexed_files(path: Path, index: Mapping[str, Any], absent: Collection[str]
         raise CheckpointError(f"{path}: no weight_map from tensor names to files")
     files = sorted(set(weight_map.values()))
     for file in files:
-        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+        try:
+            plain = "/" not in relative_name(file)
+        except ValueError:
+            plain = False
+        if not plain:
             raise CheckpointError(f"{path}: {file!r} is outside the folder; a shard must be a plain file name")
         if Path(file).suffix != Path(path.name.removesuffix(".index.json")).suffix:
             raise CheckpointError(f"{path}: {file!r} is another format than the index")

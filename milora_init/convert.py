@@ -29,7 +29,7 @@ from milora_init.layout import lora_key
 from milora_init.manifest import read_manifest
 from milora_init.output import require_outside
 from milora_init.safetensors_format import plan_header
-from milora_init.safetensors_writer import SafetensorsWriter, sync_folder, writing
+from milora_init.safetensors_writer import SafetensorsWriter, extended, sync_folder, writing
 from milora_init.trained import (
     CONFIG,
     WEIGHTS,
@@ -99,7 +99,7 @@ def convert(
     out = out.resolve()  # a link to an empty folder stays one
 
     # A name of its own: neither a second run nor what somebody put there can end up in the output.
-    partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
+    partial = out.with_name(extended(f".{out.name}.{uuid4().hex[:8]}", ".partial"))
     try:
         with writing(out):
             partial.mkdir(parents=True)

@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from milora_init import __version__, adapter
-from milora_init.checkpoint import SAFETENSORS_INDEX, Remote, read_bytes
+from milora_init.checkpoint import SAFETENSORS_INDEX, Remote, mode, read_chunks, source_file
 from milora_init.digest import forget, sha256
 from milora_init.errors import OutputError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
@@ -122,38 +122,45 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
         if sink:
             sink.push(out.path, finished, there=())
         return finished
-    # Files are hashed from the page cache while the next one is made: the journal does not wait for it.
+    # A file is hashed from the page cache, and its line recorded, while the next one is made.
     hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
-    hasher = _hasher(plan, out, hashing)
+    recorded = _recorder(plan, out)
     try:
         lines = out.done(sink.holds if sink else None)
         done = [job for job in plan.jobs if job.target in lines]
         todo = [job for job in plan.jobs if job.target not in lines]
         asked = require_loadable(plan)
         progress.begin(plan, done)
+        for job in todo:
+            if (out.path / job.target).is_file():
+                progress.remaking(job.target)
         if sink:
             sink.begin()
-        hashes = {job.target: hasher(lines[job.target]) for job in done}
         with _supply(plan, todo, out, progress) as supply:
-            for job, result in _run_shards(todo, supply, Crew(devices, hands=hands), out, progress):
-                line = dataclasses.asdict(result)
-                out.record(line)
+
+            def made() -> Iterator[tuple[ShardJob, Future[dict[str, Any]]]]:
+                results = _run_shards(todo, supply, Crew(devices, hands=hands), out, progress)
+                for finished, (job, result) in enumerate(results, len(done) + 1):
+                    yield job, hashing.submit(recorded, dataclasses.asdict(result))
+                    progress.shard(result, finished, len(plan.jobs), time.monotonic() - started)
+
+            for job, future in made() if sink else one_ahead(made()):
+                line = lines[job.target] = future.result()
                 supply.done(job)
                 if sink:
-                    line["pushed"] = sink.push_shard(out.path / result.shard, result.shard)
+                    line["pushed"] = sink.push_shard(out.path / job.target, job.target)
                     out.record(line)
-                    (out.path / result.shard).unlink()
-                hashes[result.shard] = hasher(line)
-                lines[result.shard] = line
-                progress.shard(result, len(lines), len(plan.jobs), time.monotonic() - started)
-        manifest = _assemble(plan, out, lines, hashes, asked, started)
+                    (out.path / job.target).unlink()
+        manifest = _assemble(plan, out, lines, asked, started)
         if sink:
             sink.push(out.path, manifest, there=[name for name, line in lines.items() if "pushed" in line])
     except BaseException:
-        out.abandon()
+        try:
+            hashing.shutdown()  # waits for what is made already: with its hash it need not be made again
+        finally:
+            out.abandon()
         raise
-    finally:
-        hashing.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a hash
+    hashing.shutdown()
     if sink:
         out.discard(plan.files)
     else:
@@ -161,24 +168,21 @@ def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None
     return manifest
 
 
-def _hasher(plan: Plan, out: OutputFolder[Manifest], pool: Executor) -> Callable[[Mapping[str, Any]], Future[str]]:
-    """From a journal's line to the SHA-256 of its shard, to come; whoever took it from the disk has told it.
+def _recorder(plan: Plan, out: OutputFolder[Manifest]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Function that hashes the files of a finished shard and writes its line into the journal; returns the line.
 
     Where source and output do not fit the page cache together, what was hashed leaves it: else it would push out what
     of the source is still to be read.
     """
     crowded = plan.source_bytes + plan.base_bytes > memory_bytes()
 
-    def hashed(path: Path) -> str:
-        digest = sha256(path)
+    def recorded(line: Mapping[str, Any]) -> dict[str, Any]:
+        hashed = out.record_shard(line)
         if crowded:
-            forget(path)
-        return digest
+            forget(out.path / line["shard"])
+        return hashed
 
-    def hasher(line: Mapping[str, Any]) -> Future[str]:
-        return pool.submit(str, line["pushed"]) if "pushed" in line else pool.submit(hashed, out.path / line["shard"])
-
-    return hasher
+    return recorded
 
 
 def _supply(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Supply:
@@ -226,23 +230,25 @@ def _assemble(
     plan: Plan,
     out: OutputFolder[Manifest],
     lines: dict[str, dict[str, Any]],
-    hashes: dict[str, Future[str]],
     asked: str,
     started: float,
 ) -> Manifest:
-    """All shards stand: put the adapter together, copy the side files, then make the folder loadable."""
+    """All shards stand: copy the side files, put the adapter together, then make the folder loadable."""
+    source = plan.checkpoint.folder
+    for name in plan.side_files:
+        path = source_file(source, name)
+        out.write(name, read_chunks(path), mode=mode(path))
     (out.path / adapter.FOLDER).mkdir(exist_ok=True)
     pieces = [out.path / piece_of(job) for job in plan.jobs if job.splits]
     assemble(pieces, plan.weights, plan.adapter_header, out.path / adapter.WEIGHTS)
     out.write(adapter.CONFIG, (json.dumps(plan.adapter_config, indent=2) + "\n").encode())
-    for name in plan.side_files:
-        out.write(name, read_bytes(plan.checkpoint.folder / name))
     records = {record["module"]: record for line in lines.values() for record in line["records"]}
     pushed = {name: line["files"][name] for name, line in lines.items() if "pushed" in line}
     _account(plan, out, set(records), pushed)
     if plan.index is not None:
-        out.write(SAFETENSORS_INDEX, plan.index)
-    out.write("config.json", plan.config_bytes)
+        out.write(SAFETENSORS_INDEX, plan.index, mode=mode(source / "config.json"))
+    out.write("config.json", plan.config_bytes, mode=mode(source / "config.json"))
+    hashes = {name: line["hashes"][name] for name, line in lines.items()}
     options = plan.options
     return Manifest(
         source={
@@ -261,7 +267,7 @@ def _assemble(
         files={name: pushed.get(name) or (out.path / name).stat().st_size for name in plan.files},
         notices=plan.notices,
         weights=tuple(WeightRecord.from_json(records[w.weight.module]) for w in plan.weights),
-        hashes={name: hashes[name].result() if name in hashes else sha256(out.path / name) for name in plan.files},
+        hashes={name: hashes.get(name) or sha256(out.path / name) for name in plan.files},
         elapsed_s=round(time.monotonic() - started, 3),
     )
 

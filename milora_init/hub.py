@@ -29,6 +29,7 @@ from milora_init.checkpoint import (
 from milora_init.digest import sha256
 from milora_init.errors import HubError
 from milora_init.safetensors_format import MAX_HEADER_BYTES, Header, parse_header
+from milora_init.untrusted import relative_name
 
 _HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
 
@@ -62,7 +63,7 @@ def open_snapshot(model: str, *, revision: str | None, cache_dir: str | None, to
         if absent and (folder / "modules.json").is_file():
             snapshot_download(model, revision=commit, cache_dir=cache_dir, token=token, allow_patterns="[0-9]_*/*")
         infos = api.get_paths_info(model, absent, revision=commit) if absent else []
-        known = {info.path: info for info in infos if isinstance(info, RepoFile)}
+        known = {info.path: info for info in infos if isinstance(info, RepoFile)}  # asked by names of our own
         hashes: dict[str, str] = {}
         headers: dict[str, Header] = {}
         for name in absent:
@@ -189,7 +190,9 @@ def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        return sorted(
+            {relative_name(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
     except (ValueError, KeyError, AttributeError, TypeError):
         return []  # a broken index is named where checkpoints are opened
 

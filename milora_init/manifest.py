@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from milora_init.errors import OutputError
 from milora_init.layout import Expert
+from milora_init.untrusted import path_inside, plain_file, relative_name
 
 MANIFEST = "milora_init.json"
 FORMAT = 1
@@ -122,11 +123,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(plain_file(path).read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError("written by another version")
         content["weights"] = tuple(WeightRecord.from_json(record) for record in content["weights"])
         content["notices"] = tuple(content["notices"])
+        for name in (*content["files"], *content.get("hashes", ()), *content["inputs"]["side_files"]):
+            _require_name(name)
         return Manifest(**content)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -135,6 +138,21 @@ def read_manifest(folder: Path) -> Manifest | None:
             f"{path} is not a manifest that this version reads: {error}",
             hint="put it back from where the output was made, or remove the folder",
         ) from error
+
+
+def _require_name(name: object) -> None:
+    """Raise ValueError for a name that no file of an output has: it leads out of the folder, or is hidden."""
+    if relative_name(name).startswith("."):
+        raise ValueError(f"{name!r} is hidden")
+
+
+def require_inside(folder: Path, names: Iterable[str]) -> None:
+    """Raise OutputError where a file of a finished output is reached through a link that leads out of its folder."""
+    for name in names:
+        try:
+            path_inside(folder, name)
+        except ValueError as error:
+            raise OutputError(str(error), hint="put the file itself in its place, or fetch the output again") from error
 
 
 def require_manifest(folder: Path) -> Manifest:

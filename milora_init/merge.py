@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -27,20 +27,31 @@ import torch
 
 from milora_init import __version__, adapter
 from milora_init.audit import bit_equal
-from milora_init.checkpoint import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, read_bytes
+from milora_init.checkpoint import (
+    SAFETENSORS_INDEX,
+    Checkpoint,
+    mode,
+    open_checkpoint,
+    read_bytes,
+    read_chunks,
+    source_file,
+    travels,
+)
 from milora_init.decompose import fetched_source
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.factors import wanted_tensors
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, require_manifest
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, require_inside, require_manifest
 from milora_init.merge_shard import MergeShard
 from milora_init.options import InitOptions
 from milora_init.output import OutputFolder, require_outside
 from milora_init.safetensors_format import DTYPE_NAMES, Header, plan_header
 from milora_init.trained import LoraFolder, open_lora, require_made_with, require_pair, require_trained_on
+from milora_init.untrusted import plain_file, relative_name
 from milora_init.workers import Crew, one_ahead, side_by_side
 
 MERGED = "milora_merge.json"
+_FETCH = "fetch the output again, from somebody you trust"
 _HASHES = 2  # at a time
 Tell = Callable[[str, int, int], None]
 
@@ -94,6 +105,10 @@ class MergePlan:
 
     @property
     def room_bytes(self) -> int:
+        return self.weights_bytes + sum(self.manifest.files[name] for name in self.side_files)
+
+    @property
+    def weights_bytes(self) -> int:
         return sum(header.file_bytes for header in self.headers.values())
 
 
@@ -132,7 +147,10 @@ def read_merged(folder: Path) -> Merged | None:
     """The record of a finished merge, None where there is none. Raises OutputError."""
     path = folder / MERGED
     try:
-        return Merged(**json.loads(path.read_text(encoding="utf-8")))
+        merged = Merged(**json.loads(plain_file(path).read_text(encoding="utf-8")))
+        for name in merged.files:
+            relative_name(name)
+        return merged
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
@@ -193,10 +211,11 @@ def merge(
     try:
         _merge_files(plan, folder, progress)
         for name in plan.side_files:
-            folder.write(name, read_bytes(plan.source / name))
+            path = source_file(plan.source, name)
+            folder.write(name, read_chunks(path), mode=mode(path))
         if index := _index(plan):
-            folder.write(SAFETENSORS_INDEX, index)
-        folder.write("config.json", _config(plan))
+            folder.write(SAFETENSORS_INDEX, index, mode=mode(plan.source / SAFETENSORS_INDEX))
+        folder.write("config.json", _config(plan), mode=mode(plan.source / "config.json"))
     except BaseException:
         folder.abandon()
         raise
@@ -234,6 +253,7 @@ def _compared(merged: Merged, folder: Path, source: Checkpoint | None, manifest:
 def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = False) -> MergePlan:
     """Read the headers of a base and an adapter, and see that they belong together. Raises as `merge`."""
     manifest = require_manifest(base)
+    require_inside(base, (*manifest.files, adapter.CONFIG, adapter.WEIGHTS))
     checkpoint = open_checkpoint(base)
     for name, size_bytes in manifest.files.items():
         if name in (adapter.CONFIG, adapter.WEIGHTS):  # the adapter is read for itself, below
@@ -254,7 +274,10 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
     for record in manifest.weights:
         records.setdefault(record.tensor, []).append(record)
     headers = {name: _header(header, records) for name, header in checkpoint.headers.items()}
-    return MergePlan(checkpoint, manifest, lora, records, headers, overwrite)
+    plan = MergePlan(checkpoint, manifest, lora, records, headers, overwrite)
+    if strange := [name for name in plan.side_files if not travels(Path(name).parts[0])]:
+        raise CheckpointError(f"{base / MANIFEST} names {strange[0]}, which is no file of an output", hint=_FETCH)
+    return plan
 
 
 def _merge_files(plan: MergePlan, folder: OutputFolder[Merged], progress: Tell) -> None:
@@ -267,6 +290,7 @@ def _merge_files(plan: MergePlan, folder: OutputFolder[Merged], progress: Tell) 
 
     cpu = [torch.device("cpu")] * side_by_side([_need_bytes(plan, name) for name in plan.records])
     hashing = ThreadPoolExecutor(_HASHES, thread_name_prefix="hash")
+    recording = ThreadPoolExecutor(1, thread_name_prefix="record")
     try:
         with Crew(cpu, hands=1) as crew, ExitStack() as stack:
 
@@ -280,13 +304,19 @@ def _merge_files(plan: MergePlan, folder: OutputFolder[Merged], progress: Tell) 
                     shard.copy_the_rest()
                     yield shard
 
-            for shard in one_ahead(begun()):
-                size_bytes = shard.finish()
-                folder.record({"shard": shard.name, "files": {shard.name: size_bytes}, "records": []})
+            def made() -> Iterator[tuple[Future[Any], str, int]]:
+                for shard in one_ahead(begun()):
+                    size_bytes = shard.finish()
+                    line = {"shard": shard.name, "files": {shard.name: size_bytes}, "records": []}
+                    yield recording.submit(folder.record_shard, line), shard.name, size_bytes
+
+            for recorded, name, size_bytes in one_ahead(made()):
+                recorded.result()
                 made_bytes += size_bytes
-                progress(shard.name, made_bytes, plan.room_bytes)
+                progress(name, made_bytes, plan.weights_bytes)
     finally:
-        hashing.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a hash
+        hashing.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for the source's hash
+        recording.shutdown()  # waits for what is made already: with its hash it need not be made again
 
 
 def _need_bytes(plan: MergePlan, tensor: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.checkpoint import SafetensorsShard, TensorSource, stamp
+from milora_init.checkpoint import SafetensorsShard, TensorSource, mode, stamp
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, SolveError
 from milora_init.factors import FactorReader, reading_factors
@@ -54,7 +54,7 @@ class MergeShard:
     ) -> None:
         self.name = target.name
         self._path, self._digest = source, digest
-        self._writer = SafetensorsWriter(target, header)
+        self._writer = SafetensorsWriter(target, header, mode=mode(source))
         self._records, self._lora = records, lora
         self._sums: dict[str, Future[None]] = {}
 

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 
 from milora_init import weight_job
-from milora_init.checkpoint import SafetensorsShard, open_shard, stamp
+from milora_init.checkpoint import SafetensorsShard, mode, open_shard, stamp
 from milora_init.errors import CheckpointError
 from milora_init.manifest import WeightRecord
 from milora_init.output import WORK
 from milora_init.pieces import piece_key, plan_piece
 from milora_init.plan import ShardJob
 from milora_init.progress import Progress, ShardResult
-from milora_init.safetensors_writer import SafetensorsWriter
+from milora_init.safetensors_writer import SafetensorsWriter, extended
 from milora_init.weight_job import WeightJob
 from milora_init.workers import Crew
 
 
 def piece_of(job: ShardJob) -> str:
     """Where a shard's factors wait for the others."""
-    return f"{WORK}/{job.target}.adapter"
+    return f"{WORK}/{extended(job.target, '.adapter')}"
 
 
 class OpenShard:
@@ -45,7 +45,7 @@ class OpenShard:
     def __init__(self, job: ShardJob, out: Path, progress: Progress) -> None:
         self._job = job
         self._progress = progress
-        self._base = SafetensorsWriter(out / job.target, job.header)
+        self._base = SafetensorsWriter(out / job.target, job.header, mode=mode(job.source))
         self._factors = SafetensorsWriter(out / piece_of(job), plan_piece(job.splits))
         self._files = {piece_of(job): self._factors} if job.splits else {}
         self._files[job.target] = self._base

@@ -12,16 +12,20 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from milora_init.checkpoint import WEIGHT_SUFFIXES
+from milora_init.digest import sha256
 from milora_init.errors import OutputError
-from milora_init.safetensors_writer import sync_folder, writing
+from milora_init.safetensors_writer import partial_of, sync_folder, writing
+from milora_init.untrusted import path_inside, plain_file, relative_name
 
 WORK = ".milora-init"
 _LOCK = "lock"
+_HASHES = 4  # at a time
 
 
 class Planned(Protocol):
@@ -91,6 +95,7 @@ class OutputFolder(Generic[F]):
             OutputError: The folder holds something else, or cannot be written, or the disk is too small.
         """
         self._require_apart(plan.source)
+        self._require_no_links(plan.files)
         record, journal = self._read(self.path), self._read_journal()
         ours: list[str] = []
         if (record or journal) and plan.overwrite:
@@ -134,23 +139,37 @@ class OutputFolder(Generic[F]):
             file.flush()
             os.fsync(file.fileno())
 
+    def record_shard(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """Append the line of a finished shard with the SHA-256 of each of its files, and return it."""
+        hashed = {**line, "hashes": {name: sha256(self.path / name) for name in line["files"]}}
+        self.record(hashed)
+        return hashed
+
     def done(self, elsewhere: Callable[[Mapping[str, str]], set[str]] | None = None) -> dict[str, dict[str, Any]]:
-        """Journal lines of finished shards whose files still stand, by file name.
+        """Journal lines of finished shards whose files still stand as they were made, by file name.
 
         `elsewhere` tells which of those that were pushed, by SHA-256, stand where they went.
         """
-        lines = {line["shard"]: line for line in self._read_journal()[1:]}
+        lines = self._shard_lines()
         pushed = {name: line["pushed"] for name, line in lines.items() if "pushed" in line}
         there = elsewhere(pushed) if elsewhere else set()
         for name in pushed.keys() - there:  # to another repository, say: what stands here has to go there yet
             del lines[name]["pushed"]
+        files = {(name, file) for name, line in lines.items() for file in line["files"]} - {(n, n) for n in there}
+        with ThreadPoolExecutor(_HASHES, thread_name_prefix="hash") as pool:
+            whole = dict(zip(files, pool.map(lambda pair: self._is_whole(lines[pair[0]], pair[1]), files), strict=True))
         return {
             name: line
             for name, line in lines.items()
-            if all((file == name and name in there)
-                   or ((self.path / file).is_file() and (self.path / file).stat().st_size == size)
-                   for file, size in line["files"].items())
+            if all(whole.get((name, file), True) for file in line["files"])
         }  # fmt: skip
+
+    def _is_whole(self, line: Mapping[str, Any], file: str) -> bool:
+        """Whether a file of a finished shard has the bytes that it was made with."""
+        path, size_bytes = self._place(file), line["files"][file]
+        if not path.is_file() or path.stat().st_size != size_bytes:
+            return False
+        return bool(sha256(path) == line.get("hashes", {}).get(file))
 
     def abandon(self) -> None:
         """Remove what a run left that recorded no shard; an empty folder goes with it."""
@@ -163,17 +182,23 @@ class OutputFolder(Generic[F]):
                 self.path.rmdir()
         self._release_lock()
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a small file whole: under another name first, then renamed."""
-        path = self.path / name
-        partial = path.with_name(path.name + ".partial")
+    def write(self, name: str, content: bytes | Iterable[bytes], *, mode: int = 0o666) -> None:
+        """Write a file whole: under another name first, then renamed. `mode` is what the umask is applied to."""
+        path = self._place(name)
+        partial = partial_of(path)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            partial.unlink(missing_ok=True)  # not written into: it may be a link
+            try:
+                with open(partial, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as file:
+                    for chunk in [content] if isinstance(content, bytes) else content:
+                        file.write(chunk)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
             sync_folder(path.parent)
 
     def finish(self, record: F) -> None:
@@ -231,9 +256,13 @@ class OutputFolder(Generic[F]):
         hint = "wait for it, or choose another --out"
         return OutputError(f"another milora-init is writing to {self.path} at this moment", hint=hint)
 
+    def _shard_lines(self) -> dict[str, dict[str, Any]]:
+        """The last line of each shard in the journal."""
+        return {line["shard"]: line for line in self._read_journal()[1:]}
+
     def _read_journal(self) -> list[dict[str, Any]]:
         try:
-            content = self.journal.read_bytes()
+            content = plain_file(self.journal).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -241,10 +270,14 @@ class OutputFolder(Generic[F]):
         try:
             # What stands behind the last newline was cut off while it was written: it was never done.
             journal = [dict(json.loads(line)) for line in content.decode().split("\n")[:-1]]
+            for number, line in enumerate(journal):
+                for name in (line["shard"], *dict.keys(line["files"])) if number else line["files"]:
+                    relative_name(name)
+                dict.keys(line.get("hashes", {}))
             kinds = ({"fingerprint", "inputs", "files"}, {"shard", "files", "records"})
             if all(kinds[number > 0] <= line.keys() for number, line in enumerate(journal)):
                 return journal
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError):
             pass
         raise OutputError(f"{self.journal} is damaged", hint=f"choose another --out, or remove {self.path}")
 
@@ -259,6 +292,22 @@ class OutputFolder(Generic[F]):
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"--out {self.path} is a file", hint="name a folder")
 
+    def _require_no_links(self, names: Iterable[str]) -> None:
+        """Raise OutputError where a name of ours is a link out of the folder: what is behind it is not ours."""
+        for place, folders, files in os.walk(self.work):
+            for path in (Path(place), *(Path(place, name) for name in (*folders, *files))):
+                if path.is_symlink():
+                    raise OutputError(f"{path} is a link", hint="remove it, or choose another --out")
+        for name in (*names, self._name):
+            self._place(name)
+
+    def _place(self, name: str) -> Path:
+        """The path of a file of the output."""
+        try:
+            return path_inside(self.path, name)
+        except ValueError as error:
+            raise OutputError(f"--out {self.path}: {error}", hint="remove the link, or choose another --out") from error
+
     def _require_same(self, fingerprint: str, before: Mapping[str, Any], plan: Planned) -> None:
         if fingerprint == plan.fingerprint:
             return
@@ -271,7 +320,7 @@ class OutputFolder(Generic[F]):
 
     def _require_whole(self, record: Finished) -> None:
         for name, size in record.files.items():
-            path = self.path / name
+            path = self._place(name)
             if not path.is_file() or path.stat().st_size != size:
                 raise OutputError(
                     f"{self.path} was finished, but {name} has since been changed or removed",
@@ -283,8 +332,9 @@ class OutputFolder(Generic[F]):
             return
         planned = {Path(name).parts[0] for name in (*plan.files, self._name)}
         known = {Path(name).parts[0] for name in (*ours, self._name)} if ours else set()
+        known |= {partial_of(Path(name)).name for name in known}
         for path in sorted(self.path.iterdir()):
-            if path.name.removesuffix(".partial") in known:
+            if path.name in known:
                 continue
             if path.name in planned or (path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES):
                 raise OutputError(
@@ -299,8 +349,8 @@ class OutputFolder(Generic[F]):
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(f"--out {self.path} cannot be written: no permission in {parent}")
         needed = plan.room_bytes
-        standing = ours or [name for line in self.done().values() for name in line["files"]]
-        needed -= sum((self.path / name).stat().st_size for name in standing if (self.path / name).is_file())
+        standing = ours or [name for line in self._shard_lines().values() for name in line["files"]]
+        needed -= sum(path.stat().st_size for path in map(self._place, standing) if path.is_file())
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(
@@ -312,11 +362,12 @@ class OutputFolder(Generic[F]):
         # The marks of a finished output go first: cut off here, the folder is nobody's model.
         (self.path / self._name).unlink(missing_ok=True)
         (self.path / "config.json").unlink(missing_ok=True)
-        inside = [self.path / name for name in files if not Path(name).is_absolute() and ".." not in Path(name).parts]
+        inside = [self._place(name) for name in files]
         for path in inside:
             path.unlink(missing_ok=True)
-            path.with_name(path.name + ".partial").unlink(missing_ok=True)
-        for folder in {path.parent for path in inside} - {self.path}:
+            partial_of(path).unlink(missing_ok=True)
+        folders = {self.path / parent for name in files for parent in Path(name).parents} - {self.path}
+        for folder in sorted(folders, reverse=True):  # the deeper ones first
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         # The journal goes last: as long as anything of ours stands, it says whose it is.

@@ -26,8 +26,10 @@ from milora_init.checkpoint import (
     open_checkpoint,
     read_bytes,
     side_files,
+    stamp,
 )
 from milora_init.digest import sha256
+from milora_init.errors import PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.linalg.modes import Mode
 from milora_init.manifest import MANIFEST
@@ -151,7 +153,8 @@ class Plan:
         low_disk = self.options.low_disk
         source = sum(fetched[-SHARDS_AT_ONCE:]) if low_disk else 0
         base = sum(made[-SHARDS_AT_ONCE:] if low_disk and self.options.push_to_hub else made)
-        return source + base + 2 * self.adapter_bytes
+        side = sum(stamp(self.source / name)[0] for name in self.side_files)
+        return source + base + 2 * self.adapter_bytes + side
 
     @property
     def absent(self) -> Mapping[str, Header]:
@@ -204,6 +207,7 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
         PlanError: The request does not fit it.
     """
     checkpoint = open_checkpoint(folder, remote)
+    beside = side_files(folder)  # before transformers reads any of them
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     naming = resolve(folder, checkpoint.config, shapes, trust_remote_code=options.trust_remote_code)
     weights, adapter_config = plan_weights(options, checkpoint, naming)
@@ -213,7 +217,7 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
     jobs = tuple(
         _plan_shard(checkpoint, file, number, by_tensor, options) for number, file in enumerate(checkpoint.headers)
     )
-    return Plan(
+    plan = Plan(
         options=options,
         checkpoint=checkpoint,
         naming=naming,
@@ -222,9 +226,13 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
         adapter_config=adapter_config,
         index=_plan_index(checkpoint, jobs),
         config_bytes=_config_with_dtype(checkpoint, options.dtype),
-        side_files=tuple(side_files(folder)),
+        side_files=tuple(beside),
         notices=tuple(_notices(options, checkpoint, naming, weights, adapter_config)),
     )
+    name, count = Counter(plan.files).most_common(1)[0]
+    if count > 1:
+        raise PlanError(f"{folder}: two files of the output would be {name}", hint="rename the source's, or remove it")
+    return plan
 
 
 def _plan_shard(

@@ -25,6 +25,9 @@ class Progress(Protocol):
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
         """The run starts; these of `plan.jobs` were finished by an earlier one."""
 
+    def remaking(self, name: str) -> None:
+        """A file of the output stands, and the journal has no record of these bytes: it is made again."""
+
     def solving(self, module: str, device: str) -> None:
         """A device has taken a module up."""
 
@@ -42,6 +45,7 @@ class Silent:
     """Progress that nobody watches."""
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None: ...
+    def remaking(self, name: str) -> None: ...
     def solving(self, module: str, device: str) -> None: ...
     def fetching(self, name: str, size_bytes: int) -> None: ...
     def tensor(self, name: str, size_bytes: int) -> None: ...

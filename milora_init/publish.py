@@ -25,7 +25,7 @@ from milora_init.checkpoint import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
 from milora_init.digest import sha256
 from milora_init.errors import OutputError, PlanError
 from milora_init.hub import explained
-from milora_init.manifest import MANIFEST, Manifest, require_manifest
+from milora_init.manifest import MANIFEST, Manifest, require_inside, require_manifest
 from milora_init.options import clean_token, require_repository
 
 _FINISH = ("config.json", SAFETENSORS_INDEX, MANIFEST, adapter.CONFIG, adapter.WEIGHTS)
@@ -114,7 +114,9 @@ class Repository:
                 MANIFEST: (json.dumps(published.to_json(), indent=1) + "\n").encode(),
                 "README.md": self._card(manifest, published).encode(),
             }
-            paths = {name: folder / name for name in manifest.files if name not in contents and name not in there}
+            names = [name for name in manifest.files if name not in contents and name not in there]
+            require_inside(folder, names)
+            paths = {name: folder / name for name in names}
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 CommitOperationAdd(name, content) for name, content in (contents | paths).items()
             ]
@@ -178,7 +180,7 @@ class Repository:
         try:
             if revision is not None:
                 path = self._api.hf_hub_download(model, "README.md", revision=revision)
-            data = metadata_load(path) or {}
+            data = (metadata_load(path) or {}) if Path(path).is_file() else {}  # it may be a pipe
         except Exception:  # somebody else's card, missing or broken in whatever way, costs no more than its licence
             return {}
         return {key: data[key] for key in _OF_THE_SOURCE if key in data}
@@ -196,6 +198,7 @@ def push(
     """
     out = Path(folder).expanduser()
     manifest = require_manifest(out)
+    require_inside(out, (*manifest.files, adapter.CONFIG, adapter.WEIGHTS))
     for name, size_bytes in manifest.files.items():
         if not (out / name).is_file() or (name != adapter.CONFIG and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")

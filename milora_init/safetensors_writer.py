@@ -7,8 +7,10 @@ tensor there; the writer lays the file out, keeps account and gives it its name.
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from milora_init.errors import CheckpointError, OutputError
 from milora_init.safetensors_format import DTYPE_NAMES, DTYPES, Header, bytes_of
 
 _CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that calls cost nothing
+_NAME_BYTES = 255
 _NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO)
 
 
@@ -68,20 +71,32 @@ class Place:
             os.close(fileno)
 
 
+def extended(name: str, suffix: str) -> str:
+    """A file's name with a suffix; where that is longer than file systems take, a hash stands for the name."""
+    if len(os.fsencode(name + suffix)) > _NAME_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return name + suffix
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file grows until it may have its name."""
+    return path.with_name(extended(path.name, ".partial"))
+
+
 class SafetensorsWriter:
     """Writes one safetensors file whose header is known: each tensor at its own offset, in any order, once.
 
-    The file grows under `<name>.partial` and takes its name only in `finish()`, after every byte the header promises
-    was written and synced. Left without `finish()`, it is removed.
+    The file grows at `partial_of` its path and takes its name only in `finish()`, after every byte the header promises
+    was written and synced. Left without `finish()`, it is removed. `mode` is what the umask is applied to.
 
     Raises:
         OutputError: Disk full, no permission, and the like; an unfinished or a doubly written tensor.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: Header, *, mode: int = 0o666) -> None:
         self.path = path
-        self._header = header
-        self._partial = path.with_name(path.name + ".partial")
+        self._header, self._mode = header, mode
+        self._partial = partial_of(path)
         self._unplaced, self._missing = set(header.tensors), set(header.tensors)
         self._fileno: int | None = None
         self._flusher: ThreadPoolExecutor | None = None
@@ -90,7 +105,10 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         try:
             with writing(self._partial):
-                self._fileno = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                # What stands there is of a run that was killed, or a link that somebody laid: it is not written into.
+                self._partial.unlink(missing_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                self._fileno = os.open(self._partial, flags, self._mode | stat.S_IWUSR)  # tensors are written by name
                 # Reserve the room at once: a full disk is found here, not after an hour of work.
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self._fileno, 0, self._header.file_bytes)
@@ -159,7 +177,9 @@ class SafetensorsWriter:
             if self._flushed is not None:
                 self._flushed.result()  # the system reports a failed write once, and to whoever asked first
             os.fsync(fileno)
-            size_bytes = os.fstat(fileno).st_size
+            size_bytes, mode = os.fstat(fileno).st_size, stat.S_IMODE(os.fstat(fileno).st_mode)
+            if mode & ~self._mode:
+                os.fchmod(fileno, mode & self._mode)
             self._fileno = None  # first: an interruption between the two must not close somebody else's
             os.close(fileno)
             self._partial.replace(self.path)

@@ -131,6 +131,9 @@ class Bar:
         if done:
             self._console.print(f"resuming: {size(done_bytes)} of {size(total_bytes)} were done before")
 
+    def remaking(self, name: str) -> None:
+        self._console.print(f"{name} has other bytes than were recorded, or no record: it is made again", markup=False)
+
     def fetching(self, name: str, size_bytes: int) -> None:
         if not self._console.is_terminal:
             self._console.print(f"fetching {name}, {size(size_bytes)}")

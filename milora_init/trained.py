@@ -24,6 +24,7 @@ from milora_init.errors import CheckpointError, MiloraError, PlanError
 from milora_init.layout import key_and_factor
 from milora_init.manifest import Manifest, WeightRecord, read_manifest
 from milora_init.safetensors_format import Header, read_header
+from milora_init.untrusted import plain_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -218,7 +219,7 @@ def _cosine(one: Path, other: Path) -> tuple[float, int]:
 def read_config(path: Path) -> dict[str, Any]:
     """Content of an adapter_config.json. Raises CheckpointError where it is not a readable JSON object."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(plain_file(path).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"a {type(config).__name__}")
     except OSError as error:

@@ -6,7 +6,9 @@ one rule for all of them, applied when the name is read and again when a file is
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path, PurePosixPath
 
 
@@ -29,12 +31,27 @@ def relative_name(name: object) -> str:
 def path_inside(folder: Path, name: object) -> Path:
     """The path of a file below a folder, by a name that came out of a file; links that lead out are refused.
 
+    The one exception is the Hub's cache, where `snapshots/COMMIT/x` is a link into `blobs` of the same repository.
+
     Raises:
         ValueError: See `relative_name`; or a link on the way leads out of the folder.
     """
     path = folder / relative_name(name)
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    is_blob = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    if not (target.is_relative_to(home) or is_blob):
         raise ValueError(f"{name!r} leads out of {folder} through a link")
+    return path
+
+
+def plain_file(path: Path) -> Path:
+    """The path of a file that has an end; a link in a download may lead to a device, or to a pipe.
+
+    Raises:
+        OSError: There is none, or it is no plain file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "no plain file", str(path))
     return path
 
 

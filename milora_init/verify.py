@@ -43,6 +43,7 @@ from milora_init.options import InitOptions
 from milora_init.output import WORK
 from milora_init.safetensors_format import read_header
 from milora_init.trained import BEYOND_FACTORS, OTHER_BASE, names_another_base, open_lora, read_config, require_related
+from milora_init.untrusted import path_inside
 
 PAIR = "a matching pair: a residual base and its adapter"
 TRAINED = "a matching pair: a residual base and an adapter trained on it"
@@ -219,9 +220,15 @@ class _Inspection:
 
     def files(self) -> Iterator[Difference]:
         """Every file of the manifest: there, of its size, with its hash. adapter_config.json is judged by its keys."""
-        for name, size_bytes in self.manifest.files.items():
+        for name, size_bytes in {adapter.CONFIG: 0, adapter.WEIGHTS: 0, **self.manifest.files}.items():
             path = self.folder / name
             fault = ""
+            try:
+                path_inside(self.folder, name)
+            except ValueError as error:
+                self.changed.add(name)
+                yield Difference(name, str(error), "put the file itself in its place, or fetch the output again")
+                continue
             if not path.is_file():
                 fault = "missing"
             elif name == adapter.CONFIG:

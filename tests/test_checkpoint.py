@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,10 +267,9 @@ def test_the_modules_of_a_sentence_transformer_travel(own: Built) -> None:
     folder = own("bert")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"x")
-    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}, {"path": "../.."}, {}]))
+    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}, {"path": "3_Normalize"}, {}]))
     found = side_files(folder)
     assert "2_Dense/model.safetensors" in found
-    assert all((folder / name).resolve().is_relative_to(folder.resolve()) for name in found)
 
 
 @pytest.mark.parametrize("content", [b"{", b"7", b"\xff"])
@@ -276,3 +278,104 @@ def test_a_broken_modules_json_is_named(content: bytes, own: Built) -> None:
     (folder / "modules.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"modules\.json"):
         side_files(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "config.json", SAFETENSORS_INDEX, "modules.json", "additional_chat_templates/tool.jinja",
+     "additional_chat_templates", "1_Pooling/config.json", "1_Pooling", "1_Pooling/deep"],
+)  # fmt: skip
+def test_what_is_copied_and_is_a_link_out_of_the_folder_is_refused_by_name(name: str, own: Built) -> None:
+    folder, secret = own("llama"), "my key"
+    (folder.parent / "home").mkdir()
+    (folder.parent / "home" / "id_rsa").write_text(secret)
+    if "1_Pooling" in name:
+        (folder / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    leads_to_a_folder = path.name in ("additional_chat_templates", "1_Pooling", "deep")
+    path.symlink_to(folder.parent / "home" / ("" if leads_to_a_folder else "id_rsa"))
+    read = open_checkpoint if name in ("config.json", SAFETENSORS_INDEX) else side_files
+    with pytest.raises(CheckpointError, match=re.escape(name)) as caught:
+        read(folder)
+    assert secret not in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_link_to_a_link_out_and_a_loop_are_refused(own: Built) -> None:
+    folder = own("llama")
+    (folder / ".here").symlink_to(folder.parent / "id_rsa")
+    (folder / "vocab.txt").symlink_to(".here")
+    with pytest.raises(CheckpointError, match=r"vocab\.txt"):
+        side_files(folder)
+    (folder / "vocab.txt").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "again").symlink_to(".")
+    with pytest.raises(CheckpointError, match="additional_chat_templates/again is a link to a folder"):
+        side_files(folder)
+
+
+def test_a_shard_may_be_a_link_to_another_disk(own: Built) -> None:
+    folder = own("llama")
+    shard = next(folder.glob("*.safetensors"))
+    shard.rename(folder.parent / shard.name)
+    shard.symlink_to(folder.parent / shard.name)
+    assert open_checkpoint(folder).headers
+    assert side_files(folder)
+
+
+def test_a_link_that_stays_in_the_folder_is_a_file_like_any(own: Built) -> None:
+    folder = own("llama")
+    (folder / "vocab.txt").symlink_to("tokenizer.json")
+    assert "vocab.txt" in side_files(folder)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "additional_chat_templates/tool.jinja"])
+@pytest.mark.parametrize("kind", ["dangling", "pipe", "socket"])
+def test_a_side_file_that_is_no_file_is_named(kind: str, name: str, own: Built) -> None:
+    folder = own("llama")
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    if kind == "dangling":
+        path.symlink_to("nowhere")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        os.mknod(path, 0o600 | stat.S_IFSOCK)
+    what = "a link to what is not there" if kind == "dangling" else "no plain file"
+    with pytest.raises(CheckpointError, match=f"{path.name} is {what}") as caught:
+        side_files(folder)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["lora", "Lora", "lora/deep", ".git", ".milora-init", "1_Pooling/.git", "../x", "/etc", "a/../..", "a\\b", "a\0b",
+     "config.json", "adapter_config.json", "milora_init.json", "milora_merge.json", "README.md", SAFETENSORS_INDEX,
+     "model-00001-of-00002.safetensors", "model.safetensors", ".", 5, None],
+)  # fmt: skip
+def test_a_module_may_not_have_a_name_of_the_outputs_or_a_hidden_one(path: object, own: Built) -> None:
+    folder = own("llama")
+    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": path}]))
+    with pytest.raises(CheckpointError, match=r"modules\.json") as caught:
+        side_files(folder)
+    assert caught.value.hint
+
+
+def test_a_file_comes_once_and_hidden_ones_stay(own: Built) -> None:
+    folder = own("bert")
+    for name in ("1_Pooling/config.json", "1_Pooling/deep/x.txt", "1_Pooling/.git/config", "1_Pooling/.token"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    modules = ["1_Pooling", "1_Pooling/deep", "1_Pooling", "tokenizer.json"]
+    (folder / "modules.json").write_text(json.dumps([{"path": path} for path in modules]))
+    found = side_files(folder)
+    assert sorted(found) == sorted(set(found))
+    assert [name for name in found if "/" in name] == ["1_Pooling/config.json", "1_Pooling/deep/x.txt"]
+
+
+def test_a_file_called_lora_is_left_behind(own: Built) -> None:
+    folder = own("llama")
+    (folder / "lora").write_bytes(b"x")
+    assert "lora" not in side_files(folder)

@@ -257,3 +257,8 @@ def test_on_the_command_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr() == ("", "")
     assert run(["convert", *words]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_the_longest_name_that_a_file_system_takes(pair: Path, tmp_path: Path) -> None:
+    convert(pair / "out" / "lora", pair / "trained", tmp_path / ("x" * 255))
+    assert (tmp_path / ("x" * 255) / "adapter_config.json").is_file()

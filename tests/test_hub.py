@@ -11,7 +11,7 @@ import pytest
 from tiny_models import contents
 
 from milora_init.checkpoint import open_checkpoint
-from milora_init.errors import HubError
+from milora_init.errors import CheckpointError, HubError
 from milora_init.hub import open_snapshot
 from milora_init.manifest import Manifest
 
@@ -80,3 +80,18 @@ def test_the_main_job_records_the_commit_and_leaves_the_cache_alone(
     assert out["config.json"] == (checkpoint("llama") / "config.json").read_bytes()
     assert json.loads(out["milora_init.json"])["source"] == manifest.source
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_cached_file_that_links_to_another_repositorys_is_refused(
+    checkpoint: Built, start: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    snapshot = cached(checkpoint("llama"), tmp_path / "cache")
+    other = tmp_path / "cache" / "models--my--private" / "blobs"
+    other.mkdir(parents=True)
+    (other / "secret").write_bytes(b"mine")
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to(other / "secret")
+    with pytest.raises(CheckpointError, match=r"'tokenizer\.json' leads out of"):
+        start(Path("tiny/llama"), cache_dir=str(tmp_path / "cache"))
+    assert not (tmp_path / "out").exists()

@@ -257,3 +257,27 @@ def test_a_folder_has_no_revision(milora: Command, checkpoint: Built) -> None:
     done = milora("--model", str(checkpoint("llama")), *INIT[2:], "--revision", "v2")
     assert done.returncode == 2
     assert "which has no --revision v2" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../../../../evil.txt", "../evil.txt", "a/../../evil.txt"])
+def test_a_hub_that_lists_a_file_outside_the_model_writes_nothing_there(
+    name: str, hub: Hub, milora: Command, tmp_path: Path
+) -> None:
+    hub.repositories["tiny/llama"].commit({**hub.repositories["tiny/llama"].files, name: b"evil"})
+    done = milora(*INIT)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("evil.txt"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "a\\x.safetensors"])
+def test_an_index_on_the_hub_that_names_a_file_outside_is_refused(name: str, hub: Hub, milora: Command) -> None:
+    files = dict(hub.repositories["tiny/llama"].files)
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"] |= dict.fromkeys(list(index["weight_map"])[:1], name)
+    hub.repositories["tiny/llama"].commit({**files, "model.safetensors.index.json": json.dumps(index).encode()})
+    done = milora(*INIT)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "outside the folder" in done.stderr or "lacks a file" in done.stderr

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from milora_init.manifest import Manifest
 from milora_init.merge import MERGED, merge
 from milora_init.merge_shard import MergeShard, merged_weight
 from milora_init.output import WORK
+from milora_init.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -373,3 +376,122 @@ def test_a_base_with_another_bit_makes_no_model_until_it_is_mended(
     path.write_bytes(content)
     merge(str(tmp_path / "out"), str(tmp_path / "merged"))
     assert model(tmp_path / "merged") == model(tmp_path / "straight")
+
+
+def name_a_file(out: Path, name: str, content: bytes) -> None:
+    """Let the manifest say that the output has a file of that name, of the right size and hash."""
+    manifest = json.loads((out / "milora_init.json").read_text())
+    manifest["files"][name] = len(content)
+    manifest["hashes"][name] = hashlib.sha256(content).hexdigest()
+    (out / "milora_init.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["../mine", "a/../../mine", "{home}/mine", "..\\mine", "./tokenizer.json", ".bashrc",
+                                  ".git/config"])  # fmt: skip
+def test_a_manifest_that_names_what_lies_outside_or_is_hidden_is_refused_by_every_command(
+    name: str, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    out, name = tmp_path / "out", name.format(home=tmp_path)
+    (tmp_path / "mine").write_bytes(b"mine")
+    name_a_file(out, name, b"mine")
+    before = contents(tmp_path)
+    words = (["merge", str(out), "--out", str(tmp_path / "deep" / "merged")], ["verify", str(out)],
+             ["report", str(out)], ["push", str(out), "me/pair"])  # fmt: skip
+    for command in words:
+        assert run(command) == 1, command
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "model.safetensors", "lora/more.safetensors", "README.md", MERGED, "x.bin"]
+)
+def test_a_manifest_that_names_what_no_output_holds_is_not_merged(
+    name: str, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    (tmp_path / "out" / name).write_bytes(b"theirs")
+    name_a_file(tmp_path / "out", name, b"theirs")
+    if name == "model.safetensors":  # would be read as the weights
+        (tmp_path / "out" / name).rename(tmp_path / "out" / "more.safetensors")
+        name_a_file(tmp_path / "out", "more.safetensors", b"theirs")
+    with pytest.raises(CheckpointError) as caught:
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    assert caught.value.hint
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "lora", "lora/adapter_config.json", "shard"])
+def test_a_link_in_a_pair_that_leads_out_is_refused_by_merge_and_push_and_named_by_verify(
+    name: str, checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(checkpoint("llama"))
+    out = tmp_path / "out"
+    name = next(out.glob("*.safetensors")).name if name == "shard" else name
+    (out / name).rename(tmp_path / "elsewhere")
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    for command in (["merge", str(out), "--out", str(tmp_path / "merged")], ["push", str(out), "me/pair"]):
+        assert run(command) == 1
+        said = capsys.readouterr().err
+        assert name in said
+        assert "leads out of" in said
+    assert not (tmp_path / "merged").exists()
+    verdict = verify(str(out))
+    assert any(d.where.startswith(name) and "leads out of" in d.what and d.hint for d in verdict.differences)
+
+
+def test_a_pair_in_the_cache_of_the_hub_is_merged(checkpoint: Built, start: Start, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    merge(str(tmp_path / "out"), str(tmp_path / "straight"))
+    repository = tmp_path / "models--me--pair"
+    snapshot = repository / "snapshots" / "0123"
+    (repository / "blobs").mkdir(parents=True)
+    for number, path in enumerate(path for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()):
+        link = snapshot / path.relative_to(tmp_path / "out")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(repository / "blobs" / str(number))
+        link.symlink_to(os.path.relpath(repository / "blobs" / str(number), link.parent))
+    assert verify(str(snapshot)).ok
+    merge(str(snapshot), str(tmp_path / "merged"))
+    assert model(tmp_path / "merged") == model(tmp_path / "straight")
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
+
+
+def test_a_file_of_a_merge_whose_bytes_changed_is_made_again(
+    checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(checkpoint("llama"))
+    out, merged, real = tmp_path / "out", tmp_path / "merged", MergeShard.finish
+    merge(str(out), str(tmp_path / "straight"))
+    made: list[str] = []
+
+    def cut_off(shard: MergeShard) -> int:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(shard.name)
+        return real(shard)
+
+    monkeypatch.setattr(MergeShard, "finish", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        merge(str(out), str(merged))
+    monkeypatch.undo()
+    raw = bytearray((merged / made[0]).read_bytes())
+    raw[-1] ^= 1
+    (merged / made[0]).write_bytes(raw)
+    merge(str(out), str(merged))
+    assert model(merged) == model(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name", ["../mine", "/mine", ""])
+def test_a_record_of_a_merge_that_names_what_lies_outside_is_refused(
+    name: str, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    (tmp_path / "mine").write_bytes(b"mine")
+    record = json.loads((tmp_path / "merged" / MERGED).read_text())
+    tiny_models.edit_json(tmp_path / "merged" / MERGED, files={**record["files"], name: 4})
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="is not a record that this version reads"):
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"), overwrite=True)
+    assert contents(tmp_path) == before

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import tracemalloc
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +20,16 @@ import tiny_models
 from interruptions import Count, PulledPlugError, PullThePlug, halfway, shards
 from tiny_models import contents
 
-from milora_init.errors import OutputError
+from milora_init import plan
+from milora_init.checkpoint import read_chunks
+from milora_init.errors import OutputError, PlanError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.merge import merge
 from milora_init.options import InitOptions
 from milora_init.output import WORK, OutputFolder
 from milora_init.plan import make_plan
 from milora_init.progress import Silent
+from milora_init.safetensors_writer import partial_of
 from milora_init.verify import verify
 
 Built = Callable[..., Path]
@@ -176,7 +182,10 @@ def test_overwrite_removes_nothing_outside_whatever_a_manifest_claims(
     content = json.loads(path.read_text())
     content["files"] |= {"../mine": 4, str(mine): 4}
     path.write_text(json.dumps(content))
-    start(checkpoint("llama"), rank=3, overwrite=True)
+    before = states(tmp_path / "out")
+    with pytest.raises(OutputError, match=rf"{MANIFEST} is not a manifest that this version reads: '.*mine'"):
+        start(checkpoint("llama"), rank=3, overwrite=True)
+    assert states(tmp_path / "out") == before
     assert mine.read_bytes() == b"mine"
 
 
@@ -376,3 +385,123 @@ def test_what_a_run_left_that_was_cut_off_behind_its_manifest_is_swept_up(
         assert contents(tmp_path / "out").keys() > before.keys()
     assert start(checkpoint("llama")) == made
     assert not pieces.exists()
+
+
+@pytest.mark.parametrize("name", [WORK, f"{WORK}/journal.jsonl", f"{WORK}/lock", f"{WORK}/source"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_link_in_the_place_of_the_journal_is_refused_and_nothing_behind_it_touched(
+    name: str, finished: bool, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    """`--overwrite` empties the journal's folder; through a link that would be anybody's."""
+    out, home = tmp_path / "out", tmp_path / "home"
+    if finished:
+        start(checkpoint("llama"))
+    (home / "deep").mkdir(parents=True)
+    (home / "notes.txt").write_bytes(b"mine")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).symlink_to(home)
+    before = states(tmp_path)
+    with pytest.raises(OutputError, match=f"{re.escape(name)} is a link") as caught:
+        start(checkpoint("llama"), rank=3, overwrite=True)
+    assert caught.value.hint
+    assert states(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_whose_adapter_is_a_link_out_is_not_written_or_cleared_through_it(
+    overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    (tmp_path / "out" / "lora").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "lora").symlink_to(tmp_path / "elsewhere")
+    before = states(tmp_path)
+    with pytest.raises(OutputError, match=r"'lora/adapter_config\.json' leads out of"):
+        start(checkpoint("llama"), overwrite=overwrite)
+    assert states(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["shard", "tokenizer.json", "lora/adapter_model.safetensors"])
+def test_a_link_in_the_place_of_an_unfinished_file_is_not_written_through(
+    name: str, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    source, out, mine = checkpoint("llama"), tmp_path / "out", tmp_path / "mine"
+    halfway(start, source, out)
+    mine.write_bytes(b"mine")
+    path = out / f"{shards(source)[2] if name == 'shard' else name}.partial"
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(mine)
+    start(source)
+    assert mine.read_bytes() == b"mine"
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400, 0o444, 0o666, 0o777])
+def test_nobody_may_read_a_copy_who_may_not_read_the_source(
+    mode: int, start: Start, own: Built, tmp_path: Path
+) -> None:
+    source = own("llama")
+    for path in source.iterdir():
+        path.chmod(mode)
+    umask = os.umask(0o022)
+    try:
+        start(source)
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    finally:
+        os.umask(umask)
+    for out in ("out", "merged"):
+        copies = [tmp_path / out / path.name for path in source.iterdir() if path.name != "README.md"]
+        assert {mode_of(path) for path in copies} == {mode & 0o644}, out
+
+
+def test_side_files_count_in_the_room_that_is_needed(start: Start, own: Built, tmp_path: Path) -> None:
+    source = own("llama")
+    options = InitOptions(model=str(source), out="out", rank=4)
+    before = make_plan(options, source).room_bytes
+    (source / "vocab.txt").write_bytes(bytes(100_000))
+    assert make_plan(options, source).room_bytes == before + 100_000
+
+
+def test_a_side_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(bytes(32 << 20))
+    out: OutputFolder[Manifest] = OutputFolder(tmp_path / "out", MANIFEST, read_manifest)
+    tracemalloc.start()
+    out.write("big", read_chunks(tmp_path / "big"))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "out" / "big").stat().st_size == 32 << 20
+    assert peak_bytes < 8 << 20
+
+
+@pytest.mark.parametrize("length", [247, 248, 255])
+def test_the_longest_names_that_a_file_system_takes_are_written_resumed_and_cleared(
+    length: int, start: Start, own: Built, tmp_path: Path
+) -> None:
+    source = own("llama")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    long = {name: f"{name.removesuffix('.safetensors'):x<{length - 12}}.safetensors" for name in shards(source)}
+    for name, longer in long.items():
+        (source / name).rename(source / longer)
+    index["weight_map"] = {tensor: long[name] for tensor, name in index["weight_map"].items()}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / ("é" * ((length - 4) // 2) + ".txt")).write_bytes(b"x")
+    halfway(start, source, tmp_path / "out")
+    count = Count()
+    made = start(source, progress=count)
+    assert count.made == shards(source)[2:]
+    assert made.files == {n: len(c) for n, c in contents(tmp_path / "out").items() if n != MANIFEST}
+    unfinished = partial_of(tmp_path / "out" / shards(source)[0])
+    assert len(unfinished.name.encode()) <= 255
+    unfinished.write_bytes(b"half")
+    start(source, rank=3, overwrite=True)
+    assert not unfinished.exists()
+
+
+def test_two_files_of_one_name_are_an_error_of_the_plan(checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "side_files", lambda _: ["tokenizer.json", "lora/adapter_model.safetensors"])
+    source = checkpoint("llama")
+    with pytest.raises(PlanError, match=r"two files of the output would be lora/adapter_model\.safetensors"):
+        make_plan(InitOptions(model=str(source), out="out", rank=4), source)

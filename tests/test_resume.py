@@ -160,3 +160,84 @@ def test_what_a_killed_run_left_is_taken_up_or_overwritten(start: Start, checkpo
         partial.write_bytes(b"half")
         assert start(source, **options).files
         assert not partial.exists()
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+class Remade(Count):
+    """Remembers too what was told to be made again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again: list[str] = []
+
+    def remaking(self, name: str) -> None:
+        self.again.append(name)
+
+
+@pytest.mark.parametrize("piece", [False, True])
+def test_a_shard_whose_bytes_or_factors_changed_is_made_again(
+    piece: bool, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    start(source, out=str(tmp_path / "straight"))
+    halfway(start, source, out)
+    shard = next(name for name in shards(source) if (out / WORK / f"{name}.adapter").exists())
+    damage(out / WORK / f"{shard}.adapter" if piece else out / shard)
+    seen = Remade()
+    start(source, progress=seen)
+    assert seen.again == [shard]
+    assert seen.made == [shard, *shards(source)[2:]]
+    own = "lora/adapter_config.json"
+    straight, resumed = (weights_and_adapter(folder) for folder in (tmp_path / "straight", out))
+    assert {n: c for n, c in resumed.items() if n != own} == {n: c for n, c in straight.items() if n != own}
+
+
+def test_a_finished_shard_without_a_hash_is_made_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    source = checkpoint("llama")
+    journal = halfway(start, source, tmp_path / "out")
+    head, *lines = (json.loads(line) for line in journal.read_text().splitlines())
+    assert all(line["hashes"].keys() == line["files"].keys() for line in lines)
+    del lines[0]["hashes"]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    seen = Remade()
+    start(source, progress=seen)
+    assert seen.again == shards(source)[:1]
+
+
+@pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../mine", "a\\mine", ""])
+@pytest.mark.parametrize("where", ["head", "files", "shard"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_journal_that_names_what_lies_outside_is_damaged(
+    name: object, where: str, overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    if where == "head":
+        lines[0]["files"].append(name)
+    elif where == "files":
+        lines[1]["files"] = {**lines[1]["files"], str(name): 4}
+    else:
+        lines[1]["shard"] = name
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match=r"journal\.jsonl is damaged"):
+        start(checkpoint("llama"), overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("line", [{"files": 3}, {"files": ["a"]}, {"hashes": 3}, {"hashes": ["a"]}])
+def test_a_journal_of_the_wrong_types_is_damaged(
+    line: dict[str, Any], start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+    lines = [json.loads(text) for text in journal.read_text().splitlines()]
+    lines[1] |= line
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(OutputError, match=r"journal\.jsonl is damaged"):
+        start(checkpoint("llama"))

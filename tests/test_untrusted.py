@@ -58,3 +58,22 @@ def test_a_link_that_leads_out_is_refused_and_one_that_stays_is_not(tmp_path: Pa
 
 def test_text_cannot_steer_a_terminal() -> None:
     assert printable("a\n::b\x1b]0;c\x07é") == "a\\n::b\\x1b]0;c\\x07é"
+
+
+def test_a_link_into_the_blobs_of_the_same_repository_stays_and_no_other_does(tmp_path: Path) -> None:
+    snapshot, other = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--c" / "blobs"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    for folder in (snapshot / "lora", blobs / "deep", other):
+        folder.mkdir(parents=True)
+    (snapshot / "file").symlink_to("../../blobs/4567")
+    (snapshot / "lora" / "file").symlink_to("../../../blobs/89ab")
+    assert path_inside(snapshot, "file") == snapshot / "file"
+    assert path_inside(snapshot, "lora/file") == snapshot / "lora" / "file"
+    for name, target in (("a", other / "x"), ("b", blobs), ("c", blobs / "deep" / "x"), ("d", tmp_path / "x")):
+        (snapshot / name).symlink_to(target)
+        with pytest.raises(ValueError, match="leads out"):
+            path_inside(snapshot, name)
+    blobs.rename(tmp_path / "secret")
+    blobs.symlink_to(tmp_path / "secret")  # a repository that brings its own `blobs`
+    with pytest.raises(ValueError, match="leads out"):
+        path_inside(snapshot, "file")

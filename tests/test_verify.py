@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -398,3 +401,39 @@ def test_without_a_manifest_a_named_adapter_tells_an_original(
     trained: Path, checkpoint: Built, pristine: Built, tmp_path: Path
 ) -> None:
     assert verify(str(checkpoint("llama")), trained=str(pristine() / "lora")).kind == verdicts.ORIGINAL
+
+
+@pytest.mark.parametrize(
+    "name", [MANIFEST, "config.json", "lora/adapter_config.json", "tokenizer.json", ".milora-init"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_an_error_and_is_never_read(
+    kind: str, name: str, out: Path, tmp_path: Path
+) -> None:
+    """Read, the one never answers and the other never ends."""
+    path = out / name
+    if name == ".milora-init":
+        path.mkdir()
+        path /= "journal.jsonl"
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    trained = ["--adapter", str(out / "lora")]
+    commands = [["verify", str(out)], ["verify", str(out), *trained], ["report", str(out)]]
+    commands += [["merge", str(out), "--out", str(tmp_path / "merged")], ["push", str(out), "me/pair"]]
+    if name == ".milora-init":  # which only the main job reads
+        commands = [["-m", str(tmp_path / "source"), "-o", str(out), "-r", "4", "--overwrite"]]
+        shutil.copytree(out, tmp_path / "source", ignore=shutil.ignore_patterns(MANIFEST, ".milora-init", "lora"))
+    code = (
+        "import json, sys; from milora_init.cli import run; print(*map(run, json.loads(sys.argv[1])), file=sys.stderr)"
+    )
+    process = subprocess.run(  # in a process of its own, which can be ended
+        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, check=False, timeout=120
+    )
+    only_read_the_manifest = ["report"] if name != MANIFEST else []
+    statuses = [0 if command[0] in only_read_the_manifest else 1 for command in commands]
+    assert process.stderr.splitlines()[-1] == " ".join(map(str, statuses))
+    assert "Traceback" not in process.stderr
+    assert "please report" not in process.stderr
