@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub import errors as hub
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status, http_backoff
 
 from milora_init.checkpoint import (
     PICKLE_INDEX,
@@ -31,6 +31,11 @@ from milora_init.errors import HubError
 from milora_init.safetensors_format import MAX_HEADER_BYTES, Header, parse_header
 
 _HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
+
+
+def hide_bars() -> None:
+    """Draw none of huggingface_hub's progress bars from now on."""
+    disable_progress_bars()
 
 
 def open_snapshot(model: str, *, revision: str | None, cache_dir: str | None, token: str | None) -> tuple[Path, Remote]:

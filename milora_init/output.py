@@ -153,15 +153,20 @@ class OutputFolder(Generic[F]):
         }  # fmt: skip
 
     def abandon(self) -> None:
-        """Remove what a run left that recorded no shard; an empty folder goes with it."""
-        lines = self._read_journal()
-        if len(lines) <= 1:
-            # Other devices may have finished shards since the failure; without a line they would look foreign.
-            self._clear(lines[0]["files"] if lines else ())
-            shutil.rmtree(self.work, ignore_errors=True)
-            if self.path.is_dir() and not any(self.path.iterdir()):
-                self.path.rmdir()
-        self._release_lock()
+        """Remove what a run left that recorded no shard; an empty folder goes with it.
+
+        Why the run failed is what has to be told: what fails here stands, and the same command takes it up.
+        """
+        with suppress(OSError, OutputError):
+            lines = self._read_journal()
+            if len(lines) <= 1:
+                # Other devices may have finished shards since the failure; without a line they would look foreign.
+                self._clear(lines[0]["files"] if lines else ())
+                shutil.rmtree(self.work, ignore_errors=True)
+                if self.path.is_dir() and not any(self.path.iterdir()):
+                    self.path.rmdir()
+        with suppress(OSError):
+            self._release_lock()
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file whole: under another name first, then renamed."""

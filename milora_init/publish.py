@@ -88,6 +88,12 @@ class Repository:
         with explained(self.repo, self._revision):
             return str(self._manifest().get("fingerprint", ""))
 
+    def manifest(self) -> Manifest:
+        """The manifest of the finished output in it. Raises OutputError, HubError."""
+        with explained(self.repo, self._revision):
+            path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
+        return require_manifest(Path(path).parent)
+
     def _manifest(self) -> dict[str, Any]:
         """The manifest of the output of ours that stands in it, empty where there is none."""
         if MANIFEST not in self.files():

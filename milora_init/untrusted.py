@@ -7,7 +7,10 @@ one rule for all of them, applied when the name is read and again when a file is
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path, PurePosixPath
+
+_COMMAND = re.compile(r"^(\s*)::")
 
 
 def relative_name(name: object) -> str:
@@ -39,5 +42,10 @@ def path_inside(folder: Path, name: object) -> Path:
 
 
 def printable(text: str) -> str:
-    """Text on one line, with everything spelled out that would steer a terminal or a CI runner."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Text on one line, with everything spelled out that would steer a terminal or a CI runner.
+
+    That is every character that prints nothing: control characters, separators of lines, changes of direction. A
+    runner takes a line that begins with `::`, and any line with `##[` or `##vso[` in it, for a command.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _COMMAND.sub(r"\1\\x3a:", text).replace("##", "#\\x23")
