@@ -1,8 +1,12 @@
-"""The model card of an output, and its summary for a CI job: Markdown out of the manifest."""
+"""The model card of an output, and its summary for a CI job: Markdown out of the manifest.
+
+Every name out of a file goes through `code`, `plain` or `sentence`: none of them breaks a table or brings a link.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 from milora_init import adapter
 from milora_init.manifest import Manifest
 from milora_init.report import duration, kinds, loading_lines, share, size, warnings
+from milora_init.untrusted import printable
 
 _METHODS = {
     "min": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
@@ -17,7 +22,25 @@ _METHODS = {
     "mid": "the middle singular components",
     "random": "singular components drawn at random",
 }
+_PLAIN = re.compile(r"(?!www\.)[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_MARKUP = re.compile(r"[\\*<>\[\]|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 _SUMMARY_BYTES = 1 << 20  # what GitHub takes of a step's summary, all that is in it
+
+
+def code(value: object) -> str:
+    """Text as a span of code, in a table too: what it holds is no markup there."""
+    text = printable(str(value)).replace("`", "'").replace("|", "\\x7c")
+    return f"`{text}`" if text.strip() else ""
+
+
+def plain(value: object) -> str:
+    """A name or a figure as it is, if it is one; as code if it is anything else."""
+    return str(value) if _PLAIN.fullmatch(str(value)) else code(value)
+
+
+def sentence(text: str) -> str:
+    """A line of text, of which nothing but its spans of code is markup."""
+    return _MARKUP.sub(r"\\\g<0>", printable(text))
 
 
 def card_data(manifest: Manifest) -> dict[str, Any]:
@@ -33,11 +56,14 @@ def card_data(manifest: Manifest) -> dict[str, Any]:
 def card_text(manifest: Manifest, repo: str) -> str:
     """The card's text, for the repository that it is written for."""
     inputs, source = manifest.inputs, manifest.source
-    commit = f" at commit `{source['revision']}`" if source["revision"] else ""
-    name = f"[{source['model']}](https://huggingface.co/{source['model']})" if source["revision"] else "a local model"
+    commit = f" at commit {code(source['revision'])}" if source["revision"] else ""
+    model = str(source["model"])
+    linked = all(_PLAIN.fullmatch(part) for part in model.split("/"))
+    of_the_hub = f"[{model}](https://huggingface.co/{model})" if linked else code(model)
+    name = of_the_hub if source["revision"] else "a local model"
     peft = adapter.PEFT_FOR_EXPERTS if manifest.adapter.get("target_parameters") else adapter.PEFT_FOR_MODULES
     return f"""
-# {repo.rpartition("/")[2]}
+# {sentence(repo.rpartition("/")[2])}
 
 A residual base and the LoRA adapter that completes it, both made from {name}{commit}, ready for training.
 Each targeted weight W was taken apart: scale * B A is in `lora/`, W - scale * B A is the base.
@@ -58,9 +84,10 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 
 ## How it was made
 
-`milora-init` {manifest.versions["milora_init"]}: mode `{inputs["mode"]}`, rank {inputs["rank"]}, alpha \
-{inputs["alpha"]}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
-{", ".join(sorted({w.dtype for w in manifest.weights}))}, dropout {manifest.adapter["lora_dropout"]} for training.
+`milora-init` {plain(manifest.versions["milora_init"])}: mode {code(inputs["mode"])}, rank {plain(inputs["rank"])}, \
+alpha {plain(inputs["alpha"])}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
+{", ".join(sorted({plain(w.dtype) for w in manifest.weights}))}, \
+dropout {plain(manifest.adapter["lora_dropout"])} for training.
 
 {table(manifest)}
 
@@ -68,7 +95,7 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 *error*: the certified error of the component. `milora_init.json` has the figures of every weight, and the SHA-256 of
 every file; `milora-init verify` reads them.
 
-{"".join(f"- {warning}{chr(10)}" for warning in warnings(manifest))}
+{"".join(f"- {sentence(warning)}{chr(10)}" for warning in warnings(manifest))}
 ## After training
 
 `milora-init merge` makes one plain model of this base and a trained adapter; `milora-init convert` makes a plain LoRA
@@ -99,12 +126,13 @@ def write_step_summary(manifest: Manifest) -> None:
 
 def step_summary(manifest: Manifest) -> str:
     """What a CI job shows of a run."""
-    notes = "".join(f"- {warning}\n" for warning in warnings(manifest))
+    notes = "".join(f"- {sentence(warning)}\n" for warning in warnings(manifest))
     files = size(sum(manifest.files.values()))
-    text = f"""### milora-init: {manifest.out}
+    text = f"""### milora-init: {sentence(manifest.out)}
 
-{len(manifest.weights)} weights of `{manifest.source["model"]}`, mode `{manifest.inputs["mode"]}`, rank \
-{manifest.inputs["rank"]}: {files} in {duration(manifest.elapsed_s)}. Fingerprint `{manifest.fingerprint[:12]}`.
+{len(manifest.weights)} weights of {code(manifest.source["model"])}, mode {code(manifest.inputs["mode"])}, rank \
+{plain(manifest.inputs["rank"])}: {files} in {duration(manifest.elapsed_s)}. \
+Fingerprint {code(manifest.fingerprint[:12])}.
 
 {table(manifest)}
 
@@ -120,8 +148,8 @@ def table(manifest: Manifest) -> str:
     """The figures, a line for each kind of weight."""
     lines = ["| module | shape | weights | rank | energy | worst leak | worst error |", "|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {kind.suffix} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} | {share(kind.energy)} "
-        f"| {kind.leak:.1e} | {kind.certificate:.0e} |"
+        f"| {plain(kind.suffix)} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} "
+        f"| {share(kind.energy)} | {kind.leak:.1e} | {kind.certificate:.0e} |"
         for kind in kinds(manifest.weights)
     ]
     return "\n".join(lines)

@@ -6,23 +6,32 @@ Nothing heavy is imported here, so that `--help` and a mistyped option answer at
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
-import traceback
-from contextlib import suppress
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from milora_init import __version__, verbs
-from milora_init.errors import MiloraError, UsageError
+from milora_init import __version__, streams, verbs
+from milora_init.errors import MiloraError, UsageError, explain
 
 if TYPE_CHECKING:
     from milora_init.options import InitOptions
-    from milora_init.publish import Repository
+
+
+class _Verbs(TyperGroup):
+    """Keeps the words from the verb on, which the context forgets: `context.obj` is the list that they go into."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        ctx.obj[:] = args
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(
+    cls=_Verbs,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,18 +49,14 @@ class _Terminated(BaseException):
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of `milora-init`: run, and leave with the exit status."""
+    stdout = streams.secure()
     signal.signal(signal.SIGTERM, _terminate)
     status = run(sys.argv[1:] if argv is None else argv)
+    if stdout.lost and not status:
+        status = _fail([], f"stdout cannot be written: {stdout.lost.strerror}", "look at where it goes to", 1)
     # After a failure a factorisation or a download may still run, which cannot be interrupted: the interpreter would
     # wait minutes for its thread. All that it could still do is write into files that are gone. After a success all
     # is on the disk, and taking torch down would only cost time.
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:  # who read has had enough
-            pass
-        except OSError:
-            status = status or 1
     os._exit(status)
 
 
@@ -61,41 +66,46 @@ def run(argv: list[str]) -> int:
         app(["--help"], standalone_mode=False, prog_name="milora-init")
         return 2
     verbs.answer.expect()
-    resume = _AGAIN if {"verify", "report", "convert"} & set(argv) else _RESUME
+    words: list[str] = []  # from the verb on
     try:
-        status = int(app(argv, standalone_mode=False, prog_name="milora-init") or 0)
+        if any("\0" in word for word in argv):
+            raise UsageError("an option holds a NUL character, which no path and no name has")
+        status = int(app(argv, standalone_mode=False, prog_name="milora-init", obj=words) or 0)
         # Some versions of typer turn an interruption into a bare status.
-        return _fail(argv, "interrupted", resume, 130, KeyboardInterrupt()) if status == 130 else status
+        return _fail(argv, "interrupted", _go_on(words), 130, KeyboardInterrupt()) if status == 130 else status
     except MiloraError as error:
         return _fail(argv, error.message, error.hint, error.exit_code, error)
     except (KeyboardInterrupt, typer.Abort) as error:
-        return _fail(argv, "interrupted", resume, 130, error)
+        return _fail(argv, "interrupted", _go_on(words), 130, error)
     except _Terminated as error:
-        return _fail(argv, "terminated", resume, 143, error)
-    except OSError as error:  # where a path was only looked at; whoever reads or writes one says so himself
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _fail(argv, what, "look at the path, its permissions and its disk", 1, error)
+        return _fail(argv, "terminated", _go_on(words), 143, error)
     except Exception as error:
         # Typer's own usage errors; which package defines their class depends on its version.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             message = error.format_message() + _offending_value(argv, getattr(error, "param", None))
             command = getattr(getattr(error, "ctx", None), "command_path", "milora-init")
             return _fail(argv, message, f"{command} --help", error.exit_code, error)
-        hint = "please report this; MILORA_DEBUG=1 shows where it happened"
-        return _fail(argv, f"{type(error).__name__}: {error}", hint, 1, error)
+        message, hint = explain(error) or (
+            f"{type(error).__name__}: {error}",
+            "please report this; MILORA_DEBUG=1 shows where it happened",
+        )
+        return _fail(argv, message, hint, 1, error)
 
 
-def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseException) -> int:
-    if os.environ.get("MILORA_DEBUG"):
-        traceback.print_exception(error)
-    from milora_init.terminal import print_error
+def _go_on(words: list[str]) -> str:
+    """What to do after an interruption of the command that these words begin, the main job where there are none."""
+    return _AGAIN if words and words[0] in ("verify", "report", "convert") else _RESUME
 
+
+def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseException | None = None) -> int:
+    from milora_init.terminal import annotate, print_error, print_traceback
+
+    if os.environ.get("MILORA_DEBUG") and error is not None:
+        print_traceback(error)
     print_error(message, hint)
-    verbs.annotate(message, hint)
+    annotate(message, hint)
     if "--json" in argv:
-        with suppress(OSError):  # when stdout is what failed
-            verbs.answer.give({"status": "failed", "error": message, "hint": hint, "exit_code": status})
-            sys.stdout.flush()
+        verbs.answer.give({"status": "failed", "error": message, "hint": hint, "exit_code": status})
     return status
 
 
@@ -113,7 +123,9 @@ def _offending_value(argv: list[str], parameter: object) -> str:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"milora-init {__version__}")
+        from milora_init.terminal import print_version
+
+        print_version(__version__)
         raise typer.Exit
 
 
@@ -241,72 +253,78 @@ def init(
 
 
 def _refuse_options_before(verb: str, context: typer.Context) -> None:
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if source is not None and source.name == "COMMANDLINE":
-            raise UsageError(
-                f"{parameter.opts[0]} stands before `{verb}`: it is an option of the main job, not of `{verb}`",
-                hint=f"milora-init {verb} --help",
-            )
+    """Raise UsageError where options stand before a verb, with the command that was meant if the verb has them."""
+    command: Any = context.command  # a group, whose class typer and click each have
+    own = {name for parameter in command.commands[verb].params for name in parameter.opts}
+    given = [
+        parameter
+        for parameter in command.params
+        if getattr(context.get_parameter_source(parameter.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if not given:
+        return
+    first = next((parameter for parameter in given if not own & set(parameter.opts)), None)
+    if first:
+        raise UsageError(
+            f"{first.opts[0]} stands before `{verb}`: it is an option of the main job, not of `{verb}`",
+            hint=f"milora-init {verb} --help",
+        )
+    moved = [word for parameter in given for word in _spelled(parameter, context.params[parameter.name])]
+    raise UsageError(
+        f"{given[0].opts[0]} stands before `{verb}`: the options of a verb stand behind it",
+        hint=shlex.join(["milora-init", *context.obj, *moved]),
+    )
+
+
+def _spelled(parameter: Any, value: Any) -> list[str]:
+    """An option as it is written on a command line; a token is not repeated."""
+    if isinstance(value, bool):
+        return [parameter.opts[0] if value else parameter.secondary_opts[0]]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    shown = "TOKEN" if parameter.name == "token" else None
+    return [word for one in values for word in (parameter.opts[0], shown or str(one))]
 
 
 def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, yes: bool) -> None:
     from dataclasses import asdict
 
     from milora_init.card import write_step_summary
-    from milora_init.decompose import decompose, locate, seats
+    from milora_init.decompose import carry_out, locate, seats
     from milora_init.plan import describe, make_plan
     from milora_init.report import summary
     from milora_init.self_check import require_loadable
     from milora_init.terminal import Bar, print_plan, print_published, print_summary, waiting
     from milora_init.workers import multiply_rate
 
-    # Theirs would be drawn over ours.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    verbs.hide_the_hubs_bars()
     with waiting("reading headers and names", quiet=quiet):
         plan = make_plan(options, *locate(options))
     if dry_run:
         require_loadable(plan)
-        estimate_s = plan.solve_flops / multiply_rate()
-        at_once = len(seats(plan)[0])
+        devices = seats(plan)[0]
+        estimate_s = plan.solve_flops / multiply_rate(devices[0])
         if as_json:
-            verbs.answer.give({**describe(plan, at_once), "estimate_s": round(estimate_s, 1)})
+            verbs.answer.give({**describe(plan, len(devices)), "estimate_s": round(estimate_s, 1)})
         else:
-            print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once))
+            print_plan(plan, estimate_s, plan.peak_memory_bytes(len(devices)))
         return
-    repository = _claim(options, yes=yes)
-    through = options.low_disk and repository is not None  # nothing of the output is to stay here
-    if through and repository and repository.manifest_fingerprint() == plan.fingerprint:
+    with Bar(quiet=quiet, verbose=verbose) as bar:
+        manifest, published = carry_out(plan, progress=bar, replace=yes)
+    through = options.low_disk and options.push_to_hub is not None  # nothing of the output is here
+    if through and not published:
         if as_json:
             verbs.answer.give({"status": "unchanged", "pushed": {"repo": options.push_to_hub}})
         elif not quiet:
-            print_published(options.push_to_hub or "", unchanged=True)
+            with streams.optional():
+                print_published(options.push_to_hub or "", unchanged=True)
         return
-    with Bar(quiet=quiet, verbose=verbose) as bar:
-        manifest = decompose(plan, progress=bar, sink=repository if through else None)
-    if repository and through:
-        manifest = repository.shown(manifest)
-    elif repository:
-        with waiting(f"pushing to {options.push_to_hub}", quiet=quiet):
-            repository.push(plan.out, manifest)
-    published = repository.published if repository else None
-    unchanged = not bar.began and not (through and published)
+    unchanged = not bar.began and not through
     write_step_summary(manifest)
     if as_json:
         told = {"pushed": asdict(published)} if published else {}
         verbs.answer.give({**summary(manifest, unchanged=unchanged), **told})
     elif not quiet:
-        print_summary(manifest, ended="already done, nothing to do" if unchanged else "")
-        if published:
-            print_published(published.url)
-
-
-def _claim(options: InitOptions, *, yes: bool) -> Repository | None:
-    """The repository that the output goes to, seen to be one that may be written to before anything is computed."""
-    if not options.push_to_hub:
-        return None
-    from milora_init.publish import Repository
-
-    repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.claim(overwrite=yes)
-    return repository
+        with streams.optional():
+            print_summary(manifest, ended="already done, nothing to do" if unchanged else "")
+            if published:
+                print_published(published.url)

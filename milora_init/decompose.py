@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -34,9 +34,14 @@ from milora_init.self_check import require_loadable
 from milora_init.supply import Supply
 from milora_init.workers import Crew, memory_bytes, one_ahead, resolve_devices, side_by_side
 
+if TYPE_CHECKING:
+    from milora_init.publish import Published
+
 
 def initialize(options: InitOptions, *, progress: Progress | None = None) -> Manifest:
     """Do the main job: a residual base and its adapter in `options.out`, from `options.model`.
+
+    With `options.push_to_hub` the output goes there too; with `options.low_disk` as well, there alone.
 
     Returns:
         The manifest, which also stands in the folder as milora_init.json. A finished output of the same request is
@@ -45,7 +50,7 @@ def initialize(options: InitOptions, *, progress: Progress | None = None) -> Man
     Raises:
         MiloraError: See `errors`; what is left of the output is then unfinished, and resumable if any shard was done.
     """
-    return decompose(make_plan(options, *locate(options)), progress=progress)
+    return carry_out(make_plan(options, *locate(options)), progress=progress)[0]
 
 
 def locate(options: InitOptions) -> tuple[Path, Remote | None]:
@@ -110,6 +115,35 @@ class Sink(Protocol):
 
     def push(self, folder: Path, manifest: Manifest, *, there: Collection[str]) -> object:
         """Take all the rest: the output is finished."""
+
+
+def carry_out(
+    plan: Plan, *, progress: Progress | None = None, replace: bool = False
+) -> tuple[Manifest, Published | None]:
+    """Carry out a plan and publish the output, if that was asked for; see `initialize`.
+
+    The repository is seen to be one that may be written to before anything is computed; with `replace`, also where it
+    holds something else.
+
+    Returns:
+        The manifest, and where the output went: None if it was not to be published, or needed not be.
+    """
+    options = plan.options
+    if not options.push_to_hub:
+        return decompose(plan, progress=progress), None
+    from milora_init.publish import Repository
+
+    repository = Repository(options.push_to_hub, private=options.private, token=options.token)
+    repository.claim(overwrite=replace)
+    if not options.low_disk:
+        manifest = decompose(plan, progress=progress)
+        if progress:
+            progress.pushing(options.push_to_hub)
+        return manifest, repository.push(plan.out, manifest)
+    if repository.manifest_fingerprint() == plan.fingerprint:
+        return repository.manifest(), None
+    manifest = decompose(plan, progress=progress, sink=repository)
+    return repository.shown(manifest), repository.published
 
 
 def decompose(plan: Plan, *, progress: Progress | None = None, sink: Sink | None = None) -> Manifest:

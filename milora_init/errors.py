@@ -13,6 +13,24 @@ A message names the value and what was expected; the hint is the command or the 
 
 from __future__ import annotations
 
+import errno
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "free some space",
+    errno.EMFILE: "raise the limit on open files: ulimit -n 4096",
+    errno.ENFILE: "close other programs: the whole machine has too many files open",
+    errno.ENOMEM: "close other programs, or raise the limit on memory",
+    errno.EROFS: "its file system is read-only: mount it for writing",
+    errno.EACCES: "look at its permissions and at those of the folders above it",
+    errno.EPERM: "look at its permissions and at those of the folders above it",
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.ELOOP: "look at the links on the way to it",
+    errno.EIO: "look at the disk, which reports an error",
+}
+_EVERYWHERE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # another path does not help
+
 
 class MiloraError(Exception):
     """Base of the tree.
@@ -62,3 +80,36 @@ class SolveError(MiloraError):
 
 class HubError(MiloraError):
     """The Hub refused, or cannot be reached."""
+
+
+def remedy(error: OSError, instead: str = "") -> str:
+    """What repairs a refusal of the operating system's; `instead` is another way, where another path is one."""
+    found = _REMEDIES.get(error.errno or 0, "look at the path, its permissions and its disk")
+    return f"{found}, or {instead}" if instead and error.errno not in _EVERYWHERE else found
+
+
+def explain(error: BaseException) -> tuple[str, str] | None:
+    """Message and repair of what the machine refused, wherever it happened; None for what may be a fault of ours."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError):
+        return (f"{error.filename}: {error.strerror}" if error.filename else text), remedy(error)
+    if "can't start new thread" in text:
+        return "no further thread can be started", "raise the limits on processes and memory: ulimit -u, ulimit -v"
+    if isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY):
+        return (
+            f"the memory does not suffice{f': {text}' if text else ''}",
+            "raise the limit on memory: --dry-run tells the need",
+        )
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object!a} has characters that {error.encoding} does not have", "set LC_ALL=C.UTF-8"
+    if "embedded null" in text:
+        return "a path holds a NUL character", "name another path"
+    if "home directory" in text:  # of Path.expanduser
+        return "a path begins with ~ and no such user is known", "write the path without ~"
+    return None
+
+
+_NO_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate memory", "annot allocate memory", "bad_alloc",
+    "failed to map segment",
+)  # fmt: skip

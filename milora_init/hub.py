@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub import errors as hub
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status, http_backoff
 
 from milora_init.checkpoint import (
     PICKLE_INDEX,
@@ -27,11 +27,16 @@ from milora_init.checkpoint import (
     Remote,
 )
 from milora_init.digest import sha256
-from milora_init.errors import HubError
+from milora_init.errors import HubError, explain, remedy
 from milora_init.safetensors_format import MAX_HEADER_BYTES, Header, parse_header
 from milora_init.untrusted import relative_name
 
 _HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
+
+
+def hide_bars() -> None:
+    """Draw none of huggingface_hub's progress bars from now on."""
+    disable_progress_bars()
 
 
 def open_snapshot(model: str, *, revision: str | None, cache_dir: str | None, token: str | None) -> tuple[Path, Remote]:
@@ -101,8 +106,8 @@ def require_room(remote: Remote, folder: Path) -> None:
 
 
 @contextmanager
-def explained(model: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises over a model into a HubError that says what to do."""
+def explained(model: str, revision: str | None, *, pushing: bool = False) -> Iterator[None]:
+    """Turn what huggingface_hub raises over a model, or a repository to push to, into a HubError with a repair."""
     try:
         yield
     except hub.GatedRepoError as error:
@@ -111,13 +116,16 @@ def explained(model: str, revision: str | None) -> Iterator[None]:
     except hub.RevisionNotFoundError as error:
         raise HubError(f"{model} has no revision {revision!r}", hint="name a branch, a tag or a commit") from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+        kind = "no repository" if pushing else "neither a folder here nor a model"
         raise HubError(
-            f"{model!r} is neither a folder here nor a model on the Hub that this token may see",
+            f"{model!r} is {kind} on the Hub that this token may see",
             hint="check the name; for a private model `hf auth login`, or set HF_TOKEN",
         ) from error
     except hub.LocalEntryNotFoundError as error:
         if (status := _status(error)) is not None:
             raise _refused(model, status, error) from error
+        if pushing:
+            raise _refused(model, None, error) from error
         what = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
         raise HubError(
             f"{what} is neither a folder here nor in the local cache, and the Hub cannot be reached",
@@ -126,23 +134,24 @@ def explained(model: str, revision: str | None) -> Iterator[None]:
     except hub.EntryNotFoundError as error:
         raise HubError(
             f"{model} lacks a file that it should have: {' '.join(str(error).split())[:200]}",
-            hint="it may be incomplete; name another --revision",
+            hint="run the same command again" if pushing else "it may be incomplete; name another --revision",
         ) from error
     except hub.HfHubHTTPError as error:
         raise _refused(model, _status(error), error) from error
     except HubError:
         raise
     except hub.OfflineModeIsEnabled as error:
+        if pushing:
+            raise HubError(f"{model} cannot be written to: HF_HUB_OFFLINE is set", hint="unset it") from error
         raise HubError(
             f"{model!r} is not whole in the local cache, and HF_HUB_OFFLINE is set",
             hint=f"unset it, or, with a network, fetch the model first: hf download {model}",
         ) from error
     except OSError as error:
-        raise HubError(
-            f"{model}: {error}", hint="look at the disk and the folder of the cache; what was fetched is kept"
-        ) from error
+        hint = "run the same command again" if pushing else "name another --cache-dir; what was fetched is kept"
+        raise HubError(f"{model}: {error}", hint=remedy(error, hint)) from error
     except Exception as error:  # huggingface_hub lets its HTTP library's errors through, and changes that library
-        if type(error).__module__.startswith("milora_init"):
+        if type(error).__module__.startswith("milora_init") or explain(error):
             raise
         raise _refused(model, None, error) from error
 

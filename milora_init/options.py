@@ -23,6 +23,8 @@ DEFAULT_RECIPE = "llm-adapters"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
+_LIMIT = 2**63  # of every whole number
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitOptions:
@@ -94,35 +96,37 @@ class InitOptions:
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
             _require(isinstance(getattr(self, name), str | None), f"{name} is not text", "quote it in the recipe")
+            _require("\0" not in (getattr(self, name) or ""), f"{name} holds a NUL character", "write it without")
         object.__setattr__(self, "token", clean_token(self.token))
         if self.push_to_hub is not None:
             require_repository(self.push_to_hub)
         _require(bool(self.model), "--model is empty", "name a local folder or a Hub id")
         _require(bool(self.out), "--out is empty", "name the folder to write")
         _require(
-            _is_int(self.rank) and self.rank >= 1,
-            f"rank is {self.rank!r}, expected a whole number of at least 1",
+            _is_int(self.rank) and 1 <= self.rank < _LIMIT,
+            f"rank is {_short(self.rank)}, expected a whole number of at least 1 and below 2^63",
         )
         _require(self.mode in MODES, f"mode is {self.mode!r}", f"choose one of: {', '.join(MODES)}")
         _require(bool(self.target), "no target is named", "name at least one, e.g. --target q_proj")
         for name in (*self.target, *self.exclude):
             _require(isinstance(name, str) and bool(name), f"target {name!r} is not a module name")
         _require(
-            self.alpha is None or (_is_int(self.alpha) and self.alpha >= 1),
-            f"alpha is {self.alpha!r}, expected a whole number of at least 1",
+            self.alpha is None or (_is_int(self.alpha) and 1 <= self.alpha < _LIMIT),
+            f"alpha is {_short(self.alpha)}, expected a whole number of at least 1 and below 2^63",
         )
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             ok = isinstance(pattern, Mapping) and all(
-                isinstance(key, str) and bool(key) and _is_int(value) and value >= 1 for key, value in pattern.items()
+                isinstance(key, str) and bool(key) and _is_int(value) and 1 <= value < _LIMIT
+                for key, value in pattern.items()
             )
-            _require(ok, f"{name} is {pattern!r}", "map targets to whole numbers of at least 1: {down_proj: 128}")
+            _require(ok, f"{name} is {_short(pattern)}", "map targets to whole numbers of at least 1: {down_proj: 128}")
         for name in ("rslora", "trust_remote_code", "low_disk", "private"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
         _require(
             isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
-            f"dropout is {self.dropout!r}, expected 0 <= dropout < 1",
+            f"dropout is {_short(self.dropout)}, expected 0 <= dropout < 1",
         )
         _require(
             self.task_type is None or self.task_type in TASK_TYPES,
@@ -130,7 +134,9 @@ class InitOptions:
             f"choose one of: {', '.join(TASK_TYPES)}",
         )
         _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}", f"choose one of: {', '.join(DTYPES)}")
-        _require(_is_int(self.seed) and 0 <= self.seed < 2**63, f"seed is {self.seed!r}, expected 0 <= seed < 2^63")
+        _require(
+            _is_int(self.seed) and 0 <= self.seed < _LIMIT, f"seed is {_short(self.seed)}, expected 0 <= seed < 2^63"
+        )
 
     @property
     def lora_alpha(self) -> int:
@@ -175,6 +181,7 @@ def recipe_names() -> list[str]:
 
 def read_recipe(recipe: str) -> dict[str, Any]:
     """Read a recipe into keyword arguments of InitOptions; see `InitOptions.from_recipe` for what it raises."""
+    _require("\0" not in recipe, f"the recipe {recipe!r} holds a NUL character", "name another path")
     named = _configs() / f"{recipe}.yaml"
     path = named if named.parent == _configs() and named.is_file() else Path(recipe)
     try:
@@ -184,7 +191,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
             f"no recipe {recipe!r}",
             hint=f"name one of {', '.join(recipe_names())}, or the path of a YAML file",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"recipe {recipe} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"recipe {recipe} is not a mapping of options", hint="write lines like `rank: 64`")
@@ -210,6 +217,15 @@ def _configs() -> Path:
 
 def _spelled(names: set[str]) -> str:
     return ", ".join(sorted(name.replace("_", "-") for name in names))
+
+
+def _short(value: object) -> str:
+    """A value for a message, cut where it is long; some numbers are too long to be written out at all."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _is_int(value: object) -> bool:

@@ -172,15 +172,20 @@ class OutputFolder(Generic[F]):
         return bool(sha256(path) == line.get("hashes", {}).get(file))
 
     def abandon(self) -> None:
-        """Remove what a run left that recorded no shard; an empty folder goes with it."""
-        lines = self._read_journal()
-        if len(lines) <= 1:
-            # Other devices may have finished shards since the failure; without a line they would look foreign.
-            self._clear(lines[0]["files"] if lines else ())
-            shutil.rmtree(self.work, ignore_errors=True)
-            if self.path.is_dir() and not any(self.path.iterdir()):
-                self.path.rmdir()
-        self._release_lock()
+        """Remove what a run left that recorded no shard; an empty folder goes with it.
+
+        Why the run failed is what has to be told: what fails here stands, and the same command takes it up.
+        """
+        with suppress(OSError, OutputError):
+            lines = self._read_journal()
+            if len(lines) <= 1:
+                # Other devices may have finished shards since the failure; without a line they would look foreign.
+                self._clear(lines[0]["files"] if lines else ())
+                shutil.rmtree(self.work, ignore_errors=True)
+                if self.path.is_dir() and not any(self.path.iterdir()):
+                    self.path.rmdir()
+        with suppress(OSError):
+            self._release_lock()
 
     def write(self, name: str, content: bytes | Iterable[bytes], *, mode: int = 0o666) -> None:
         """Write a file whole: under another name first, then renamed. `mode` is what the umask is applied to."""

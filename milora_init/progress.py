@@ -40,6 +40,9 @@ class Progress(Protocol):
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
         """A file of the output has its name."""
 
+    def pushing(self, repo: str) -> None:
+        """The output is finished and goes to a repository on the Hub."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -50,3 +53,4 @@ class Silent:
     def fetching(self, name: str, size_bytes: int) -> None: ...
     def tensor(self, name: str, size_bytes: int) -> None: ...
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None: ...
+    def pushing(self, repo: str) -> None: ...

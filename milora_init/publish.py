@@ -68,7 +68,7 @@ class Repository:
             HubError: No permission, no way to the Hub.
             PlanError: It holds something else, and `overwrite` is not said.
         """
-        with explained(self.repo, self._revision):
+        with explained(self.repo, self._revision, pushing=True):
             self._api.create_repo(self.repo, private=self._private, exist_ok=True)
             if self._revision:
                 self._api.create_branch(self.repo, branch=self._revision, exist_ok=True)
@@ -85,8 +85,14 @@ class Repository:
 
     def manifest_fingerprint(self) -> str:
         """The fingerprint of the finished output in it, empty where there is none."""
-        with explained(self.repo, self._revision):
+        with explained(self.repo, self._revision, pushing=True):
             return str(self._manifest().get("fingerprint", ""))
+
+    def manifest(self) -> Manifest:
+        """The manifest of the finished output in it. Raises OutputError, HubError."""
+        with explained(self.repo, self._revision, pushing=True):
+            path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
+        return require_manifest(Path(path).parent)
 
     def _manifest(self) -> dict[str, Any]:
         """The manifest of the output of ours that stands in it, empty where there is none."""
@@ -107,7 +113,7 @@ class Repository:
         Raises:
             HubError: See `claim`; the same push again sends only what is missing.
         """
-        with explained(self.repo, self._revision):
+        with explained(self.repo, self._revision, pushing=True):
             published = as_published(manifest, self.repo, self._revision)
             contents = {
                 adapter.CONFIG: (json.dumps(published.adapter, indent=2) + "\n").encode(),
@@ -140,7 +146,7 @@ class Repository:
 
     def begin(self) -> None:
         """Take from the repository what makes it look finished; shards are about to change one by one."""
-        with explained(self.repo, self._revision):
+        with explained(self.repo, self._revision, pushing=True):
             files = self.files()
             marks = sorted(files & set(_FINISH))
             if _BEGUN in files and not marks:
@@ -151,7 +157,7 @@ class Repository:
     def push_shard(self, path: Path, name: str) -> str:
         """Upload one finished file of weights as a commit of its own; returns its SHA-256."""
         digest = sha256(path)
-        with explained(self.repo, self._revision):
+        with explained(self.repo, self._revision, pushing=True):
             self._commit([CommitOperationAdd(name, path)], f"{name}, by milora-init")
         return digest
 
@@ -159,7 +165,7 @@ class Repository:
         """Which of these files, by SHA-256, stand in it."""
         if not hashes:
             return set()
-        with explained(self.repo, self._revision):
+        with explained(self.repo, self._revision, pushing=True):
             found = self._api.get_paths_info(self.repo, list(hashes), revision=self._revision)
             return {f.path for f in found if getattr(getattr(f, "lfs", None), "sha256", "") == hashes[f.path]}
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_init.manifest import Manifest, WeightRecord
+from milora_init.untrusted import printable
 
 LEAK_LINE = 0.1
+_CURED = 0.8 * LEAK_LINE  # other dtypes are measured on some of the rows only
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +61,13 @@ def warnings(manifest: Manifest) -> list[str]:
     worst = max(manifest.weights, key=lambda weight: weight.rounding["leak"])
     leak = worst.rounding["leak"]
     if leak > LEAK_LINE:
-        better = {
-            dtype: value
-            for dtype, value in worst.rounding["leak_if"].items()
-            if value is not None and value < leak and dtype != worst.dtype
-        }
-        instead = " or ".join(f"--dtype {dtype} ({value:.1e})" for dtype, value in better.items())
+        left = {dtype: _worst_if(dtype, manifest.weights) for dtype in worst.rounding["leak_if"]}
+        cures = [f"--dtype {dtype} ({value:.1e})" for dtype, value in left.items() if value < _CURED]
         count = sum(weight.rounding["leak"] > LEAK_LINE for weight in manifest.weights)
         others = f", and more than {LEAK_LINE:.0%} in {count - 1} more" if count > 1 else ""
         found.append(
             f"rounding to {worst.dtype} leaves {leak:.0%} of the component of {worst.module} in the base{others}"
-            + (f"; instead: {instead}" if instead else "")
+            + (f"; instead: {' or '.join(cures)}" if cures else "")
         )
     idle = [weight for weight in manifest.weights if weight.untrainable]
     if idle:
@@ -80,13 +78,20 @@ def warnings(manifest: Manifest) -> list[str]:
     return found
 
 
+def _worst_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
+    """The most that rounding to a dtype would leave of a weight's component in the base; infinite if one overflows."""
+    found = [weight.rounding["leak_if"].get(dtype) for weight in weights]
+    return max(math.inf if value is None else float(value) for value in found)
+
+
 def loading_lines(manifest: Manifest) -> str:
-    """Python that loads the pair for training."""
+    """Python that loads the pair for training. People run it: what comes out of a file is a name or a string in it."""
     causal = manifest.adapter["task_type"] == "CAUSAL_LM"
-    cls = "AutoModelForCausalLM" if causal else manifest.source["architecture"]
-    out = json.dumps(manifest.out, ensure_ascii=False)  # quotes and backslashes in a path stay what they are
+    architecture = str(manifest.source["architecture"])
+    cls = architecture if architecture.isidentifier() and not causal else "AutoModelForCausalLM"
+    out = printable(json.dumps(manifest.out, ensure_ascii=False))  # its escapes are Python's too
     branch = manifest.adapter.get("revision")
-    of_branch = f", revision={json.dumps(branch)}" if branch else ""
+    of_branch = f", revision={printable(json.dumps(branch))}" if branch else ""
     trusted = ", trust_remote_code=True" if manifest.source.get("trust_remote_code") else ""
     return (
         f"from peft import PeftModel\n"

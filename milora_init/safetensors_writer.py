@@ -13,13 +13,13 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from milora_init.errors import CheckpointError, OutputError
+from milora_init.errors import CheckpointError, OutputError, remedy
 from milora_init.safetensors_format import DTYPE_NAMES, DTYPES, Header, bytes_of
 
 _CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that calls cost nothing
@@ -125,8 +125,10 @@ class SafetensorsWriter:
             self._flusher.shutdown()
         if self._fileno is not None:
             fileno, self._fileno = self._fileno, None
-            os.close(fileno)
-            self._partial.unlink(missing_ok=True)
+            with suppress(OSError):  # why the file was left unfinished is what has to be told
+                os.close(fileno)
+            with suppress(OSError):
+                self._partial.unlink(missing_ok=True)
 
     def place(self, name: str) -> Place:
         """Where somebody else is to write a tensor. Once it is there, `written` must be told."""
@@ -206,9 +208,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", hint="free some space, or choose another --out"
-        ) from error
+        hint = remedy(error, "choose another --out")
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint=hint) from error
 
 
 def _write_all(fileno: int, data: memoryview, offset: int) -> None:

@@ -1,29 +1,38 @@
-"""What a person sees: the bar, the tables, the errors. The only file that knows rich; nothing here decides anything."""
+"""What is printed: the bar, the tables, the errors, the JSON. The only file that knows rich; nothing here decides.
+
+Names out of somebody's files are in much of it. So a string is one line of plain text for the console here, whatever
+stands in it: see `_Console`. No other file prints.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
     ProgressColumn,
-    TextColumn,
+    Task,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from milora_init.report import component_error, duration, kinds, loading_lines, share, size, warnings
+from milora_init.untrusted import printable
 
 if TYPE_CHECKING:
     from milora_init.convert import ConvertedModule
@@ -36,19 +45,63 @@ if TYPE_CHECKING:
 _DIFFERENCES = 20  # of a verdict, before the rest is only counted
 
 
+class _Console(Console):
+    """A console for which a string is one line of plain text: no markup, nothing that steers a terminal or a CI runner.
+
+    Style and further lines are this file's own: a `Text`, another `print`.
+    """
+
+    def render_str(self, text: str, **_: Any) -> Text:
+        return Text(printable(text))
+
+
+class _Words(ProgressColumn):
+    """A field of the task, as the string that it is."""
+
+    def __init__(self, field: str, *, style: str = "", overflow: OverflowMethod = "fold") -> None:
+        super().__init__(Column(no_wrap=True, overflow=overflow, style=style))
+        self._field = field
+
+    def render(self, task: Task) -> str:
+        return str(task.fields[self._field])
+
+
 def print_error(message: str, hint: str) -> None:
     """An error and its repair, on stderr, never wrapped: paths and commands must survive a copy."""
     console = _stderr()
-    console.print("[bold red]error:[/]", end=" ")
-    console.print(_tame(message), markup=False)
+    console.print(Text("error:", "bold red"), message)
     if hint:
-        console.print("\n[bold cyan]hint:[/]", end=" ")
-        console.print(_tame(hint), markup=False)
+        console.print()
+        console.print(Text("hint:", "bold cyan"), hint)
 
 
-def _tame(text: str) -> str:
-    """Text that may hold names out of somebody's file: what would steer a terminal or a CI runner is spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def print_traceback(error: BaseException) -> None:
+    """Where an error happened, on stderr."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        _stderr().print(line)
+
+
+def annotate(message: str, hint: str) -> None:
+    """Under GitHub Actions, an error that is shown at the job."""
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        text = f"{message}. Hint: {hint}" if hint else message
+        encoded = "%0A".join(printable(line).replace("%", "%25") for line in text.splitlines())
+        print(f"::error title=milora-init::{encoded}", file=sys.stderr)
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, in ASCII; no line of it is a command for a CI runner."""
+    print(json.dumps(content, indent=2).replace("##", "#\\u0023"))
+
+
+def print_markdown(text: str) -> None:
+    """Markdown on stdout, in which `card` has tamed all names."""
+    print(text, end="")
+
+
+def print_version(version: str) -> None:
+    """The version, on stdout."""
+    print(f"milora-init {version}")
 
 
 @contextmanager
@@ -56,7 +109,8 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
     """A spinner on a terminal, nothing elsewhere."""
     console = _stderr(quiet)
     if console.is_terminal:
-        with console.status(what):
+        spinner = "dots" if console.encoding.startswith("utf") else "line"
+        with console.status(console.render_str(what), spinner=spinner):
             yield
     else:
         yield
@@ -66,14 +120,14 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
 def by_files(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar by bytes on a terminal, a line a file elsewhere. Yields whom to tell: file, bytes done, all bytes."""
     console = _stderr(quiet)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (_Words("what"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task("", total=None, what=what)
 
         def tell(name: str, done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
             if not console.is_terminal:
-                console.print(f"{what} {name}: {size(done)} of {size(total)}", markup=False)
+                console.print(f"{what} {name}: {size(done)} of {size(total)}")
 
         yield tell
 
@@ -94,25 +148,24 @@ class Bar:
         self._console = _stderr(quiet)
         self._verbose = verbose
         wide: tuple[ProgressColumn, ...] = (
-            TextColumn("{task.description}"),
+            _Words("what"),
             BarColumn(),
             DownloadColumn(table_column=Column(no_wrap=True)),
             TransferSpeedColumn(table_column=Column(no_wrap=True)),
         )
-        module = TextColumn("[dim]{task.fields[current]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+        module = _Words("current", style="dim", overflow="ellipsis")
         self._bar = Progress(
             *(wide if self._console.width >= 90 else wide[2:3]),
-            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[modules]}", table_column=Column(no_wrap=True)),
+            _Words("left"),
+            _Words("modules"),
             *([module] if self._console.width >= 70 else []),
             console=self._console,
             transient=True,
             disable=quiet or not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("splitting", total=None, left="", modules="", current="")
+        self._task = self._bar.add_task("", total=None, what="splitting", left="", modules="", current="")
 
     def __enter__(self) -> Bar:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,6 +173,7 @@ class Bar:
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
         self.began = True
+        self._bar.start()
         self._started = time.monotonic()
         self._flops = {w.weight.tensor: plan.flops(w) for w in plan.weights}  # of one weight in that tensor
         total_bytes = plan.source_bytes
@@ -157,6 +211,10 @@ class Bar:
             self._split += name in self._flops
         self._bar.update(self._task, advance=size_bytes, modules=self._count(), left=self._time_left())
 
+    def pushing(self, repo: str) -> None:
+        self._bar.start()
+        self._bar.update(self._task, what=f"pushing to {repo}", total=None, left="", current="")
+
     def _count(self) -> str:
         return f"{self._split}/{self._modules} modules"
 
@@ -178,7 +236,7 @@ class Bar:
         if self._verbose or not self._console.is_terminal:
             left = f", {self._time_left()}" if finished < of else ""
             line = f"[{finished}/{of}] {result.shard}: {_weights(result.records)} split, {duration(elapsed_s)}{left}"
-            self._console.print(line, markup=False)
+            self._console.print(line)
 
 
 def _weights(some: Sequence[object]) -> str:
@@ -198,16 +256,17 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
     download = sum(header.file_bytes for header in plan.absent.values())
     console.print(
-        f"{plan.naming.architecture}, mode {options.mode}: {len(plan.weights)} weights in {len(plan.jobs)} files\n"
-        f"base     {size(plan.base_bytes)} (source {size(plan.source_bytes)})\n"
-        f"adapter  {size(plan.adapter_bytes)}\n"
-        f"memory   about {size(memory_bytes)}\n"
-        + (f"download {size(download)}\n" if download else "")
-        + f"time     about {duration(estimate_s)} of solving here, and the copying"
+        f"{plan.naming.architecture}, mode {options.mode}: {len(plan.weights)} weights in {len(plan.jobs)} files"
     )
+    console.print(f"base     {size(plan.base_bytes)} (source {size(plan.source_bytes)})")
+    console.print(f"adapter  {size(plan.adapter_bytes)}")
+    console.print(f"memory   about {size(memory_bytes)}")
+    if download:
+        console.print(f"download {size(download)}")
+    console.print(f"time     about {duration(estimate_s)} of solving here, and the copying")
     for job in plan.jobs:
         becomes = "" if job.target == job.source.name else f" -> {job.target}"
-        console.print(f"  {job.source.name}{becomes}  ({_weights(job.splits)})", markup=False)
+        console.print(f"  {job.source.name}{becomes}  ({_weights(job.splits)})")
     _print_warnings(plan.notices)
     console.print("nothing was written")
 
@@ -216,24 +275,22 @@ def print_merged(merged: Merged) -> None:
     """What stands at the end of a merge."""
     total = size(sum(merged.files.values()))
     ended = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
-    _stdout().print(f"{merged.out}: {merged.modules} modules merged, {total}, {ended}", markup=False)
+    _stdout().print(f"{merged.out}: {merged.modules} modules merged, {total}, {ended}")
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
-        _stdout().print(f"{part} are the source's to the bit", markup=False)
+        _stdout().print(f"{part} are the source's to the bit")
 
 
 def print_converted(out: str, base: str, modules: Sequence[ConvertedModule], *, compressed: bool) -> None:
     """What stands at the end of a conversion: what each module lost, if it could."""
     console = _stdout()
     for module in modules if compressed else ():
-        console.print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}", markup=False)
+        console.print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}")
     ranks = sorted({module.rank for module in modules})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     worst = max(module.lost for module in modules)
     lost = f", at most {worst:.2e} of a module's update lost (Frobenius norm)" if compressed else ""
-    console.print(
-        f"{out}: {len(modules)} modules at {rank}{lost}; load it on {base}, not on the residual", markup=False
-    )
+    console.print(f"{out}: {len(modules)} modules at {rank}{lost}; load it on {base}, not on the residual")
 
 
 def print_summary(manifest: Manifest, *, ended: str = "") -> None:
@@ -256,28 +313,26 @@ def print_summary(manifest: Manifest, *, ended: str = "") -> None:
     _print_table(console, columns, rows, spare=("energy", "solving", "weights", "rank"))
     total = size(sum(manifest.files.values()))
     ended = ended or f"done in {duration(manifest.elapsed_s)}"
-    console.print(f"{manifest.out}: {len(manifest.weights)} weights, {total}, {ended}", markup=False)
+    console.print(f"{manifest.out}: {len(manifest.weights)} weights, {total}, {ended}")
     _print_warnings(warnings(manifest))
-    console.print("\nLoad the pair, for training or inference:\n")
-    console.print(loading_lines(manifest), markup=False)
+    for line in ("", "Load the pair, for training or inference:", "", *loading_lines(manifest).splitlines()):
+        console.print(line)
 
 
 def print_verdict(verdict: Verdict) -> None:
     """What `verify` found: the folder in one line on stdout; what differs, and its repair, on stderr."""
     console = _stdout()
-    console.print(f"{verdict.folder}: {verdict.kind}", markup=False)
+    console.print(f"{verdict.folder}: {verdict.kind}")
     if verdict.ok:
-        console.print(f"compared: {_checked(verdict.checked)}", markup=False)
+        console.print(f"compared: {_checked(verdict.checked)}")
     console = _stderr()
     for difference in verdict.differences[:_DIFFERENCES]:
-        console.print("[bold red]differs:[/]", end=" ")
-        console.print(_tame(f"{difference.where}: {difference.what}"), markup=False)
-        console.print("   [bold cyan]hint:[/]", end=" ")
-        console.print(_tame(difference.hint), markup=False)
+        console.print(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
+        console.print(Text("   hint:", "bold cyan"), difference.hint)
     if (hidden := len(verdict.differences) - _DIFFERENCES) > 0:
-        console.print(f"and {hidden} more: --json lists them all", markup=False)
+        console.print(f"and {hidden} more: --json lists them all")
     for note in verdict.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def _checked(checked: Mapping[str, Any]) -> str:
@@ -294,8 +349,7 @@ def _checked(checked: Mapping[str, Any]) -> str:
 def _print_warnings(lines: tuple[str, ...] | list[str]) -> None:
     console = _stderr()
     for line in lines:
-        console.print("[bold yellow]warning:[/]", end=" ")
-        console.print(_tame(line), markup=False)
+        console.print(Text("warning:", "bold yellow"), line)
 
 
 def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> None:
@@ -316,13 +370,13 @@ def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequen
 
 def _stdout() -> Console:
     # Where nobody watches there is no width to keep to, and a name that is cut off is lost.
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    return _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
 def _stderr(quiet: bool = False) -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+    return _Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def print_published(url: str, *, unchanged: bool = False) -> None:
     """Where the output went."""
-    Console(highlight=False).print(f"{url} {'holds it already' if unchanged else 'holds the pair'}", markup=False)
+    _stdout().print(f"{url} {'holds it already' if unchanged else 'holds the pair'}")

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
+
+_COMMAND = re.compile(r"^(\s*)::")
 
 
 def relative_name(name: object) -> str:
@@ -56,5 +59,10 @@ def plain_file(path: Path) -> Path:
 
 
 def printable(text: str) -> str:
-    """Text on one line, with everything spelled out that would steer a terminal or a CI runner."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Text on one line, with everything spelled out that would steer a terminal or a CI runner.
+
+    That is every character that prints nothing: control characters, separators of lines, changes of direction. A
+    runner takes a line that begins with `::`, and any line with `##[` or `##vso[` in it, for a command.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _COMMAND.sub(r"\1\\x3a:", text).replace("##", "#\\x23")

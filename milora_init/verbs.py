@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from milora_init.errors import UsageError
+from milora_init.streams import optional
 
 _ANNOTATIONS = 5  # of a verdict; GitHub shows ten of a step
 
@@ -29,18 +29,21 @@ class Answer:
         """Print the object, if none was."""
         if not self._given:
             self._given = True
-            print(json.dumps(content, indent=2))
+            from milora_init.terminal import print_json
+
+            print_json(content)
 
 
 answer = Answer()
 
 
-def annotate(message: str, hint: str) -> None:
-    """Under GitHub Actions, an error that is shown at the job."""
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        text = f"{message}. Hint: {hint}" if hint else message
-        escaped = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-        print(f"::error title=milora-init::{escaped}", file=sys.stderr)
+def hide_the_hubs_bars() -> None:
+    """Draw none of huggingface_hub's progress bars."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported
+    if "huggingface_hub" in sys.modules:
+        from milora_init.hub import hide_bars
+
+        hide_bars()
 
 
 def verify(
@@ -62,10 +65,10 @@ def verify(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> int:
     """Say whether a folder holds a base and an adapter that belong together, and if not, what is wrong."""
-    from milora_init.terminal import print_verdict, waiting
+    from milora_init.terminal import annotate, print_verdict, waiting
     from milora_init.verify import verify as judge
 
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # theirs would be drawn over ours
+    hide_the_hubs_bars()  # they would be drawn over ours
     with waiting("reading and comparing", quiet=quiet):
         verdict = judge(
             out, model=against, revision=revision, every=every, trained=adapter,
@@ -74,7 +77,8 @@ def verify(
     if as_json:
         answer.give(verdict.to_json())
     elif not quiet or not verdict.ok:
-        print_verdict(verdict)
+        with optional():  # the exit status says it too
+            print_verdict(verdict)
     for difference in verdict.differences[:_ANNOTATIONS]:
         annotate(f"{out} is {verdict.kind}; {difference.where}: {difference.what}", difference.hint)
     return 0 if verdict.ok else 1
@@ -92,7 +96,7 @@ def report(
     from milora_init.card import step_summary
     from milora_init.manifest import require_manifest
     from milora_init.report import summary
-    from milora_init.terminal import print_summary
+    from milora_init.terminal import print_markdown, print_summary
 
     if as_json and as_markdown:
         raise UsageError("--json and --markdown contradict each other", hint="drop one of them")
@@ -100,7 +104,7 @@ def report(
     if as_json:
         answer.give(summary(manifest, unchanged=False))
     elif as_markdown:
-        print(step_summary(manifest), end="")
+        print_markdown(step_summary(manifest))
     else:
         print_summary(manifest)
 
@@ -116,18 +120,19 @@ def push(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:
     """Push a finished output to the Hub: the base at the root, the adapter in lora/, and a model card."""
+    if quiet or as_json or not sys.stderr.isatty():
+        hide_the_hubs_bars()
     from dataclasses import asdict
 
     from milora_init.publish import push as publish
     from milora_init.terminal import print_published
 
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     published = publish(out, repo, private=private, revision=revision, token=token, overwrite=yes)
     if as_json:
         answer.give({"status": "done", **asdict(published)})
     elif not quiet:
-        print_published(published.url)
+        with optional():
+            print_published(published.url)
 
 
 def merge(
@@ -150,7 +155,7 @@ def merge(
     from milora_init.merge import merge as join
     from milora_init.terminal import by_files, print_merged
 
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hide_the_hubs_bars()
     with by_files("merging", quiet=quiet) as progress:
         merged = join(
             base, out, trained=adapter, overwrite=overwrite, against=against, revision=revision,
@@ -160,7 +165,8 @@ def merge(
         told = {name: value for name, value in asdict(merged).items() if name not in ("inputs", "unchanged")}
         answer.give({"status": "unchanged" if merged.unchanged else "done", **told})
     elif not quiet:
-        print_merged(merged)
+        with optional():
+            print_merged(merged)
 
 
 def convert(
@@ -186,4 +192,5 @@ def convert(
         answer.give({"status": "done", "out": out, "modules": [asdict(m) for m in modules]})
     elif not quiet:
         original = read_config(Path(out).expanduser() / CONFIG)["base_model_name_or_path"]
-        print_converted(out, original, modules, compressed=rank is not None)
+        with optional():
+            print_converted(out, original, modules, compressed=rank is not None)

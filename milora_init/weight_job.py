@@ -96,7 +96,9 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
     except ValueError as error:
         raise SolveError(
             f"{job.source.name} in {job.source.path}: {error}",
-            hint="--dtype float32" if "overflows" in str(error) else "repair the checkpoint, or --exclude the module",
+            hint="--dtype float32"
+            if "overflows" in str(error) and job.residual.dtype != "F32"
+            else "repair the checkpoint, or --exclude the module",
         ) from error
 
 

@@ -47,9 +47,8 @@ def resolve_devices(names: Sequence[str]) -> tuple[torch.device, ...]:
     return tuple(found)
 
 
-def multiply_rate() -> float:
-    """Multiply-adds per second of this machine's float64 matrix product, measured in a few hundredths of a second."""
-    device = resolve_devices(["auto"])[0]
+def multiply_rate(device: torch.device) -> float:
+    """Multiply-adds per second of a device's float64 matrix product, measured in a few hundredths of a second."""
     X = torch.ones(1024, 1024, dtype=torch.float64, device=device)
     rate = 0.0
     for _ in range(3):

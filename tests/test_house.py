@@ -21,8 +21,8 @@ ORDER = [
     "certificate",
     "krylov", "svd", "split", "digest", "checkpoint", "factors", "meta_model", "naming", "targets", "options",
     "adapter", "weight_plan", "plan", "self_check", "pieces", "supply", "output", "workers", "weight_job", "hub",
-    "progress", "open_shard", "decompose", "audit", "trained", "kinship", "verify", "convert", "merge_shard", "merge",
-    "report", "card", "publish", "terminal", "verbs", "cli",
+    "report", "card", "publish", "progress", "open_shard", "decompose", "audit", "trained", "kinship",
+    "verify", "convert", "merge_shard", "merge", "streams", "terminal", "verbs", "cli", "__main__",
 ]  # fmt: skip
 
 # Who alone may import a package, wherever in the file the import stands.

@@ -23,7 +23,7 @@ def test_there_are_verbs() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("option", [["--model", "m"], ["-r", "4"], ["--json"], ["--dry-run"], ["--device", "cpu"]])
+@pytest.mark.parametrize("option", [["--model", "m"], ["--alpha", "4"], ["--dry-run"], ["--json", "--device", "cpu"]])
 def test_an_option_of_the_main_job_before_a_verb_is_an_error(
     verb: str, option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -31,6 +31,26 @@ def test_an_option_of_the_main_job_before_a_verb_is_an_error(
     said = capsys.readouterr().err
     assert f"stands before `{verb}`" in said
     assert said.endswith(f"hint: milora-init {verb} --help\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "meant"),
+    [
+        (["--json", "verify", "a b"], "verify 'a b' --json"),
+        (["-q", "--json", "push", "out", "me/x"], "push out me/x --json --quiet"),
+        (["-r", "4", "convert", "--init", "i"], "convert --init i --rank 4"),
+        (["--out", "verify", "merge", "base"], "merge base --out verify"),
+        (["--public", "--token", "hf_secret", "push", "out", "me/x"], "push out me/x --token TOKEN --public"),
+    ],
+    ids=lambda words: words[-2] if isinstance(words, list) else "",
+)
+def test_an_option_before_a_verb_that_has_it_is_answered_with_the_command_that_was_meant(
+    before: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(before) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"hint: milora-init {meant}\n")
+    assert "hf_secret" not in said
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,0 +1,8 @@
+"""`python -m milora_init` is `milora-init`."""
+
+from __future__ import annotations
+
+from milora_init.cli import main
+
+if __name__ == "__main__":
+    main()
