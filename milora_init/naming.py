@@ -11,7 +11,7 @@ candidate is called once, on meta, and must be called by the model itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,8 @@ class _Objections:
             self._owners.setdefault(id(parameter), []).append(name)
         self._head = _output_head(model)
         self._never_called = meta_model.never_called(model)
+        holds_experts = any(_are_experts(name, module) for name, module in model.named_modules())
+        self._choosing = meta_model.choosing(model) if holds_experts else set()
         self._mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS
 
     def __call__(self, name: str, module: nn.Module) -> str:
@@ -176,11 +178,37 @@ class _Objections:
             return "the output head"
         if others := [o for o in self._owners[id(module.weight)] if o != f"{name}.weight"]:
             return f"tied to {others[0]}"
-        if _routes(module, parent):
+        if name in self._choosing or self._routes(name, module):
             return "a router: it chooses experts"
+        if any("router" in f"{own} {type(inner).__name__}".lower() for own, inner in self._around(name)):
+            return "a part of a router"
         if self._mamba and name.rpartition(".")[2] == "out_proj":
             return "the out_proj of a Mamba mixer, whose weight is read past an adapter"
         return ""
+
+    def _around(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        """A module and those around it, outward to the next whole model."""
+        while name and not hasattr(module := self._model.get_submodule(name), "config_class"):
+            yield name.rpartition(".")[2], module
+            name = name.rpartition(".")[0]
+
+    def _routes(self, name: str, module: nn.Module) -> bool:
+        """Whether a linear layer of a block with experts has one output for each of them, or one for all.
+
+        Farther from the experts than beside them another layer may have as many outputs; a gate then says so by name.
+        """
+        rows, beside, gate = _out_in(module)[0], True, False
+        for own, inner in self._around(name):
+            if own.isdigit() and not beside:  # a layer: what is around it holds other layers' experts
+                return False
+            gate = gate or "gate" in own.split("_") or type(inner).__name__.endswith(("Gate", "Gating"))
+            name = name.rpartition(".")[0]
+            children = self._model.get_submodule(name).named_children()
+            experts = [child for child_name, child in children if _are_experts(child_name, child)]
+            if experts and (rows == 1 or ((beside or gate) and rows in _counts(experts))):
+                return True
+            beside = False
+        return False
 
 
 def _not_one_tensor(home: Home) -> str:
@@ -256,12 +284,14 @@ def _computes_a_product(module: nn.Module) -> bool:
         return False
 
 
-def _routes(module: nn.Module, parent: nn.Module) -> bool:
-    """Whether a linear layer beside experts has one output for each of them, or one for all."""
-    experts = [child for name, child in parent.named_children() if EXPERTS in name.split("_")]
-    counts = {1} | {len(child) for child in experts if isinstance(child, nn.ModuleList)}
-    counts |= {p.shape[0] for child in experts for p in child.parameters(recurse=False) if p.dim() == 3}
-    return bool(experts) and _out_in(module)[0] in counts
+def _are_experts(name: str, module: nn.Module) -> bool:
+    return EXPERTS in name.rpartition(".")[2].split("_") or type(module).__name__.endswith("Experts")
+
+
+def _counts(groups: Iterable[nn.Module]) -> set[int]:
+    """How many experts each group holds."""
+    counts = {len(group) for group in groups if isinstance(group, (nn.ModuleList, nn.ModuleDict))}
+    return counts | {p.shape[0] for group in groups for p in group.parameters(recurse=False) if p.dim() == 3}
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:
