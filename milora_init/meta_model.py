@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, PlanError
 
 _TEXT_LENGTH = 8
 _CHOICES = frozenset({"topk", "argmax", "sort", "argsort"})
@@ -46,11 +46,16 @@ class Home:
         return [name for part in self.parts for name in part]
 
 
-def build(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
+def build(
+    folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False, text_only: bool = False
+) -> nn.Module:
     """The model of a folder's config.json, on meta, in bfloat16, its tied weights tied.
+
+    It is of the class that config.json names; with `text_only`, of the one that AutoModelForCausalLM builds of it.
 
     Raises:
         CheckpointError: config.json names no class that transformers has, or does not build it.
+        PlanError: `text_only`, and AutoModelForCausalLM has no text-only class for it.
     """
     import transformers
 
@@ -85,10 +90,10 @@ def build(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = 
             folder, local_files_only=True, trust_remote_code=bool(remote and trust_remote_code)
         )
         with torch.device("meta"):
-            model: nn.Module = cls(parsed).eval()
+            model: nn.Module = (_text_model(parsed) if text_only else cls(parsed)).eval()
             for parameter in model.parameters():  # the fused experts' kernels take nothing longer
                 parameter.data = parameter.data.bfloat16()
-    except CheckpointError:
+    except (CheckpointError, PlanError):
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
         raise CheckpointError(
@@ -97,6 +102,34 @@ def build(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = 
     finally:
         transformers.logging.set_verbosity(verbosity)
     model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def causal_class(config: Any) -> type | None:
+    """The class that AutoModelForCausalLM builds of a config; None where it has none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return found if isinstance(found, type) else None
+
+
+def causal_model(config: Any) -> nn.Module:
+    """What AutoModelForCausalLM builds of a config: of some models with towers, their language model alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _text_model(config: Any) -> nn.Module:
+    cls = causal_class(config)
+    model = causal_model(config) if cls else None
+    if model is None or type(model.config) is type(config):
+        found = f"builds a {cls.__name__}, which is not" if cls else "builds nothing"
+        raise PlanError(
+            f"AutoModelForCausalLM {found} a text-only class of a {type(config).__name__}", hint="drop --text-only"
+        )
     return model
 
 

@@ -82,8 +82,10 @@ def warnings(manifest: Manifest) -> list[str]:
 
 def loading_lines(manifest: Manifest) -> str:
     """Python that loads the pair for training."""
-    causal = manifest.adapter["task_type"] == "CAUSAL_LM"
-    cls = "AutoModelForCausalLM" if causal else manifest.source["architecture"]
+    architecture = str(manifest.source["architecture"])
+    other_by_auto = manifest.source.get("other_class") and not manifest.inputs.get("text_only")
+    causal = manifest.adapter["task_type"] == "CAUSAL_LM" and not other_by_auto
+    cls = "AutoModelForCausalLM" if causal else architecture
     out = json.dumps(manifest.out, ensure_ascii=False)  # quotes and backslashes in a path stay what they are
     branch = manifest.adapter.get("revision")
     of_branch = f", revision={json.dumps(branch)}" if branch else ""
