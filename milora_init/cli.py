@@ -178,6 +178,14 @@ def init(
     task_type: Annotated[
         str | None, typer.Option(help="PEFT's task type. (default: the architecture's)", rich_help_panel=_ADAPTER)
     ] = None,
+    text_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--text-only",
+            help="For AutoModelForCausalLM, where it builds a model's text part alone.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -245,8 +253,8 @@ def init(
 
     options = InitOptions.from_recipe(
         config, model=model, out=out, rank=rank, mode=mode, target=target or None, exclude=exclude or None,
-        alpha=alpha, rslora=rslora, dropout=dropout, task_type=task_type, dtype=dtype, revision=revision,
-        cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, low_disk=low_disk,
+        alpha=alpha, rslora=rslora, dropout=dropout, task_type=task_type, text_only=text_only, dtype=dtype,
+        revision=revision, cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, low_disk=low_disk,
         device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
     )  # fmt: skip
     _initialize(options, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose, yes=yes)

@@ -74,7 +74,7 @@ def convert(
     before, after = open_lora(init, records), open_lora(trained, records)
     if manifest:
         require_made_with(before, manifest)
-    require_pair(before, after)
+    require_pair(before, after, manifest)
     if after.digest == before.digest:
         hint = "name the folder that the trainer saved"
         raise PlanError(f"{trained} holds the initial factors: it was not trained", hint=hint)

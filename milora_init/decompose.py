@@ -289,6 +289,7 @@ def _assemble(
             "model": options.model,
             "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.naming.architecture,
+            **({"other_class": plan.naming.other_class} if plan.naming.other_class else {}),
             **({"config.json": plan.checkpoint.config_bytes.decode()} if plan.changes_config else {}),
             **({"trust_remote_code": True} if options.trust_remote_code else {}),
         },

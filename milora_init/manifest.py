@@ -84,7 +84,7 @@ class Manifest:
 
     Attributes:
         source: The model as given, its revision and its architecture; its config.json, as text, where the output's is
-            another.
+            another; `other_class`, as in `naming.Naming`.
         out: The output folder as given.
         fingerprint: Hash of `inputs`.
         inputs: All that decides the output's bytes: a digest of each source file, the options, the version.

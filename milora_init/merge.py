@@ -267,7 +267,7 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
     require_made_with(initial, manifest)
     lora = open_lora(trained, manifest.weights) if trained else initial
     if lora.path.resolve() != initial.path.resolve():
-        require_pair(initial, lora)
+        require_pair(initial, lora, manifest)
         require_trained_on(lora, manifest, initial.weights)
     _require_fit(lora, manifest)
     records: dict[str, list[WeightRecord]] = {}

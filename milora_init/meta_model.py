@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, PlanError
 
 _TEXT_LENGTH = 8
+_CHOICES = frozenset({"topk", "argmax", "sort", "argsort"})
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm"})
 _IDENTITIES = frozenset({"Force16BytesAlignment"})  # values stay; before transformers 5.4
 
 
@@ -42,11 +46,16 @@ class Home:
         return [name for part in self.parts for name in part]
 
 
-def build(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
+def build(
+    folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False, text_only: bool = False
+) -> nn.Module:
     """The model of a folder's config.json, on meta, in bfloat16, its tied weights tied.
+
+    It is of the class that config.json names; with `text_only`, of the one that AutoModelForCausalLM builds of it.
 
     Raises:
         CheckpointError: config.json names no class that transformers has, or does not build it.
+        PlanError: `text_only`, and AutoModelForCausalLM has no text-only class for it.
     """
     import transformers
 
@@ -81,10 +90,10 @@ def build(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = 
             folder, local_files_only=True, trust_remote_code=bool(remote and trust_remote_code)
         )
         with torch.device("meta"):
-            model: nn.Module = cls(parsed).eval()
+            model: nn.Module = (_text_model(parsed) if text_only else cls(parsed)).eval()
             for parameter in model.parameters():  # the fused experts' kernels take nothing longer
                 parameter.data = parameter.data.bfloat16()
-    except CheckpointError:
+    except (CheckpointError, PlanError):
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
         raise CheckpointError(
@@ -93,6 +102,34 @@ def build(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = 
     finally:
         transformers.logging.set_verbosity(verbosity)
     model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def causal_class(config: Any) -> type | None:
+    """The class that AutoModelForCausalLM builds of a config; None where it has none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return found if isinstance(found, type) else None
+
+
+def causal_model(config: Any) -> nn.Module:
+    """What AutoModelForCausalLM builds of a config: of some models with towers, their language model alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _text_model(config: Any) -> nn.Module:
+    cls = causal_class(config)
+    model = causal_model(config) if cls else None
+    if model is None or type(model.config) is type(config):
+        found = f"builds a {cls.__name__}, which is not" if cls else "builds nothing"
+        raise PlanError(
+            f"AutoModelForCausalLM {found} a text-only class of a {type(config).__name__}", hint="drop --text-only"
+        )
     return model
 
 
@@ -146,6 +183,19 @@ def fuses_experts(model: nn.Module) -> bool:
                if hasattr(entry, "operations") for pattern in entry.target_patterns)  # fmt: skip
 
 
+def choosing(model: nn.Module) -> set[str]:
+    """Modules whose outputs compete with each other in a forward pass: a topk, argmax or sort chooses among them.
+
+    The pass is over a few tokens without data. It can end early, in the first layer whose experts need values: what is
+    true of a module is true of the module of that name in every layer.
+    """
+    flow = _Choices({id(module.weight): name for name, module in model.named_modules() if _is_matrix(module)})
+    _run(model, flow)
+    layer = re.compile(r"\d+")
+    kinds = {layer.sub("", name) for name in flow.choosing}
+    return {name for name, _ in model.named_modules() if layer.sub("", name) in kinds}
+
+
 def never_called(model: nn.Module) -> set[str]:
     """Modules that a forward pass does not call although it runs the module that holds them.
 
@@ -157,14 +207,9 @@ def never_called(model: nn.Module) -> set[str]:
     hooks = [
         module.register_forward_hook(lambda module, *_: called.add(names[module])) for module in names if names[module]
     ]
-    try:
-        with torch.no_grad(), torch.device("meta"), _EveryAnswerIsYes():  # type: ignore[no-untyped-call]
-            model(**_tokens(model))
-    except Exception:  # what ran to its end before has been seen
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _run(model, _EveryAnswerIsYes())  # type: ignore[no-untyped-call]
+    for hook in hooks:
+        hook.remove()
     missed = set()
     for module, name in names.items():
         if name in called or any(True for _ in module.children()):
@@ -183,6 +228,54 @@ class _EveryAnswerIsYes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return torch.ones((), dtype=args[0].dtype).item()
         return func(*args, **(kwargs or {}))
+
+
+class _Choices(_EveryAnswerIsYes):
+    """Follows what each weight computes, as long as its outputs stay apart in the last dimension, to a choice.
+
+    Tensors that are followed are kept, so that no later one gets the id of one that is gone.
+    """
+
+    def __init__(self, weights: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.choosing: set[str] = set()
+        self._weights: dict[int, frozenset[str]] = {key: frozenset({name}) for key, name in weights.items()}
+        self._computed: dict[int, frozenset[str]] = {}
+        self._kept: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+        kind = func.overloadpacket.__name__
+        if kind in _CHOICES:
+            self.choosing.update(*(self._computed.get(id(t), ()) for t in given))
+        for made in (t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.dim()):
+            if kind in _PRODUCTS:
+                self._note(made, self._computed, [self._weights.get(id(t)) for t in given])
+                continue
+            same = [self._computed.get(id(t)) for t in given if t.shape[-1] == made.shape[-1]]
+            self._note(made, self._computed, same)
+            if made.dim() == 2:  # a weight that was transposed or cast is still that weight
+                self._note(made, self._weights, [self._weights.get(id(t)) for t in given])
+        return result
+
+    def _note(
+        self, made: torch.Tensor, names: dict[int, frozenset[str]], sources: Iterable[frozenset[str] | None]
+    ) -> None:
+        if found := frozenset().union(*filter(None, sources)):
+            names[id(made)] = found
+            self._kept.append(made)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2
+
+
+def _run(model: nn.Module, mode: TorchDispatchMode) -> None:
+    """A forward pass without data, under `mode`, as far as it goes."""
+    with suppress(Exception), torch.no_grad(), torch.device("meta"), mode:
+        model(**_tokens(model))
 
 
 def towers(model: nn.Module) -> list[str]:

@@ -11,7 +11,8 @@ candidate is called once, on meta, and must be called by the model itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class Naming:
     Attributes:
         architecture: The class that config.json names.
         task_type: PEFT's task type for it, None where PEFT has none that fits every use.
+        task_types: Those with which PEFT takes an adapter of this class.
         modules: Every module name, in the model's order: what PEFT will match targets against.
         adaptable: The modules' weights that can be adapted, by module name.
         experts: The experts' weights that can be adapted, by the name of the fused parameter.
@@ -78,10 +80,13 @@ class Naming:
         towers: Models inside the model that see or hear, which a target must name to adapt them.
         as_parameters: Last parts of module names that PEFT, on this kind of model, takes for experts'. Such a module
             can be adapted only as the parameter `<module>.weight`.
+        other_class: A class that is built of the same config.json by AutoModelForCausalLM, or without it, and lacks
+            modules of these names; empty where there is none.
     """
 
     architecture: str
     task_type: str | None
+    task_types: frozenset[str]
     modules: tuple[str, ...]
     adaptable: Mapping[str, Adaptable]
     experts: Mapping[str, tuple[Adaptable, ...]]
@@ -89,10 +94,16 @@ class Naming:
     heads: frozenset[str]
     towers: tuple[str, ...]
     as_parameters: frozenset[str]
+    other_class: str = ""
 
 
 def resolve(
-    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, trust_remote_code: bool = False
+    folder: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    trust_remote_code: bool = False,
+    text_only: bool = False,
 ) -> Naming:
     """Build the model on the meta device and find the module of every tensor.
 
@@ -101,13 +112,15 @@ def resolve(
         config: The content of config.json.
         shapes: Shape of every tensor of the checkpoint, by its name on disk.
         trust_remote_code: Run the code in the folder if config.json names it.
+        text_only: Take the class that AutoModelForCausalLM builds, not the one that config.json names.
 
     Raises:
         CheckpointError: config.json names no class that transformers has, or is quantised, or the tensors are not
             this class's.
+        PlanError: `text_only`, and AutoModelForCausalLM has no text-only class for it.
     """
     _refuse_quantised(config)
-    model = meta_model.build(folder, config, trust_remote_code=trust_remote_code)
+    model = meta_model.build(folder, config, trust_remote_code=trust_remote_code, text_only=text_only)
     homes = meta_model.homes(model, shapes)
     if not homes:
         raise CheckpointError(
@@ -139,17 +152,47 @@ def resolve(
             refused[name] = found
         else:
             experts[name] = found
+    towers = tuple(meta_model.towers(model))
+    other = _by_class_of_config(folder, config, trust_remote_code) if text_only else _by_auto_class(model)
+    names = [*adaptable, *(name.rpartition(".")[0] for name in experts)]
     return Naming(
         architecture=type(model).__name__,
         task_type=_task_type(model),
+        task_types=_task_types(model),
         modules=tuple(name for name in modules if name),
         adaptable=adaptable,
         experts=experts,
         refused=refused,
         heads=frozenset(name for name in adaptable if name in ("score", "classifier", "qa_outputs")),
-        towers=tuple(meta_model.towers(model)),
+        towers=towers,
         as_parameters=_FORMER_EXPERTS if meta_model.fuses_experts(model) else frozenset(),
+        other_class="" if other is None or _has(other, names, towers) else type(other).__name__,
     )
+
+
+def _by_class_of_config(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> nn.Module | None:
+    with suppress(CheckpointError):  # what cannot be built cannot be loaded either, and says so
+        return meta_model.build(folder, config, trust_remote_code=trust_remote_code)
+    return None
+
+
+def _by_auto_class(model: nn.Module) -> nn.Module | None:
+    """What AutoModelForCausalLM builds of a model's config, where somebody may load it so and get another class."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    config: Any = model.config
+    cls = meta_model.causal_class(config)
+    never_so_loaded = getattr(config, "is_encoder_decoder", False) or type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    if cls is not None and cls is not type(model) and not never_so_loaded:
+        with suppress(Exception):  # as above
+            return meta_model.causal_model(config)
+    return None
+
+
+def _has(model: nn.Module, names: Iterable[str], towers: tuple[str, ...]) -> bool:
+    """Whether a model has all modules of these names, those inside `towers` left aside."""
+    own = {name for name, _ in model.named_modules()}
+    return all(name in own or name.startswith(tuple(f"{tower}." for tower in towers)) for name in names)
 
 
 class _Objections:
@@ -162,6 +205,8 @@ class _Objections:
             self._owners.setdefault(id(parameter), []).append(name)
         self._head = _output_head(model)
         self._never_called = meta_model.never_called(model)
+        holds_experts = any(_are_experts(name, module) for name, module in model.named_modules())
+        self._choosing = meta_model.choosing(model) if holds_experts else set()
         self._mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS
 
     def __call__(self, name: str, module: nn.Module) -> str:
@@ -176,11 +221,37 @@ class _Objections:
             return "the output head"
         if others := [o for o in self._owners[id(module.weight)] if o != f"{name}.weight"]:
             return f"tied to {others[0]}"
-        if _routes(module, parent):
+        if name in self._choosing or self._routes(name, module):
             return "a router: it chooses experts"
+        if any("router" in f"{own} {type(inner).__name__}".lower() for own, inner in self._around(name)):
+            return "a part of a router"
         if self._mamba and name.rpartition(".")[2] == "out_proj":
             return "the out_proj of a Mamba mixer, whose weight is read past an adapter"
         return ""
+
+    def _around(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        """A module and those around it, outward to the next whole model."""
+        while name and not hasattr(module := self._model.get_submodule(name), "config_class"):
+            yield name.rpartition(".")[2], module
+            name = name.rpartition(".")[0]
+
+    def _routes(self, name: str, module: nn.Module) -> bool:
+        """Whether a linear layer of a block with experts has one output for each of them, or one for all.
+
+        Farther from the experts than beside them another layer may have as many outputs; a gate then says so by name.
+        """
+        rows, beside, gate = _out_in(module)[0], True, False
+        for own, inner in self._around(name):
+            if own.isdigit() and not beside:  # a layer: what is around it holds other layers' experts
+                return False
+            gate = gate or "gate" in own.split("_") or type(inner).__name__.endswith(("Gate", "Gating"))
+            name = name.rpartition(".")[0]
+            children = self._model.get_submodule(name).named_children()
+            experts = [child for child_name, child in children if _are_experts(child_name, child)]
+            if experts and (rows == 1 or ((beside or gate) and rows in _counts(experts))):
+                return True
+            beside = False
+        return False
 
 
 def _not_one_tensor(home: Home) -> str:
@@ -256,12 +327,14 @@ def _computes_a_product(module: nn.Module) -> bool:
         return False
 
 
-def _routes(module: nn.Module, parent: nn.Module) -> bool:
-    """Whether a linear layer beside experts has one output for each of them, or one for all."""
-    experts = [child for name, child in parent.named_children() if EXPERTS in name.split("_")]
-    counts = {1} | {len(child) for child in experts if isinstance(child, nn.ModuleList)}
-    counts |= {p.shape[0] for child in experts for p in child.parameters(recurse=False) if p.dim() == 3}
-    return bool(experts) and _out_in(module)[0] in counts
+def _are_experts(name: str, module: nn.Module) -> bool:
+    return EXPERTS in name.rpartition(".")[2].split("_") or type(module).__name__.endswith("Experts")
+
+
+def _counts(groups: Iterable[nn.Module]) -> set[int]:
+    """How many experts each group holds."""
+    counts = {len(group) for group in groups if isinstance(group, (nn.ModuleList, nn.ModuleDict))}
+    return counts | {p.shape[0] for group in groups for p in group.parameters(recurse=False) if p.dim() == 3}
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:
@@ -294,6 +367,19 @@ def _task_type(model: nn.Module) -> str | None:
     if encoder_decoder and name.endswith("ForConditionalGeneration") and model.main_input_name == "input_ids":
         return "SEQ_2_SEQ_LM"
     return None
+
+
+def _task_types(model: nn.Module) -> frozenset[str]:
+    """Those whose PeftModel can wrap this class, and whose Auto class gives its modules the same names.
+
+    A task with a head of its own is none of them: PEFT wants the head's weights in the adapter's file.
+    """
+    found = set()
+    if hasattr(model, "prepare_inputs_for_generation"):
+        found.add("SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM")
+    if getattr(model, "base_model", None) is model:
+        found.add("FEATURE_EXTRACTION")
+    return frozenset(found)
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:

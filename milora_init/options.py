@@ -44,6 +44,8 @@ class InitOptions:
         rslora: Use the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732).
         dropout: `lora_dropout` for training.
         task_type: PEFT's task type; None derives it from the architecture.
+        text_only: Make the adapter for the class that AutoModelForCausalLM builds of a model with towers, its language
+            model alone, and not for the class that config.json names. For models of which it builds one.
         dtype: Of the residual weights; `auto` keeps the source's.
         device: `auto` (every visible GPU, else the CPU), `cpu`, `cuda` or `cuda:N`; several share the work.
         seed: For `random`, and for the solver's start vectors.
@@ -71,6 +73,7 @@ class InitOptions:
     rslora: bool = False
     dropout: float = 0.05
     task_type: str | None = None
+    text_only: bool = False
     dtype: str = "auto"
     device: tuple[str, ...] = ("auto",)
     seed: int = 0
@@ -121,7 +124,7 @@ class InitOptions:
                 for key, value in pattern.items()
             )
             _require(ok, f"{name} is {_short(pattern)}", "map targets to whole numbers of at least 1: {down_proj: 128}")
-        for name in ("rslora", "trust_remote_code", "low_disk", "private"):
+        for name in ("rslora", "text_only", "trust_remote_code", "low_disk", "private"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
         _require(

@@ -118,6 +118,7 @@ class Plan:
             "alpha_pattern": self.adapter_config["alpha_pattern"],
             "dropout": self.adapter_config["lora_dropout"],
             "task_type": self.adapter_config["task_type"],
+            "text_only": options.text_only,
             "dtype": options.dtype,
             "seed": options.seed,
             "modules": [w.weight.module for w in self.weights],
@@ -209,7 +210,9 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
     checkpoint = open_checkpoint(folder, remote)
     beside = side_files(folder)  # before transformers reads any of them
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    naming = resolve(folder, checkpoint.config, shapes, trust_remote_code=options.trust_remote_code)
+    naming = resolve(
+        folder, checkpoint.config, shapes, trust_remote_code=options.trust_remote_code, text_only=options.text_only
+    )
     weights, adapter_config = plan_weights(options, checkpoint, naming)
     by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
     for w in weights:
@@ -311,6 +314,17 @@ def _notices(
     adapter_config: Mapping[str, Any],
 ) -> list[str]:
     notices = []
+    if naming.other_class and options.text_only:
+        notices.append(
+            f"the adapter is for AutoModelForCausalLM, which builds a {naming.architecture}; in a {naming.other_class} "
+            f"its modules have other names, and PEFT would not load them"
+        )
+    elif naming.other_class:
+        notices.append(
+            f"load the base as a {naming.architecture}: AutoModelForCausalLM builds a {naming.other_class}, in which "
+            f"the adapter's modules have other names, and PEFT would not load them"
+            + ("; --text-only makes an adapter for that one" if "text_config" in checkpoint.config else "")
+        )
     if adapter_config.get("target_parameters"):
         notices.append(
             f"experts are adapted through target_parameters: training needs PEFT >= {adapter.PEFT_FOR_EXPERTS}"

@@ -86,8 +86,9 @@ def _worst_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
 
 def loading_lines(manifest: Manifest) -> str:
     """Python that loads the pair for training. People run it: what comes out of a file is a name or a string in it."""
-    causal = manifest.adapter["task_type"] == "CAUSAL_LM"
     architecture = str(manifest.source["architecture"])
+    other_by_auto = manifest.source.get("other_class") and not manifest.inputs.get("text_only")
+    causal = manifest.adapter["task_type"] == "CAUSAL_LM" and not other_by_auto
     cls = architecture if architecture.isidentifier() and not causal else "AutoModelForCausalLM"
     out = printable(json.dumps(manifest.out, ensure_ascii=False))  # its escapes are Python's too
     branch = manifest.adapter.get("revision")

@@ -33,7 +33,13 @@ def require_loadable(plan: Plan) -> str:
     Raises:
         PlanError: PEFT would leave a tensor out, miss one, or scale one otherwise.
     """
-    model = meta_model.build(plan.source, plan.checkpoint.config, trust_remote_code=plan.options.trust_remote_code)
+    options = plan.options
+    model = meta_model.build(
+        plan.source,
+        plan.checkpoint.config,
+        trust_remote_code=options.trust_remote_code,
+        text_only=options.text_only,
+    )
     planned = {name: info.shape for name, info in plan.adapter_header.tensors.items()}
     scales = {w.key: w.scale for w in plan.weights}
     version = _peft_version(needs_experts=bool(plan.adapter_config.get("target_parameters")))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,7 +123,35 @@ def open_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraFolder:
     return LoraFolder(path, config, header, modules)
 
 
-def require_pair(before: LoraFolder, after: LoraFolder) -> None:
+def of_another_class(own: Set[str], other: Set[str], manifest: Manifest | None) -> tuple[str, str] | None:
+    """What to say of an adapter whose modules are the base's own under another prefix, and what repairs it; else None.
+
+    PEFT goes by full names: loaded into a class in which the modules have others, it leaves the base's adapter out,
+    and trains a new one on a base that lacks its components.
+    """
+    odd, free = other - own, own - other
+    parts = min(odd, default="").split(".")
+    tails = (".".join(parts[start:]) for start in range(len(parts)))
+    found = next(((tail, name) for tail in tails for name in sorted(free) if f".{name}".endswith(f".{tail}")), None)
+    if not odd or found is None:
+        return None
+    (tail, name), module = found, min(odd)
+    prefix, own_prefix = module.removesuffix(tail), name.removesuffix(tail)
+    renamed = {own_prefix + other_name.removeprefix(prefix) for other_name in odd if other_name.startswith(prefix)}
+    if len(renamed) < len(odd) or not renamed <= free or re.search(r"\d", prefix + own_prefix):
+        return None
+    source, inputs = (manifest.source, manifest.inputs) if manifest else ({}, {})
+    cls, known, auto = source.get("other_class"), source.get("architecture"), "AutoModelForCausalLM"
+    if inputs.get("text_only"):
+        told, hint = f" ({cls})" if cls else "", f"with {auto} and train again; or make the pair without --text-only"
+    else:
+        told, hint = f" ({cls}, which {auto} builds)" if cls else "", f"as a {known} and train again" if known else ""
+        hint += f"; or make the pair with --text-only, for {auto}" if cls and known else ""
+    what = f"was trained on another class{told}: its {module} is {name} here, and PEFT left this base's adapter out"
+    return what, f"load the base {hint}" if hint else "load the base with the class it was made for, and train again"
+
+
+def require_pair(before: LoraFolder, after: LoraFolder, manifest: Manifest | None = None) -> None:
     """Raise PlanError unless `after` can be `before`, trained: the same modules, shapes and scales.
 
     Whether it *is*, the factors themselves say: `require_related`. The paths in the configs do not: a base that
@@ -132,6 +160,8 @@ def require_pair(before: LoraFolder, after: LoraFolder) -> None:
     if before.path.resolve() == after.path.resolve():
         raise PlanError(f"{after.path} is both the initial and the trained adapter", hint="name two folders")
     hint = f"name the adapter that was trained from {before.path}, saved as it was trained"
+    if told := of_another_class(before.modules.keys(), after.modules.keys(), manifest):
+        raise PlanError(f"{after.path} {told[0]}", hint=told[1])
     if odd := before.modules.keys() ^ after.modules.keys():
         module = min(odd)
         where = before.path if module in before.modules else after.path

@@ -42,7 +42,15 @@ from milora_init.naming import resolve
 from milora_init.options import InitOptions
 from milora_init.output import WORK
 from milora_init.safetensors_format import read_header
-from milora_init.trained import BEYOND_FACTORS, OTHER_BASE, names_another_base, open_lora, read_config, require_related
+from milora_init.trained import (
+    BEYOND_FACTORS,
+    OTHER_BASE,
+    names_another_base,
+    of_another_class,
+    open_lora,
+    read_config,
+    require_related,
+)
 from milora_init.untrusted import path_inside
 
 PAIR = "a matching pair: a residual base and its adapter"
@@ -151,7 +159,11 @@ def _without_manifest(out: str, folder: Path, trained: str | None, trusted: bool
     with suppress(MiloraError):
         base = open_checkpoint(folder)
         shapes = {name: info.shape for name, info in base.tensors.items()}
-        found = kinship(base, resolve(folder, base.config, shapes, trust_remote_code=trusted), open_lora(lora))
+        read = open_lora(lora)
+        naming = resolve(folder, base.config, shapes, trust_remote_code=trusted)
+        if naming.other_class and read.modules.keys().isdisjoint(naming.modules):
+            naming = resolve(folder, base.config, shapes, trust_remote_code=trusted, text_only=True)
+        found = kinship(base, naming, read)
     if found == OF_THE_ORIGINAL:
         what = "the weights still hold the components that this adapter adds: they would count twice"
         hint = "put it beside the residual base it was made with; onto the original, trained: milora-init convert"
@@ -256,7 +268,9 @@ class _Inspection:
 
     def modules(self, base: Checkpoint) -> tuple[str, ...]:
         shapes = {name: info.shape for name, info in base.tensors.items()}
-        return resolve(self.folder, base.config, shapes, trust_remote_code=self.trusted).modules
+        text_only = bool(self.manifest.inputs.get("text_only"))  # an older manifest does not say
+        trusted = self.trusted
+        return resolve(self.folder, base.config, shapes, trust_remote_code=trusted, text_only=text_only).modules
 
     def config_faults(self, path: Path, modules: tuple[str, ...], *, trained: bool = False) -> Iterator[Difference]:
         """The fields of an adapter_config.json that decide what a trainer or a server makes of it."""
@@ -333,6 +347,11 @@ class _Inspection:
                  for path in (config, weights) if not path.is_file()]  # fmt: skip
         if found:
             return False, found
+        with suppress(MiloraError):  # of a file that cannot be read, below
+            named = {key[0] for key in map(key_and_factor, read_header(weights).tensors) if key}
+            own = {record.key for record in self.manifest.weights}
+            if told := of_another_class(own, named, self.manifest):
+                return False, [Difference(str(weights), *told)]
         found += self.config_faults(config, modules, trained=True)
         faults, count = _header_faults(weights, self.manifest.weights)
         found += faults

@@ -15,6 +15,7 @@ from milora_init.options import InitOptions
 from milora_init.targets import matcher, names_fused, select
 
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _SOLVABLE = ("F64", "F32", "BF16", "F16")
 
 
@@ -47,12 +48,25 @@ def plan_weights(
     Raises:
         PlanError: The request does not fit the model.
     """
+    _require_task(options.task_type, naming)
     chosen = select(naming, options.target, options.exclude)
     targets = adapter.plan_targets(chosen, naming)
     sizes = _sizes(chosen, options)
     weights = tuple(_plan_weight(weight, checkpoint, options, sizes[weight.target], targets) for weight in chosen)
     _require_rank(weights)
     return weights, _adapter_config(options, naming, targets, weights, sizes)
+
+
+def _require_task(task: str | None, naming: Naming) -> None:
+    if task is None or task == naming.task_type or task in naming.task_types:
+        return
+    if task in _WITH_A_HEAD:
+        raise PlanError(
+            f"task type {task}: PEFT wants the weights of the task's head in the adapter, and this one holds none",
+            hint="leave --task-type out; the README's `A new head` has the lines that train a head with the pair",
+        )
+    why = ": AutoModel gives its modules other names" if task == "FEATURE_EXTRACTION" else ""
+    raise PlanError(f"task type {task} does not fit a {naming.architecture}{why}", hint="leave --task-type out")
 
 
 def own_seed(seed: int, tensor: str, row: int | None) -> int:

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,19 @@ def plan(folder: Path) -> str:
     return f"{said}, by {who}" + (f" (left out: {left})" if left else "")
 
 
-def write_checkpoint(model_type: str, folder: Path, layers: int | None) -> str:
-    """A checkpoint of that type without data: config.json, and headers over a hole. Returns its class."""
+def write_checkpoint(
+    model_type: str, folder: Path, layers: int | None, *, change: Callable[[Any], object] = lambda _: None
+) -> str:
+    """A checkpoint of that type without data: config.json, and headers over a hole. Returns its class.
+
+    `change` may change the config before the model is built.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     config: Any = transformers.CONFIG_MAPPING[model_type]()
     if layers is not None:
         cut_down(config, layers)
+    change(config)
     cls = model_class(type(config))
     with torch.device("meta"):
         model: Any = cls(config)

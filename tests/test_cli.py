@@ -140,13 +140,14 @@ def test_a_dry_run_as_json_is_one_object(cli: Cli, checkpoint: Built) -> None:
 
 def test_options_reach_the_output(cli: Cli, checkpoint: Built) -> None:
     said = cli(
-        checkpoint("llama"), "--mode", "max", "--alpha", 8, "--rslora", "--dropout", 0.2, "--task-type", "SEQ_CLS",
-        "--dtype", "float16", "--seed", 3, "-t", "q_proj", "-t", "v_proj", "--exclude", "v_proj", "--json",
+        checkpoint("bert"), "--mode", "max", "--alpha", 8, "--rslora", "--dropout", 0.2, "--task-type",
+        "FEATURE_EXTRACTION", "--dtype", "float16", "--seed", 3, "-t", "query", "-t", "value", "--exclude", "value",
+        "--json",
     )  # fmt: skip
     adapter = said.json["adapter"]
-    expected = {"r": 4, "lora_alpha": 8, "use_rslora": True, "lora_dropout": 0.2, "task_type": "SEQ_CLS"}
+    expected = {"r": 4, "lora_alpha": 8, "use_rslora": True, "lora_dropout": 0.2, "task_type": "FEATURE_EXTRACTION"}
     assert adapter.items() >= expected.items()
-    assert adapter["target_modules"] == ["q_proj"]
+    assert adapter["target_modules"] == ["query"]
     assert said.json["inputs"].items() >= {"mode": "max", "dtype": "float16", "seed": 3}.items()
     assert adapter == json.loads((Path("out") / "lora" / "adapter_config.json").read_text())
 
@@ -361,7 +362,7 @@ def test_help_names_every_option_of_the_main_job(capsys: pytest.CaptureFixture[s
     assert said.status == 0
     for option in (
         "--model", "--out", "--rank", "--mode", "--config", "--target", "--exclude", "--alpha", "--rslora",
-        "--dropout", "--task-type", "--dtype", "--device", "--seed", "--revision", "--cache-dir", "--token",
+        "--dropout", "--task-type", "--text-only", "--dtype", "--device", "--seed", "--revision", "--cache-dir", "--token",
         "--dry-run", "--overwrite", "--json", "--quiet",
     ):  # fmt: skip
         assert option in said.stdout, option

@@ -34,7 +34,7 @@ def plan(folder: Path, **options: Any) -> Plan:
     "change",
     [
         {"rank": 5}, {"mode": "max"}, {"mode": "random"}, {"alpha": 8}, {"rslora": True}, {"dropout": 0.1},
-        {"task_type": "SEQ_CLS"}, {"dtype": "float16"}, {"seed": 1}, {"target": ("q_proj",)}, {"exclude": ("q_proj",)},
+        {"dtype": "float16"}, {"seed": 1}, {"target": ("q_proj",)}, {"exclude": ("q_proj",)},
     ],
     ids=str,
 )  # fmt: skip
