@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from milora_init.checkpoint import SafetensorsShard
-from milora_init.layout import cut, factor_shapes, lora_key
+from milora_init.layout import Expert, cut, factor_shapes, lora_key
 from milora_init.manifest import WeightRecord
+
+
+class Placed(Protocol):
+    """A weight and where its factors are: a WeightRecord, or what is known of one without a manifest."""
+
+    @property
+    def module(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def expert(self) -> Expert | None: ...
+    @property
+    def untrainable(self) -> int: ...
 
 
 class FactorReader:
@@ -22,7 +40,7 @@ class FactorReader:
         self._key = ""
         self._tensors: tuple[Tensor, Tensor] | None = None
 
-    def read(self, record: WeightRecord) -> tuple[Tensor, Tensor]:
+    def read(self, record: Placed) -> tuple[Tensor, Tensor]:
         """B (m, R) and A (R, n) of a weight (m, n), as `layout.cut` gives them. Raises CheckpointError."""
         if self._tensors is None or self._key != record.key:
             A, B = (self._shard.read(lora_key(record.key, factor)) for factor in "AB")

@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from milora_init.adapter import FOLDER, pattern_of
-from milora_init.checkpoint import SafetensorsShard
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, MiloraError, PlanError
-from milora_init.layout import key_and_factor
+from milora_init.factors import Placed, reading_factors
+from milora_init.layout import key_and_factor, lora_key, own_block
 from milora_init.manifest import Manifest, WeightRecord, read_manifest
 from milora_init.safetensors_format import Header, read_header
 from milora_init.untrusted import plain_file
@@ -29,13 +31,15 @@ from milora_init.untrusted import plain_file
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-_COSINE = 0.1  # between trained and initial factors; of unrelated ones it is about 1 / sqrt(number of entries)
+_SAME_WAY, _LEAST, _MOST = 0.5, 0.1, 30  # see `unrelated`
+_NAMED = 3
 OTHER_BASE = "name the base that it was trained on"
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys of adapter_config.json that change what the factors mean, or add to them. Off is None, False or empty.
+BESIDE_FACTORS = ("modules_to_save", "trainable_token_indices")  # which mean what they meant
 BEYOND_FACTORS = (
-    "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "layer_replication",
+    *BESIDE_FACTORS, "use_dora", "lora_bias", "layer_replication",
     "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
 )  # fmt: skip
 
@@ -212,38 +216,108 @@ def names_another_base(config: Mapping[str, Any], manifest: Manifest) -> str:
 def require_trained_on(lora: LoraFolder, manifest: Manifest, initial: Path) -> None:
     """Raise PlanError where an adapter of the initial one's keys, shapes and scales was trained on another base.
 
-    That is so where its config names another output of milora-init, or its factors lean on other ones.
+    That is so where its config names another output of milora-init, or where a module's factors are unrelated.
     """
     if named := names_another_base(lora.config, manifest):
         raise PlanError(f"{lora.path} was trained on {named}, another residual base", hint=OTHER_BASE)
-    require_related(lora.weights, initial)
+    require_related(lora.weights, initial, manifest.weights)
 
 
-def require_related(trained: Path, initial: Path) -> None:
-    """Raise PlanError unless the one adapter's factors, of the other's keys and shapes, still lean on the other's."""
-    cosine, entries = _cosine(trained, initial)
-    if not math.isfinite(cosine):
-        hint = "look at the training: such an adapter has learnt nothing"
-        raise PlanError(f"{trained}: it has entries that are NaN or infinite", hint=hint)
-    if not cosine > max(_COSINE, 6 / math.sqrt(entries)):
-        raise PlanError(
-            f"{trained}: unrelated to the adapter that this base was made with (cosine {cosine:.3f})", hint=OTHER_BASE
-        )
+def require_related(trained: Path, initial: Path, weights: Sequence[Placed] = ()) -> None:
+    """Raise PlanError unless every module of one adapter can be trained from the other's; see `unrelated`."""
+    if found := unrelated(trained, initial, weights):
+        raise PlanError(f"{trained}: {summary(found)}", hint=OTHER_BASE)
 
 
-def _cosine(one: Path, other: Path) -> tuple[float, int]:
-    """The cosine between all factors of two adapters, each module's brought to one length, and how many entries."""
-    first, second = SafetensorsShard(one), SafetensorsShard(other)
-    try:
-        inner, entries = 0.0, 0
-        for key in second.header.tensors:
-            a, b = (shard.read(key).double().flatten() for shard in (first, second))
-            inner += float(a @ b) / max(float(a.norm() * b.norm()), 1e-300)
-            entries += a.numel()
-        return inner / len(second.header.tensors), entries
-    finally:
-        first.close()
-        second.close()
+def summary(unrelated: Mapping[str, str]) -> str:
+    """The modules that `unrelated` found, in one line."""
+    first = ", ".join(f"{module} ({why})" for module, why in list(unrelated.items())[:_NAMED])
+    more = f", and {len(unrelated) - _NAMED} more" if len(unrelated) > _NAMED else ""
+    return f"unrelated to the adapter that this base was made with, in {len(unrelated)} of its weights: {first}{more}"
+
+
+def unrelated(trained: Path, initial: Path, weights: Sequence[Placed] = ()) -> dict[str, str]:
+    """The modules of an adapter that cannot have been trained from the initial one, each with the reason.
+
+    Every module (of stacked experts: every matrix) is judged by itself. A and B (rank r) start at A0 (r, n) and
+    B0 (m, r), and training adds to them; P = B A and P0 = B0 A0. A module is related where one of these holds:
+
+    - P points the way of P0: cos(P, P0) > 0.5, and P holds P0 between 0.1 and 30 times, <P, P0> / |P0|^2. Of unrelated
+      factors the cosine is about 1 / sqrt(m n), and 1 / sqrt(m r) where one of the two factors is right.
+    - A and B each still hold what they began with. The smallest components are so small that what training adds is
+      soon many times as large, and the cosine of the products goes down to chance; that of the factors does so later.
+      What is added has no reason to undo A0, so <A, A0> / |A0|^2 stays near 1: at least the root of 0.1. And
+      cos(A, A0) stays above chance, which is 1 / sqrt(r n): at least three times that. B likewise.
+
+    Measured on models of width 32 to 256, ranks 4 and 8, with AdamW: after 20 steps at a rate of 1e-2 or 200 at 1e-3
+    every module passes; |P| was up to 160 times |P0| and P held P0 up to 9 times. After 1000 steps at 3e-3 (|P| up to
+    500 times |P0|) 3 of 60 modules fail, all of smallest components at width 64; at rates that make the loss go up,
+    most. Chance falls with the width: at 4096 and rank 64 it is 1 / 512. Noise, another layer's factors, exchanged or
+    permuted ones are at chance; zeros, and what was multiplied by 1000, are outside 0.1 to 30.
+
+    A module all of whose directions are `untrainable` has no direction to compare, and passes. Factors that began as
+    exact zeros get no gradient, and must still be zeros.
+
+    Args:
+        trained, initial: Files of weights of the same keys and shapes.
+        weights: The weights that were split; whole modules by the file's keys where there are none.
+
+    Raises:
+        PlanError: An entry that is NaN or infinite.
+        CheckpointError: A file that cannot be read.
+    """
+    found: dict[str, str] = {}
+    with reading_factors(trained) as after, reading_factors(initial) as before:
+        for weight in weights or _whole_modules(before.header):
+            B, A, B0, A0 = (factor.double() for reader in (after, before) for factor in reader.read(weight))
+            if not bool(A.isfinite().all() and B.isfinite().all()):
+                hint = "look at the training: such an adapter has learnt nothing"
+                raise PlanError(f"{trained}: {weight.module} has entries that are NaN or infinite", hint=hint)
+            if A0.any() and B0.any() and weight.untrainable >= weight.rank:
+                continue
+            if why := _unrelated(B, A, B0, A0, weight):
+                found[weight.module] = why
+    return found
+
+
+def _unrelated(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, weight: Placed) -> str:
+    """Why a module with A (R, n) and B (m, R) was not trained from A0 and B0; empty if it can have been."""
+    inner = float(((B0.mT @ B) * (A0 @ A.mT)).sum())
+    norm, norm0 = (math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum()))) for b, a in ((B, A), (B0, A0)))
+    if not norm0:
+        return "it began as zeros, which no training moves" if norm else ""
+    if not norm:
+        return "it is zero"
+    cosine, times = inner / norm / norm0, inner / norm0**2
+    if cosine > _SAME_WAY or times > _MOST:
+        return "" if _LEAST <= times <= _MOST else f"{norm / norm0:.2g} times as large"
+    own, own0 = own_block(B, A, weight.rank, weight.expert), own_block(B0, A0, weight.rank, weight.expert)
+    return "" if all(map(_leans, own, own0)) else f"cosine {cosine:.3f}"
+
+
+def _leans(X: Tensor, X0: Tensor) -> bool:
+    """Whether a factor holds what it began with, by more than chance."""
+    inner, norm, norm0 = float((X * X0).sum()), float(X.norm()), float(X0.norm())
+    chance = min(3 / math.sqrt(X.numel()), _SAME_WAY)
+    return bool(norm and norm0) and inner > chance * norm * norm0 and inner > math.sqrt(_LEAST) * norm0**2
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """A module whose factors are taken as they lie: see `factors.Placed`."""
+
+    module: str
+    key: str
+    shape: tuple[int, int]
+    rank: int
+    expert: None = None
+    untrainable: int = 0
+
+
+def _whole_modules(header: Header) -> list[_Module]:
+    keys = sorted({found[0] for found in map(key_and_factor, header.tensors) if found})
+    shapes = [(key, *(header.tensors[lora_key(key, factor)].shape for factor in "BA")) for key in keys]
+    return [_Module(key, key, (B[0], A[1]), A[0]) for key, B, A in shapes]
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ config.json builds, adapter_config.json key by key, because trainers rewrite it 
 With the source at hand, `audit` judges the tensors themselves.
 
 A trained adapter carries nothing of ours: PEFT drops what it does not know. But training starts from the factors in
-OUT/lora and stays on their side: trained and initial factors have a cosine well above zero, those of two bases are
-unrelated directions in thousands of dimensions. So the initial adapter is the fingerprint of the base.
+OUT/lora and stays on their side, in every module: see `trained.unrelated`. So the initial adapter is the fingerprint
+of the base. The verdict on it is about its factors; what else it stores is named in a note.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ from milora_init.options import InitOptions
 from milora_init.output import WORK
 from milora_init.safetensors_format import read_header
 from milora_init.trained import (
+    BESIDE_FACTORS,
     BEYOND_FACTORS,
     OTHER_BASE,
     names_another_base,
     of_another_class,
     open_lora,
     read_config,
-    require_related,
+    summary,
+    unrelated,
 )
 from milora_init.untrusted import path_inside
 
@@ -71,6 +73,7 @@ _AGAIN = "make the output again: milora-init ... --overwrite, or fetch it again"
 _KEEP = "keep a copy of it if it was trained in place; the same options in another --out make the initial one again"
 # What decides the function that the pair computes. Dropout and the like are the trainer's own business.
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
+_NAMED, _LISTED = 3, 20
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -293,6 +296,9 @@ class _Inspection:
                 yield Difference(name, what, f'set "{key}": {json.dumps(wanted[key])}')
         for key in BEYOND_FACTORS:
             if config.get(key) and config[key] != wanted.get(key):
+                if trained and key in BESIDE_FACTORS:
+                    self.notes.append(f"{name}: merge and convert do not take: {key} = {config[key]!r}")
+                    continue
                 yield Difference(
                     name, f"{key} is {config[key]!r}, which this adapter was not made for", retrain or f"remove {key}"
                 )
@@ -353,17 +359,22 @@ class _Inspection:
             if told := of_another_class(own, named, self.manifest):
                 return False, [Difference(str(weights), *told)]
         found += self.config_faults(config, modules, trained=True)
-        faults, count = _header_faults(weights, self.manifest.weights)
+        faults, count = _header_faults(weights, self.manifest.weights, beside=self.notes)
         found += faults
         foreign = count > len(self.records)  # a file that cannot be read at all says nothing of its base
         with suppress(CheckpointError):  # which is among the faults
             foreign = foreign or bool(names_another_base(read_config(config), self.manifest))
         if comparable and not faults:
             try:
-                require_related(weights, self.folder / adapter.WEIGHTS)
+                odd = unrelated(weights, self.folder / adapter.WEIGHTS, self.manifest.weights)
             except PlanError as error:
-                foreign = True
                 found.append(Difference(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
+                odd = {}
+            foreign = foreign or len(odd) > len(self.records) / 2
+            if odd:
+                found.append(Difference(str(weights), summary(odd), OTHER_BASE))
+                some = list(odd.items())[:_LISTED]
+                found += [Difference(module, f"unrelated: {why}", OTHER_BASE) for module, why in some]
         # A change to its config would make a foreign adapter look like this base's.
         return foreign, [replace(fault, hint=OTHER_BASE) for fault in found] if foreign else found
 
@@ -377,8 +388,13 @@ def _is_other(B: Tensor, A: Tensor, record: WeightRecord) -> bool:
     return not all(abs(off) <= slack for off in ends)
 
 
-def _header_faults(path: Path, records: tuple[WeightRecord, ...]) -> tuple[list[Difference], int]:
-    """Keys and shapes of an adapter file that do not fit the modules, one of each kind, and how many there are."""
+def _header_faults(
+    path: Path, records: tuple[WeightRecord, ...], *, beside: list[str] | None = None
+) -> tuple[list[Difference], int]:
+    """Keys and shapes of an adapter file that do not fit the modules, one of each kind, and how many there are.
+
+    With `beside`, tensors that are no factors are no fault: they are named there.
+    """
     try:
         tensors = read_header(path).tensors
     except MiloraError as error:
@@ -386,6 +402,11 @@ def _header_faults(path: Path, records: tuple[WeightRecord, ...]) -> tuple[list[
     wanted = wanted_tensors(records)
     missing, strange = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     odd = sorted(key for key in wanted.keys() & tensors.keys() if tensors[key].shape != wanted[key])
+    others = [key for key in strange if ".lora_" not in key] if beside is not None else []
+    if beside is not None and others:
+        strange = [key for key in strange if ".lora_" in key]
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        beside.append(f"{path}: merge and convert do not take: {', '.join(others[:_NAMED])}{more}")
     faults = []
 
     def add(keys: list[str], what: str) -> None:
