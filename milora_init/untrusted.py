@@ -7,7 +7,10 @@ one rule for all of them, applied when the name is read and again when a file is
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path, PurePosixPath
+
+_NAMES = re.compile(r"(?:[\w.-]|\\[^\w|\\]|\\_)+(?:\|(?:[\w.-]|\\[^\w|\\]|\\_)+)*")
 
 
 def relative_name(name: object) -> str:
@@ -36,6 +39,17 @@ def path_inside(folder: Path, name: object) -> Path:
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{name!r} leads out of {folder} through a link")
     return path
+
+
+def plain_names(pattern: object) -> list[str]:
+    """The names that a pattern out of a file spells: `q_proj`, `a\\.b|a\\.c`. No pattern of somebody's is ever run.
+
+    Raises:
+        ValueError: It is more than plain names: letters, digits, `_`, `-`, dots and escaped characters, joined by `|`.
+    """
+    if not isinstance(pattern, str) or not _NAMES.fullmatch(pattern):
+        raise ValueError(f"{str(pattern)[:80]!r} is no plain name, and patterns out of a file are not run")
+    return [re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL) for name in pattern.split("|")]
 
 
 def printable(text: str) -> str:
