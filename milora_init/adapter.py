@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from milora_init.errors import PlanError
 from milora_init.layout import factor_shapes, lora_key
 from milora_init.naming import Adaptable, Naming
 from milora_init.safetensors_format import Header, plan_header
-from milora_init.targets import REGEX, matcher
+from milora_init.targets import ends, named
+from milora_init.untrusted import plain_names
 
 FOLDER = "lora"
 CONFIG = f"{FOLDER}/adapter_config.json"
@@ -82,13 +83,14 @@ def plan_adapter(weights: Iterable[tuple[str, int, Adaptable]]) -> Header:
 
 
 def targeted(targets: object, modules: Sequence[str]) -> set[str]:
-    """The modules that PEFT resolves `target_modules` to: a list of names and suffixes, or one regular expression."""
+    """The modules that PEFT resolves `target_modules` to: a list of names and suffixes, or full names joined by `|`.
+
+    Raises:
+        ValueError: A regular expression that is more than that.
+    """
     if isinstance(targets, str):
-        targets = [f"{REGEX}{targets}"]
-    if not isinstance(targets, (list, tuple)):
-        return set()
-    matches = matcher([str(target) for target in targets])
-    return {module for module in modules if matches(module)}
+        return set(plain_names(targets)).intersection(modules)
+    return named(map(str, targets), modules) if isinstance(targets, (list, tuple)) else set()
 
 
 def target_modules(adapted: Sequence[str], modules: Sequence[str]) -> list[str] | str:
@@ -99,8 +101,7 @@ def target_modules(adapted: Sequence[str], modules: Sequence[str]) -> list[str] 
     """
     wanted = set(adapted)
     for names in (sorted({module.rpartition(".")[2] for module in adapted}), sorted(adapted)):
-        matches = matcher(names)
-        if {module for module in modules if matches(module)} == wanted:
+        if named(names, modules) == wanted:
             return names
     return "|".join(re.escape(module) for module in sorted(adapted))
 
@@ -115,9 +116,22 @@ def stacked_alpha(alpha: int, parts: int, *, rslora: bool) -> float:
     return alpha * math.sqrt(parts) if rslora and parts > 1 else alpha * parts
 
 
-def pattern_of(patterns: Mapping[str, float], name: str) -> float | None:
-    """What PEFT finds for a name in rank_pattern or alpha_pattern: the first key that matches its end."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)
+def pattern_of(patterns: Mapping[str, float]) -> Callable[[str], float | None]:
+    """What PEFT finds for a name in rank_pattern or alpha_pattern: the value of the first key that is its end.
+
+    Raises:
+        ValueError: A key that is more than plain names; PEFT takes it for a regular expression.
+    """
+    places: dict[str, tuple[int, float]] = {}
+    for place, (key, value) in enumerate(patterns.items()):
+        for name in plain_names(key):
+            places.setdefault(name, (place, value))
+
+    def find(name: str) -> float | None:
+        found = [places[end] for end in ends(name) if end in places] if places else []
+        return min(found)[1] if found else None
+
+    return find
 
 
 def patterns(
@@ -131,8 +145,12 @@ def patterns(
     other = [name for name in ranks if ranks[name] != rank or alphas[name] != alpha]
     rank_pattern = {name: ranks[name] for name in other}
     alpha_pattern = {name: alphas[name] for name in other}
+    try:
+        rank_of, alpha_of = pattern_of(rank_pattern), pattern_of(alpha_pattern)
+    except ValueError as error:
+        raise PlanError(f"PEFT cannot be told the rank of a module: {error}", hint="--exclude it") from None
     for name in ranks:
-        found = (pattern_of(rank_pattern, name) or rank, pattern_of(alpha_pattern, name) or alpha)
+        found = (rank_of(name) or rank, alpha_of(name) or alpha)
         if found != (ranks[name], alphas[name]):
             raise PlanError(
                 f"PEFT would give {name} the rank and alpha of another module whose name ends alike",

@@ -71,10 +71,11 @@ def wanted_by_rules(model: nn.Module, config: Mapping[str, Any]) -> tuple[Shapes
     """The tensors that PEFT's rules make of adapter_config.json, by name, and the scale of each pair, by its key."""
     shapes: dict[str, tuple[int, ...]] = {}
     scales: dict[str, float] = {}
+    rank_of, alpha_of = adapter.pattern_of(config["rank_pattern"]), adapter.pattern_of(config["alpha_pattern"])
 
     def add(key: str, name: str, columns: int, rows: int, experts: int) -> None:
-        rank = int(adapter.pattern_of(config["rank_pattern"], name) or config["r"])
-        alpha = adapter.pattern_of(config["alpha_pattern"], name) or config["lora_alpha"]
+        rank = int(rank_of(name) or config["r"])
+        alpha = alpha_of(name) or config["lora_alpha"]
         shapes[lora_key(key, "A")] = (rank * experts, columns)
         shapes[lora_key(key, "B")] = (rows, rank * experts)
         scales[key] = adapter.scale(rank, alpha, rslora=config["use_rslora"])

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from milora_init.errors import PlanError
 from milora_init.naming import EXPERTS, Adaptable, Naming
 
 ALL_LINEAR = "all-linear"
 REGEX = "re:"
+
+_LIMIT_S = 10
+_DEPTH = 100  # parts of a name that are looked at; models have some ten
+# A pattern can take longer than anybody waits, and nothing in this process could stop it.
+_CHILD = """
+import json, re, sys
+pattern, names = json.load(sys.stdin)
+try:
+    print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))
+except (re.error, OverflowError, RecursionError) as error:
+    print(json.dumps(str(error)))
+"""
 
 
 def select(naming: Naming, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Adaptable]:
@@ -23,6 +37,7 @@ def select(naming: Naming, targets: Sequence[str], exclude: Sequence[str] = ()) 
         PlanError: A target or an exclusion that names nothing, or only what cannot be adapted.
     """
     chosen: set[str] = set()
+    names = {*naming.modules, *naming.adaptable, *naming.experts, *naming.refused}
     for target in targets:
         if target == ALL_LINEAR:
             hits = {name for name in naming.adaptable.keys() - naming.heads if not _tower(naming, name)}
@@ -30,16 +45,16 @@ def select(naming: Naming, targets: Sequence[str], exclude: Sequence[str] = ()) 
                 raise PlanError(f"{naming.architecture} has no linear layer that can be adapted")
             chosen |= hits
             continue
-        matches = matcher([target])
-        hits = {name for name in naming.adaptable if matches(name) and _tower(naming, name) in target}
-        hits |= set(filter(names_fused(target), naming.experts))
+        matches = matching([target], names)
+        hits = {name for name in naming.adaptable if name in matches and _tower(naming, name) in target}
+        hits |= set(filter(names_fused(target, matches), naming.experts))
         if not hits:
             raise _no_hit(naming, target, matches)
         chosen |= hits
     for target in exclude:
-        matches = matcher([target])
-        hits = {name for name in naming.modules if matches(name)}
-        hits |= set(filter(names_fused(target), naming.experts))
+        matches = matching([target], names)
+        hits = matches & set(naming.modules)
+        hits |= set(filter(names_fused(target, matches), naming.experts))
         if not hits:
             hint = f"modules: {', '.join(suffixes(naming))}"
             raise PlanError(f"exclude {target!r} matches no module of {naming.architecture}", hint=hint)
@@ -50,20 +65,19 @@ def select(naming: Naming, targets: Sequence[str], exclude: Sequence[str] = ()) 
     return linears + [weight for name, group in naming.experts.items() if name in chosen for weight in group]
 
 
-def names_fused(target: str) -> Callable[[str], bool]:
-    """Whether a target names a fused parameter of experts, by its own name or its owner's."""
-    matches = matcher([target])
-    return lambda parameter: EXPERTS in target and (matches(parameter) or matches(parameter.rpartition(".")[0]))
+def names_fused(target: str, matches: Collection[str]) -> Callable[[str], bool]:
+    """Whether a target, which matches these names, names a fused parameter of experts: by its own or its owner's."""
+    return lambda parameter: EXPERTS in target and (parameter in matches or parameter.rpartition(".")[0] in matches)
 
 
-def _no_hit(naming: Naming, target: str, matches: Callable[[str], bool]) -> PlanError:
-    reason, fused = "", names_fused(target)
+def _no_hit(naming: Naming, target: str, matches: Collection[str]) -> PlanError:
+    reason, fused = "", names_fused(target, matches)
     hint = f"modules that can be adapted: {', '.join(suffixes(naming))}"
-    if refused := next((name for name in naming.refused if matches(name) or fused(name)), None):
+    if refused := next((name for name in naming.refused if name in matches or fused(name)), None):
         reason = f" that can be adapted: {refused} is {naming.refused[refused]}"
-    elif tower := next((_tower(naming, name) for name in naming.adaptable if matches(name)), ""):
+    elif tower := next((_tower(naming, name) for name in naming.adaptable if name in matches), ""):
         reason, hint = f" outside {tower}, which has to be named", f"--target 're:.*\\.{tower}\\..*{target}'"
-    elif any(matches(name) for name in naming.experts):
+    elif any(name in matches for name in naming.experts):
         reason = ", only experts, which have to be named"
     if "," in target and not target.startswith(REGEX):
         hint = f"give each its own option: {' '.join(f'--target {part.strip()}' for part in target.split(','))}"
@@ -78,26 +92,47 @@ def _tower(naming: Naming, module: str) -> str:
     return next((tower.rpartition(".")[2] for tower in naming.towers if module.startswith(f"{tower}.")), "")
 
 
-def matcher(targets: Iterable[str]) -> Callable[[str], bool]:
-    """PEFT's test of a module name against a list of targets, with `re:PATTERN` beside it."""
-    names = {target for target in targets if not target.startswith(REGEX)}
-    patterns = []
+def ends(name: str) -> list[str]:
+    """What a target may call a module: its full name, and its ends after a dot."""
+    parts = name.split(".")
+    return [name, *(".".join(parts[first:]) for first in range(max(1, len(parts) - _DEPTH), len(parts)))]
+
+
+def named(targets: Iterable[str], among: Iterable[str]) -> set[str]:
+    """The names that PEFT takes for a list of targets."""
+    wanted = set(targets)
+    return {name for name in among if not wanted.isdisjoint(ends(name))}
+
+
+def matching(targets: Sequence[str], among: Collection[str]) -> set[str]:
+    """The names that PEFT takes for a list of targets, with `re:PATTERN` beside it.
+
+    Raises:
+        PlanError: What is no regular expression, or takes too long.
+    """
+    found = named((target for target in targets if not target.startswith(REGEX)), among)
     for target in targets:
         if target.startswith(REGEX):
-            try:
-                patterns.append(re.compile(target.removeprefix(REGEX)))
-            except re.error as error:
-                hint = "write it as Python's re does, in quotes: --target 're:.*\\.(q|v)_proj'"
-                raise PlanError(f"target {target!r} is not a regular expression: {error}", hint=hint) from None
+            found |= _matched(target, among)
+    return found
 
-    def matches(module: str) -> bool:
-        return (
-            module in names
-            or any(module.endswith(f".{name}") for name in names)
-            or any(pattern.fullmatch(module) for pattern in patterns)
-        )
 
-    return matches
+def _matched(target: str, among: Collection[str]) -> set[str]:
+    """The names that a regular expression matches from end to end, found in a process that can be stopped."""
+    asked = json.dumps([target.removeprefix(REGEX), list(among)])
+    command = [sys.executable or "python3", "-I", "-S", "-c", _CHILD]
+    try:
+        done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+        found = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        hint = "write it without a repetition inside a repetition, such as (a+)*, or name the modules"
+        raise PlanError(f"target {target!r} takes more than {_LIMIT_S} s to match", hint=hint) from None
+    except (OSError, ValueError) as error:  # no process, or one that ended without an answer
+        raise PlanError(f"target {target!r} cannot be matched: {error}", hint="name the modules") from None
+    if isinstance(found, str):
+        hint = "write it as Python's re does, in quotes: --target 're:.*\\.(q|v)_proj'"
+        raise PlanError(f"target {target!r} is not a regular expression: {found}", hint=hint)
+    return set(found)
 
 
 def suffixes(naming: Naming) -> list[str]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 _SAME_WAY, _LEAST, _MOST = 0.5, 0.1, 30  # see `unrelated`
 _NAMED = 3
+_HUGE = 1e9  # no rank and no alpha
 OTHER_BASE = "name the base that it was trained on"
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -119,9 +119,11 @@ def open_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraFolder:
             f"to stands in the manifest of their base",
             hint="keep the adapter in the folder that milora-init wrote, beside milora_init.json",
         )
+    rank_of = _of_modules(config, "rank_pattern", "r", path)
+    alpha_of = _of_modules(config, "alpha_pattern", "lora_alpha", path)
     modules = {
         m: _pair(path, config, header, experts[m].parameter if m in experts else wrapped.get(m, m), pair,
-                 experts=experts[m].count if m in experts else 1)
+                 experts=experts[m].count if m in experts else 1, rank_of=rank_of, alpha_of=alpha_of)
         for m, pair in keys.items()
     }  # fmt: skip
     return LoraFolder(path, config, header, modules)
@@ -316,8 +318,8 @@ class _Module:
 
 def _whole_modules(header: Header) -> list[_Module]:
     keys = sorted({found[0] for found in map(key_and_factor, header.tensors) if found})
-    shapes = [(key, *(header.tensors[lora_key(key, factor)].shape for factor in "BA")) for key in keys]
-    return [_Module(key, key, (B[0], A[1]), A[0]) for key, B, A in shapes]
+    shapes = [[header.tensors[lora_key(key, factor)].shape for factor in "BA"] for key in keys]
+    return [_Module(key, key, (B[0], A[1]), A[0]) for key, (B, A) in zip(keys, shapes, strict=True)]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -357,15 +359,22 @@ def _lora_config(path: Path) -> dict[str, Any]:
 
 
 def _pair(
-    path: Path, config: Mapping[str, Any], header: Header, module: str, keys: Mapping[str, str], *, experts: int
+    path: Path,
+    config: Mapping[str, Any],
+    header: Header,
+    module: str,
+    keys: Mapping[str, str],
+    *,
+    experts: int,
+    rank_of: Callable[[str], float],
+    alpha_of: Callable[[str], float],
 ) -> Factors:
     if missing := {"A", "B"} - keys.keys():
         raise CheckpointError(
             f"{path / WEIGHTS}: {module} has no lora_{missing.pop()}: the adapter is incomplete",
             hint="save the adapter again",
         )
-    rank = _of_module(config, "rank_pattern", "r", module, path)
-    alpha = _of_module(config, "alpha_pattern", "lora_alpha", module, path)
+    rank, alpha = rank_of(module), alpha_of(module)
     (a_rank, n), (m, b_rank) = header.tensors[keys["A"]].shape, header.tensors[keys["B"]].shape
     if not a_rank == b_rank == rank * experts:
         raise CheckpointError(
@@ -376,13 +385,22 @@ def _pair(
     return Factors(module, keys["A"], keys["B"], int(rank), (m, n), scale, experts)
 
 
-def _of_module(config: Mapping[str, Any], pattern: str, default: str, module: str, path: Path) -> float:
-    """A module's rank or alpha, as PEFT looks it up."""
+def _of_modules(config: Mapping[str, Any], pattern: str, default: str, path: Path) -> Callable[[str], float]:
+    """Every module's rank or alpha, as PEFT looks it up. Raises CheckpointError, here and when it is asked."""
     try:
-        found = pattern_of(config.get(pattern) or {}, module)
-        value = config[default] if found is None else found
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{value!r} for {module}")
-    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
-        raise CheckpointError(f"{path / CONFIG}: {default} and {pattern} are unreadable: {error}") from error
-    return float(value)
+        found = pattern_of(config.get(pattern) or {})
+    except ValueError as error:
+        hint = "write the modules' names into it, as milora-init does"
+        raise CheckpointError(f"{path / CONFIG}: {pattern}: {error}", hint=hint) from None
+    except AttributeError:
+        raise CheckpointError(f"{path / CONFIG}: {pattern} is no object", hint="save the adapter again") from None
+
+    def find(module: str) -> float:
+        value = found(module)
+        value = config.get(default) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _HUGE:
+            what = f"{default} or {pattern} gives {module} {str(value)[:80]}"
+            raise CheckpointError(f"{path / CONFIG}: {what}", hint="save the adapter again")
+        return float(value)
+
+    return find

@@ -13,6 +13,7 @@ import stat
 from pathlib import Path, PurePosixPath
 
 _COMMAND = re.compile(r"^(\s*)::")
+_NAMES = re.compile(r"(?:[\w.-]|\\[^\w|\\]|\\_)+(?:\|(?:[\w.-]|\\[^\w|\\]|\\_)+)*")
 
 
 def relative_name(name: object) -> str:
@@ -56,6 +57,17 @@ def plain_file(path: Path) -> Path:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "no plain file", str(path))
     return path
+
+
+def plain_names(pattern: object) -> list[str]:
+    """The names that a pattern out of a file spells: `q_proj`, `a\\.b|a\\.c`. No pattern of somebody's is ever run.
+
+    Raises:
+        ValueError: It is more than plain names: letters, digits, `_`, `-`, dots and escaped characters, joined by `|`.
+    """
+    if not isinstance(pattern, str) or not _NAMES.fullmatch(pattern):
+        raise ValueError(f"{str(pattern)[:80]!r} is no plain name, and patterns out of a file are not run")
+    return [re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL) for name in pattern.split("|")]
 
 
 def printable(text: str) -> str:

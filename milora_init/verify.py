@@ -302,13 +302,15 @@ class _Inspection:
                 yield Difference(
                     name, f"{key} is {config[key]!r}, which this adapter was not made for", retrain or f"remove {key}"
                 )
-        try:
-            hit = adapter.targeted(config.get("target_modules"), modules)
-        except PlanError:  # not a regular expression
-            hit = set()
-        if odd := sorted(hit ^ adapter.targeted(wanted["target_modules"], modules)):
-            what = f"target_modules {'hits' if odd[0] in hit else 'misses'} {odd[0]}, {len(odd)} differ in all"
-            yield Difference(name, what, f'set "target_modules": {json.dumps(wanted["target_modules"])}')
+        if config.get("target_modules") != wanted["target_modules"]:
+            hint = f'set "target_modules": {json.dumps(wanted["target_modules"])}'
+            try:
+                hit = adapter.targeted(config.get("target_modules"), modules)
+                if odd := sorted(hit ^ adapter.targeted(wanted["target_modules"], modules)):
+                    first = f"{'hits' if odd[0] in hit else 'misses'} {odd[0]}"
+                    yield Difference(name, f"target_modules {first}, {len(odd)} differ in all", hint)
+            except ValueError as error:
+                yield Difference(name, f"target_modules: {error}", hint)
         parameters = wanted.get("target_parameters", [])
         if set(config.get("target_parameters") or ()) != set(parameters):
             what = f"target_parameters is {config.get('target_parameters')!r}"

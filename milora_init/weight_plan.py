@@ -12,7 +12,7 @@ from milora_init.checkpoint import Checkpoint
 from milora_init.errors import PlanError
 from milora_init.naming import Adaptable, Naming
 from milora_init.options import InitOptions
-from milora_init.targets import matcher, names_fused, select
+from milora_init.targets import matching, names_fused, select
 
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -93,9 +93,11 @@ def _sizes(chosen: Sequence[Adaptable], options: InitOptions) -> dict[str, tuple
 
 def _by_pattern(option: str, patterns: Mapping[str, int], chosen: Sequence[Adaptable]) -> dict[str, int]:
     found: dict[str, int] = {}
+    names = {name for w in chosen for name in (w.target, w.target.rpartition(".")[0])}
     for pattern, value in patterns.items():
-        matches, fused = matcher([pattern]), names_fused(pattern)
-        hits = {w.target for w in chosen if (fused(w.target) if w.expert else matches(w.target))}
+        matches = matching([pattern], names)
+        fused = names_fused(pattern, matches)
+        hits = {w.target for w in chosen if (fused(w.target) if w.expert else w.target in matches)}
         if not hits:
             raise PlanError(
                 f"{option} names {pattern!r}, which matches no weight that is adapted",

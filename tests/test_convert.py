@@ -19,6 +19,7 @@ from milora_init.convert import best_rank, convert
 from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError, UsageError
 from milora_init.manifest import Manifest
 from milora_init.merge import merge
+from milora_init.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -175,6 +176,34 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MiloraError], str]] = {
     "no config": (lambda t: (t / "adapter_config.json").unlink(), CheckpointError, "adapter_config"),
     "not LoRA": (lambda t: edit(t, peft_type="IA3"), PlanError, "does not describe"),
 }
+
+
+SLOW = "([a-z_.0-9]+)*!"
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules"])
+def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> None:
+    """It would take for ever, in any of the ways; nobody's is run, so a harmless one is refused alike."""
+    for number, pattern in enumerate((SLOW, r".*\.q_proj", "re:q_proj")):
+        trained = Path(shutil.copytree(pair / "trained", tmp_path / f"trained-{number}"))
+        out = Path(shutil.copytree(pair / "out", tmp_path / f"out-{number}"))
+        value = pattern if key == "target_modules" else {pattern: 4}
+        edit(trained, **{key: value})
+        found = verify(str(pair / "out"), trained=str(trained)).differences
+        assert [d.what for d in found if key in d.what and repr(pattern)[1:-1] in d.what]
+        edit(out / "lora", **{key: value})
+        assert key in "".join(d.what for d in verify(str(out)).differences)
+        if key != "target_modules":  # which merge and convert do not ask: they go by the tensors' names
+            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+                merge(str(pair / "out"), str(tmp_path / "merged"), trained=str(trained))
+            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+                convert(pair / "out" / "lora", trained, tmp_path / "plain")
+            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+                merge(str(out), str(tmp_path / "merged"))
+    edit(trained, target_modules=[f"re:{SLOW}"], rank_pattern={}, alpha_pattern={})
+    assert "target_modules misses" in "".join(
+        d.what for d in verify(str(pair / "out"), trained=str(trained)).differences
+    )
 
 
 @pytest.mark.parametrize("name", DAMAGE)

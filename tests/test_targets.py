@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
@@ -12,11 +14,14 @@ import tiny_models
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 
+from milora_init.adapter import pattern_of
 from milora_init.checkpoint import open_checkpoint
 from milora_init.errors import PlanError
 from milora_init.naming import Naming, resolve
 from milora_init.options import InitOptions
+from milora_init.plan import make_plan
 from milora_init.targets import select, suffixes
+from milora_init.untrusted import plain_names
 
 Built = Callable[..., Path]
 
@@ -72,6 +77,73 @@ def test_a_regular_expression_matches_from_end_to_end(checkpoint: Built) -> None
         select(naming, ["re:q_proj"])
     with pytest.raises(PlanError, match="not a regular expression"):
         select(naming, ["re:("])
+
+
+SLOW = "re:([a-z_.0-9]+)*!"
+
+
+@pytest.mark.parametrize("pattern", [SLOW, "re:(a|a)*(.*)*#" + "(.*.*)*" * 20, "re:" + "(.*)*" * 30 + "!"])
+def test_a_regular_expression_has_a_limit(pattern: str, checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milora_init.targets._LIMIT_S", 1)
+    naming = names_of(checkpoint("llama"))
+    for asked in ([pattern], []), (["q_proj"], [pattern]):
+        with pytest.raises(PlanError, match="takes more than 1 s to match") as caught:
+            select(naming, *asked)
+        assert "name the modules" in caught.value.hint
+
+
+def test_a_pattern_of_ranks_has_the_same_limit(
+    checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milora_init.targets._LIMIT_S", 1)
+    for option in ("rank_pattern", "alpha_pattern"):
+        given: dict[str, Any] = {option: {SLOW: 2}}
+        options = InitOptions(model=str(checkpoint("llama")), out=str(tmp_path / "out"), **given)
+        with pytest.raises(PlanError, match="takes more than 1 s to match"):
+            make_plan(options, checkpoint("llama"))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["re:" + "(" * 5000 + "a" + ")" * 5000, "re:a{99999999999999999999}", "re:[", "re:*"]
+)
+def test_what_is_no_regular_expression_is_told(pattern: str, checkpoint: Built) -> None:
+    with pytest.raises(PlanError, match=r"is not a regular expression|cannot be matched"):
+        select(names_of(checkpoint("llama")), [pattern])
+
+
+def test_plain_names_are_read_as_peft_matches_them() -> None:
+    odd = ["a.b", "model.layers.0.q-proj", "en_XX", "é.weight", "a b", "x+y"]
+    assert plain_names("|".join(map(re.escape, odd))) == odd
+    for pattern in (
+        "(a+)+b",
+        "a*",
+        ".*q_proj",
+        r"\d",
+        r"\w+",
+        "a|",
+        "|",
+        "",
+        "a b",
+        "[ab]",
+        "re:q_proj",
+        "a\nb",
+        "\\",
+        3,
+    ):
+        with pytest.raises(ValueError, match="patterns out of a file are not run"):
+            plain_names(pattern)
+
+
+def test_a_pattern_finds_the_first_key_that_is_a_names_end() -> None:
+    find = pattern_of({"0.q_proj": 1, "q_proj": 2, r"layers\.1\.v_proj|k_proj": 3, "layers.1.v_proj": 4})
+    assert [find(name) for name in ("m.layers.0.q_proj", "layers.1.q_proj", "m.layers.1.v_proj", "k_proj")] == [
+        1,
+        2,
+        3,
+        3,
+    ]
+    assert find("layers.0.xq_proj") is None
+    assert find("v_proj") is None
 
 
 def test_exclude_speaks_the_same_language(checkpoint: Built) -> None:
