@@ -363,8 +363,7 @@ def test_help_names_every_option_of_the_main_job(capsys: pytest.CaptureFixture[s
     for option in (
         "--model", "--out", "--rank", "--mode", "--config", "--target", "--exclude", "--alpha", "--rslora",
         "--dropout", "--task-type", "--text-only", "--dtype", "--device", "--seed", "--revision", "--cache-dir",
-        "--token",
-        "--dry-run", "--overwrite", "--json", "--quiet",
+        "--token", "--dry-run", "--overwrite", "--json", "--quiet",
     ):  # fmt: skip
         assert option in said.stdout, option
     assert raw(capsys, "-h").stdout == said.stdout

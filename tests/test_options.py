@@ -114,7 +114,7 @@ def test_an_unknown_recipe_lists_those_there_are(name: str, tmp_path: Path, monk
         ("mode", "minor"), ("mode", "MIN"), ("mode", None),
         ("target", ()), ("target", ("",)), ("target", "q_proj"), ("target", (1,)), ("exclude", ("",)),
         ("alpha", 0), ("alpha", -1), ("alpha", 1.5), ("alpha", True),
-        ("rslora", 1), ("rslora", "yes"),
+        ("rslora", 1), ("rslora", "yes"), ("text_only", 1),
         ("dropout", 1), ("dropout", -0.1), ("dropout", math.nan), ("dropout", "0.1"),
         ("task_type", "causal"), ("dtype", "fp16"), ("dtype", "float64"),
         ("seed", -1), ("seed", 2**63), ("seed", 0.5),

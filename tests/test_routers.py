@@ -121,7 +121,8 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, breaks: bool) -> torch.Tensor:
         if breaks:
             chosen.nonzero().tolist()
-        return torch.einsum("bsh,eoh->bso", x, self.weight)
+        mixed: torch.Tensor = torch.einsum("bsh,eoh->bso", x, self.weight)
+        return mixed
 
 
 class Decider(nn.Module):
@@ -146,7 +147,8 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, breaks: bool) -> torch.Tensor:
         x = x + self.wide(self.narrow(x))
-        return x + self.experts(x, self.decider(x), breaks)
+        mixed: torch.Tensor = self.experts(x, self.decider(x), breaks)
+        return x + mixed
 
 
 class Model(nn.Module):
