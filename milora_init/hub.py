@@ -27,6 +27,7 @@ from milora_init.checkpoint import (
     SAFETENSORS_SINGLE,
     WEIGHT_SUFFIXES,
     Remote,
+    require_no_lone_shard,
 )
 from milora_init.digest import sha256
 from milora_init.errors import HubError
@@ -198,6 +199,7 @@ def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
     for single in (SAFETENSORS_SINGLE, PICKLE_SINGLE):
         if api.file_exists(model, single, revision=folder.name):
             return [single]
+    require_no_lone_shard(model, api.list_repo_files(model, revision=folder.name))
     return []  # what is missing is named where checkpoints are opened
 
 

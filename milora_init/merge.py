@@ -27,7 +27,7 @@ import torch
 
 from milora_init import __version__, adapter
 from milora_init.audit import bit_equal
-from milora_init.checkpoint import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, read_bytes
+from milora_init.checkpoint import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model, read_bytes
 from milora_init.decompose import fetched_source
 from milora_init.digest import sha256
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
@@ -216,7 +216,7 @@ def merge(
 
 
 def _open_source(manifest: Manifest, asked: InitOptions) -> Checkpoint:
-    source = open_checkpoint(fetched_source(manifest, asked))
+    source = open_model(fetched_source(manifest, asked))
     if not source.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
             f"{asked.model} is not what this base was made from: another model, or another commit",

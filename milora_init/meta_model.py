@@ -138,6 +138,15 @@ def homes(model: nn.Module, names: Iterable[str]) -> dict[str, Home]:
     return found
 
 
+def wanted(model: nn.Module, filled: Mapping[str, Home], names: Iterable[str]) -> list[str]:
+    """Those of some further tensors that would fill a parameter which `filled` does not fill, tied ones included."""
+    known = model.state_dict(keep_vars=True)
+    by_tie = {id(known[home]) for home in filled}
+    found = homes(model, names)
+    return [name for home, entry in found.items() if home in filled or id(known[home]) not in by_tie
+            for name in entry.tensors]  # fmt: skip
+
+
 def fuses_experts(model: nn.Module) -> bool:
     """Whether transformers builds fused experts for this kind of model, even where this one has none.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -23,19 +24,23 @@ from milora_init.checkpoint import (
     Checkpoint,
     Remote,
     Stamp,
-    open_checkpoint,
+    left_out,
+    open_model,
     read_bytes,
     side_files,
 )
 from milora_init.digest import sha256
+from milora_init.errors import CheckpointError
 from milora_init.manifest import MANIFEST
 from milora_init.naming import Naming, resolve
 from milora_init.options import InitOptions, Mode
 from milora_init.safetensors_format import DTYPES, Header, plan_header, torch_name
 from milora_init.svd import KRYLOV_FROM
-from milora_init.weight_plan import WeightPlan, plan_weights
+from milora_init.untrusted import printable
+from milora_init.weight_plan import WeightPlan, plan_weights, quantised
 
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and before transformers 4.56
+_LISTED = 8  # names in a notice
 SHARDS_AT_ONCE = 4
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
 
@@ -208,9 +213,17 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
         CheckpointError: The source cannot be trusted.
         PlanError: The request does not fit it.
     """
-    checkpoint = open_checkpoint(folder, remote)
+    _refuse_residual(folder)
+    checkpoint = open_model(folder, remote)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    naming = resolve(folder, checkpoint.config, shapes, trust_remote_code=options.trust_remote_code)
+    naming = resolve(
+        folder,
+        checkpoint.config,
+        shapes,
+        packed=quantised(checkpoint),
+        unfilled=checkpoint.unfilled,
+        trust_remote_code=options.trust_remote_code,
+    )
     weights, adapter_config = plan_weights(options, checkpoint, naming)
     by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
     for w in weights:
@@ -229,6 +242,25 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
         config_bytes=_config_with_dtype(checkpoint, options.dtype),
         side_files=tuple(side_files(folder)),
         notices=tuple(_notices(options, checkpoint, naming, weights, adapter_config)),
+    )
+
+
+def _refuse_residual(folder: Path) -> None:
+    """Raise CheckpointError for an output of this program: its components are already taken out."""
+    found = next((name for name in (MANIFEST, adapter.CONFIG) if os.path.lexists(folder / name)), None)
+    if found is None:
+        return
+    try:
+        original = json.loads((folder / MANIFEST).read_bytes())["source"]["model"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        original = None
+    hint = "name the original model that it was made from"
+    if isinstance(original, str):
+        hint += f": --model {printable(original[:200])}"
+    elif found == adapter.CONFIG:
+        hint += f"; if {adapter.FOLDER}/ is another adapter, move it away"
+    raise CheckpointError(
+        f"{folder} holds {found}: it is a residual base of milora-init, whose components are in its adapter", hint=hint
     )
 
 
@@ -269,7 +301,11 @@ def _plan_shard(
 def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | None:
     if checkpoint.index is None:
         return None
-    same = not checkpoint.is_pickle and all(job.header is checkpoint.headers[job.target] for job in jobs)
+    same = (
+        not checkpoint.is_pickle
+        and not checkpoint.unfilled
+        and all(job.header is checkpoint.headers[job.target] for job in jobs)
+    )
     if same:
         return read_bytes(checkpoint.folder / SAFETENSORS_INDEX)
     renamed = {job.source.name: job.target for job in jobs}
@@ -278,7 +314,11 @@ def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | N
     index = {
         **checkpoint.index,
         "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
-        "weight_map": {name: renamed[file] for name, file in checkpoint.index["weight_map"].items()},
+        "weight_map": {
+            name: renamed[file]
+            for name, file in checkpoint.index["weight_map"].items()
+            if name not in checkpoint.unfilled
+        },
     }
     return (json.dumps(index, indent=2) + "\n").encode()
 
@@ -322,6 +362,19 @@ def _notices(
         notices.append(
             f"the source has both {SAFETENSORS_SINGLE} and an index; as transformers does, the index is ignored"
         )
+    if checkpoint.unfilled:
+        notices.append(
+            f"the index names {_listed(checkpoint.unfilled)}, which no file has and {naming.architecture} does not "
+            "need: the output's index leaves this out"
+        )
+    if left := left_out(checkpoint):
+        notices.append(f"left out: {_listed(left)}")
+    if packed := quantised(checkpoint):
+        what = " and ".join(sorted(set(packed.values())))
+        notices.append(
+            f"{len(packed)} tensors are {what}, {next(iter(packed))} first, although config.json has no "
+            "quantization_config: they are copied as they are, and transformers would load them without their scales"
+        )
     if whole := [w for w in weights if w.rank == min(w.weight.shape)]:
         first = f"rank {whole[0].rank} is all that {whole[0].weight.module} has"
         notices.append(f"{first}: nothing of {len(whole)} weights stays in the base")
@@ -333,6 +386,11 @@ def _notices(
                 f" will cast them on load; `--dtype {sorted(stored)[0]}` makes config.json agree"
             )
     return notices
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def describe(plan: Plan, at_once: int) -> dict[str, Any]:

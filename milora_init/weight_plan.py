@@ -16,6 +16,7 @@ from milora_init.targets import matcher, names_fused, select
 
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _SOLVABLE = ("F64", "F32", "BF16", "F16")
+_PACKED = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,20 @@ def plan_weights(
     weights = tuple(_plan_weight(weight, checkpoint, options, sizes[weight.target], targets) for weight in chosen)
     _require_rank(weights)
     return weights, _adapter_config(options, naming, targets, weights, sizes)
+
+
+def quantised(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensors that look quantised, by their dtype and shape: each with `fp8` or `packed`."""
+    return {
+        name: _kind(info.dtype)
+        for name, info in checkpoint.tensors.items()
+        # A causal mask, as GPT-2 has one, is of bytes too.
+        if info.dtype.startswith("F8") or (info.dtype in _PACKED and len(info.shape) > 1 and info.shape[:2] != (1, 1))
+    }
+
+
+def _kind(dtype: str) -> str:
+    return "fp8" if dtype.startswith("F8") else "packed"
 
 
 def own_seed(seed: int, tensor: str, row: int | None) -> int:
@@ -101,7 +116,7 @@ def _plan_weight(
     dtype = checkpoint.tensors[weight.tensor].dtype
     if dtype not in _SOLVABLE:
         raise PlanError(
-            f"{weight.tensor} is stored as {dtype}: a packed or quantised weight has no singular components of its own",
+            f"{weight.tensor} is stored as {dtype}: {_kind(dtype)}, it has no singular components of its own",
             hint="start from the unquantised checkpoint, or dequantise it and save it again",
         )
     rank, alpha = size

@@ -253,7 +253,12 @@ def test_a_part_whose_code_is_elsewhere_is_not_asked_about(tmp_path: Path, monke
     config["text_config"] |= {"model_type": "clap_text_model", "auto_map": reference}
     (folder / "config.json").write_text(json.dumps(config))
     asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+
+    def answer(question: str = "") -> str:
+        asked.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
     with pytest.raises(CheckpointError):
         names_of(folder)
     assert not asked
