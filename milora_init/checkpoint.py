@@ -14,7 +14,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,7 @@ from milora_init.errors import CheckpointError
 from milora_init.safetensors_format import (
     DTYPE_NAMES,
     DTYPES,
+    MAX_HEADER_BYTES,
     REFETCH,
     Header,
     TensorInfo,
@@ -41,7 +44,9 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
 
+_SHARD = re.compile(r".+-\d+-of-\d+\.(safetensors|bin)")
 _PREAD_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 _CHUNK_BYTES = 1 << 20
 
@@ -225,6 +230,7 @@ class Checkpoint:
         headers: Header of each file of weights, by file name, in order.
         stamps: Size and time of each of those files when its header was read; none for one that is not there yet.
         index: The index file's content, None for a single file.
+        unfilled: Tensors that the index names and their shards lack. Whether the model wants them is not known here.
         is_pickle: Whether the files are `.bin`.
         remote: What the Hub knows of it, None for a folder that is not of the Hub.
     """
@@ -235,6 +241,7 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     is_pickle: bool
     remote: Remote | None = None
+    unfilled: tuple[str, ...] = ()
 
     @cached_property
     def config_bytes(self) -> bytes:
@@ -297,6 +304,7 @@ def open_checkpoint(folder: Path, remote: Remote | None = None) -> Checkpoint:
             files = _indexed_files(folder / index_name, index, absent)
             break
     else:
+        require_no_lone_shard(str(folder), (path.name for path in folder.iterdir()))
         raise CheckpointError(
             f"{folder}: no weights: neither {SAFETENSORS_SINGLE} nor {PICKLE_SINGLE}, nor an index of either",
             hint="other formats (gguf, pth, h5) have to be converted to safetensors first",
@@ -310,16 +318,59 @@ def open_checkpoint(folder: Path, remote: Remote | None = None) -> Checkpoint:
             if name in home:
                 raise CheckpointError(f"{folder}: {name} stands in {home[name]} and again in {file}")
             home[name] = file
+    unfilled = []
     for name, file in (index or {}).get("weight_map", {}).items():
-        if home.get(name) != file:
-            where = home.get(name)
-            raise CheckpointError(
-                f"{folder}: the index puts {name} into {file}, " + (f"it is in {where}" if where else "which lacks it"),
-                hint=REFETCH,
-            )
-    checkpoint = Checkpoint(folder, headers, stamps, index, is_pickle=files[0].endswith(".bin"), remote=remote)
+        if name not in home:
+            unfilled.append(name)
+        elif home[name] != file:
+            raise CheckpointError(f"{folder}: the index puts {name} into {file}, it is in {home[name]}", hint=REFETCH)
+    checkpoint = Checkpoint(
+        folder, headers, stamps, index, files[0].endswith(".bin"), remote=remote, unfilled=tuple(unfilled)
+    )
     _ = checkpoint.config  # a broken config.json is found now, not after the planning
     return checkpoint
+
+
+def open_model(folder: Path, remote: Remote | None = None) -> Checkpoint:
+    """Open a plain model: to be split, or for a split one to be compared with. See `open_checkpoint`.
+
+    Raises:
+        CheckpointError: There is an adapter beside its weights, so that the model is another than its tensors say.
+    """
+    checkpoint = open_checkpoint(folder, remote)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} holds {ADAPTER_CONFIG} beside its weights: transformers would load this adapter over them",
+            hint="merge it first (PEFT: merge_and_unload, then save_pretrained elsewhere), or move it away",
+        )
+    return checkpoint
+
+
+def require_no_lone_shard(where: str, names: Iterable[str]) -> None:
+    """Raise CheckpointError where there are shards, of which only an index tells what they are of."""
+    for name in sorted(names):
+        if shard := _SHARD.fullmatch(name):
+            index = PICKLE_INDEX if shard[1] == "bin" else SAFETENSORS_INDEX
+            raise CheckpointError(
+                f"{where}: shards such as {name}, but no {index}, which says what is in them",
+                hint=f"fetch {index} too, from where the shards are from",
+            )
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Weights in the folder that are not of the model as it is loaded: files, and subfolders that hold some."""
+    taken = {*checkpoint.headers, *(name.partition("/")[0] for name in side_files(checkpoint.folder))}
+    found = []
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.name in taken or path.name.startswith("."):
+            continue
+        if path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES:
+            found.append(path.name)
+        elif path.is_dir():
+            with suppress(OSError):  # a folder that may not be read is not read
+                if any(inner.suffix.lower() in WEIGHT_SUFFIXES for inner in path.iterdir()):
+                    found.append(f"{path.name}/")
+    return found
 
 
 def _header_of(path: Path) -> Header:
@@ -432,6 +483,8 @@ def travels(name: str) -> bool:
 
 def _json(path: Path) -> Any:
     try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, which no file of its kind has")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

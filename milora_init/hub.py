@@ -8,15 +8,17 @@ shards themselves come one at a time, when the run gets to them.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub import errors as hub
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status, http_stream_backoff
 
 from milora_init.checkpoint import (
     PICKLE_INDEX,
@@ -25,6 +27,7 @@ from milora_init.checkpoint import (
     SAFETENSORS_SINGLE,
     WEIGHT_SUFFIXES,
     Remote,
+    require_no_lone_shard,
 )
 from milora_init.digest import sha256
 from milora_init.errors import HubError, explain, remedy
@@ -32,6 +35,7 @@ from milora_init.safetensors_format import MAX_HEADER_BYTES, Header, parse_heade
 from milora_init.untrusted import relative_name
 
 _HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def hide_bars() -> None:
@@ -77,6 +81,12 @@ def open_snapshot(model: str, *, revision: str | None, cache_dir: str | None, to
                 # Small enough to be no large file of the Hub's, or not there at all, which the download says.
                 hf_hub_download(model, name, revision=commit, cache_dir=cache_dir, token=token)
             else:
+                if not _SHA256.fullmatch(str(info.lfs.sha256)) or type(info.size) is not int:
+                    raise HubError(
+                        f"the Hub's entry for {name} of {model} has no usable SHA-256 and size: "
+                        f"{info.lfs.sha256!r}, {info.size!r}",
+                        hint=f"a mirror may have left them out; fetch the model first: hf download {model}",
+                    )
                 hashes[name] = info.lfs.sha256
                 headers[name] = _remote_header(model, name, commit, token, info.size)
         hashes |= {name: _blob_hash(folder / name) for name in files if name not in hashes}
@@ -150,6 +160,11 @@ def explained(model: str, revision: str | None, *, pushing: bool = False) -> Ite
     except OSError as error:
         hint = "run the same command again" if pushing else "name another --cache-dir; what was fetched is kept"
         raise HubError(f"{model}: {error}", hint=remedy(error, hint)) from error
+    except (KeyError, TypeError, AttributeError) as error:  # huggingface_hub takes answers apart without a check
+        raise HubError(
+            f"the Hub's answer over {model} is not what it should be: {type(error).__name__}: {error}",
+            hint="a mirror may have left something out; look at HF_ENDPOINT",
+        ) from error
     except Exception as error:  # huggingface_hub lets its HTTP library's errors through, and changes that library
         if type(error).__module__.startswith("milora_init") or explain(error):
             raise
@@ -194,6 +209,7 @@ def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
     for single in (SAFETENSORS_SINGLE, PICKLE_SINGLE):
         if api.file_exists(model, single, revision=folder.name):
             return [single]
+    require_no_lone_shard(model, api.list_repo_files(model, revision=folder.name))
     return []  # what is missing is named where checkpoints are opened
 
 
@@ -216,14 +232,38 @@ def _remote_header(model: str, name: str, commit: str, token: str | None, file_b
     """The header of a safetensors file on the Hub, read by range."""
     url = hf_hub_url(model, name, revision=commit)
 
-    def read(end: int) -> bytes:
-        headers = {**build_hf_headers(token=token), "Range": f"bytes=0-{min(end, file_bytes) - 1}"}
-        response = http_backoff("GET", url, headers=headers)
-        hf_raise_for_status(response)
-        return bytes(response.content[:end])
+    def read(end: int, tries: int = 3) -> bytes:
+        end = min(end, file_bytes)
+        headers = {**build_hf_headers(token=token), "Range": f"bytes=0-{end - 1}", "Accept-Encoding": "identity"}
+        found, broken = bytearray(), None
+        with http_stream_backoff("GET", url, headers=headers) as response:
+            hf_raise_for_status(response)
+            _require_range(response, f"{name} of {model}", end)
+            try:
+                for chunk in response.iter_raw():
+                    found += chunk
+                    if len(found) >= end:  # a server may send more than was asked for
+                        break
+            except Exception as error:  # of the HTTP library, whose own retries end where the body begins
+                broken = error
+        if broken is None:
+            return bytes(found[:end])
+        if tries == 1:
+            raise broken
+        return read(end, tries - 1)
 
-    start = read(_HEADER_BYTES)
+    start = read(_HEADER_BYTES) if file_bytes else b""
     end = 8 + int.from_bytes(start[:8], "little")
     if len(start) < end <= min(file_bytes, 8 + MAX_HEADER_BYTES):
         start = read(end)
     return parse_header(start[:end], file_bytes, Path(f"{model}/{name}"))
+
+
+def _require_range(response: Any, what: str, end: int) -> None:
+    place = str(response.headers.get("Content-Range"))
+    if response.status_code != 206 or not place.replace(" ", "").lower().startswith("bytes0-"):
+        raise HubError(
+            f"asked for the first {end} bytes of {what}, the Hub answered with status {response.status_code} "
+            f"and the range {place}",
+            hint="a mirror or a proxy may ignore Range; fetch the model first with `hf download`",
+        )

@@ -32,6 +32,7 @@ from milora_init.checkpoint import (
     Checkpoint,
     mode,
     open_checkpoint,
+    open_model,
     read_bytes,
     read_chunks,
     source_file,
@@ -235,7 +236,7 @@ def merge(
 
 
 def _open_source(manifest: Manifest, asked: InitOptions) -> Checkpoint:
-    source = open_checkpoint(fetched_source(manifest, asked))
+    source = open_model(fetched_source(manifest, asked))
     if not source.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
             f"{asked.model} is not what this base was made from: another model, or another commit",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -75,30 +75,32 @@ def build(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        if remote and trust_remote_code:
-            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+        with nullcontext() if trust_remote_code else _offline():
+            if remote and trust_remote_code:
+                from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-            cls: Any = get_class_from_dynamic_module(remote, str(folder), local_files_only=True)
-        else:
-            cls = getattr(transformers, name, None)
-        if not isinstance(cls, type):
-            raise CheckpointError(
-                f"{folder}/config.json names {name}, which transformers {transformers.__version__} has not",
-                hint="upgrade transformers, or name the class it has under `architectures`",
+                cls: Any = get_class_from_dynamic_module(remote, str(folder), local_files_only=True)
+            else:
+                cls = getattr(transformers, name, None)
+            _require_model_class(folder, name, cls)
+            parsed = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=bool(remote and trust_remote_code)
             )
-        parsed = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=bool(remote and trust_remote_code)
-        )
-        with torch.device("meta"):
-            model: nn.Module = (_text_model(parsed) if text_only else cls(parsed)).eval()
-            for parameter in model.parameters():  # the fused experts' kernels take nothing longer
-                parameter.data = parameter.data.bfloat16()
+            _build_plainly(parsed, trusted=trust_remote_code)
+            with torch.device("meta"):
+                model: nn.Module = (_text_model(parsed) if text_only else cls(parsed)).eval()
+                for parameter in model.parameters():  # the fused experts' kernels take nothing longer
+                    parameter.data = parameter.data.bfloat16()
     except (CheckpointError, PlanError):
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
-        raise CheckpointError(
-            f"{folder}/config.json does not build a {name}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        if type(error).__name__ == "OfflineModeIsEnabled":
+            raise CheckpointError(
+                f"{folder}/config.json asks for something from the network to build a {name}: {reason}",
+                hint="put what it names into config.json itself; if you trust it, add --trust-remote-code",
+            ) from error
+        raise CheckpointError(f"{folder}/config.json does not build a {name}: {reason}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     model.tie_weights()  # type: ignore[operator]
@@ -170,6 +172,15 @@ def homes(model: nn.Module, names: Iterable[str]) -> dict[str, Home]:
             operations = [_described(operation) for operation in of_pattern[pattern].operations]
             entry.operations = tuple(name for name in operations if name not in _IDENTITIES)
     return found
+
+
+def wanted(model: nn.Module, filled: Mapping[str, Home], names: Iterable[str]) -> list[str]:
+    """Those of some further tensors that would fill a parameter which `filled` does not fill, tied ones included."""
+    known = model.state_dict(keep_vars=True)
+    by_tie = {id(known[home]) for home in filled}
+    found = homes(model, names)
+    return [name for home, entry in found.items() if home in filled or id(known[home]) not in by_tie
+            for name in entry.tensors]  # fmt: skip
 
 
 def fuses_experts(model: nn.Module) -> bool:
@@ -274,7 +285,7 @@ def _is_matrix(module: nn.Module) -> bool:
 
 def _run(model: nn.Module, mode: TorchDispatchMode) -> None:
     """A forward pass without data, under `mode`, as far as it goes."""
-    with suppress(Exception), torch.no_grad(), torch.device("meta"), mode:
+    with suppress(Exception), _offline(), torch.no_grad(), torch.device("meta"), mode:
         model(**_tokens(model))
 
 
@@ -327,6 +338,52 @@ def _holder(model: nn.Module, name: str) -> str:
     while holder and isinstance(model.get_submodule(holder), (nn.ModuleList, nn.ModuleDict)):
         holder = holder.rpartition(".")[0]
     return holder
+
+
+def _require_model_class(folder: Path, name: str, cls: Any) -> None:
+    import transformers
+    from transformers.utils import DummyObject
+
+    version, fits = transformers.__version__, isinstance(cls, type)
+    if not fits:
+        what, hint = f"which transformers {version} has not", "upgrade transformers, or name the class it has"
+    elif name.startswith("AutoModel"):
+        what, hint = "which stands for many classes", "name the one that the weights are of"
+    # A dummy stands for a class whose library is not installed, and says so when it is called.
+    elif not issubclass(cls, transformers.PreTrainedModel) and not isinstance(cls, DummyObject):
+        what, hint = f"which is no model class of transformers {version}", "name the class of the model"
+    else:
+        return
+    raise CheckpointError(f"{folder}/config.json names {name}, {what}", hint=f"{hint} under `architectures`")
+
+
+def _build_plainly(config: Any, *, trusted: bool) -> None:
+    """Take out of a parsed config, and of those in it, what asks for kernels or for code and changes no weight.
+
+    Else transformers looks for a flash attention that is not installed, or for a kernel in somebody's repository, or
+    asks at the terminal whether a part's code may run.
+    """
+    config._attn_implementation_internal = "eager"
+    config._experts_implementation_internal = None
+    if not trusted:
+        vars(config).pop("auto_map", None)
+    for part in vars(config).values():
+        for inner in part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else [part]:
+            if hasattr(inner, "_attn_implementation_internal"):
+                _build_plainly(inner, trusted=trusted)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep transformers from fetching what a config names: another repository's config, a kernel."""
+    from transformers.utils.hub import constants  # huggingface_hub's own
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _remote_class(config: Mapping[str, Any], name: str) -> str:

@@ -11,7 +11,7 @@ candidate is called once, on meta, and must be called by the model itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from milora_init import meta_model
 from milora_init.errors import CheckpointError
 from milora_init.layout import Expert
 from milora_init.meta_model import Home
+from milora_init.safetensors_format import REFETCH
 
 EXPERTS = "experts"
 
@@ -102,6 +103,8 @@ def resolve(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     *,
+    packed: Mapping[str, str] = {},
+    unfilled: Collection[str] = (),
     trust_remote_code: bool = False,
     text_only: bool = False,
 ) -> Naming:
@@ -111,12 +114,14 @@ def resolve(
         folder: A folder that holds config.json.
         config: The content of config.json.
         shapes: Shape of every tensor of the checkpoint, by its name on disk.
+        packed: Tensors that look quantised, and how they do.
+        unfilled: Names of tensors that an index promises and no file has.
         trust_remote_code: Run the code in the folder if config.json names it.
         text_only: Take the class that AutoModelForCausalLM builds, not the one that config.json names.
 
     Raises:
         CheckpointError: config.json names no class that transformers has, or is quantised, or the tensors are not
-            this class's.
+            this class's, or the model wants one that is unfilled.
         PlanError: `text_only`, and AutoModelForCausalLM has no text-only class for it.
     """
     _refuse_quantised(config)
@@ -128,16 +133,26 @@ def resolve(
             f"the first is {next(iter(shapes), None)}",
             hint="config.json and the weights are of different models",
         )
+    _refuse_packed(model, homes, shapes, packed)
+    if wanted := meta_model.wanted(model, homes, unfilled):
+        raise CheckpointError(
+            f"{folder}: the index names {wanted[0]}, which its file lacks and {type(model).__name__} needs",
+            hint=REFETCH,
+        )
     modules = dict(model.named_modules())
     why_not = _Objections(model)
+    packed_as = {tensor.rpartition(".")[0]: f"{what}: it is stored as {tensor}" for tensor, what in packed.items()}
     adaptable: dict[str, Adaptable] = {}
     refused: dict[str, str] = {}
     for name, module in modules.items():
         weight = getattr(module, "weight", None)
-        if not name or not isinstance(weight, nn.Parameter) or weight.dim() > 2:
+        if not name or not isinstance(weight, nn.Parameter):
+            continue
+        if weight.dim() > 2:
+            refused[name] = f"a {type(module).__name__}, not a linear layer"
             continue
         home = homes.get(f"{name}.weight", Home())
-        if reason := why_not(name, module) or _not_one_tensor(home):
+        if reason := why_not(name, module) or _not_one_tensor(home, packed_as.get(name, "")):
             refused[name] = reason
         else:
             _require_shape(home.tensors[0], shapes, tuple(weight.shape))
@@ -254,9 +269,23 @@ class _Objections:
         return False
 
 
-def _not_one_tensor(home: Home) -> str:
+def _refuse_packed(
+    model: nn.Module, homes: Mapping[str, Home], shapes: Mapping[str, tuple[int, ...]], packed: Mapping[str, str]
+) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in homes.keys() & parameters.keys():
+        for tensor in homes[name].tensors:
+            if tensor in packed and not homes[name].operations and shapes[tensor] != tuple(parameters[name].shape):
+                raise CheckpointError(
+                    f"{tensor} is {packed[tensor]}: {list(shapes[tensor])} on disk, {list(parameters[name].shape)} in "
+                    "the model, and config.json has no quantization_config",
+                    hint="start from the unquantised checkpoint, or dequantise it and save it again",
+                )
+
+
+def _not_one_tensor(home: Home, packed_as: str) -> str:
     if not home.tensors:
-        return "no tensor of the checkpoint fills it"
+        return packed_as or "no tensor of the checkpoint fills it"
     if home.operations or len(home.tensors) > 1:
         return "transformers builds it from several tensors while loading"
     return ""
@@ -383,11 +412,13 @@ def _task_types(model: nn.Module) -> frozenset[str]:
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        quantisation = part.get("quantization_config")
-        if quantisation:
+    for key in ("quantization_config", "compression_config"):
+        if quantisation := config.get(key):
             method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
             raise CheckpointError(
                 f"the checkpoint is quantised ({method}): its singular components are not those of the model",
                 hint="start from the unquantised checkpoint, or dequantise it and save it again",
             )
+    for part in config.values():
+        if isinstance(part, dict):
+            _refuse_quantised(part)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -23,22 +24,25 @@ from milora_init.checkpoint import (
     Checkpoint,
     Remote,
     Stamp,
-    open_checkpoint,
+    left_out,
+    open_model,
     read_bytes,
     side_files,
     stamp,
 )
 from milora_init.digest import sha256
-from milora_init.errors import PlanError
+from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.linalg.modes import Mode
 from milora_init.manifest import MANIFEST
 from milora_init.naming import Naming, resolve
 from milora_init.options import InitOptions
 from milora_init.safetensors_format import DTYPES, Header, plan_header, torch_name
-from milora_init.weight_plan import WeightPlan, plan_weights
+from milora_init.untrusted import printable
+from milora_init.weight_plan import WeightPlan, plan_weights, quantised
 
 _DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and before transformers 4.56
+_LISTED = 8  # names in a notice
 SHARDS_AT_ONCE = 4
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
 
@@ -207,11 +211,18 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
         CheckpointError: The source cannot be trusted.
         PlanError: The request does not fit it.
     """
-    checkpoint = open_checkpoint(folder, remote)
+    _refuse_residual(folder)
+    checkpoint = open_model(folder, remote)
     beside = side_files(folder)  # before transformers reads any of them
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     naming = resolve(
-        folder, checkpoint.config, shapes, trust_remote_code=options.trust_remote_code, text_only=options.text_only
+        folder,
+        checkpoint.config,
+        shapes,
+        packed=quantised(checkpoint),
+        unfilled=checkpoint.unfilled,
+        trust_remote_code=options.trust_remote_code,
+        text_only=options.text_only,
     )
     weights, adapter_config = plan_weights(options, checkpoint, naming)
     by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
@@ -236,6 +247,25 @@ def make_plan(options: InitOptions, folder: Path, remote: Remote | None = None) 
     if count > 1:
         raise PlanError(f"{folder}: two files of the output would be {name}", hint="rename the source's, or remove it")
     return plan
+
+
+def _refuse_residual(folder: Path) -> None:
+    """Raise CheckpointError for an output of this program: its components are already taken out."""
+    found = next((name for name in (MANIFEST, adapter.CONFIG) if os.path.lexists(folder / name)), None)
+    if found is None:
+        return
+    try:
+        original = json.loads((folder / MANIFEST).read_bytes())["source"]["model"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        original = None
+    hint = "name the original model that it was made from"
+    if isinstance(original, str):
+        hint += f": --model {printable(original[:200])}"
+    elif found == adapter.CONFIG:
+        hint += f"; if {adapter.FOLDER}/ is another adapter, move it away"
+    raise CheckpointError(
+        f"{folder} holds {found}: it is a residual base of milora-init, whose components are in its adapter", hint=hint
+    )
 
 
 def _plan_shard(
@@ -275,7 +305,11 @@ def _plan_shard(
 def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | None:
     if checkpoint.index is None:
         return None
-    same = not checkpoint.is_pickle and all(job.header is checkpoint.headers[job.target] for job in jobs)
+    same = (
+        not checkpoint.is_pickle
+        and not checkpoint.unfilled
+        and all(job.header is checkpoint.headers[job.target] for job in jobs)
+    )
     if same:
         return read_bytes(checkpoint.folder / SAFETENSORS_INDEX)
     renamed = {job.source.name: job.target for job in jobs}
@@ -284,7 +318,11 @@ def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | N
     index = {
         **checkpoint.index,
         "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
-        "weight_map": {name: renamed[file] for name, file in checkpoint.index["weight_map"].items()},
+        "weight_map": {
+            name: renamed[file]
+            for name, file in checkpoint.index["weight_map"].items()
+            if name not in checkpoint.unfilled
+        },
     }
     return (json.dumps(index, indent=2) + "\n").encode()
 
@@ -339,6 +377,19 @@ def _notices(
         notices.append(
             f"the source has both {SAFETENSORS_SINGLE} and an index; as transformers does, the index is ignored"
         )
+    if checkpoint.unfilled:
+        notices.append(
+            f"the index names {_listed(checkpoint.unfilled)}, which no file has and {naming.architecture} does not "
+            "need: the output's index leaves this out"
+        )
+    if left := left_out(checkpoint):
+        notices.append(f"left out: {_listed(left)}")
+    if packed := quantised(checkpoint):
+        what = " and ".join(sorted(set(packed.values())))
+        notices.append(
+            f"{len(packed)} tensors are {what}, {next(iter(packed))} first, although config.json has no "
+            "quantization_config: they are copied as they are, and transformers would load them without their scales"
+        )
     if whole := [w for w in weights if w.rank == min(w.weight.shape)]:
         first = f"rank {whole[0].rank} is all that {whole[0].weight.module} has"
         notices.append(f"{first}: nothing of {len(whole)} weights stays in the base")
@@ -350,6 +401,11 @@ def _notices(
                 f" will cast them on load; `--dtype {sorted(stored)[0]}` makes config.json agree"
             )
     return notices
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def describe(plan: Plan, at_once: int) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def _no_hit(naming: Naming, target: str, matches: Collection[str]) -> PlanError:
         reason, hint = f" outside {tower}, which has to be named", f"--target 're:.*\\.{tower}\\..*{target}'"
     elif any(name in matches for name in naming.experts):
         reason = ", only experts, which have to be named"
+    elif module := next((name for name in naming.modules if name in matches), None):
+        reason = f" that can be adapted: {module} is no linear layer"
     if "," in target and not target.startswith(REGEX):
         hint = f"give each its own option: {' '.join(f'--target {part.strip()}' for part in target.split(','))}"
     return PlanError(

@@ -28,6 +28,7 @@ from milora_init.checkpoint import (
     WEIGHT_SUFFIXES,
     Checkpoint,
     open_checkpoint,
+    open_model,
 )
 from milora_init.decompose import fetched_source
 from milora_init.digest import sha256
@@ -216,7 +217,7 @@ class _Inspection:
             found += faults
             checked["trained"] = trained
         if original is not None and base is not None and readable:
-            source = open_checkpoint(fetched_source(self.manifest, original))
+            source = open_model(fetched_source(self.manifest, original))
             by_source = list(audit.against(base, self.folder / adapter.WEIGHTS, source, self.manifest, every=every))
             if not found and by_source and by_source[0].what == audit.OTHER_SOURCE:
                 kind = ELSEWHERE

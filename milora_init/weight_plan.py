@@ -17,6 +17,7 @@ from milora_init.targets import matching, names_fused, select
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _SOLVABLE = ("F64", "F32", "BF16", "F16")
+_PACKED = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,20 @@ def _require_task(task: str | None, naming: Naming) -> None:
     raise PlanError(f"task type {task} does not fit a {naming.architecture}{why}", hint="leave --task-type out")
 
 
+def quantised(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensors that look quantised, by their dtype and shape: each with `fp8` or `packed`."""
+    return {
+        name: _kind(info.dtype)
+        for name, info in checkpoint.tensors.items()
+        # A causal mask, as GPT-2 has one, is of bytes too.
+        if info.dtype.startswith("F8") or (info.dtype in _PACKED and len(info.shape) > 1 and info.shape[:2] != (1, 1))
+    }
+
+
+def _kind(dtype: str) -> str:
+    return "fp8" if dtype.startswith("F8") else "packed"
+
+
 def own_seed(seed: int, tensor: str, row: int | None) -> int:
     """The seed of one weight."""
     name = tensor if row is None else f"{tensor}[{row}]"
@@ -117,7 +132,7 @@ def _plan_weight(
     dtype = checkpoint.tensors[weight.tensor].dtype
     if dtype not in _SOLVABLE:
         raise PlanError(
-            f"{weight.tensor} is stored as {dtype}: a packed or quantised weight has no singular components of its own",
+            f"{weight.tensor} is stored as {dtype}: {_kind(dtype)}, it has no singular components of its own",
             hint="start from the unquantised checkpoint, or dequantise it and save it again",
         )
     rank, alpha = size

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -61,14 +62,20 @@ class Hub:
         fault: Called with (method, path) before an answer; an int is the status to fail with, "cut" cuts the
             connection in the middle of the body.
         damaged: What is sent in a file's stead, by `org/name/path`.
-        served: Bytes served of each file of a repository.
+        ranges: How a range is answered: "right"; "ignored", the whole file as 200; "whole", the whole file as 206;
+            "elsewhere", as 206 from another place than asked; "unnamed", as 206 without a Content-Range.
+        entry: Changes what is said of a file in a listing.
+        served: Bytes served of each file of a repository, as planned; `sent`: bytes of all that went out.
         uploads: Bytes received of each large file, by its hash; `stored` is their content.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     fault: Callable[[str, str], int | str | None] = lambda *_: None
     damaged: Mapping[str, bytes] = field(default_factory=dict)
+    ranges: str = "right"
+    entry: Callable[[dict[str, Any]], object] = lambda _: None
     served: Counter[str] = field(default_factory=Counter)
+    sent: int = 0
     requests: list[tuple[str, str]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
     stored: dict[str, bytes] = field(default_factory=dict)
@@ -124,7 +131,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self.connection.close()
             else:
-                self.wfile.write(content)
+                self.send(content)
+
+        def send(self, content: bytes) -> None:
+            with suppress(OSError):  # a client that has read enough hangs up
+                for start in range(0, len(content), 1 << 20):
+                    self.wfile.write(content[start : start + (1 << 20)])
+                    hub.sent += len(content[start : start + (1 << 20)])
 
         do_GET = do_HEAD = do_POST = do_PUT = respond  # noqa: N815
 
@@ -161,7 +174,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.resolve(name, commit, file)
             if verb == "paths-info":
                 asked = parse_qs(body.decode())["paths"]
-                return _json([_entry(p, data) for p, data in commit[1].items() if p in asked])
+                entries = [_entry(p, data) for p, data in commit[1].items() if p in asked]
+                for entry in entries:
+                    hub.entry(entry)
+                return _json(entries)
             if verb == "tree":
                 return _json([_entry(p, data) for p, data in commit[1].items()])
             if verb == "revision":
@@ -182,8 +198,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             status, total = 200, len(data)
             if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
                 first, last = int(match[1]), min(int(match[2] or total - 1), total - 1)
-                status, data = 206, data[first : last + 1]
-                headers["Content-Range"] = f"bytes {first}-{last}/{total}"
+                first += 8 if hub.ranges == "elsewhere" else 0
+                if hub.ranges != "ignored":
+                    status, headers["Content-Range"] = 206, f"bytes {first}-{last}/{total}"
+                if hub.ranges == "unnamed":
+                    del headers["Content-Range"]
+                if hub.ranges not in ("ignored", "whole"):
+                    data = data[first : last + 1]
             headers["Content-Length"] = str(len(data))
             if self.command == "GET":
                 hub.served[f"{name}/{file}"] += len(data)

@@ -17,7 +17,15 @@ import torch
 from reference import same_bytes
 from safetensors.torch import load_file, save_file
 
-from milora_init.checkpoint import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_shard, side_files
+from milora_init.checkpoint import (
+    SAFETENSORS_INDEX,
+    Checkpoint,
+    left_out,
+    open_checkpoint,
+    open_model,
+    open_shard,
+    side_files,
+)
 from milora_init.errors import CheckpointError
 
 Built = Callable[..., Path]
@@ -174,12 +182,60 @@ def test_an_index_that_misplaces_a_tensor_is_refused(own: Built) -> None:
         open_checkpoint(folder)
 
 
-def test_an_index_that_invents_a_tensor_is_refused(own: Built) -> None:
+def test_a_tensor_that_the_index_invents_is_known(own: Built) -> None:
     folder = own("llama")
     file = next(folder.glob("*.safetensors")).name
     edit_index(folder, lambda content: content["weight_map"].update(invented=file))
-    with pytest.raises(CheckpointError, match=f"puts invented into {file}, which lacks it"):
+    opened = open_checkpoint(folder)
+    assert opened.unfilled == ("invented",)
+    assert "invented" not in opened.tensors
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_shards_without_their_index_are_told(form: str, own: Built, pickled: Built, tmp_path: Path) -> None:
+    folder = own("llama") if form == "safetensors" else Path(shutil.copytree(pickled(3), tmp_path / "own"))
+    (index,) = folder.glob("*.index.json")
+    index.unlink()
+    with pytest.raises(CheckpointError, match=rf"-00001-of-\d+\.{form}, but no {index.name}") as caught:
         open_checkpoint(folder)
+    assert f"fetch {index.name}" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["config.json", SAFETENSORS_INDEX])
+def test_a_json_file_without_an_end_is_not_read(name: str, own: Built) -> None:
+    folder = own("llama")
+    with (folder / name).open("r+b") as file:
+        file.truncate(1 << 40)  # sparse: it takes no room
+    with pytest.raises(CheckpointError, match=rf"{name}: {1 << 40} bytes"):
+        open_checkpoint(folder)
+
+
+def test_an_adapter_beside_the_weights_is_refused(own: Built) -> None:
+    folder = own("llama")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json beside its weights: transformers would") as caught:
+        open_model(folder)
+    assert "merge it first" in caught.value.hint
+    assert "move it away" in caught.value.hint
+
+
+def test_weights_that_are_not_of_the_model_are_left_out(own: Built) -> None:
+    folder = own("llama")
+    assert left_out(open_checkpoint(folder)) == []
+    out = ["consolidated.safetensors", "model-mtp.safetensors", "model.GGUF", "pytorch_model.bin", "zero/", "original/"]
+    for name in ("original", "zero", "assets", ".cache"):
+        (folder / name).mkdir()
+    for name in (*out[:4], "zero/optimizer.pt", "original/consolidated.00.pth", "assets/a.png", ".cache/x.bin"):
+        (folder / name).write_bytes(b"x")
+    assert left_out(open_checkpoint(folder)) == sorted(out)
+
+
+def test_a_part_of_a_sentence_transformer_is_not_left_out(own: Built) -> None:
+    folder = own("bert")
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "model.safetensors").write_bytes(b"x")
+    (folder / "modules.json").write_text(json.dumps([{"path": "2_Dense"}]))
+    assert left_out(open_checkpoint(folder)) == []
 
 
 def test_a_tensor_in_two_shards_is_refused(own: Built) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hub_server import Command, Hub, client
+from safetensors.torch import save
 from tiny_models import contents
+from tiny_models import tensors as load
 
 Built = Callable[..., Path]
 
@@ -157,6 +160,72 @@ def test_what_the_hub_refuses_is_one_clear_error(name: str, hub: Hub, milora: Co
     assert hint in said["hint"]
     assert "hf_wrong" not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def put_up_a_large_model(hub: Hub, folder: Path) -> None:
+    """One shard of 64 MB, of which planning needs the header."""
+    files = hub.repositories["tiny/llama"].files
+    tensors = {**load(folder), "unused.weight": torch.zeros(1 << 24)}
+    small = {name: data for name, data in files.items() if "safetensors" not in name}
+    hub.repositories["tiny/llama"].commit({**small, "model.safetensors": save(tensors, metadata={"format": "pt"})})
+
+
+@pytest.mark.parametrize("ranges", ["ignored", "elsewhere", "unnamed"])
+def test_a_server_that_does_not_send_the_range_is_refused_and_not_read(
+    ranges: str, hub: Hub, milora: Command, checkpoint: Built
+) -> None:
+    put_up_a_large_model(hub, checkpoint("llama"))
+    hub.ranges = ranges
+    done = milora(*INIT, "--dry-run")
+    assert done.returncode == 1
+    assert "of model.safetensors of tiny/llama, the Hub answered with status" in done.stderr
+    assert "hf download" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert hub.sent < 16 << 20  # what the sockets between the two hold, and no more
+
+
+def test_a_server_that_sends_more_than_the_range_is_read_to_its_end(
+    hub: Hub, milora: Command, checkpoint: Built
+) -> None:
+    put_up_a_large_model(hub, checkpoint("llama"))
+    hub.ranges = "whole"
+    done = milora(*INIT, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert hub.sent < 16 << 20
+
+
+def test_a_connection_cut_in_the_middle_of_a_header_is_taken_up(hub: Hub, milora: Command) -> None:
+    cut: list[str] = []
+
+    def fault(method: str, path: str) -> str | None:
+        if method == "GET" and path.endswith("00003-of-00010.safetensors") and len(cut) < 2:
+            cut.append(path)
+            return "cut"
+        return None
+
+    hub.fault = fault
+    done = milora(*INIT, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert len(cut) == 2
+
+
+ENTRIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no oid": lambda entry: entry.pop("oid"),
+    "no path": lambda entry: entry.pop("path"),
+    "an oid of null": lambda entry: entry["lfs"].update(oid=None),
+    "an oid that is none": lambda entry: entry["lfs"].update(oid="../../x"),
+    "a size of null": lambda entry: entry.update(size=None),
+}
+
+
+@pytest.mark.parametrize("what", ENTRIES)
+def test_a_listing_that_lacks_something_is_one_clear_error(what: str, hub: Hub, milora: Command) -> None:
+    hub.entry = ENTRIES[what]
+    done = milora(*INIT)
+    assert done.returncode == 1
+    assert "the Hub's" in done.stderr
+    assert "tiny/llama" in done.stderr
+    assert "report" not in done.stderr
 
 
 def test_without_a_network_it_is_said(milora: Command) -> None:

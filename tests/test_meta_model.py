@@ -208,3 +208,69 @@ def test_a_transformers_that_keeps_its_names_elsewhere_is_one_clear_error(
     with pytest.raises(CheckpointError, match=r"transformers .* keeps its weight names elsewhere") as caught:
         names_of(checkpoint("llama"))
     assert "pip install" in caught.value.hint
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize(
+    "value", ["flash_attention_2", "somebody/kernel:forward", "nonsense", {"": "flash_attention_3"}, 5], ids=str
+)
+def test_the_attention_and_the_experts_of_the_config_are_not_needed(key: str, value: object, own: Built) -> None:
+    folder = own("llama")
+    edit_json(folder / "config.json", **{key: value})
+    before = (folder / "config.json").read_bytes()
+    assert len(select(names_of(folder), ["q_proj"])) == 2
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_the_attention_of_a_part_is_not_needed_either(tmp_path: Path) -> None:
+    family = FAMILIES["llava"]
+    folder = architectures.save(tmp_path, family, "float32")
+    expected = names_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        config[part]["_attn_implementation"] = "flash_attention_2"
+    whole = {"text_config": "flash_attention_3", "vision_config": "somebody/kernel", "": "sdpa"}
+    (folder / "config.json").write_text(json.dumps({**config, "_attn_implementation": whole}))
+    assert names_of(folder) == expected
+
+
+def test_nothing_is_fetched_while_a_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old DETR names the repository of its backbone; the network of the tests would raise another error."""
+    config = transformers.DetrConfig(architectures=["DetrForObjectDetection"]).to_dict()
+    config |= {"backbone_config": None, "backbone": "somebody/backbone", "use_timm_backbone": False}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match="asks for something from the network") as caught:
+        meta_model.build(tmp_path, config)
+    assert "--trust-remote-code" in caught.value.hint
+    assert not import_module("huggingface_hub.constants").HF_HUB_OFFLINE
+
+
+def test_a_part_whose_code_is_elsewhere_is_not_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = architectures.save(tmp_path, FAMILIES["llava"], "float32")
+    config = json.loads((folder / "config.json").read_text())
+    reference = {"AutoModel": "somebody/code--modeling.Model", "AutoModelForCausalLM": "somebody/code--modeling.Model"}
+    config["text_config"] |= {"model_type": "clap_text_model", "auto_map": reference}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked: list[str] = []
+
+    def answer(question: str = "") -> str:
+        asked.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
+    with pytest.raises(CheckpointError):
+        names_of(folder)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "name", ["pipeline", "Trainer", "BertTokenizer", "LlamaConfig", "GenerationMixin", "AutoModel", "logging", "os"]
+)
+def test_only_a_model_class_is_built(name: str, own: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own("llama")
+    edit_json(folder / "config.json", architectures=[name])
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(CheckpointError, match=f"config.json names {name}, which") as caught:
+        names_of(folder)
+    assert "under `architectures`" in caught.value.hint

@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import architectures
 import pytest
 import tiny_models
+from families import FAMILIES
 from safetensors.torch import save_file
 from torch import nn
 
@@ -58,6 +60,20 @@ def test_the_output_head_is_never_adapted(kind: str, checkpoint: Built) -> None:
 def test_an_embedding_is_refused_with_the_reason(kind: str, embedding: str, checkpoint: Built) -> None:
     with pytest.raises(PlanError, match=rf"{embedding} is an? \w*Embedding, not a linear layer"):
         select(names_of(checkpoint(kind)), [embedding])
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("conv1", "Conv1d"), ("layer_norm", "LayerNorm"), ("embed_positions", "Embedding")]
+)
+def test_what_is_no_linear_layer_is_called_what_it_is(name: str, what: str, tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path, FAMILIES["whisper"], "float32")
+    with pytest.raises(PlanError, match=rf"{name} is an? \w*{what}, not a linear layer"):
+        select(names_of(folder), [name])
+
+
+def test_a_module_without_a_weight_is_no_linear_layer(checkpoint: Built) -> None:
+    with pytest.raises(PlanError, match=r"model\.layers\.0\.self_attn is no linear layer"):
+        select(names_of(checkpoint("llama")), ["self_attn"])
 
 
 @pytest.mark.parametrize("kind", ["tied llama", "gemma", "gpt2"])
@@ -115,6 +131,8 @@ def test_a_weight_that_the_checkpoint_lacks_is_refused_with_the_reason(own: Buil
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(bitsandbytes\)"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, r"quantised \(fp8\)"),
         ({"quantization_config": [4]}, r"quantised \(unknown\)"),
+        ({"a": {"text_config": {"quantization_config": {"quant_method": "fp8"}}}}, r"quantised \(fp8\)"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"quantised \(compressed-tensors\)"),
     ],
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +15,13 @@ import make_checkpoint
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 from milora_init.checkpoint import SAFETENSORS_INDEX
 from milora_init.decompose import seats
-from milora_init.errors import PlanError
+from milora_init.errors import CheckpointError, PlanError
+from milora_init.merge import merge
 from milora_init.options import InitOptions
 from milora_init.plan import Plan, describe, make_plan
 
@@ -108,6 +111,39 @@ def test_a_packed_weight_is_refused_by_name(dtype: torch.dtype, own: Built) -> N
     with pytest.raises(PlanError, match=f"{name} is stored as") as caught:
         plan(folder)
     assert "unquantised" in caught.value.hint
+
+
+@pytest.mark.parametrize(("dtype", "what"), [(torch.int8, "packed"), (torch.float8_e4m3fn, "fp8")])
+def test_a_packed_weight_is_told_where_it_is_not_targeted(dtype: torch.dtype, what: str, own: Built) -> None:
+    folder = own("llama")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = tiny_models.tensors(folder)
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert any(f"1 tensors are {what}, {name} first" in notice for notice in plan(folder, target=("v_proj",)).notices)
+    with pytest.raises(PlanError, match=what):
+        plan(folder, target=("q_proj",))
+
+
+@pytest.mark.parametrize("form", ["another shape", "another name"])
+def test_a_packed_weight_is_called_packed(form: str, own: Built) -> None:
+    """As bitsandbytes and GPTQ store it."""
+    folder = own("llama")
+    tensors = tiny_models.tensors(folder)
+    for name in [name for name in tensors if "q_proj" in name]:
+        packed = torch.zeros(tensors.pop(name).numel() // 8, 1, dtype=torch.int32)
+        tensors[name if form == "another shape" else name.replace("weight", "qweight")] = packed
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((CheckpointError, PlanError), match=r"q_proj(\.weight)? is packed") as caught:
+        plan(folder, target=("q_proj",))
+    assert "different models" not in caught.value.hint
+
+
+def test_the_mask_of_an_old_gpt2_is_not_called_packed(own: Built) -> None:
+    folder = own("gpt2")
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8)}
+    save_file(tiny_models.tensors(folder) | mask, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not any("packed" in notice for notice in plan(folder, target=("c_attn",)).notices)
 
 
 @pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
@@ -204,8 +240,112 @@ def test_a_single_file_beside_an_index_is_noticed(own: Built) -> None:
     folder = own("llama")
     assert plan(folder).notices == ()
     save_file(tiny_models.tensors(folder), folder / "model.safetensors", metadata={"format": "pt"})
-    (notice,) = plan(folder).notices
-    assert "the index is ignored" in notice
+    ignored, left = plan(folder).notices
+    assert "the index is ignored" in ignored
+    assert left.startswith("left out: model-00001-of-00010.safetensors, ")
+    assert left.endswith(" and 2 more")
+
+
+def name_in_the_index(folder: Path, name: str, *, of: str = SAFETENSORS_INDEX) -> str:
+    """Let the index name one more tensor; returns the file it is said to be in."""
+    index = json.loads((folder / of).read_text())
+    file = str(max(index["weight_map"].values()))
+    index["weight_map"][name] = file
+    (folder / of).write_text(json.dumps(index))
+    return file
+
+
+@pytest.mark.parametrize("name", ["mtp.fc.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.9.x"])
+def test_a_tensor_that_only_the_index_names_is_left_out_where_no_module_wants_it(name: str, own: Built) -> None:
+    folder = own("llama")
+    before = json.loads((folder / SAFETENSORS_INDEX).read_text())["weight_map"]
+    name_in_the_index(folder, name)
+    made = plan(folder)
+    (notice,) = made.notices
+    assert f"the index names {name}, which no file has" in notice
+    assert made.index is not None
+    assert json.loads(made.index)["weight_map"] == before
+
+
+def test_the_same_holds_for_pickles(pickled: Built, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pickled(3), tmp_path / "own"))
+    name_in_the_index(folder, "mtp.fc.weight", of="pytorch_model.bin.index.json")
+    made = plan(folder)
+    assert made.index is not None
+    assert b"mtp" not in made.index
+    assert "mtp.fc.weight" in made.notices[0]
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_tensor_that_only_the_index_names_is_missed_where_a_module_wants_it(name: str, own: Built) -> None:
+    folder = own("llama")
+    file = json.loads((folder / SAFETENSORS_INDEX).read_text())["weight_map"][name]
+    kept = {key: tensor for key, tensor in load_file(folder / file).items() if key != name}
+    save_file(kept, folder / file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"the index names {name}, which its file lacks and LlamaForCausalLM"):
+        plan(folder)
+
+
+def test_a_tied_head_that_only_the_index_names_is_not_missed(own: Built) -> None:
+    folder = own("tied llama")
+    name_in_the_index(folder, "lm_head.weight")
+    assert "lm_head.weight" in plan(folder, target=("q_proj",)).notices[0]
+
+
+def test_a_tensor_that_the_index_does_not_name_is_kept_as_transformers_keeps_it(own: Built) -> None:
+    folder = own("llama")
+    index = json.loads((folder / SAFETENSORS_INDEX).read_text())
+    del index["weight_map"]["model.layers.0.self_attn.q_proj.weight"]
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps(index))
+    assert "model.layers.0.self_attn.q_proj" in {w.weight.module for w in plan(folder).weights}
+    before, after = (
+        transformers.AutoModelForCausalLM.from_pretrained(path).model.layers[0].self_attn.q_proj.weight
+        for path in (tiny_models.save(folder.parent / "whole", "llama", torch.float32), folder)
+    )
+    assert torch.equal(before, after)
+
+
+def test_weights_beside_the_model_are_noticed(own: Built) -> None:
+    folder = own("llama")
+    save_file({"mtp.weight": torch.ones(2)}, folder / "model-mtp.safetensors")
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").write_bytes(b"x")
+    assert plan(folder).notices == ("left out: model-mtp.safetensors, original/",)
+
+
+def test_a_residual_is_not_split_again(start: Callable[..., Any], checkpoint: Built, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    start(checkpoint("llama"))
+    with pytest.raises(CheckpointError, match=r"holds milora_init\.json: it is a residual base") as caught:
+        plan(out)
+    assert caught.value.hint.endswith(f"--model {checkpoint('llama')}")
+    for content in ("{", "[]", '{"source": 1}', '{"source": {"model": 7}}', ""):
+        (out / "milora_init.json").write_text(content)
+        with pytest.raises(CheckpointError, match="it is a residual base"):
+            plan(out)
+    edited = json.dumps({"source": {"model": "x\n::stop-commands::y\x1b[0m" + "z" * 5000}})
+    (out / "milora_init.json").write_text(edited)
+    with pytest.raises(CheckpointError) as caught:
+        plan(out)
+    assert caught.value.hint.isprintable()
+    assert len(caught.value.hint) < 400
+    (out / "milora_init.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds lora/adapter_config\.json") as caught:
+        plan(out)
+    assert "move it away" in caught.value.hint
+
+
+def test_a_merged_output_is_a_model_like_another(start: Callable[..., Any], checkpoint: Built, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    assert plan(tmp_path / "merged").weights
+
+
+def test_a_model_with_an_adapter_over_it_is_not_split(own: Built) -> None:
+    folder = own("llama")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="transformers would load this adapter"):
+        plan(folder)
 
 
 def test_a_config_that_would_round_the_residuals_again_is_noticed(own: Built) -> None:

@@ -20,9 +20,10 @@ from milora_init import verify as verdicts
 from milora_init.convert import convert
 from milora_init.decompose import initialize
 from milora_init.errors import PlanError
+from milora_init.linalg.modes import Mode
 from milora_init.manifest import require_manifest
 from milora_init.merge import merge
-from milora_init.options import InitOptions, Mode
+from milora_init.options import InitOptions
 from milora_init.trained import unrelated
 from milora_init.verify import verify
 
