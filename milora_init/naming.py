@@ -253,7 +253,8 @@ class _Objections:
     def _routes(self, name: str, module: nn.Module) -> bool:
         """Whether a linear layer of a block with experts has one output for each of them, or one for all.
 
-        Farther from the experts than beside them another layer may have as many outputs; a gate then says so by name.
+        As many outputs as there are experts mean something only where no module of the block was seen to choose, and
+        farther from the experts than beside them only in a gate.
         """
         rows, beside, gate = _out_in(module)[0], True, False
         for own, inner in self._around(name):
@@ -263,8 +264,10 @@ class _Objections:
             name = name.rpartition(".")[0]
             children = self._model.get_submodule(name).named_children()
             experts = [child for child_name, child in children if _are_experts(child_name, child)]
-            if experts and (rows == 1 or ((beside or gate) and rows in _counts(experts))):
+            if experts and rows == 1:
                 return True
+            if experts and (beside or gate) and rows in _counts(experts):
+                return not any(chooser.startswith(f"{name}.") for chooser in self._choosing)
             beside = False
         return False
 
