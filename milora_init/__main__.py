@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from milora_init.cli import main
+from milora_init.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from milora_init.errors import OutputError
-from milora_init.layout import Expert
+from milora_init.experts import ExpertSlot
 from milora_init.untrusted import path_inside, plain_file, relative_name
 
 MANIFEST = "milora_init.json"
+WORK_FOLDER = ".milora-init"
 FORMAT = 1
 
 
@@ -48,7 +49,7 @@ class WeightRecord:
     shape: tuple[int, int]
     transposed: bool
     row: int | None
-    expert: Expert | None
+    expert: ExpertSlot | None
     key: str
     source_dtype: str
     dtype: str
@@ -75,7 +76,7 @@ class WeightRecord:
     def from_json(cls, content: Mapping[str, Any]) -> WeightRecord:
         expert = content["expert"]
         shape = tuple(content["shape"])
-        return cls(**{**content, "shape": shape, "expert": Expert(**expert) if expert else None})
+        return cls(**{**content, "shape": shape, "expert": ExpertSlot(**expert) if expert else None})
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,11 @@ from typing import Any
 import yaml
 
 from milora_init.errors import UsageError
-from milora_init.linalg.modes import MODES, Mode
+from milora_init.modes import MODES, Mode
 
 DEFAULT_RECIPE = "llm-adapters"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
 _LIMIT = 2**63  # of every whole number
 
 

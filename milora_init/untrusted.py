@@ -1,7 +1,7 @@
-"""Names and text that come out of somebody's file: what may be done with them.
+"""Rules for names and text that come from downloaded files.
 
-A manifest, an index, modules.json, a listing of the Hub and the journal all name files relative to a folder. There is
-one rule for all of them, applied when the name is read and again when a file is opened by it.
+A manifest, an index, modules.json, a file list of the Hub and the journal all name files relative to a folder. One
+rule holds for all of them. It is applied when a name is read, and again when a file is opened by that name.
 """
 
 from __future__ import annotations

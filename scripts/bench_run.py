@@ -72,7 +72,7 @@ def main() -> None:
             # In a process of its own: a child is charged for what its parent held when it was born.
             maker = Path(__file__).parent / "make_checkpoint.py"
             subprocess.run([sys.executable, str(maker), str(model), "--size", args.size], check=True)
-        tool = [sys.executable, "-c", "from milora_init.cli import main; main()"]
+        tool = [sys.executable, "-c", "from milora_init.cli.main import main; main()"]
         ours = [*tool, "--model", str(model), "--rank", str(args.rank), "--quiet"]
         targets = [part for target in TARGETS for part in ("--target", target)]
         small = ["--target", "model.layers.0.self_attn.k_proj"]

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.linalg.modes import Mode
 from milora_init.linalg.svd import singular_triplets
+from milora_init.modes import Mode
 
 # Each model: how often a weight of that shape (out, in) occurs among the targeted ones of one layer.
 MODELS: dict[str, dict[tuple[int, int], int]] = {

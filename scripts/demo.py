@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from milora_init import cli
+from milora_init.cli import main as cli
 
 TOLERANCE = 1e-5
 SENTENCES = [

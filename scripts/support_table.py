@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from families import FAMILIES  # noqa: E402
+from support.families import FAMILIES  # noqa: E402
 
 TESTS = ("tests/test_architectures.py", "tests/test_self_check.py", "tests/test_meta_model.py")
 START, END = "<!-- scripts/support_table.py writes this -->", "<!-- to here -->"

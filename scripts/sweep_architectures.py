@@ -32,11 +32,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from milora_init.checkpoint.header import DTYPE_NAMES, plan_header
 from milora_init.errors import MiloraError
 from milora_init.options import InitOptions
-from milora_init.plan import make_plan
-from milora_init.safetensors_format import DTYPE_NAMES, plan_header
-from milora_init.self_check import require_loadable
+from milora_init.plan.peft_check import require_loadable
+from milora_init.plan.plan import make_plan
 
 LAYERS = 2
 _LAYER_COUNTS = (
@@ -98,12 +98,12 @@ def plan(folder: Path) -> str:
     """Plan everything that can be adapted, and have PEFT asked."""
     options: dict[str, Any] = {"model": str(folder), "out": str(folder / "out"), "rank": 1}
     made = make_plan(InitOptions(**options, target=("all-linear",)), folder)
-    targets = ["all-linear", *(["experts"] if made.naming.experts else [])]
+    targets = ["all-linear", *(["experts"] if made.structure.experts else [])]
     made = make_plan(InitOptions(**options, target=tuple(targets)), folder)
     who = require_loadable(made)
     experts = sum(w.weight.expert is not None for w in made.weights)
     reasons = Counter(
-        reason.partition(",")[0] for reason in made.naming.refused.values() if "not a linear layer" not in reason
+        reason.partition(",")[0] for reason in made.structure.refused.values() if "not a linear layer" not in reason
     )
     said = f"{len(made.weights) - experts} modules" + (f", {experts} experts' matrices" if experts else "")
     left = "; ".join(f"{count} {reason}" for reason, count in reasons.items())

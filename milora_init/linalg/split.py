@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from milora_init.linalg.arithmetic import DeviceArithmetic, arithmetic_of
-from milora_init.linalg.modes import Mode
 from milora_init.linalg.rounding import round_once
 from milora_init.linalg.svd import Triplets, singular_triplets
+from milora_init.modes import Mode
 
 _CANDIDATES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SAMPLE = 8  # one block of rows in so many is rounded to every candidate

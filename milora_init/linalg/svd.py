@@ -51,7 +51,7 @@ from milora_init.linalg.certificate import (
 from milora_init.linalg.cholesky import CholeskyFactor, cholesky
 from milora_init.linalg.cost import uses_krylov
 from milora_init.linalg.lanczos import RitzPairs, estimate_largest_eigenvalue, largest_eigenpairs
-from milora_init.linalg.modes import MODES, Mode
+from milora_init.modes import MODES, Mode
 
 TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below
 _KRYLOV_BLOCK = 24  # columns; MKL is fastest on multiples of 24

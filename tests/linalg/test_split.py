@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
+from support import reference
 from torch import Tensor
 
-from milora_init.linalg.modes import MODES, Mode
 from milora_init.linalg.split import Rounding, Split, split
+from milora_init.modes import MODES, Mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}

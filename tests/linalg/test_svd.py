@@ -7,19 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import matrices
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import matrices
 from torch import Tensor
 
 from milora_init.linalg import lanczos, svd
 from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 from milora_init.linalg.certificate import NotConverged
 from milora_init.linalg.lanczos import RitzPairs
-from milora_init.linalg.modes import MODES, Mode
 from milora_init.linalg.svd import Triplets, singular_triplets, wanted_indices
+from milora_init.modes import MODES, Mode
 
 EPS = torch.finfo(torch.float64).eps
 ARITHMETIC = {"cpu": CPU, "gpu": GPU}

@@ -1,0 +1,90 @@
+"""Read files of a model folder, none of which is trusted: links that lead out, pipes and huge JSON files are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from milora_init.checkpoint.header import MAX_HEADER_BYTES
+from milora_init.errors import CheckpointError
+from milora_init.untrusted import path_inside
+
+_CHUNK_BYTES = 1 << 20
+Stamp = tuple[int, int]
+
+
+def stamp(path: Path) -> Stamp:
+    """Size and modification time of a file: what tells that it changed. Raises CheckpointError."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def file_mode(path: Path) -> int:
+    """Who may read and write a file: what a copy of it is made with, at most. Raises CheckpointError."""
+    try:
+        return path.stat().st_mode & 0o666
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A file of any size, in pieces. Raises CheckpointError."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file whole. Raises CheckpointError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def source_file(folder: Path, name: str) -> Path:
+    """A file of the model that is copied as it stands.
+
+    A file of weights may be a link to another disk: it is parsed as safetensors, so it cannot be somebody's key. Of
+    what is copied unread, a link would bring any file of this machine into the output.
+
+    Raises:
+        CheckpointError: A link that leads out of the folder, or nowhere; a pipe, a socket or a device.
+    """
+    try:
+        path = path_inside(folder, name)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: {error}", hint="put the file itself in its place if it belongs to the model, or remove it"
+        ) from error
+    if not os.path.isfile(path):  # noqa: PTH113 (False, where Path raises for want of permission)
+        what = "a link to what is not there" if path.is_symlink() else "no plain file"
+        raise CheckpointError(f"{path} is {what}", hint="put the file in its place, or remove it")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, which no file of its kind has")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable JSON: {error}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content

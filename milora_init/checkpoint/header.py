@@ -1,0 +1,186 @@
+"""Parse, check and plan safetensors headers.
+
+The safetensors library reads tensors, but it does not say where in the file they lie, and it lays out a file only from
+a complete dict of tensors. Streaming needs both: the byte range of each tensor, and a header before the first tensor
+exists. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_init.errors import CheckpointError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, attribute)
+    for name, attribute in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    }.items()
+    if hasattr(torch, attribute)
+}  # fmt: skip
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def torch_name(dtype: str) -> str:
+    """`bfloat16` for `BF16`: a dtype as torch and config.json spell it."""
+    return str(DTYPES[dtype]).removeprefix("torch.")
+
+
+REFETCH = "fetch the file again: it is damaged or incomplete"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One entry of a header; `start` and `end` are byte offsets into the data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors header: its bytes as they stand (length prefix included), its metadata, its tensors by offset."""
+
+    raw: bytes
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file that has this header."""
+        return len(self.raw) + self.data_bytes
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: Not a file, truncated, not JSON, or a tensor whose dtype, shape or offsets cannot be true.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is no file")
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > file_bytes - 8:
+                raise CheckpointError(f"{path}: truncated, or not a safetensors file", hint=REFETCH)
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path}: its header claims {length} bytes; the format allows 100 MB")
+            raw = prefix + file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    return parse_header(raw, file_bytes, path)
+
+
+def parse_header(raw: bytes, file_bytes: int, path: Path) -> Header:
+    """Parse and check a header given as bytes, its length prefix included, of a file of that size; see `read_header`.
+
+    `path` is what the file is called in errors.
+    """
+    try:
+        entries = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is not readable JSON: {error}", hint=REFETCH) from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object", hint=REFETCH)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is not a mapping of strings")
+    infos = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda i: (i.start, i.end))
+    position = 0
+    for info in infos:
+        if info.start != position:
+            what = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
+            raise CheckpointError(f"{path}: {info.name} {what} (offsets {info.start} to {info.end})", hint=REFETCH)
+        position = info.end
+    if len(raw) + position != file_bytes:
+        raise CheckpointError(
+            f"{path}: the header describes {len(raw) + position} bytes, the file has {file_bytes}",
+            hint=REFETCH,
+        )
+    return Header(raw, metadata, {info.name: info for info in infos})
+
+
+def plan_header(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
+) -> Header:
+    """Lay out a safetensors file for tensors given as (name, dtype, shape).
+
+    Wide dtypes come first: readers view the data in place, and a float32 tensor behind an odd number of bfloat16
+    values would start off its alignment.
+    """
+    laid: dict[str, TensorInfo] = {}
+    position = 0
+    for name, dtype, shape in sorted(entries, key=lambda entry: -DTYPES[entry[1]].itemsize):
+        end = position + math.prod(shape) * DTYPES[dtype].itemsize
+        laid[name] = TensorInfo(name, dtype, shape, position, end)
+        position = end
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    content |= {i.name: {"dtype": i.dtype, "shape": i.shape, "data_offsets": [i.start, i.end]} for i in laid.values()}
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return Header(len(text).to_bytes(8, "little") + text, metadata or {}, laid)
+
+
+def _entry(path: Path, name: str, entry: Any) -> TensorInfo:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        # The format knows no limit on dimensions; a product of thousands of large ones is an attack, not a weight.
+        numbers_ok = len(shape) <= 32 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
+    except (TypeError, KeyError, ValueError):
+        numbers_ok = False
+    if not numbers_ok:
+        raise CheckpointError(f"{path}: the header entry of {name!r} is malformed", hint=REFETCH)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}, which is unknown here", hint="dequantise it first")
+    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise CheckpointError(f"{path}: {name} is {dtype} {list(shape)} but has offsets {start} to {end}", hint=REFETCH)
+    return TensorInfo(name, dtype, shape, start, end)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise ValueError(f"{name!r} stands in it twice")
+        mapping[name] = value
+    return mapping
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, its own where it is contiguous; without NumPy, which torch does not require."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.numel() == 0:
+        return memoryview(b"")
+    buffer = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
+    buffer.tensor = flat  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
+    return memoryview(buffer).cast("B")

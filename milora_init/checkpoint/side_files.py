@@ -1,0 +1,92 @@
+"""Choose the files that belong to a model beside its weights: tokenizer, chat template, licence, code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from milora_init.checkpoint.files import read_json, source_file
+from milora_init.errors import CheckpointError
+from milora_init.untrusted import relative_name
+
+
+def side_files(folder: Path) -> list[str]:
+    """What travels with the weights, as paths relative to the folder: tokenizer, chat template, licence, code.
+
+    Left behind are other forms of the weights, hidden files, and what speaks of the source and not of the output:
+    its README (a model card), and an adapter_config.json, which would make transformers load an adapter over it.
+    Of the subfolders, those that modules.json names (sentence-transformers) and the additional chat templates come.
+
+    Raises:
+        CheckpointError: See `source_file`; or modules.json names what is no side folder.
+    """
+    beside = (path for path in folder.iterdir() if travels(path.name))
+    names = sorted(path.name for path in beside if not os.path.isdir(path))  # noqa: PTH112 (as in `source_file`)
+    for subfolder in ("additional_chat_templates", *_module_folders(folder)):
+        names += sorted(_files_below(folder, subfolder))
+    for name in names:
+        source_file(folder, name)
+    return list(dict.fromkeys(names))
+
+
+def _module_folders(folder: Path) -> list[str]:
+    """The subfolders that modules.json names. Raises CheckpointError."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    modules = read_json(source_file(folder, path.name))
+    if not isinstance(modules, list):
+        raise CheckpointError(f"{path}: not a list of modules")
+    names = [module.get("path", "") for module in modules if isinstance(module, dict)]
+    for name in (name for name in names if name != ""):
+        try:
+            parts = Path(relative_name(name)).parts
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}", hint="correct that path, or remove modules.json") from error
+        if not travels(parts[0]) or any(part.startswith(".") for part in parts):
+            raise CheckpointError(
+                f"{path}: the folder {name!r} cannot go into the output: it is hidden, or has a name of the output's",
+                hint="rename that folder, or remove modules.json",
+            )
+    return [name for name in names if name != ""]
+
+
+def _files_below(folder: Path, subfolder: str) -> Iterator[str]:
+    """Every file below a subfolder that is not hidden, relative to the folder; none where it is not there."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise CheckpointError(f"{error.filename}: {error.strerror}") from error
+
+    def require_no_link(path: Path) -> None:
+        # Followed, a link to a folder could lead out, or round and round.
+        if Path(os.path.realpath(path)) != path:
+            where = folder / path.relative_to(home)
+            raise CheckpointError(f"{where} is a link to a folder", hint="put the folder itself in its place")
+
+    home = Path(os.path.realpath(folder))
+    require_no_link(home / subfolder)
+    for place, folders, files in os.walk(home / subfolder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            require_no_link(Path(place, name))
+        yield from (str(Path(place, name).relative_to(home)) for name in files if not name.startswith("."))
+
+
+WEIGHT_SUFFIXES = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack",
+    ".tflite", ".ot", ".mlmodel", ".npz", ".nemo", ".llamafile", ".partial",
+})  # fmt: skip
+# Of the output's own names, the folder of the adapter among them, a source has none to give.
+_LEFT_BEHIND = frozenset({"config.json", "adapter_config.json", "milora_init.json", "milora_merge.json", "lora"})
+
+
+def travels(name: str) -> bool:
+    """Whether a file or a folder beside the weights may go into the output, by its name."""
+    return not (
+        name.startswith((".", "README"))
+        or name.endswith(".index.json")
+        or name.casefold() in _LEFT_BEHIND
+        or Path(name).suffix.lower() in WEIGHT_SUFFIXES
+    )

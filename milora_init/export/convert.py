@@ -1,0 +1,214 @@
+"""Convert a trained adapter of a residual base into a plain LoRA of the original model.
+
+    residual + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
+
+The rank doubles, or each module is cut to the best `rank`: QR of both factors, then the SVD of the small core in
+float64.
+
+Where modules differ in rank or scale, or are cut, the scales are multiplied into the factors and every module's alpha
+is its rank. Servers such as vLLM read one r and one lora_alpha for the whole adapter, and ignore patterns without a
+warning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from milora_init.checkpoint.header import plan_header
+from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
+from milora_init.errors import OutputError, PlanError, UsageError
+from milora_init.lora.compatibility import require_made_with, require_pair, require_related, require_trained_on
+from milora_init.lora.config import rank_and_alpha_patterns
+from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, read_lora
+from milora_init.lora.tensor_layout import lora_key
+from milora_init.manifest import read_manifest
+from milora_init.run.output_folder import require_outside
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedModule:
+    """One module of the plain adapter; `lost` is the relative Frobenius norm of what compression cut off."""
+
+    module: str
+    rank: int
+    lost: float
+
+
+def convert(
+    init: Path, trained: Path, out: Path, *, base: str | None = None, rank: int | None = None
+) -> list[ConvertedModule]:
+    """Write to `out` a LoRA for the original model that computes what `trained` computes on its residual base.
+
+    Args:
+        init: The adapter as milora-init wrote it.
+        trained: The same adapter after training.
+        out: Folder to write; it must not exist, or be empty. Appears whole or not at all.
+        base: The original model, for the adapter's config. From the manifest beside `init` where it is None.
+        rank: Compress to this rank, those modules that have more; None keeps everything, at twice the rank.
+
+    Raises:
+        CheckpointError: An adapter that cannot be read.
+        PlanError: The two do not belong together, or hold more than factors, or a rank above what there is.
+        OutputError: `out` holds something or cannot be written.
+        UsageError: Nobody says what the original model is.
+    """
+    manifest = read_manifest(init.absolute().parent)
+    records = manifest.weights if manifest else ()
+    before, after = read_lora(init, records), read_lora(trained, records)
+    if manifest:
+        require_made_with(before, manifest)
+    require_pair(before, after, manifest)
+    if after.digest == before.digest:
+        hint = "name the folder that the trainer saved"
+        raise PlanError(f"{trained} holds the initial factors: it was not trained", hint=hint)
+    if manifest:
+        require_trained_on(after, manifest, before.weights)
+    else:
+        require_related(after.weights, before.weights)
+    if base is None and manifest is None:
+        raise UsageError(f"no milora_init.json beside {init} names the original model", hint="--base ORIGINAL")
+    base = base or str(manifest.source["model"] if manifest else "")
+    ranks = {module: 2 * factors.rank for module, factors in before.modules.items()}
+    if rank is not None:
+        limits = {m: min(2 * factors.rank, *factors.shape) for m, factors in before.modules.items()}
+        most = max(limits.values())
+        if not 1 <= rank <= most:
+            raise PlanError(f"rank {rank} is not between 1 and {most}, the most of any module", hint=f"--rank {most}")
+        ranks = {module: min(rank, limit) for module, limit in limits.items()}
+    for given in (init, trained):
+        require_outside(out, given, "./plain")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"--out {out} exists", hint="choose another --out, or move it away")
+    out = out.resolve()  # a link to an empty folder stays one
+
+    # A name of its own: neither a second run nor what somebody put there can end up in the output.
+    partial = out.with_name(extended(f".{out.name}.{uuid4().hex[:8]}", ".partial"))
+    try:
+        with writing(out):
+            partial.mkdir(parents=True)
+        folded = rank is not None or bool(before.config.get("rank_pattern") or before.config.get("alpha_pattern"))
+        config = {**_plain_config(before.config, base), **_scaling(before, ranks, folded=folded)}
+        results = _write_weights(before, after, ranks, partial / WEIGHTS_FILE, compress=rank is not None, folded=folded)
+        with writing(out):
+            (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+            sync_folder(partial)
+            partial.replace(out)
+            sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return results
+
+
+def _write_weights(
+    before: LoraAdapter, after: LoraAdapter, ranks: Mapping[str, int], path: Path, *, compress: bool, folded: bool
+) -> list[ConvertedModule]:
+    header = plan_header(
+        (
+            entry
+            for module, factors in before.modules.items()
+            for entry in (
+                (lora_key(module, "A"), "F32", (ranks[module] * factors.experts, factors.shape[1])),
+                (lora_key(module, "B"), "F32", (factors.shape[0], ranks[module] * factors.experts)),
+            )
+        ),
+        metadata={"format": "pt"},
+    )
+    results = []
+    with (
+        safe_open(before.weights, framework="pt") as old,
+        safe_open(after.weights, framework="pt") as new,
+        SafetensorsWriter(path, header) as writer,
+    ):
+        for module, start in before.modules.items():
+            end, lost = after.modules[module], 0.0
+            A, B = difference(
+                (new.get_tensor(end.A), new.get_tensor(end.B)),
+                (old.get_tensor(start.A), old.get_tensor(start.B)),
+                start.experts,
+            )
+            if folded:
+                B = start.scale * B
+            if compress:
+                A, B, lost = compressed(A, B, ranks[module])
+            writer.write(lora_key(module, "A"), A.flatten(0, 1).float().contiguous())
+            writer.write(lora_key(module, "B"), B.permute(1, 2, 0).flatten(1, 2).float().contiguous())
+            results.append(ConvertedModule(module, ranks[module], lost))
+        writer.finish()
+    return results
+
+
+def difference(trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor], experts: int) -> tuple[Tensor, Tensor]:
+    """Factors of B @ A - B0 @ A0 in float64, by expert: A (experts, 2r, n) and B (experts, m, 2r).
+
+    Args:
+        trained, initial: A (experts * r, n) and B (m, r * experts), as they lie in the adapter.
+        experts: How many are stacked; 1 for a plain module.
+    """
+
+    def by_expert(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        stacked = B.double().reshape(B.shape[0], -1, experts)
+        return A.double().reshape(experts, -1, A.shape[1]), stacked.permute(2, 0, 1)
+
+    (A, B), (A0, B0) = by_expert(*trained), by_expert(*initial)
+    return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
+
+
+def compressed(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The factors by expert cut to their best rank, and the most that any of them lost."""
+    cut = [best_rank(its_B, its_A, rank) for its_B, its_A in zip(B, A, strict=True)]
+    return torch.stack([a for _, a, _ in cut]), torch.stack([b for b, _, _ in cut]), max(lost for *_, lost in cut)
+
+
+def best_rank(B: Tensor, A: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """The factors (m, k) and (k, n) nearest to B @ A, and how far they are from it: relative, in Frobenius norm."""
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, s, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    root = s[:k].sqrt()
+    # Below what float32 factors resolve there is nothing to lose: the adapter was hardly trained.
+    resolved = torch.finfo(torch.float32).eps * float(R_B.norm() * R_A.norm())
+    whole = float(s.norm())
+    lost = float(s[k:].norm()) / whole if whole > resolved else 0.0
+    return Q_B @ (U[:, :k] * root), (root[:, None] * Vh[:k]) @ Q_A.mT, lost
+
+
+def _scaling(before: LoraAdapter, ranks: Mapping[str, int], *, folded: bool) -> dict[str, Any]:
+    """What adapter_config.json says of ranks and scales, which may be folded into the factors."""
+    if not folded:
+        rslora = bool(before.config.get("use_rslora"))
+        alpha = before.config["lora_alpha"] * (math.sqrt(2) if rslora else 2)
+        return {"r": 2 * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
+                "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+    highest = max(ranks.values())
+    own = {factors.name: ranks[module] for module, factors in before.modules.items()}
+    rank_pattern, alpha_pattern = rank_and_alpha_patterns(own, own, rank=highest, alpha=highest)
+    return {"r": highest, "lora_alpha": highest, "use_rslora": False,
+            "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}  # fmt: skip
+
+
+def _plain_config(config: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """The rest of adapter_config.json."""
+    return {
+        "peft_type": "LORA",
+        "task_type": config.get("task_type"),
+        "base_model_name_or_path": base,
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "bias": "none",
+        "target_modules": config.get("target_modules"),
+        **({"target_parameters": parameters} if (parameters := config.get("target_parameters")) else {}),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+    }

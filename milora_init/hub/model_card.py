@@ -1,0 +1,152 @@
+"""Write the model card, and the step summary of a CI job, from a manifest."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from milora_init.lora.config import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
+from milora_init.manifest import Manifest
+from milora_init.report import duration, kinds, loading_lines, share, size, warnings
+from milora_init.untrusted import printable
+
+_METHODS = {
+    "min": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
+    "max": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
+    "mid": "the middle singular components",
+    "random": "singular components drawn at random",
+}
+_PLAIN = re.compile(r"(?!www\.)[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_MARKUP = re.compile(r"[\\*<>\[\]|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_SUMMARY_BYTES = 1 << 20  # what GitHub takes of a step's summary, all that is in it
+
+
+def code(value: object) -> str:
+    """Text as a span of code, in a table too: what it holds is no markup there."""
+    text = printable(str(value)).replace("`", "'").replace("|", "\\x7c")
+    return f"`{text}`" if text.strip() else ""
+
+
+def plain(value: object) -> str:
+    """A name or a figure as it is, if it is one; as code if it is anything else."""
+    return str(value) if _PLAIN.fullmatch(str(value)) else code(value)
+
+
+def sentence(text: str) -> str:
+    """A line of text, of which nothing but its spans of code is markup."""
+    return _MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def card_data(manifest: Manifest) -> dict[str, Any]:
+    """The card's metadata, but for the licence and the language, which are the source's."""
+    tags = ["lora", {"min": "milora", "max": "pissa"}.get(manifest.inputs["mode"], "svd"), "residual-base"]
+    model = str(manifest.source["model"])
+    data: dict[str, Any] = {"library_name": "peft", "tags": tags}
+    if manifest.source["revision"] is not None:  # of the Hub, and not a folder of somebody's
+        data |= {"base_model": model, "base_model_relation": "finetune"}
+    return data
+
+
+def card_text(manifest: Manifest, repo: str) -> str:
+    """The card's text, for the repository that it is written for."""
+    inputs, source = manifest.inputs, manifest.source
+    commit = f" at commit {code(source['revision'])}" if source["revision"] else ""
+    model = str(source["model"])
+    linked = all(_PLAIN.fullmatch(part) for part in model.split("/"))
+    of_the_hub = f"[{model}](https://huggingface.co/{model})" if linked else code(model)
+    name = of_the_hub if source["revision"] else "a local model"
+    peft = PEFT_FOR_EXPERTS if manifest.adapter.get("target_parameters") else PEFT_FOR_MODULES
+    return f"""
+# {sentence(repo.rpartition("/")[2])}
+
+A residual base and the LoRA adapter that completes it, both made from {name}{commit}, ready for training.
+Each targeted weight W was taken apart: scale * B A is in `lora/`, W - scale * B A is the base.
+What was taken out: {_METHODS[inputs["mode"]]}.
+
+> **The base alone is not the original model.** Always load it together with the adapter in `lora/`, or one trained from
+> it. The adapter fits no other base.
+
+## Load it
+
+```python
+{loading_lines(manifest)}
+```
+
+It needs PEFT {peft} or later. Before training, the pair computes what {name} computes, up to rounding.
+
+For DPO or GRPO the reference model is the original, not this base with its adapter switched off.
+
+## How it was made
+
+`milora-init` {plain(manifest.versions["milora_init"])}: mode {code(inputs["mode"])}, rank {plain(inputs["rank"])}, \
+alpha {plain(inputs["alpha"])}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
+{", ".join(sorted({plain(w.dtype) for w in manifest.weights}))}, \
+dropout {plain(manifest.adapter["lora_dropout"])} for training.
+
+{table(manifest)}
+
+*energy*: the component's share of the weight's squared norm. *leak*: how much of it rounding leaves in the base.
+*error*: the certified error of the component. `milora_init.json` has the figures of every weight, and the SHA-256 of
+every file; `milora-init verify` reads them.
+
+{"".join(f"- {sentence(warning)}{chr(10)}" for warning in warnings(manifest))}
+## After training
+
+`milora-init merge` makes one plain model of this base and a trained adapter; `milora-init convert` makes a plain LoRA
+for the original model.
+
+## Citation
+
+```bibtex
+@inproceedings{{wang2025milora,
+  title     = {{{{MiLoRA}}: Harnessing Minor Singular Components for Parameter-Efficient {{LLM}} Finetuning}},
+  author    = {{Wang, Hanqing and Li, Yixia and Wang, Shuo and Chen, Guanhua and Chen, Yun}},
+  booktitle = {{Proceedings of NAACL}},
+  year      = {{2025}},
+  url       = {{https://arxiv.org/abs/2406.09044}}
+}}
+```
+"""
+
+
+def write_step_summary(manifest: Manifest) -> None:
+    """Add the run to the summary of a CI step, where there is one."""
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if path:
+        with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
+            room = _SUMMARY_BYTES - 1 - file.tell()
+            file.write(step_summary(manifest).encode()[: max(0, room)].decode(errors="ignore"))
+
+
+def step_summary(manifest: Manifest) -> str:
+    """What a CI job shows of a run."""
+    notes = "".join(f"- {sentence(warning)}\n" for warning in warnings(manifest))
+    files = size(sum(manifest.files.values()))
+    text = f"""### milora-init: {sentence(manifest.out)}
+
+{len(manifest.weights)} weights of {code(manifest.source["model"])}, mode {code(manifest.inputs["mode"])}, rank \
+{plain(manifest.inputs["rank"])}: {files} in {duration(manifest.elapsed_s)}. \
+Fingerprint {code(manifest.fingerprint[:12])}.
+
+{table(manifest)}
+
+{notes}
+```python
+{loading_lines(manifest)}
+```
+"""
+    return text
+
+
+def table(manifest: Manifest) -> str:
+    """The figures, a line for each kind of weight."""
+    lines = ["| module | shape | weights | rank | energy | worst leak | worst error |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {plain(kind.suffix)} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} "
+        f"| {share(kind.energy)} | {kind.leak:.1e} | {kind.certificate:.0e} |"
+        for kind in kinds(manifest.weights)
+    ]
+    return "\n".join(lines)

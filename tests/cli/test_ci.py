@@ -1,0 +1,150 @@
+"""What CI is given: the action's own steps run as a runner runs them, a step's summary, annotations."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from milora_init.cli.main import run
+from milora_init.hub.model_card import step_summary, write_step_summary
+from milora_init.manifest import Manifest
+from milora_init.verify.verify import verify
+
+Built = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
+ACTION = yaml.safe_load((ROOT / ".github" / "actions" / "prepare-base" / "action.yml").read_text(encoding="utf-8"))
+
+
+class Runner:
+    """Runs an action's steps that are commands, in order, with its expressions put in; `uses:` are left out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.summary = folder / "summary.md"
+        self.outputs: dict[str, dict[str, str]] = {}
+
+    def run(self, **given: str) -> dict[str, str]:
+        inputs = {name: str(given.pop(name, spec.get("default", ""))) for name, spec in ACTION["inputs"].items()}
+        assert not given
+        for step in ACTION["runs"]["steps"]:
+            if "run" in step and step["name"] not in ("Install", "Push"):
+                self._step(step, inputs)
+        return {name: self._value(output["value"], inputs) for name, output in ACTION["outputs"].items()}
+
+    def _step(self, step: dict[str, Any], inputs: dict[str, str]) -> None:
+        output = self.folder / "output"
+        output.write_text("")
+        env = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RUNNER_TEMP": str(self.folder),
+            "GITHUB_ACTIONS": "true",
+            "GITHUB_OUTPUT": str(output),
+            "GITHUB_STEP_SUMMARY": str(self.summary),
+            **{name: self._value(value, inputs) for name, value in step["env"].items()},
+        }
+        command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
+        done = subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = (line.partition("=")[::2] for line in output.read_text().splitlines())
+        self.outputs[step.get("id", "")] = dict(lines)
+
+    def _value(self, text: str, inputs: dict[str, str]) -> str:
+        def found(match: re.Match[str]) -> str:
+            parts = match[1].split(".")
+            return inputs[parts[1]] if parts[0] == "inputs" else self.outputs[parts[1]][parts[3]]
+
+        return re.sub(r"\$\{\{ (\S+) \}\}", found, text)
+
+
+def test_the_actions_steps_make_a_verified_output_and_tell_the_next_step(checkpoint: Built, tmp_path: Path) -> None:
+    runner = Runner(tmp_path)
+    options = "--rank\n3\n--target\nre:.*(q|v)_proj\n"
+    told = runner.run(model=str(checkpoint("llama")), out="with a space", options=options)
+    manifest = json.loads((tmp_path / "with a space" / "milora_init.json").read_text())
+    assert told["fingerprint"] == manifest["fingerprint"]
+    assert (told["out"], told["revision"]) == ("with a space", "")
+    result = json.loads(Path(told["result"]).read_text())
+    assert result["status"] == "done"
+    assert {weight["rank"] for weight in result["weights"]} == {3}
+    assert verify(str(tmp_path / "with a space"), model=str(checkpoint("llama"))).ok
+    summary = runner.summary.read_text()
+    assert "| q_proj | 32 x 32 | 2 | 3 |" in summary
+    again = runner.run(model=str(checkpoint("llama")), out="with a space", options=options)
+    assert again["fingerprint"] == told["fingerprint"]
+    assert json.loads(Path(again["result"]).read_text())["status"] == "unchanged"
+
+
+def test_every_step_is_given_its_values_by_the_environment() -> None:
+    """An expression inside a script would run whatever somebody puts into an input."""
+    for step in ACTION["runs"]["steps"]:
+        assert "${{" not in step.get("run", "")
+
+
+def test_a_summary_of_any_size_is_one_that_github_takes(
+    start: Callable[..., Manifest], checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = start(checkpoint("llama"))
+    assert "| down_proj |" in step_summary(manifest)
+    many = replace(manifest, notices=("ö" * 700_000, "ü" * 700_000))
+    path = tmp_path / "summary.md"
+    path.write_text("# what another step said\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
+    for _ in range(2):  # what is in it counts too
+        write_step_summary(many)
+        assert 1_000_000 < path.stat().st_size < 1 << 20
+        path.read_text(encoding="utf-8")
+
+
+def test_a_verdict_of_no_is_annotated_too(
+    start: Callable[..., Manifest], checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    start(checkpoint("llama"))
+    (tmp_path / "out" / "lora" / "adapter_config.json").unlink()
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert run(["verify", str(tmp_path / "out"), "--quiet"]) == 1
+    annotations = [line for line in capsys.readouterr().err.splitlines() if line.startswith("::")]
+    assert len(annotations) == 1
+    assert "adapter_config.json: missing. Hint: " in annotations[0]
+
+
+def test_what_a_message_quotes_cannot_steer_a_runner_or_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    assert run(["--model", "./x\n::warning::pwned\x1b[31m", "--out", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert not [line for line in said.splitlines() if line.startswith("::")]
+
+
+def test_an_error_is_annotated_in_github_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    assert run(["--model", "./50%\nno", "--out", "x"]) == 1
+    assert "::error" not in capsys.readouterr().err
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert run(["--model", "./50%\nno", "--out", "x"]) == 1
+    annotations = [line for line in capsys.readouterr().err.splitlines() if line.startswith("::")]
+    assert len(annotations) == 1
+    assert annotations[0].startswith("::error title=milora-init::50%25%0Ano: no such folder")
+
+
+def test_nothing_is_coloured_without_a_terminal(checkpoint: Built, tmp_path: Path) -> None:
+    init = ["--model", str(checkpoint("llama")), "--out", str(tmp_path / "out"), "--rank", "4"]
+    command = [sys.executable, "-c", "from milora_init.cli.main import main; main()", *init]
+    done = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL)
+    assert b"1/10" in done.stderr
+    assert b"\x1b" not in done.stdout + done.stderr

@@ -1,0 +1,399 @@
+"""cli: the contract of the command line, as a person and a script meet it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import tiny_models
+from support.tiny_models import contents, tensors
+
+from milora_init import __version__
+from milora_init.cli.main import run
+from milora_init.manifest import MANIFEST, WORK_FOLDER
+from milora_init.run import weight as weight_run
+
+Built = Callable[..., Path]
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+class Said(NamedTuple):
+    """What a command line left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        content = json.loads(self.stdout)  # all of it: anything beside the object is an error here
+        assert isinstance(content, dict)
+        return content
+
+
+Cli = Callable[..., Said]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """cli(model, *arguments) runs `milora-init --model MODEL --out out --rank 4 --device cpu` in tmp_path/work."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def call(model: object, *arguments: object) -> Said:
+        base = ["--model", str(model), "--out", "out", "--rank", "4", "--device", "cpu"]
+        status = run([*base, *map(str, arguments)])
+        captured = capsys.readouterr()
+        return Said(status, captured.out, captured.err)
+
+    return call
+
+
+def raw(capsys: pytest.CaptureFixture[str], *arguments: object) -> Said:
+    """The command line as it stands, with nothing added."""
+    status = run([*map(str, arguments)])
+    captured = capsys.readouterr()
+    return Said(status, captured.out, captured.err)
+
+
+def require_error(said: Said, status: int, *parts: str) -> None:
+    """`error:` with the value; with a hint, a blank line and `hint:`; nothing on stdout, only progress before."""
+    assert said.status == status
+    assert said.stdout == ""
+    before, found, after = said.stderr.partition("error: ")
+    message, _, hint = after.partition("\n\nhint: ")
+    assert found
+    assert all(line.startswith("[") for line in before.splitlines())
+    assert said.stderr.endswith("\n")
+    assert "Traceback" not in said.stderr
+    for part in parts:
+        assert part in message or part in hint, part
+
+
+def nothing_looks_finished(out: Path) -> bool:
+    return not any((out / name).exists() for name in (MANIFEST, "config.json", "lora/adapter_config.json"))
+
+
+def test_a_run_ends_with_a_summary_and_the_lines_that_load_the_pair(cli: Cli, checkpoint: Built) -> None:
+    source = checkpoint("llama")
+    said = cli(source)
+    assert said.status == 0
+    for word in ("q_proj", "down_proj", "worst leak", "PeftModel.from_pretrained(", 'subfolder="lora"'):
+        assert word in said.stdout, word
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    for number, shard in enumerate(shards, 1):  # one line a shard where there is no terminal
+        assert f"[{number}/{len(shards)}] {shard}: " in said.stderr
+    assert (Path("out") / MANIFEST).is_file()
+
+
+def test_json_is_one_object_on_stdout_and_holds_the_manifest(cli: Cli, checkpoint: Built) -> None:
+    said = cli(checkpoint("llama"), "--json")
+    assert said.status == 0
+    assert said.json["status"] == "done"
+    manifest = json.loads((Path("out") / MANIFEST).read_text())
+    assert said.json.items() >= manifest.items()
+
+
+def test_the_same_command_again_does_nothing_and_says_so(cli: Cli, checkpoint: Built) -> None:
+    cli(checkpoint("llama"))
+    before = contents(Path("out"))
+    assert "nothing to do" in cli(checkpoint("llama")).stdout
+    assert cli(checkpoint("llama"), "--json").json["status"] == "unchanged"
+    assert contents(Path("out")) == before
+
+
+def test_quiet_says_nothing(cli: Cli, checkpoint: Built) -> None:
+    assert cli(checkpoint("llama"), "--quiet") == Said(0, "", "")
+
+
+def test_verbose_has_a_line_for_every_weight(cli: Cli, checkpoint: Built) -> None:
+    said = cli(checkpoint("llama"), "-v")
+    for record in json.loads((Path("out") / MANIFEST).read_text())["weights"]:
+        assert record["module"] in said.stderr
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(cli: Cli, checkpoint: Built) -> None:
+    source = checkpoint("llama")
+    said = cli(source, "--dry-run")
+    assert said.status == 0
+    for shard in source.glob("*.safetensors"):
+        assert shard.name in said.stdout
+    for word in ("q_proj", "adapter", "memory", "time"):
+        assert word in said.stdout
+    assert contents(Path()) == {}
+
+
+def test_a_dry_run_as_json_is_one_object(cli: Cli, checkpoint: Built) -> None:
+    said = cli(checkpoint("llama"), "--dry-run", "--json")
+    assert said.json["status"] == "planned"
+    assert said.json["estimate_s"] >= 0
+    assert len(said.json["weights"]) == 10
+    assert contents(Path()) == {}
+
+
+def test_options_reach_the_output(cli: Cli, checkpoint: Built) -> None:
+    said = cli(
+        checkpoint("bert"), "--mode", "max", "--alpha", 8, "--rslora", "--dropout", 0.2, "--task-type",
+        "FEATURE_EXTRACTION", "--dtype", "float16", "--seed", 3, "-t", "query", "-t", "value", "--exclude", "value",
+        "--json",
+    )  # fmt: skip
+    adapter = said.json["adapter"]
+    expected = {"r": 4, "lora_alpha": 8, "use_rslora": True, "lora_dropout": 0.2, "task_type": "FEATURE_EXTRACTION"}
+    assert adapter.items() >= expected.items()
+    assert adapter["target_modules"] == ["query"]
+    assert said.json["inputs"].items() >= {"mode": "max", "dtype": "float16", "seed": 3}.items()
+    assert adapter == json.loads((Path("out") / "lora" / "adapter_config.json").read_text())
+
+
+def test_a_recipe_is_read_and_the_command_line_beats_it(cli: Cli, checkpoint: Built) -> None:
+    said = cli(checkpoint("llama"), "--config", "qlora", "--json")
+    assert said.json["adapter"]["r"] == 4  # the command line's
+    assert said.json["adapter"]["lora_dropout"] == 0.1  # the recipe's
+    assert len(said.json["weights"]) == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--rank", "0"], ["rank is 0"]),
+        (["--rank", "-3"], ["rank is -3"]),
+        (["--rank", "four"], ["--rank"]),
+        (["--mode", "minor"], ["mode is 'minor'", "min, max, mid, random"]),
+        (["--dtype", "fp8"], ["dtype is 'fp8'", "bfloat16"]),
+        (["--alpha", "0"], ["alpha is 0"]),
+        (["--dropout", "1.5"], ["dropout is 1.5"]),
+        (["--task-type", "chat"], ["task type is 'chat'", "CAUSAL_LM"]),
+        (["--config", "absent"], ["no recipe 'absent'", "qlora"]),
+        (["--device", "tpu"], ["no device 'tpu'", "cpu"]),
+        (["--quiet", "-v"], ["--quiet", "--verbose", "drop one"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        (["stray"], ["stray"]),
+        (["--target", ""], ["target"]),
+    ],
+    ids=" ".join,
+)
+def test_a_usage_error_is_status_2_and_writes_nothing(
+    arguments: list[str], parts: list[str], cli: Cli, checkpoint: Built
+) -> None:
+    require_error(cli(checkpoint("llama"), *arguments), 2, *parts)
+    assert contents(Path()) == {}
+
+
+@pytest.mark.parametrize("missing", ["--model", "--out"])
+def test_a_required_option_is_named(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"--model": "m", "--out": "o"}
+    del given[missing]
+    require_error(raw(capsys, *(word for pair in given.items() for word in pair)), 2, missing)
+
+
+def test_an_unknown_recipe_key_is_status_2_and_names_the_closest(cli: Cli, checkpoint: Built) -> None:
+    Path("own.yaml").write_text("tagret: [q_proj]\n")
+    require_error(cli(checkpoint("llama"), "--config", "own.yaml"), 2, "unknown key `tagret`", "`target`")
+
+
+def test_a_failure_as_json_is_one_object_on_stdout(cli: Cli, checkpoint: Built) -> None:
+    said = cli(checkpoint("llama"), "--rank", "0", "--json")
+    assert said.status == 2
+    assert said.json["status"] == "failed"
+    assert said.json["exit_code"] == 2
+    assert "rank is 0" in said.json["error"]
+    said = cli(checkpoint("llama"), "--target", "w_proj", "--json")
+    assert said.status == said.json["exit_code"] == 1
+    assert "q_proj" in said.json["hint"]
+
+
+def test_an_error_is_the_value_a_blank_line_and_the_repair(cli: Cli, checkpoint: Built) -> None:
+    said = cli(checkpoint("llama"), "--rank", 17)
+    limit = "rank 17 is above the 16 that model.layers.0.self_attn.k_proj allows: its shape is [16, 32]"
+    assert said == Said(
+        1, "", f"error: {limit}\n\nhint: --rank 16, or --exclude k_proj, or a rank_pattern for k_proj in a recipe\n"
+    )
+
+
+@pytest.mark.parametrize("markup", ["[red]", "[/]", "[bold]x[/bold]"])
+def test_brackets_in_a_name_are_shown_and_not_obeyed(markup: str, cli: Cli, checkpoint: Built) -> None:
+    require_error(cli(checkpoint("llama"), "--target", markup), 1, markup)
+
+
+@pytest.mark.parametrize("where", ["", "/", "/inside"])
+def test_an_output_at_or_inside_the_model_is_refused(where: str, cli: Cli, own: Built) -> None:
+    source = own("llama")
+    before = contents(source)
+    require_error(cli(source, "--out", f"{source}{where}", "--overwrite"), 1, "the model's folder", "--out")
+    assert contents(source) == before
+
+
+def broken(name: str, folder: Path) -> None:
+    """Break a checkpoint in one of the ways of the list below."""
+    shard = sorted(folder.glob("*.safetensors"))[2]
+    index = folder / "model.safetensors.index.json"
+    if name == "no config":
+        (folder / "config.json").unlink()
+    elif name == "no weights":
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+    elif name == "missing shard":
+        shard.unlink()
+    elif name == "shard outside":
+        content = json.loads(index.read_text())
+        content["weight_map"]["x"] = "../model.safetensors"
+        index.write_text(json.dumps(content))
+    elif name == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-7])
+    elif name == "quantised":
+        tiny_models.edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    elif name == "wrong config":
+        tiny_models.edit_json(folder / "config.json", hidden_size=64)
+    else:
+        content = tensors(folder)
+        if name == "packed":
+            content[Q0] = torch.zeros(32, 32, dtype=torch.uint8)
+        else:
+            content[Q0][3, 4] = float(name)
+        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        ("no config", ["no config.json"]),
+        ("no weights", ["no weights"]),
+        ("missing shard", ["is missing", "model-00003-of-"]),
+        ("shard outside", ["'../model.safetensors' is outside the folder"]),
+        ("truncated shard", ["model-00003-of-", "fetch the file again"]),
+        ("quantised", ["quantised (gptq)", "dequantise"]),
+        ("wrong config", ["different models"]),
+        ("packed", [Q0, "U8", "dequantise"]),
+        ("nan", [Q0, "NaN"]),
+        ("inf", [Q0, "Inf"]),
+        ("-inf", [Q0, "Inf"]),
+    ],
+)
+def test_bad_input_is_one_error_that_leaves_nothing_behind(damage: str, parts: list[str], cli: Cli, own: Built) -> None:
+    source = own("llama")
+    broken(damage, source)
+    before = contents(source)
+    require_error(cli(source), 1, *parts)
+    assert contents(Path()) == {}
+    assert contents(source) == before
+
+
+def test_a_missing_folder_is_named(cli: Cli) -> None:
+    require_error(cli("./absent"), 1, "absent: no such folder")
+
+
+def test_an_id_that_is_nowhere_is_named(cli: Cli, tmp_path: Path) -> None:
+    said = cli("no-such-org/no-such-model", "--cache-dir", tmp_path / "cache")
+    require_error(said, 1, "no-such-org/no-such-model", "neither a folder here nor")
+
+
+def test_a_bad_weight_in_a_later_shard_keeps_the_done_ones_and_looks_unfinished(cli: Cli, own: Built) -> None:
+    source = own("llama")
+    name, shard = "model.layers.1.mlp.down_proj.weight", ""
+    for path in sorted(source.glob("*.safetensors")):
+        content = load_file(path)
+        if name in content:
+            content[name][0, 0] = float("nan")
+            save_file(content, path, metadata={"format": "pt"})
+            shard = path.name
+    require_error(cli(source), 1, name, shard)
+    assert nothing_looks_finished(Path("out"))
+    assert (Path("out") / WORK_FOLDER).is_dir()
+    assert not list(Path("out").rglob("*.partial"))
+
+
+def test_a_residual_that_overflows_names_the_tensor_and_the_way_out(cli: Cli, own: Built) -> None:
+    source = own("llama")
+    content = tensors(source)
+    content[Q0][0, 0] = 1e6
+    save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+    require_error(cli(source, "--dtype", "float16"), 1, Q0, "overflows float16", "--dtype float32")
+    assert contents(Path()) == {}
+
+
+def test_an_interruption_is_status_130_and_says_how_to_go_on(
+    cli: Cli, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weight_run, "split", interrupted)
+    require_error(cli(checkpoint("llama")), 130, "interrupted", "run the same command to resume")
+
+
+def test_an_error_of_ours_is_reported_as_one_and_not_as_a_traceback(
+    cli: Cli, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr(weight_run, "split", fail)
+    require_error(cli(checkpoint("llama")), 1, "ZeroDivisionError: unforeseen", "MILORA_DEBUG=1")
+    monkeypatch.setenv("MILORA_DEBUG", "1")
+    said = cli(checkpoint("llama"))
+    assert said.status == 1
+    assert "Traceback" in said.stderr
+    assert "weight_job.py" in said.stderr
+    assert cli(checkpoint("llama"), "--mode", "minor").status == 2  # a status means the same, however much is told
+
+
+def test_a_token_is_never_shown(cli: Cli, checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for said in (cli(checkpoint("llama"), "--dry-run", "--json"), cli(checkpoint("llama"), "--json")):
+        assert said.status == 0
+        assert "hf_secret" not in said.stdout + said.stderr
+    assert not [name for name, content in contents(Path()).items() if b"hf_secret" in content]
+
+
+def test_no_color_is_honoured(cli: Cli, checkpoint: Built) -> None:
+    said = cli(checkpoint("llama"), "--mode", "minor")
+    assert "\x1b[" not in said.stderr
+
+
+def test_help_names_every_option_of_the_main_job(capsys: pytest.CaptureFixture[str]) -> None:
+    said = raw(capsys, "--help")
+    assert said.status == 0
+    for option in (
+        "--model", "--out", "--rank", "--mode", "--config", "--target", "--exclude", "--alpha", "--rslora",
+        "--dropout", "--task-type", "--text-only", "--dtype", "--device", "--seed", "--revision", "--cache-dir",
+        "--token", "--dry-run", "--overwrite", "--json", "--quiet",
+    ):  # fmt: skip
+        assert option in said.stdout, option
+    assert raw(capsys, "-h").stdout == said.stdout
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    said = raw(capsys, "--version")
+    assert (said.status, said.stderr) == (0, "")
+    assert __version__ in said.stdout
+
+
+MAIN = "from milora_init.cli.main import main; main()"
+
+
+def test_the_command_leaves_with_its_status_and_pure_json(checkpoint: Built, tmp_path: Path) -> None:
+    """As a script meets it, in a process of its own: only the object on stdout, only the exit status to go by."""
+    command = [sys.executable, "-c", MAIN, "-m", str(checkpoint("llama")), "-o", str(tmp_path / "out"), "--json"]
+    good = subprocess.run([*command, "-r", "4"], capture_output=True, text=True, check=False)
+    assert (good.returncode, json.loads(good.stdout)["status"]) == (0, "done")
+    bad = subprocess.run([*command, "-r", "0"], capture_output=True, text=True, check=False)
+    assert (bad.returncode, json.loads(bad.stdout)["status"]) == (2, "failed")
+    assert bad.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--no-such-option", 2)])
+def test_an_answer_that_needs_no_model_imports_no_torch(argument: str, status: int) -> None:
+    code = (
+        "import sys; from milora_init.cli.main import run; status = run(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'safetensors'} & sys.modules.keys(); "
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr

@@ -1,0 +1,293 @@
+"""A trained pair, turned into a plain LoRA: on the original model it computes what the pair computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_models import TARGETS, contents
+from support.training import digests, load, logits, train
+
+from milora_init.cli.main import run
+from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError, UsageError
+from milora_init.export.convert import best_rank, convert
+from milora_init.export.merge import merge
+from milora_init.manifest import Manifest
+from milora_init.verify.verify import verify
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_patterns(lora: Path) -> None:
+    """Give one module half of the rank, by hand, in the form PEFT saves; its scale stays."""
+    weights = load_file(lora / "adapter_model.safetensors")
+    key = min(name for name in weights if name.endswith(".lora_A.weight"))
+    module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    weights[key] = weights[key][:2].contiguous()
+    weights[key.replace("lora_A", "lora_B")] = weights[key.replace("lora_A", "lora_B")][:, :2].contiguous()
+    save_file(weights, lora / "adapter_model.safetensors", metadata={"format": "pt"})
+    edit(lora, rank_pattern={module: 2}, alpha_pattern={module: 3})
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_converted_on_the_original_computes_what_the_trained_pair_computes(
+    kind: str, rslora: bool, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    source, out = checkpoint(kind), tmp_path / "out"
+    start(source, out=str(out), rank=4, alpha=6, rslora=rslora, target=TARGETS[kind])
+    trained = train(out, tmp_path / "trained")
+    inputs = digests(source, out, trained)
+
+    modules = convert(out / "lora", trained, tmp_path / "plain")
+
+    assert digests(source, out, trained) == inputs
+    assert {(m.rank, m.lost) for m in modules} == {(8, 0.0)}
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(source)
+    pair = logits(load(out, trained))
+    plain = load(source, tmp_path / "plain")
+    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training moved nothing"
+    torch.testing.assert_close(logits(plain), pair, rtol=1e-4, atol=1e-4)
+    merged = load(out, trained).merge_and_unload()
+    torch.testing.assert_close(logits(plain), logits(merged), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_patterns_double_with_the_rest(rslora: bool, checkpoint: Built, start: Start, tmp_path: Path) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    start(source, out=str(out), rank=4, rslora=rslora)
+    with_patterns(out / "lora")
+    trained = train(out, tmp_path / "trained")
+    initial = shutil.copytree(out / "lora", tmp_path / "initial")  # the manifest knows another one
+    with pytest.raises(PlanError, match="is not the adapter that its base was made with"):
+        convert(out / "lora", trained, tmp_path / "plain")
+    convert(initial, trained, tmp_path / "plain", base=str(source))
+
+    # The base was not made for the shortened factors, so the truth is theirs: residual + s (B A - B0 A0) on both sides.
+    before, after = load(out, out / "lora").merge_and_unload(), load(out, trained).merge_and_unload()
+    original = load(source)
+    plain = load(source, tmp_path / "plain").merge_and_unload()
+    moved = dict(after.named_parameters())
+    start_at, origin = dict(before.named_parameters()), dict(original.named_parameters())
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(value - origin[name], moved[name] - start_at[name], rtol=1e-4, atol=1e-5)
+
+
+def test_compression_is_the_best_of_its_rank_and_says_what_it_lost(
+    checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    start(source, out=str(out), rank=4, rslora=True)
+    trained = train(out, tmp_path / "trained")
+    convert(out / "lora", trained, tmp_path / "whole")
+    modules = convert(out / "lora", trained, tmp_path / "small", rank=3)
+
+    origin = dict(load(source).named_parameters())
+    whole = dict(load(source, tmp_path / "whole").merge_and_unload().named_parameters())
+    small = dict(load(source, tmp_path / "small").merge_and_unload().named_parameters())
+    for module in modules:
+        name = f"{module.module}.weight"
+        exact, kept = ((x[name] - origin[name]).detach().double() for x in (whole, small))
+        s = torch.linalg.svdvals(exact)
+        assert module.lost == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-2)
+        assert float((exact - kept).norm() / s.norm()) == pytest.approx(module.lost, rel=1e-2)
+
+
+def test_best_rank_at_full_rank_is_the_product(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    B, A = torch.randn(9, 4, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    left, right, lost = best_rank(B, A, 4)
+    torch.testing.assert_close(left @ right, B @ A)
+    assert lost == 0
+    zero_left, zero_right, lost = best_rank(B, 0 * A, 2)
+    assert not (zero_left @ zero_right).any()
+    assert lost == 0
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `out` and `trained`, to be copied before it is damaged."""
+    from milora_init.options import InitOptions
+    from milora_init.run.initialize import initialize
+
+    folder = tmp_path_factory.mktemp("pair")
+    out = folder / "out"
+    initialize(InitOptions(model=str(checkpoint("llama")), out=str(out), rank=4, device=("cpu",)))
+    train(out, folder / "trained", steps=1)
+    return folder
+
+
+def _drop(name: str) -> Callable[[Path], None]:
+    def damage(trained: Path) -> None:
+        weights = load_file(trained / "adapter_model.safetensors")
+        gone = [key for key in weights if name in key]
+        assert gone
+        save_file({k: v for k, v in weights.items() if k not in gone}, trained / "adapter_model.safetensors")
+
+    return damage
+
+
+def _add(trained: Path) -> None:
+    weights = load_file(trained / "adapter_model.safetensors")
+    save_file(weights | {"base_model.model.lm_head.weight": torch.ones(2, 2)}, trained / "adapter_model.safetensors")
+
+
+def _another(trained: Path) -> None:
+    """Of the same shapes, as one trained on another base is; its config does not tell."""
+    torch.manual_seed(9)
+    weights = load_file(trained / "adapter_model.safetensors")
+    save_file({k: torch.randn_like(v) for k, v in weights.items()}, trained / "adapter_model.safetensors")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], type[MiloraError], str]] = {
+    "other targets": (_drop("v_proj"), PlanError, "v_proj"),
+    "half a pair": (_drop("layers.0.self_attn.q_proj.lora_B"), CheckpointError, "has no lora_B"),
+    "extra key": (_add, PlanError, "lm_head.weight"),
+    "another rank": (lambda t: edit(t, r=8), CheckpointError, "rank 8"),
+    "another alpha": (lambda t: edit(t, lora_alpha=99), PlanError, "scale"),
+    "another base": (_another, PlanError, "unrelated to the adapter that this base was made with"),
+    "DoRA": (lambda t: edit(t, use_dora=True), PlanError, "use_dora"),
+    "bias": (lambda t: edit(t, bias="all"), PlanError, "bias"),
+    "modules_to_save": (lambda t: edit(t, modules_to_save=["lm_head"]), PlanError, "modules_to_save"),
+    "experts": (
+        lambda t: edit(t, target_parameters=["experts.gate_up_proj"]),
+        PlanError,
+        "experts.gate_up_proj is of experts",
+    ),
+    "no weights": (lambda t: (t / "adapter_model.safetensors").unlink(), CheckpointError, "adapter_model"),
+    "cut short": (
+        lambda t: (t / "adapter_model.safetensors").write_bytes((t / "adapter_model.safetensors").read_bytes()[:-9]),
+        CheckpointError,
+        "adapter_model",
+    ),
+    "no config": (lambda t: (t / "adapter_config.json").unlink(), CheckpointError, "adapter_config"),
+    "not LoRA": (lambda t: edit(t, peft_type="IA3"), PlanError, "does not describe"),
+}
+
+
+SLOW = "([a-z_.0-9]+)*!"
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules"])
+def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> None:
+    """It would take for ever, in any of the ways; nobody's is run, so a harmless one is refused alike."""
+    for number, pattern in enumerate((SLOW, r".*\.q_proj", "re:q_proj")):
+        trained = Path(shutil.copytree(pair / "trained", tmp_path / f"trained-{number}"))
+        out = Path(shutil.copytree(pair / "out", tmp_path / f"out-{number}"))
+        value = pattern if key == "target_modules" else {pattern: 4}
+        edit(trained, **{key: value})
+        found = verify(str(pair / "out"), trained=str(trained)).differences
+        assert [d.what for d in found if key in d.what and repr(pattern)[1:-1] in d.what]
+        edit(out / "lora", **{key: value})
+        assert key in "".join(d.what for d in verify(str(out)).differences)
+        if key != "target_modules":  # which merge and convert do not ask: they go by the tensors' names
+            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+                merge(str(pair / "out"), str(tmp_path / "merged"), trained=str(trained))
+            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+                convert(pair / "out" / "lora", trained, tmp_path / "plain")
+            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+                merge(str(out), str(tmp_path / "merged"))
+    edit(trained, target_modules=[f"re:{SLOW}"], rank_pattern={}, alpha_pattern={})
+    assert "target_modules misses" in "".join(
+        d.what for d in verify(str(pair / "out"), trained=str(trained)).differences
+    )
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_does_not_belong_is_refused_and_nothing_is_left(name: str, pair: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair / "trained", tmp_path / "trained")
+    damage, error, says = DAMAGE[name]
+    damage(tmp_path / "trained")
+    with pytest.raises(error) as caught:
+        convert(pair / "out" / "lora", tmp_path / "trained", tmp_path / "plain")
+    assert says in caught.value.message
+    assert [path.name for path in tmp_path.iterdir()] == ["trained"]
+
+
+def test_a_base_that_was_moved_or_pushed_is_the_same_base(pair: Path, tmp_path: Path) -> None:
+    """Trained where the base was then: the config names that place, the factors say whose they are."""
+    shutil.copytree(pair / "trained", tmp_path / "trained")
+    edit(tmp_path / "trained", base_model_name_or_path="org/pushed-since")
+    convert(pair / "out" / "lora", pair / "trained", tmp_path / "one")
+    convert(pair / "out" / "lora", tmp_path / "trained", tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    merge(str(pair / "out"), str(tmp_path / "merged"), trained=str(tmp_path / "trained"))
+
+
+def test_an_output_that_stands_is_left_alone(pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "mine").write_text("keep")
+    with pytest.raises(OutputError, match="exists"):
+        convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "plain").iterdir()] == [("mine", "keep")]
+
+
+@pytest.mark.parametrize("rank", [0, -1, 9])
+def test_a_rank_that_cannot_be(rank: int, pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=f"rank {rank} "):
+        convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain", rank=rank)
+
+
+def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair / "out" / "lora", tmp_path / "lora")
+    with pytest.raises(UsageError, match="original"):
+        convert(tmp_path / "lora", pair / "trained", tmp_path / "plain")
+    convert(tmp_path / "lora", pair / "trained", tmp_path / "plain", base="me/model")
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/model"
+
+
+def test_what_lies_beside_the_output_stays_out_of_it(pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.partial").mkdir()
+    (tmp_path / "plain.partial" / "mine.txt").write_bytes(b"mine")
+    convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert (tmp_path / "plain.partial" / "mine.txt").read_bytes() == b"mine"
+    assert not list(tmp_path.glob(".plain.*"))
+
+
+def test_a_link_to_an_empty_folder_stays_one(pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "plain").symlink_to(tmp_path / "elsewhere")
+    convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
+    assert (tmp_path / "plain").is_symlink()
+    assert (tmp_path / "elsewhere" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("inside", ["trained/plain", "out/lora/plain", "trained"])
+def test_the_inputs_are_no_place_for_the_output(inside: str, pair: Path) -> None:
+    before = digests(pair)
+    with pytest.raises(OutputError):
+        convert(pair / "out" / "lora", pair / "trained", pair / inside)
+    assert digests(pair) == before
+
+
+def test_on_the_command_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--init", str(pair / "out" / "lora"), "--trained", str(pair / "trained"), "--out", str(tmp_path / "plain")]
+    assert run(["convert", *words, "--rank", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["status"] == "done"
+    assert {module["rank"] for module in answer["modules"]} == {2}
+    again = [*words[:-1], str(tmp_path / "again")]
+    assert run(["convert", *again, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert run(["convert", *words]) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+def test_the_longest_name_that_a_file_system_takes(pair: Path, tmp_path: Path) -> None:
+    convert(pair / "out" / "lora", pair / "trained", tmp_path / ("x" * 255))
+    assert (tmp_path / ("x" * 255) / "adapter_config.json").is_file()

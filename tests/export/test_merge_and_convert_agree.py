@@ -1,0 +1,202 @@
+"""The ways back, for every kind of adapter: trained pair, merge, convert and PEFT's own merge compute one function."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from support import architectures
+from support.families import FAMILIES, Family
+from support.tiny_models import tensors
+from torch import Tensor
+
+from milora_init.errors import PlanError
+from milora_init.export.convert import convert
+from milora_init.export.merge import merge
+from milora_init.lora.compatibility import require_related
+from milora_init.manifest import Manifest
+from milora_init.options import InitOptions
+from milora_init.run.initialize import initialize
+from milora_init.verify import verify as verdicts
+from milora_init.verify.verify import verify
+
+NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "t5"]
+# With rsLoRA, a rank of its own for one target and an alpha of its own for another.
+PLAIN: dict[str, Any] = {"alpha": 6}
+
+
+def patterned(family: Family) -> dict[str, Any]:
+    first, last = family.targets[0], family.targets[-1]
+    return {"rslora": True, "rank_pattern": {last: 3}, "alpha_pattern": {first: 5, last: 7}}
+
+
+def start(name: str, folder: Path, dtype: str, **options: Any) -> tuple[Path, Path, Manifest]:
+    family = FAMILIES[name]
+    source, out = architectures.save(folder / "source", family, dtype), folder / "out"
+    asked = InitOptions(
+        model=str(source), out=str(out), **{"rank": 4, "target": family.targets, "device": ("cpu",), **options}
+    )
+    return source, out, initialize(asked)
+
+
+def load(family: Family, folder: Path, adapter: Path | None = None, *, trainable: bool = False) -> Any:
+    model: Any = getattr(transformers, family.auto).from_pretrained(folder, dtype=torch.float32)
+    return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+
+
+def answer(family: Family, model: Any) -> Tensor:
+    with torch.no_grad():
+        said: Tensor = model.eval()(**architectures.feed(family))[0]
+    return said
+
+
+def train(family: Family, out: Path, to: Path) -> Path:
+    """Twenty steps of AdamW on the pair, all of the adapter's tensors moving."""
+    torch.manual_seed(0)
+    model = load(family, out, out / "lora", trainable=True).train()
+    goal = torch.randn_like(answer(family, model))
+    model.train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
+    for _ in range(20):
+        (model(**architectures.feed(family))[0] - goal).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(to)
+    return to
+
+
+@pytest.mark.parametrize("options", [lambda _: PLAIN, patterned], ids=["plain", "rsLoRA and patterns"])
+@pytest.mark.parametrize("name", NAMES)
+def test_after_training_all_four_agree(name: str, options: Any, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source, out, _ = start(name, tmp_path, "float32", **options(family))
+    trained = train(family, out, tmp_path / "trained")
+    merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+    convert(out / "lora", trained, tmp_path / "plain")
+
+    pair = answer(family, load(family, out, trained))
+    moved = float((pair - answer(family, load(family, source))).norm() / pair.norm())
+    assert moved > 0.02, "the training moved nothing"
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(answer(family, load(family, out, trained).merge_and_unload()), pair, **near)
+    torch.testing.assert_close(answer(family, load(family, tmp_path / "merged")), pair, **near)
+    torch.testing.assert_close(answer(family, load(family, source, tmp_path / "plain")), pair, **near)
+    assert verify(str(out), trained=str(trained)).kind == verdicts.TRAINED
+    assert tensors(source).keys() == tensors(tmp_path / "merged").keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bfloat16_the_merged_weights_are_the_sum_rounded_once(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source, out, manifest = start(name, tmp_path, "bfloat16", **patterned(family))
+    trained = train(family, out, tmp_path / "trained")
+    merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+
+    exact = dict(load(family, out, trained).merge_and_unload().named_parameters())  # in float32
+    plain = dict(load(family, tmp_path / "merged").named_parameters())
+    adapted = {r.expert.parameter if r.expert else f"{r.module}.weight" for r in manifest.weights}
+    half_ulp = torch.finfo(torch.bfloat16).eps / 2
+    for parameter in adapted:
+        off = (plain[parameter] - exact[parameter]).abs()
+        assert float((off - half_ulp * exact[parameter].abs()).max()) < 1e-6, parameter
+    assert {t.dtype for t in tensors(tmp_path / "merged").values()} == {torch.bfloat16}
+    convert(out / "lora", trained, tmp_path / "plain")
+    pair = answer(family, load(family, out, trained))
+    other = answer(family, load(family, source, tmp_path / "plain"))
+    assert float((other - pair).norm() / pair.norm()) < 0.1  # the residual was rounded, the source was not
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_compressed_to_less_than_twice_the_rank_it_says_what_was_lost(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source, out, _ = start(name, tmp_path, "float32")
+    trained = train(family, out, tmp_path / "trained")
+    pair = answer(family, load(family, out, trained))
+    off = {}
+    for rank in (2, 5):
+        modules = convert(out / "lora", trained, tmp_path / f"plain-{rank}", rank=rank)
+        assert all(0 < module.lost < 1 for module in modules)
+        other = answer(family, load(family, source, tmp_path / f"plain-{rank}"))
+        off[rank] = float((other - pair).norm() / pair.norm())
+    assert off[5] < off[2]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_rank_between_those_of_the_modules_cuts_only_who_has_more(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source, out, _ = start(name, tmp_path, "float32", **patterned(family))
+    trained = train(family, out, tmp_path / "trained")
+    whole = {m.module: m.rank for m in convert(out / "lora", trained, tmp_path / "whole")}
+    cut = convert(out / "lora", trained, tmp_path / "plain", rank=7)
+    assert {m.module: m.rank for m in cut} == {module: min(7, rank) for module, rank in whole.items()}
+    assert {6, 7} <= {m.rank for m in cut}
+    assert all((m.lost > 1e-6) == (whole[m.module] > 7) for m in cut)
+    pair = answer(family, load(family, out, trained))
+    plain = answer(family, load(family, source, tmp_path / "plain"))
+    assert float((plain - pair).norm() / pair.norm()) < max(m.lost for m in cut)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("options", [lambda _: PLAIN, patterned], ids=["plain", "rsLoRA and patterns"])
+def test_a_server_that_knows_one_rank_and_one_alpha_serves_the_same(
+    rank: int | None, options: Any, tmp_path: Path
+) -> None:
+    """vLLM reads r, lora_alpha and use_rslora, and nothing of patterns; its ranks may not be above r."""
+    family = FAMILIES["llama"]
+    source, out, _ = start("llama", tmp_path, "float32", **options(family))
+    trained = train(family, out, tmp_path / "trained")
+    convert(out / "lora", trained, tmp_path / "plain", rank=rank)
+
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    factors = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    original = dict(load(family, source).named_parameters())
+    plain = dict(load(family, source, tmp_path / "plain").merge_and_unload().named_parameters())
+    assert config["r"] == max(factor.shape[0] for key, factor in factors.items() if ".lora_A." in key)
+    modules = [re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key) for key in factors if ".lora_A." in key]
+    for module in (match[1] for match in modules if match):
+        B, A = (factors[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "BA")
+        served = original[f"{module}.weight"] + scale * B @ A
+        torch.testing.assert_close(served, plain[f"{module}.weight"], rtol=1e-5, atol=1e-6)
+    assert len(modules) == len(factors) / 2 > 0
+
+
+def test_an_adapter_of_a_sibling_base_is_named_by_the_base_in_its_config(tmp_path: Path) -> None:
+    """Their principal directions are nearly the same, as those of a model and of what was tuned from it."""
+    family = FAMILIES["llama"]
+    _, out, _ = start("llama", tmp_path / "one", "float32", mode="max")
+    sibling = architectures.save(tmp_path / "two" / "source", family, "float32")
+    for shard in sibling.glob("*.safetensors"):
+        torch.manual_seed(1)
+        tuned = {name: w + 1e-3 * w.std() * torch.randn_like(w) for name, w in load_file(shard).items()}
+        save_file(tuned, shard, metadata={"format": "pt"})
+    asked = InitOptions(model=str(sibling), out=str(tmp_path / "two" / "out"), rank=4, mode="max",
+                        target=family.targets, device=("cpu",))  # fmt: skip
+    initialize(asked)
+    trained = train(family, tmp_path / "two" / "out", tmp_path / "trained")
+    require_related(trained / "adapter_model.safetensors", out / "lora" / "adapter_model.safetensors")  # no help here
+    assert verify(str(out), trained=str(trained)).kind == verdicts.FOREIGN
+    for back in (
+        lambda: merge(str(out), str(tmp_path / "merged"), trained=str(trained)),
+        lambda: convert(out / "lora", trained, tmp_path / "plain"),
+    ):
+        with pytest.raises(PlanError, match="another residual base"):
+            back()
+    assert not {"merged", "plain"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_adapter_of_experts_away_from_its_manifest_is_refused_with_the_reason(tmp_path: Path) -> None:
+    _, out, _ = start("mixtral", tmp_path, "float32")
+    trained = train(FAMILIES["mixtral"], out, tmp_path / "trained")
+    (out / "lora").rename(tmp_path / "initial")
+    with pytest.raises(Exception, match="stands in the manifest of their base"):
+        convert(tmp_path / "initial", trained, tmp_path / "plain", base="original")
+    assert not (tmp_path / "plain").exists()

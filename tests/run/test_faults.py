@@ -1,0 +1,266 @@
+"""A full disk, a source that changes under the run or cannot be read: a clear error, and a run to be resumed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.interruptions import shards
+from support.tiny_models import contents
+
+from milora_init.errors import CheckpointError, MiloraError, OutputError
+from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
+from milora_init.options import InitOptions
+from milora_init.plan.plan import make_plan
+from milora_init.run.initialize import run_plan
+from milora_init.run.progress import Silent
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+Damage = Callable[[Path], None]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    """Everything but what holds seconds and the folder's name."""
+    own = (MANIFEST, "lora/adapter_config.json")
+    return {name: content for name, content in contents(out).items() if name not in own}
+
+
+def require_unfinished(out: Path) -> None:
+    left = contents(out) if out.exists() else {}
+    assert not left.keys() & {MANIFEST, "config.json", "model.safetensors.index.json"}
+    assert not [name for name in left if name.endswith(".partial")]
+
+
+# A disk that is full once the first file of the output stands on it, and has room again for the second attempt.
+FULL_DISK = """
+import os, sys
+from pathlib import Path
+from milora_init import cli, decompose
+
+disk, source = Path(sys.argv[1]), sys.argv[2]
+arguments = ["-m", source, "-o", str(disk / "out"), "-r", "4", "--device", "cpu", "-q"]
+
+def record(self, line, real=decompose.OutputFolder.record):
+    real(self, line)
+    if "shard" in line:
+        with (disk / "ballast").open("wb", buffering=0) as ballast:
+            try:
+                while ballast.write(bytes(512)):
+                    pass
+            except OSError as error:
+                print(f"full: {error.strerror}", flush=True)
+
+decompose.OutputFolder.record, whole = record, decompose.OutputFolder.record
+print("status", cli.run(arguments))
+left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
+print("left", *left)
+(disk / "ballast").unlink()
+decompose.OutputFolder.record = whole
+print("status", cli.run(arguments))
+(disk / "out").rename(disk / "done")
+os.system(f"cp -r {disk}/done {sys.argv[3]}")
+"""
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_an_error_and_the_run_resumed_once_there_is_room(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    """A real ENOSPC: a small file system of its own, mounted where only the process that needs it sees it."""
+    source, disk, copy = checkpoint("llama"), tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    mount = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
+    script = 'mount -t tmpfs -o size=256k tmpfs "$1"; shift; exec "$@"'
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*mount, script, "sh", str(disk), "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("this platform lets nobody mount a file system of its own")
+    command = [sys.executable, "-c", FULL_DISK, str(disk), str(source), str(copy)]
+    done = subprocess.run([*mount, script, "sh", str(disk), *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    full, first, left, second = done.stdout.splitlines()
+    assert full == f"full: {os.strerror(errno.ENOSPC)}"
+    assert (first, second) == ("status 1", "status 0")
+    assert f"{os.strerror(errno.ENOSPC)}\n\nhint: free some space" in done.stderr
+    assert f"out/{shards(source)[0]}" in left.split()
+    assert not [n for n in left.split() if n.endswith((".partial", MANIFEST, "/config.json", ".index.json"))]
+    start(source, out=str(tmp_path / "straight"))
+    assert weights(copy) == weights(tmp_path / "straight")
+
+
+LIMITED = """
+import resource, sys
+from milora_init.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+main(sys.argv[2:])
+"""
+
+
+def test_a_file_that_cannot_grow_is_an_error_of_the_command_and_the_run_resumed(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    """The kernel's own refusal where no file system can be mounted: a limit on the size of files."""
+    source, out = checkpoint("llama"), tmp_path / "out"
+    largest = max((source / name).stat().st_size for name in shards(source))
+    command = [sys.executable, "-c", LIMITED, str(largest - 1), "-m", str(source), "-o", str(out), "-r", "4", "-q"]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot write {out}/")
+    assert f"{os.strerror(errno.EFBIG)}\n\nhint: free some space, or choose another --out\n" in done.stderr
+    require_unfinished(out)
+    start(source)
+    start(source, out=str(tmp_path / "straight"))
+    assert weights(out) == weights(tmp_path / "straight")
+
+
+def rewrite(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def replace(path: Path) -> None:
+    other = path.with_name("other")
+    shutil.copyfile(path, other)
+    rewrite(other)
+    other.replace(path)
+
+
+DAMAGES: list[Damage] = [
+    rewrite,
+    replace,
+    lambda path: os.truncate(path, path.stat().st_size // 2),
+    lambda path: os.truncate(path, 3),
+    lambda path: path.unlink(),
+]
+NAMES = ["rewritten", "replaced", "cut in half", "cut to nothing", "removed"]
+
+
+class AtFirstTensor(Silent):
+    """Does something when the first tensor of the run has been dealt with: its files are open then."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.acts = [act]
+
+    def tensor(self, name: str, size_bytes: int) -> None:
+        if self.acts:
+            self.acts.pop()()
+
+
+class AfterFirstShard(AtFirstTensor):
+    """Does something when the first file of the output stands."""
+
+    def tensor(self, name: str, size_bytes: int) -> None: ...
+
+    def shard(self, *_: Any) -> None:
+        super().tensor("", 0)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=NAMES)
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_shard_that_changes_between_the_plan_and_the_run_is_named(
+    at: int, damage: Damage, own: Built, tmp_path: Path
+) -> None:
+    source = own("llama")
+    shard = source / shards(source)[at]
+    plan = make_plan(InitOptions(model=str(source), out=str(tmp_path / "out"), rank=4, device=("cpu",)), source)
+    damage(shard)
+    with pytest.raises(CheckpointError) as caught:
+        run_plan(plan)
+    assert str(shard) in caught.value.message
+    require_unfinished(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=NAMES)
+@pytest.mark.parametrize(("when", "at"), [(AtFirstTensor, 0), (AfterFirstShard, 1), (AfterFirstShard, 3)])
+def test_a_shard_that_changes_during_the_run_is_named_and_the_run_resumed_when_it_is_back(
+    when: Callable[..., Silent], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
+) -> None:
+    source = own("llama")
+    shard = source / shards(source)[at]
+    content = shard.read_bytes()
+    with pytest.raises(CheckpointError) as caught:
+        start(source, progress=when(lambda: damage(shard)))
+    assert str(shard) in caught.value.message
+    require_unfinished(tmp_path / "out")
+    assert (tmp_path / "out" / WORK_FOLDER).exists() == (when is AfterFirstShard)
+    shard.write_bytes(content)
+    start(source)
+    start(source, out=str(tmp_path / "straight"))
+    assert weights(tmp_path / "out") == weights(tmp_path / "straight")
+
+
+def test_a_side_file_that_vanishes_during_the_run_is_named(own: Built, start: Start, tmp_path: Path) -> None:
+    source = own("llama")
+    with pytest.raises(CheckpointError, match=str(source / "LICENSE")):
+        start(source, progress=AfterFirstShard((source / "LICENSE").unlink))
+    require_unfinished(tmp_path / "out")
+
+
+def failing(real: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """A system call that reports a broken disk from the n-th time on."""
+    left = [after]
+
+    def call(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("calls", [("preadv",), ("copy_file_range", "pread")], ids=["adapted", "copied"])
+def test_a_disk_that_cannot_be_read_is_an_error_that_names_the_file_and_the_tensor(
+    calls: tuple[str, ...],
+    after: int,
+    start: Start,
+    checkpoint: Built,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = checkpoint("llama")
+    for name in calls:
+        monkeypatch.setattr(os, name, failing(getattr(os, name), after))
+    with pytest.raises(MiloraError) as caught:
+        start(source)
+    assert isinstance(caught.value, CheckpointError), caught.value
+    assert os.strerror(errno.EIO) in caught.value.message
+    assert any(str(source / name) in caught.value.message for name in shards(source))
+    assert ".weight" in caught.value.message
+    require_unfinished(tmp_path / "out")
+    monkeypatch.undo()
+    assert start(source).files
+
+
+def test_a_disk_that_cannot_be_written_is_not_taken_for_one_that_cannot_be_read(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("copy_file_range", "pwrite"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name), 9))
+    with pytest.raises(OutputError, match=rf"cannot write {tmp_path}.*{os.strerror(errno.EIO)}"):
+        start(checkpoint("llama"))
+    require_unfinished(tmp_path / "out")
+
+
+def test_a_file_system_without_locks_is_named(
+    start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OutputError, match="cannot be locked against a second run") as error:
+        start(checkpoint("llama"))
+    assert "local disk" in error.value.hint
+    require_unfinished(tmp_path / "out")

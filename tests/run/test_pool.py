@@ -1,0 +1,343 @@
+"""workers: one solves while another reads, no more than that at once, and the first error ends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import matrices
+from support.tiny_models import contents
+
+from milora_init.errors import UsageError
+from milora_init.linalg.svd import Triplets, singular_triplets
+from milora_init.manifest import MANIFEST
+from milora_init.modes import Mode
+from milora_init.run import devices, pool
+from milora_init.run import initialize as initializing
+from milora_init.run.devices import multiply_rate, resolve_devices, weights_at_once
+from milora_init.run.pool import SolverPool, one_ahead
+
+CPU = torch.device("cpu")
+PATIENCE_S = 20  # for what happens at once, on a machine that is busy with something else
+
+Turn = AbstractContextManager[Any]
+
+
+def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "expected"),
+    [
+        (0, ["auto"], ["cpu"]),
+        (0, ["cpu", "cpu"], ["cpu"]),
+        (2, ["auto"], ["cuda:0", "cuda:1"]),
+        (2, ["cuda"], ["cuda:0", "cuda:1"]),
+        (2, ["cuda:1"], ["cuda:1"]),
+        (2, ["cuda:1", "cpu", "cuda"], ["cuda:1", "cpu", "cuda:0"]),
+    ],
+)
+def test_devices_are_those_that_are_there(
+    count: int, names: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(count, monkeypatch)
+    assert [str(device) for device in resolve_devices(names)] == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2"), (2, "gpu"), (0, "meta"), (0, "")]
+)
+def test_a_device_that_is_not_there_is_a_usage_error_that_lists_those_that_are(
+    count: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(count, monkeypatch)
+    with pytest.raises(UsageError, match=f"no device {name!r}") as caught:
+        resolve_devices(["cpu", name])
+    assert caught.value.hint == "this machine has: " + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+
+
+def test_the_rate_of_this_machine_is_a_rate() -> None:
+    assert 1e6 < multiply_rate(torch.device("cpu")) < 1e15
+
+
+def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 << 28 < devices.memory_bytes() < 1 << 50
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(pool, "memory_bytes", lambda: 4000)
+    assert weights_at_once([10] * 9) == 4  # a core each
+    assert weights_at_once([10, 10]) == 2
+    assert weights_at_once([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
+    assert weights_at_once([5000, 1]) == 1  # one there must be
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_every_job_is_done_once_and_its_result_is_its_own(count: int) -> None:
+    done: list[int] = []
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> tuple[int, str]:
+        done.append(job)
+        return job, device.type
+
+    with SolverPool([CPU] * count) as pool:
+        results = [pool.submit(work, job).result(PATIENCE_S) for job in range(30)]
+    assert results == [(job, "cpu") for job in range(30)]
+    assert sorted(done) == list(range(30))
+
+
+def test_one_job_of_a_device_solves_while_another_reads() -> None:
+    """The second job gets as far as its turn while the first one has it, and not into it."""
+    second_waits, first_left = threading.Event(), threading.Event()
+    solving: list[int] = []
+    together: list[int] = []
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> bool:
+        if job == 1:
+            second_waits.set()
+        with device_lock:
+            solving.append(job)
+            together.append(len(solving))
+            was_read_meanwhile = job == 1 or second_waits.wait(PATIENCE_S)
+            first_left_before = job == 0 or first_left.is_set()
+            solving.remove(job)
+            if job == 0:
+                first_left.set()
+        return was_read_meanwhile and first_left_before
+
+    with SolverPool([CPU]) as pool:
+        futures = [pool.submit(work, job) for job in range(2)]
+        assert all(future.result(PATIENCE_S) for future in futures)
+    assert together == [1, 1]
+
+
+def test_devices_solve_at_the_same_time() -> None:
+    together = threading.Barrier(3, timeout=PATIENCE_S)
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> int:
+        with device_lock:
+            return together.wait()
+
+    with SolverPool([CPU] * 3) as pool:
+        # Each hand meets the barrier inside its turn: three at once are three devices.
+        assert sorted(f.result(PATIENCE_S) for f in [pool.submit(work, job) for job in range(3)]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_more_jobs_are_begun_than_there_are_hands(count: int) -> None:
+    """What bounds the memory: a job that no thread has holds no tensor."""
+    threads_per_device = count * SolverPool.THREADS_PER_DEVICE
+    release = threading.Event()
+    all_hands = threading.Barrier(threads_per_device + 1, timeout=PATIENCE_S)
+    begun: list[int] = []
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> bool:
+        begun.append(job)
+        if job < threads_per_device:
+            all_hands.wait()
+        return release.wait(PATIENCE_S)
+
+    with SolverPool([CPU] * count) as pool:
+        futures = [pool.submit(work, job) for job in range(50)]
+        all_hands.wait()
+        assert sorted(begun) == list(range(threads_per_device))
+        release.set()
+        assert all(future.result(PATIENCE_S) for future in futures)
+    assert len(begun) == 50
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> None:
+    release = threading.Event()
+    begun: list[int] = []
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> None:
+        begun.append(job)
+        if job == 0:
+            raise KeyError("the first")
+        release.wait(PATIENCE_S)
+
+    def fail() -> None:
+        with SolverPool([CPU] * count) as pool:
+            futures.extend(pool.submit(work, job) for job in range(500))
+            futures[0].result(PATIENCE_S)
+
+    futures: list[Any] = []
+    with pytest.raises(KeyError, match="the first"):
+        fail()
+    release.set()
+    assert len(begun) <= 1 + count * SolverPool.THREADS_PER_DEVICE
+    with pytest.raises(CancelledError):
+        futures[-1].result(PATIENCE_S)
+
+
+def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
+    """A LAPACK call cannot be interrupted; whoever pressed Ctrl-C does not sit it out."""
+    solving, release, finished = threading.Event(), threading.Event(), threading.Event()
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> None:
+        with device_lock:
+            solving.set()
+            release.wait(PATIENCE_S)
+        finished.set()
+
+    def interrupted() -> None:
+        with SolverPool([CPU]) as pool:
+            pool.submit(work, 0)
+            assert solving.wait(PATIENCE_S)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not finished.is_set()
+    release.set()
+    assert finished.wait(PATIENCE_S)
+
+
+def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads: None) -> None:
+    """Else it would write into the next run's files, and give it threads that are not its own."""
+    solving, release = threading.Event(), threading.Event()
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> None:
+        with device_lock:
+            solving.set()
+            release.wait(PATIENCE_S)
+
+    def interrupted() -> None:
+        with SolverPool([CPU]) as pool:
+            pool.submit(work, 0)
+            assert solving.wait(PATIENCE_S)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    threading.Timer(0.1, release.set).start()
+    with SolverPool([CPU]) as pool:
+        assert release.is_set()
+        assert pool.submit(lambda *_: torch.get_num_threads(), 0).result(PATIENCE_S) == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_a_finished_crew_leaves_no_thread() -> None:
+    with SolverPool([CPU] * 2) as pool:
+        names = [pool.submit(lambda *_: threading.current_thread().name, job).result(PATIENCE_S) for job in range(4)]
+    assert all(name.startswith("milora") for name in names)
+    assert not [thread for thread in threading.enumerate() if thread.name in names]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_number_of_threads_is_given_back(count: int, fails: bool, two_threads: None) -> None:
+    class FailureError(Exception):
+        pass
+
+    def run() -> None:
+        with SolverPool([CPU] * count) as pool:
+            inside.append(pool.submit(lambda *_: torch.get_num_threads(), 0).result(PATIENCE_S))
+            if fails:
+                raise FailureError
+
+    inside: list[int] = []
+    if fails:
+        with pytest.raises(FailureError):
+            run()
+    else:
+        run()
+    assert torch.get_num_threads() == 2
+    assert inside == [1]
+
+
+def test_every_hand_computes_on_one_thread_whenever_it_came(two_threads: None) -> None:
+    """The sums of a product, and so the last bits, would follow the number of threads."""
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> int:
+        torch.ones(2).add(1)  # what reading a weight does: the first touch of torch in this thread
+        with device_lock:
+            return torch.get_num_threads()
+
+    with SolverPool([CPU]) as pool:
+        assert {pool.submit(work, job).result(PATIENCE_S) for job in range(4)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "path"),
+    [
+        ((600, 600), "min", "lanczos"),
+        ((560, 1700), "min", "lanczos"),
+        ((600, 600), "max", "lanczos"),
+        ((300, 200), "mid", "eigh"),
+    ],
+    ids=str,
+)
+def test_a_solve_has_the_same_bits_whatever_the_cores_of_its_crew(
+    shape: tuple[int, int], mode: Mode, path: str, two_threads: None
+) -> None:
+    W = matrices.language_model_like(*shape)
+
+    def work(job: int, device: torch.device, device_lock: Turn) -> Triplets:
+        with device_lock:
+            return singular_triplets(W, 10, mode=mode)
+
+    results = []
+    for threads, seats in ((1, 1), (2, 1), (2, 2), (3, 3)):
+        torch.set_num_threads(threads)
+        with SolverPool([CPU] * seats) as pool:
+            results += [future.result() for future in [pool.submit(work, job) for job in range(seats)]]
+        assert torch.get_num_threads() == threads
+    assert results[0].certificate.path == path
+    for other in results[1:]:
+        for name in ("U", "s", "V"):
+            assert torch.equal(getattr(results[0], name), getattr(other, name))
+        assert results[0].certificate == other.certificate
+
+
+@pytest.mark.parametrize("mode", ["min", "random"])
+def test_several_devices_make_the_same_bytes_as_one(
+    mode: str,
+    start: Callable[..., Any],
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    for count, threads_per_device in ((1, 2), (2, 2), (3, 1)):
+        (tmp_path / str(count)).mkdir()
+        monkeypatch.chdir(tmp_path / str(count))
+        monkeypatch.setattr(
+            initializing,
+            "seats",
+            lambda _, count=count, threads_per_device=threads_per_device: ((CPU,) * count, threads_per_device),
+        )
+        start(checkpoint("llama", "bfloat16"), out="out", mode=mode)
+        made.append(contents(Path("out")))
+        del made[-1][MANIFEST]  # it holds seconds
+    assert made[0] == made[1] == made[2]
+    assert {"lora/adapter_model.safetensors", "model.safetensors.index.json"} < made[0].keys()
+
+
+def test_each_comes_once_the_next_was_begun_and_none_is_lost() -> None:
+    events: list[str] = []
+
+    def begun(count: int) -> Iterator[int]:
+        for number in range(count):
+            events.append(f"begin {number}")
+            yield number
+
+    assert list(one_ahead(begun(0))) == []
+    for number in one_ahead(begun(3)):
+        events.append(f"take {number}")
+    assert events == ["begin 0", "begin 1", "take 0", "begin 2", "take 1", "take 2"]

@@ -1,0 +1,122 @@
+"""The layout: folders import only downwards, and a few packages are imported in one place only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "milora_init"
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+# A folder imports only from folders above it in this list, and from itself.
+FOLDERS = [
+    ".",  # errors, options, manifest, report
+    "checkpoint",
+    "linalg",
+    "model",
+    "lora",
+    "hub",
+    "plan",
+    "verify",
+    "run",
+    "export",
+    "cli",
+]
+STRANGERS = ("checkpoint", "linalg")  # files without mathematics, mathematics without files
+START = {"__init__.py", "__main__.py"}  # the ways in: they may name anything
+
+# Which folder or file alone may import a package.
+ONLY_IN = {"huggingface_hub": "hub", "typer": "cli", "rich": "cli", "yaml": "options.py"}
+NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "ssl"}
+PICKLES = {"pickle", "marshal", "shelve", "dill"}
+
+
+def tree(file: Path) -> ast.Module:
+    return ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Full names of all that a file imports, inside functions and for type checkers too."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def folder_of(file: Path) -> str:
+    return file.parts[0] if len(file.parts) > 1 else "."
+
+
+def own_folders(file: Path) -> set[str]:
+    """The package's folders that a file imports from."""
+    names = [name.split(".") for name in imports(file) if name.split(".")[0] == "milora_init"]
+    return {parts[1] if (PACKAGE / parts[1]).is_dir() else "." for parts in names if len(parts) > 1}
+
+
+def test_every_folder_has_its_place_in_the_list() -> None:
+    assert {folder_of(file) for file in FILES} == set(FOLDERS)
+    assert {len(file.parts) for file in FILES} <= {1, 2}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_only_downwards(folder: str) -> None:
+    below = set(FOLDERS[: FOLDERS.index(folder) + 1])
+    wrong = {str(f): own_folders(f) - below for f in FILES if folder_of(f) == folder and str(f) not in START}
+    assert {file: folders for file, folders in wrong.items() if folders} == {}
+
+
+def test_the_mathematics_knows_no_files_and_the_files_no_mathematics() -> None:
+    for file in FILES:
+        if folder_of(file) in STRANGERS:
+            assert own_folders(file) & set(STRANGERS) <= {folder_of(file)}
+        if folder_of(file) == "linalg":
+            above = {name for name in imports(file) if name.startswith("milora_init.") and ".linalg" not in name}
+            assert {name.split(".")[1] for name in above} <= {"modes"}
+            assert {name.split(".")[0] for name in imports(file)} & {"os", "pathlib", "safetensors", "io"} == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_packages_are_imported_only_where_they_belong(file: Path) -> None:
+    packages = {name.split(".")[0] for name in imports(file)}
+    assert packages & NETWORK == set()
+    assert packages & PICKLES == set()
+    assert {name for name, place in ONLY_IN.items() if name in packages and place not in file.parts} == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_no_file_runs_what_a_file_says(file: Path) -> None:
+    """torch.load only with weights_only=True; no eval, no exec; nobody's code is trusted unasked."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "__import__")
+            if called == "torch.load":
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("weights_only") == "True"
+            assert not any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "True" for k in node.keywords)
+
+
+@pytest.mark.parametrize(
+    "module", ["milora_init", "milora_init.cli.main", "milora_init.options", "milora_init.cli.output"]
+)
+def test_what_the_command_line_starts_with_imports_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'huggingface_hub'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_the_promised_ones() -> None:
+    import milora_init
+    from milora_init.options import InitOptions
+    from milora_init.run.initialize import initialize
+
+    assert milora_init.initialize is initialize
+    assert milora_init.InitOptions is InitOptions

@@ -1,0 +1,440 @@
+"""verify: every kind of damage to a finished output is named with its repair, and an intact one passes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import save_file
+from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_json, tensors
+
+from milora_init.checkpoint.hashing import sha256
+from milora_init.checkpoint.header import read_header
+from milora_init.cli.main import run
+from milora_init.errors import CheckpointError, UsageError
+from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.options import InitOptions
+from milora_init.run.initialize import initialize
+from milora_init.run.progress import ShardResult, Silent
+from milora_init.verify import verify as verdicts
+from milora_init.verify.verify import Verdict, verify
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def pristine(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """pristine(**options) is an output made from the tiny llama; never write into it."""
+    built: dict[str, Path] = {}
+
+    def get(kind: str = "llama", source: Path | None = None, **options: Any) -> Path:
+        key = json.dumps([kind, str(source), options])
+        if key not in built:
+            out = tmp_path_factory.mktemp("pristine-") / "out"
+            given: dict[str, Any] = {"rank": 4, "device": ("cpu",), "target": TARGETS[kind], **options}
+            initialize(InitOptions(model=str(source or checkpoint(kind)), out=str(out), **given))
+            built[key] = out
+        return built[key]
+
+    return get
+
+
+@pytest.fixture
+def out(pristine: Built, tmp_path: Path) -> Path:
+    """A copy of an output at another place: base_model_name_or_path still names where it was made."""
+    return Path(shutil.copytree(pristine(), tmp_path / "out"))
+
+
+def flip(path: Path, name: str, *, bit: int = 1) -> None:
+    """Flip one bit of the first byte of a tensor: of a little-endian number, its least significant."""
+    header = read_header(path)
+    content = bytearray(path.read_bytes())
+    content[len(header.raw) + header.tensors[name].start] ^= bit
+    path.write_bytes(content)
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / str(index["weight_map"][name])
+
+
+def require(verdict: Verdict, kind: str, *wheres: str) -> None:
+    """The verdict is this one, names all of these places, and has a repair for everything it names."""
+    assert verdict.kind == kind
+    assert not verdict.ok
+    found = [difference.where + ": " + difference.what for difference in verdict.differences]
+    for where in wheres:
+        assert any(where in line for line in found), (where, found)
+    assert all(difference.hint for difference in verdict.differences)
+
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    *[("llama", dtype, {}) for dtype in ("float32", "bfloat16", "float16")],
+    *[("llama", "bfloat16", {"mode": mode}) for mode in ("max", "mid", "random")],
+    ("llama", "float32", {"rslora": True, "alpha": 16}),
+    ("llama", "float32", {"dtype": "bfloat16"}),
+    ("llama", "float32", {"rank": 16, "target": ("all-linear",)}),
+    ("gpt2", "float32", {}),
+    ("gpt2", "bfloat16", {"mode": "max", "alpha": 2}),
+    ("bert", "float32", {}),
+    ("tied llama", "float32", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "options"), CASES)
+def test_an_intact_output_passes_also_against_its_source(
+    kind: str, dtype: str, options: dict[str, Any], start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    source = checkpoint(kind, dtype)
+    start(source, **{"target": TARGETS[kind], **options})
+    before = contents(tmp_path / "out")
+    verdict = verify(str(tmp_path / "out"), model=str(source), every=True)
+    assert (verdict.differences, verdict.notes, verdict.kind) == ((), (), verdicts.PAIR)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_an_output_of_pickles_passes_against_them(shards: int, start: Start, pickled: Built, tmp_path: Path) -> None:
+    start(pickled(shards))
+    verdict = verify(str(tmp_path / "out"), model=str(pickled(shards)), every=True)
+    assert verdict.differences == ()
+
+
+def test_rank_deficient_and_zero_weights_pass(start: Start, own: Built, tmp_path: Path) -> None:
+    source = own("llama")
+    for path in source.glob("*.safetensors"):
+        content = {name: tensor for name, tensor in tensors(source).items() if name in read_header(path).tensors}
+        for name in content:
+            if "q_proj" in name:
+                content[name][3:] = content[name][:1]
+            if "v_proj" in name:
+                content[name].zero_()
+        save_file(content, path, metadata={"format": "pt"})
+    start(source)
+    assert verify(str(tmp_path / "out"), model=str(source), every=True).differences == ()
+
+
+def test_the_manifest_has_the_hash_of_every_file(out: Path) -> None:
+    manifest = read_manifest(out)
+    assert manifest
+    assert manifest.hashes == {name: sha256(out / name) for name in manifest.files}
+
+
+def test_a_resumed_run_has_the_hashes_of_what_was_done_before(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    class CutOff(Silent):
+        def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+            if finished == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(checkpoint("llama"), progress=CutOff())
+    assert verify(str(tmp_path / "out")).kind == verdicts.UNFINISHED
+    start(checkpoint("llama"))
+    verdict = verify(str(tmp_path / "out"))
+    assert (verdict.kind, verdict.differences) == (verdicts.PAIR, ())
+
+
+def test_a_moved_or_downloaded_folder_passes(out: Path) -> None:
+    verdict = verify(str(out))
+    assert verdict.ok
+    assert "from where it was made" in verdict.notes[0]
+    (out / "README.md").write_text("# a card")
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs")
+    edit_json(out / "lora/adapter_config.json", base_model_name_or_path="someone/llama-milora")
+    verdict = verify(str(out))
+    assert verdict.ok
+    assert "as after a push" in verdict.notes[0]
+
+
+@pytest.mark.parametrize("name", [Q0, EMBEDDING])
+def test_a_flipped_bit_in_the_base_is_named_by_its_file(name: str, out: Path) -> None:
+    path = shard_of(out, name)
+    flip(path, name)
+    require(verify(str(out)), verdicts.DAMAGED, path.name)
+
+
+@pytest.mark.parametrize("name", [Q0, EMBEDDING])
+def test_a_flipped_bit_that_the_manifest_hides_is_found_against_the_source(
+    name: str, out: Path, checkpoint: Built
+) -> None:
+    path = shard_of(out, name)
+    flip(path, name, bit=2)  # two units in the last place
+    hashes = json.loads((out / MANIFEST).read_text())["hashes"]
+    edit_json(out / MANIFEST, hashes={**hashes, path.name: sha256(path)})
+    assert verify(str(out)).ok
+    verdict = verify(str(out), model=str(checkpoint("llama")))
+    require(verdict, verdicts.DAMAGED, name)
+    assert len(verdict.differences) == 1
+
+
+def test_a_flipped_bit_in_the_adapter(out: Path) -> None:
+    path = out / "lora/adapter_model.safetensors"
+    flip(path, f"base_model.model.{Q0.removesuffix('.weight')}.lora_A.weight")
+    require(verify(str(out)), verdicts.DAMAGED, "lora/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("options", [{"mode": "random", "seed": 1}, {"mode": "max"}])
+def test_the_adapter_of_another_run_is_foreign(options: dict[str, Any], out: Path, pristine: Built) -> None:
+    other = pristine(**options)
+    shutil.copy(other / "lora/adapter_model.safetensors", out / "lora")
+    require(verify(str(out)), verdicts.REPLACED, "lora/adapter_model.safetensors")
+
+
+def test_original_shards_beside_a_residuals_adapter(out: Path, checkpoint: Built) -> None:
+    for path in checkpoint("llama").glob("*.safetensors"):
+        shutil.copy(path, out)
+    require(verify(str(out)), verdicts.ORIGINAL, "holds the source's weights")
+
+
+def test_a_residual_base_alone(out: Path) -> None:
+    shutil.rmtree(out / "lora")
+    require(verify(str(out)), verdicts.BARE, "lora/adapter_config.json", "lora/adapter_model.safetensors")
+
+
+def test_a_missing_shard_and_every_other_difference_are_named(out: Path) -> None:
+    path = shard_of(out, Q0)
+    path.unlink()
+    (out / "tokenizer.json").write_text("{}")
+    edit_json(out / "lora/adapter_config.json", r=5)
+    require(verify(str(out)), verdicts.DAMAGED, path.name, "tokenizer.json", "r is 5")
+
+
+def test_a_truncated_shard(out: Path) -> None:
+    path = shard_of(out, Q0)
+    path.write_bytes(path.read_bytes()[:-1])
+    require(verify(str(out)), verdicts.DAMAGED, f"{path.name}: {path.stat().st_size} bytes")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00099-of-00099.safetensors", "pytorch_model.bin", "adapter_config.json"]
+)
+def test_a_file_that_could_be_loaded_instead(name: str, out: Path, checkpoint: Built) -> None:
+    shutil.copy(next(checkpoint("llama").glob("*.safetensors")), out / name)
+    require(verify(str(out)), verdicts.DAMAGED, f"{name}: not of this output")
+
+
+def test_an_index_that_names_another_file(out: Path) -> None:
+    path = out / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    others = set(index["weight_map"].values()) - {index["weight_map"][Q0]}
+    edit_json(path, weight_map={**index["weight_map"], Q0: min(others)})
+    require(verify(str(out)), verdicts.DAMAGED, "the index puts")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 8),
+        ("lora_alpha", 32),
+        ("init_lora_weights", "pissa"),
+        ("use_rslora", True),
+        ("fan_in_fan_out", True),
+        ("peft_type", "IA3"),
+        ("rank_pattern", {"q_proj": 2}),
+        ("use_dora", True),
+        ("target_modules", ["q_proj"]),
+        ("target_modules", "(q_proj"),
+        ("target_modules", ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]),
+        ("base_model_name_or_path", ""),
+        ("base_model_name_or_path", "/somewhere/else"),
+    ],
+)
+def test_an_edited_adapter_config_is_named_by_its_key(key: str, value: Any, out: Path) -> None:
+    edit_json(out / "lora/adapter_config.json", **{key: value})
+    verdict = verify(str(out))
+    require(verdict, verdicts.DAMAGED, key)
+    assert len(verdict.differences) == 1
+
+
+def test_a_path_to_the_original_is_named(out: Path, checkpoint: Built) -> None:
+    edit_json(out / "lora/adapter_config.json", base_model_name_or_path=str(checkpoint("llama")))
+    require(verify(str(out)), verdicts.DAMAGED, "is the original model")
+
+
+def test_settings_of_the_training_alone_may_be_edited(out: Path) -> None:
+    targets = [f"model.layers.{i}.{name}" for i in (0, 1) for name in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"
+    )]  # fmt: skip
+    edit_json(out / "lora/adapter_config.json", lora_dropout=0.2, inference_mode=True, target_modules=targets)
+    assert verify(str(out)).ok
+
+
+def test_a_folder_without_a_manifest(out: Path) -> None:
+    (out / MANIFEST).unlink()
+    require(verify(str(out)), verdicts.UNRECORDED, MANIFEST)
+    shutil.rmtree(out / "lora")
+    require(verify(str(out)), verdicts.UNKNOWN, MANIFEST)
+    (out / ".milora-init").mkdir()
+    require(verify(str(out)), verdicts.UNFINISHED, MANIFEST)
+
+
+def test_another_source_is_named(out: Path, own: Built) -> None:
+    other = own("llama")
+    flip(shard_of(other, Q0), Q0, bit=2)
+    verdict = verify(str(out), model=str(other))
+    require(verdict, verdicts.ELSEWHERE, "another model, or another commit", Q0)
+    assert len(verdict.differences) == 2
+
+
+def test_a_source_that_is_not_there_is_an_error(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        verify(str(out), model=str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match="--all needs the source"):
+        verify(str(out), every=True)
+
+
+def test_a_component_that_is_not_the_one_asked_for_is_found(pristine: Built, tmp_path: Path, checkpoint: Built) -> None:
+    """A consistent pair of the largest components, whose manifest claims the smallest."""
+    out = Path(shutil.copytree(pristine(mode="max"), tmp_path / "out"))
+    inputs = json.loads((out / MANIFEST).read_text())["inputs"]
+    edit_json(out / MANIFEST, inputs={**inputs, "mode": "min"})
+    assert verify(str(out)).ok
+    sampled = verify(str(out), model=str(checkpoint("llama")))
+    judged = verify(str(out), model=str(checkpoint("llama")), every=True)
+    require(judged, verdicts.DAMAGED, "`min` component")
+    assert (len(sampled.differences), len(judged.differences)) == (3, 10)
+
+
+@pytest.fixture(scope="module")
+def trained(pristine: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter after ten large steps from pristine(), saved by PEFT."""
+    base = pristine()
+    model: Any = PeftModel.from_pretrained(
+        getattr(transformers, KINDS["llama"][0]).from_pretrained(base), str(base), subfolder="lora", is_trainable=True
+    )
+    ids = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(10):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    folder = tmp_path_factory.mktemp("trained-")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_trained_adapter_belongs_to_the_base_it_was_trained_on(trained: Path, pristine: Built) -> None:
+    verdict = verify(str(pristine()), trained=str(trained))
+    assert verdict.differences == ()
+    assert verdict.kind == verdicts.TRAINED
+
+
+def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, pristine: Built) -> None:
+    other = pristine(mode="max")
+    verdict = verify(str(other), trained=str(trained))
+    require(verdict, verdicts.FOREIGN, "unrelated to the adapter", "base_model_name_or_path")
+
+
+def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: Built) -> None:
+    require(verify(str(pristine(rank=2)), trained=str(trained)), verdicts.FOREIGN, "r is 4", "and 19 more")
+
+
+def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pristine: Built, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "trained"))
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    require(verify(str(pristine()), trained=str(folder)), verdicts.UNFIT, str(path))
+    path.unlink()
+    require(verify(str(pristine()), trained=str(folder)), verdicts.UNFIT, f"{path}: missing")
+
+
+def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
+    other = pristine(target=("q_proj", "o_proj"))
+    verdict = verify(str(other), trained=str(trained))
+    require(verdict, verdicts.FOREIGN, "target_modules", "o_proj", "not this base's, and 15 more")
+
+
+def test_the_command_line(out: Path, checkpoint: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(out), "--against", str(checkpoint("llama")), "--all"]) == 0
+    captured = capsys.readouterr()
+    rests_on = f"21 tensors and all components with {checkpoint('llama')}\n"
+    assert captured.out.startswith(f"{out}: {verdicts.PAIR}\ncompared: ")
+    assert captured.out.endswith(rests_on)
+    assert captured.err.startswith("note: ")
+    shutil.rmtree(out / "lora")
+    assert run(["verify", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}: {verdicts.BARE}\n"
+    assert captured.err.count("differs: ") == captured.err.count("hint: ") == 2
+    assert run(["verify", str(out), "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["status"] == "differs"
+    assert len(content["differences"]) == 2
+    assert run(["verify", str(out / "nothing")]) == 2
+    assert run(["verify", str(out), "--all"]) == 2
+    assert run(["verify"]) == 2
+
+
+def test_a_config_without_its_patterns_is_told_and_no_exception(
+    start: Callable[..., Manifest], checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"), rank_pattern={"v_proj": 2})
+    path = tmp_path / "out" / "lora" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["rank_pattern"]
+    path.write_text(json.dumps(config))
+    require(verify(str(tmp_path / "out")), verdicts.DAMAGED, "rank_pattern is None")
+
+
+def test_what_a_trained_adapter_learnt_is_not_mended_by_an_edit(trained: Path, pristine: Built, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "trained"))
+    edit_json(folder / "adapter_config.json", use_dora=True, lora_alpha=99)
+    verdict = verify(str(pristine()), trained=str(folder))
+    require(verdict, verdicts.UNFIT, "use_dora", "lora_alpha is 99")
+    assert {d.hint for d in verdict.differences} == {"train again from this base's lora/, without a change to it"}
+
+
+def test_without_a_manifest_a_named_adapter_tells_an_original(
+    trained: Path, checkpoint: Built, pristine: Built, tmp_path: Path
+) -> None:
+    assert verify(str(checkpoint("llama")), trained=str(pristine() / "lora")).kind == verdicts.ORIGINAL
+
+
+@pytest.mark.parametrize(
+    "name", [MANIFEST, "config.json", "lora/adapter_config.json", "tokenizer.json", ".milora-init"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_an_error_and_is_never_read(
+    kind: str, name: str, out: Path, tmp_path: Path
+) -> None:
+    """Read, the one never answers and the other never ends."""
+    path = out / name
+    if name == ".milora-init":
+        path.mkdir()
+        path /= "journal.jsonl"
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    trained = ["--adapter", str(out / "lora")]
+    commands = [["verify", str(out)], ["verify", str(out), *trained], ["report", str(out)]]
+    commands += [["merge", str(out), "--out", str(tmp_path / "merged")], ["push", str(out), "me/pair"]]
+    if name == ".milora-init":  # which only the main job reads
+        commands = [["-m", str(tmp_path / "source"), "-o", str(out), "-r", "4", "--overwrite"]]
+        shutil.copytree(out, tmp_path / "source", ignore=shutil.ignore_patterns(MANIFEST, ".milora-init", "lora"))
+    code = (
+        "import json, sys; from milora_init.cli.main import run; "
+        "print(*map(run, json.loads(sys.argv[1])), file=sys.stderr)"
+    )
+    process = subprocess.run(  # in a process of its own, which can be ended
+        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, check=False, timeout=120
+    )
+    only_read_the_manifest = ["report"] if name != MANIFEST else []
+    statuses = [0 if command[0] in only_read_the_manifest else 1 for command in commands]
+    assert process.stderr.splitlines()[-1] == " ".join(map(str, statuses))
+    assert "Traceback" not in process.stderr
+    assert "please report" not in process.stderr
