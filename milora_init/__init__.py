@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from milora_init.options import InitOptions
     from milora_init.run.initialize import initialize
 
-    pass
-    pass
-    pass
-
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""Read files of a model folder, none of which is trusted: links that lead out, pipes and huge JSON files are refused."""
+"""Read files of a model folder. None is trusted: links that lead out, pipes and huge JSON files are refused."""
 
 from __future__ import annotations
 

@@ -98,7 +98,8 @@ def require_made_with(lora: LoraAdapter, manifest: Manifest) -> None:
         scale = lora.modules[record.key].scale
         if abs(scale - record.scale) > 1e-9 * record.scale:
             raise PlanError(
-                f"{lora.path / CONFIG_FILE} scales {record.module} by {scale:g}, its base was made with {record.scale:g}",
+                f"{lora.path / CONFIG_FILE} scales {record.module} by {scale:g}, "
+                f"its base was made with {record.scale:g}",
                 hint=f"milora-init verify {lora.path.parent} tells what to set",
             )
 

@@ -173,8 +173,8 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
     unknown = [name for module, name in wrapped.items() if module not in keys]
     if len(unknown) != len({expert.parameter for expert in experts.values()}):
         raise PlanError(
-            f"{path / CONFIG_FILE}: {unknown[0] if unknown else min(experts)} is of experts, and which these factors belong "
-            f"to stands in the manifest of their base",
+            f"{path / CONFIG_FILE}: {unknown[0] if unknown else min(experts)} is a parameter of experts; "
+            f"only the manifest of the base says which experts these factors belong to",
             hint="keep the adapter in the folder that milora-init wrote, beside milora_init.json",
         )
     rank_of = _of_modules(config, "rank_pattern", "r", path)

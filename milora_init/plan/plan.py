@@ -257,13 +257,13 @@ def _notices(
     notices = []
     if structure.other_class and options.text_only:
         notices.append(
-            f"the adapter is for AutoModelForCausalLM, which builds a {structure.architecture}; in a {structure.other_class} "
-            f"its modules have other names, and PEFT would not load them"
+            f"the adapter is for AutoModelForCausalLM, which builds a {structure.architecture}; in a "
+            f"{structure.other_class} its modules have other names, and PEFT would not load them"
         )
     elif structure.other_class:
         notices.append(
-            f"load the base as a {structure.architecture}: AutoModelForCausalLM builds a {structure.other_class}, in which "
-            f"the adapter's modules have other names, and PEFT would not load them"
+            f"load the base as a {structure.architecture}: AutoModelForCausalLM builds a {structure.other_class}, in "
+            f"which the adapter's modules have other names, and PEFT would not load them"
             + ("; --text-only makes an adapter for that one" if "text_config" in checkpoint.config else "")
         )
     if adapter_config.get("target_parameters"):

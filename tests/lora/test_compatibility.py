@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
+from support.family_training import start as start_family
+from support.family_training import train as train_family
 from support.tiny_models import edit_json
 from support.training import train
-from test_ways_back import start as start_family
-from test_ways_back import train as train_family
 from torch import Tensor
 
 from milora_init.errors import PlanError

@@ -21,9 +21,9 @@ JOURNAL_LINE = 3  # before it, in the middle of it, after it
 
 
 def killed(source: Path, folder: Path, *kinds: str) -> dict[str, dict[str, int]]:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "support"
     command = [sys.executable, str(here / "killed_runs.py"), str(source), str(folder), *kinds]
-    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
     # A fork has one thread: OpenMP must not count on those of its parent.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
