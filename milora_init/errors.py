@@ -88,17 +88,26 @@ def remedy(error: OSError, instead: str = "") -> str:
     return f"{found}, or {instead}" if instead and error.errno not in _EVERYWHERE else found
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is the machine's memory that an error is about, in whatever class it comes."""
+    return isinstance(error, MemoryError) or any(part in str(error) for part in _NO_MEMORY)
+
+
 def explain(error: BaseException) -> tuple[str, str] | None:
     """Message and repair of what the machine refused, wherever it happened; None for what may be a fault of ours."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, OSError):
-        return (f"{error.filename}: {error.strerror}" if error.filename else text), remedy(error)
+    text = " ".join(str(error).split())
+    short = text[:300]
     if "can't start new thread" in text:
         return "no further thread can be started", "raise the limits on processes and memory: ulimit -u, ulimit -v"
-    if isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY):
+    if out_of_memory(error):
+        message = f"the memory does not suffice{f': {short}' if short else ''}"
+        return message, "raise the limit on memory; --dry-run tells how much is needed"
+    if isinstance(error, OSError):
+        return (f"{error.filename}: {error.strerror}" if error.filename else short), remedy(error)
+    if isinstance(error, ImportError):
         return (
-            f"the memory does not suffice{f': {text}' if text else ''}",
-            "raise the limit on memory: --dry-run tells the need",
+            f"a package cannot be imported: {short}",
+            "repair the installation: pip install --force-reinstall milora-init",
         )
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object!a} has characters that {error.encoding} does not have", "set LC_ALL=C.UTF-8"
@@ -111,5 +120,5 @@ def explain(error: BaseException) -> tuple[str, str] | None:
 
 _NO_MEMORY = (
     "out of memory", "not enough memory", "can't allocate memory", "annot allocate memory", "bad_alloc",
-    "failed to map segment",
+    "failed to map segment", "error return without exception set",
 )  # fmt: skip

@@ -6,19 +6,25 @@ It is written last. A folder without it is unfinished, whatever else lies in it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from milora_init.errors import OutputError
 from milora_init.experts import ExpertSlot
-from milora_init.untrusted import path_inside, plain_file, relative_name
+from milora_init.untrusted import path_inside, plain_names, relative_name
 
 MANIFEST = "milora_init.json"
 WORK_FOLDER = ".milora-init"
 FORMAT = 1
+_MOST_BYTES = 1 << 29  # a record takes some 1,300, and the largest models have 10^5 weights
+_MOST = 2**63
+Check = Callable[[Any], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,35 +122,46 @@ class Manifest:
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides the output's bytes."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a finished output, None where there is none.
 
     Raises:
-        OutputError: A file of that name which this version cannot read.
+        OutputError: A file of that name which this version cannot read, or a field that no run writes.
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(plain_file(path).read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
+        content = read_object(path)
+        if content is None:
+            return None
+        number = content.pop("format", None)
+        if type(number) is not int or number != FORMAT:
             raise ValueError("written by another version")
+        require_fields(content, _MANIFEST, "")
+        require_fields(content["source"], _SOURCE, "source.")
+        require_fields(content["inputs"], _INPUTS, "inputs.")
+        require_fields(content["adapter"], _ADAPTER, "adapter.")
+        for place, record in enumerate(content["weights"]):
+            where = f"weights[{place}]."
+            require_fields(record, _RECORD, where)
+            require_fields(record["certificate"], _CERTIFICATE, f"{where}certificate.")
+            require_fields(record["rounding"], _ROUNDING, f"{where}rounding.")
+            if record["expert"] is not None:
+                require_fields(record["expert"], _EXPERT, f"{where}expert.")
         content["weights"] = tuple(WeightRecord.from_json(record) for record in content["weights"])
         content["notices"] = tuple(content["notices"])
-        for name in (*content["files"], *content.get("hashes", ()), *content["inputs"]["side_files"]):
-            _require_name(name)
-        return Manifest(**content)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        manifest = Manifest(**content)
+        _require_consistent(manifest)
+        return manifest
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise OutputError(
-            f"{path} is not a manifest that this version reads: {error}",
+            f"{path} is not a manifest that this version reads: {str(error)[:300]}",
             hint="put it back from where the output was made, or remove the folder",
         ) from error
-
-
-def _require_name(name: object) -> None:
-    """Raise ValueError for a name that no file of an output has: it leads out of the folder, or is hidden."""
-    if relative_name(name).startswith("."):
-        raise ValueError(f"{name!r} is hidden")
 
 
 def require_inside(folder: Path, names: Iterable[str]) -> None:
@@ -154,6 +171,212 @@ def require_inside(folder: Path, names: Iterable[str]) -> None:
             path_inside(folder, name)
         except ValueError as error:
             raise OutputError(str(error), hint="put the file itself in its place, or fetch the output again") from error
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, its numbers finite; None where there is no file.
+
+    Raises:
+        OSError, ValueError, RecursionError: It is something else, or too large.
+    """
+    try:
+        size_bytes = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not path.is_file() or size_bytes > _MOST_BYTES:
+        raise ValueError("no file, or a very large one")
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text, parse_float=_finite, parse_constant=_finite, parse_int=_whole)
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__}")
+    return content
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not -_MOST < (number := int(text)) < _MOST:
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return number
+
+
+def require_fields(content: Any, fields: Mapping[str, Check], where: str) -> None:
+    """See that an object has fields of the kinds that they should be of.
+
+    Raises:
+        ValueError: One is not, or is missing. It is named.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{where.rstrip('.')} is no object")
+    for name, check in fields.items():
+        if name not in content and not check(...):
+            raise ValueError(f"{where}{name} is missing")
+        if name in content and not check(content[name]):
+            raise ValueError(f"{where}{name} is {str(content[name])[:60]!r}")
+
+
+def text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def sha256_text(value: Any) -> bool:
+    return text(value) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def or_absent(check: Check) -> Check:
+    return lambda value: value is ... or check(value)
+
+
+def each(key: Check, check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(key(k) and check(v) for k, v in value.items())
+
+
+def all_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def one_of(*values: str) -> Check:
+    return lambda value: isinstance(value, str) and value in values
+
+
+def file_name(value: Any) -> bool:
+    if relative_name(value).startswith("."):  # its ValueError tells more
+        raise ValueError(f"{value!r} is hidden")
+    return True
+
+
+def _name(value: Any) -> bool:
+    return text(value) and bool(value)
+
+
+def _at_least_1(value: Any) -> bool:
+    return count(value) and value >= 1
+
+
+def _shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_at_least_1, value))
+
+
+def _positive(value: Any) -> bool:
+    return number(value) and value > 0
+
+
+def _anything(value: Any) -> bool:
+    return value is not ...
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _targets(value: Any) -> bool:
+    return all_of(text)(value) if isinstance(value, list) else bool(plain_names(value))
+
+
+def _pattern(value: Any) -> bool:
+    return isinstance(value, dict) and all(bool(plain_names(k)) and _positive(v) for k, v in value.items())
+
+
+_DTYPE = one_of("float64", "float32", "bfloat16", "float16")
+_MANIFEST: Mapping[str, Check] = {
+    "source": _object, "out": text, "fingerprint": sha256_text, "inputs": _object,
+    "versions": lambda value: each(text, text)(value) and "milora_init" in value,
+    "adapter": _object, "files": each(file_name, count), "notices": all_of(text),
+    "weights": lambda value: isinstance(value, list) and bool(value), "elapsed_s": number,
+    "checked_with": or_absent(text), "hashes": or_absent(each(file_name, sha256_text)),
+}  # fmt: skip
+_SOURCE: Mapping[str, Check] = {
+    "model": text, "revision": or_none(text), "architecture": text, "config.json": or_absent(text),
+    "trust_remote_code": or_absent(flag), "other_class": or_absent(or_none(text)),
+}  # fmt: skip
+_INPUTS: Mapping[str, Check] = {
+    "version": text, "source": lambda value: each(text, text)(value) and "config.json" in value,
+    "side_files": each(file_name, sha256_text), "rank": _at_least_1, "mode": one_of("min", "max", "mid", "random"),
+    "alpha": _at_least_1, "rslora": flag, "seed": count, "text_only": or_absent(flag),
+}  # fmt: skip
+_ADAPTER: Mapping[str, Check] = {
+    "peft_type": one_of("LORA"), "task_type": or_none(text), "base_model_name_or_path": text, "r": _at_least_1,
+    "lora_alpha": _positive, "lora_dropout": number, "bias": text, "target_modules": _targets,
+    "target_parameters": or_absent(all_of(text)), "init_lora_weights": _anything, "fan_in_fan_out": flag,
+    "use_rslora": flag, "rank_pattern": _pattern, "alpha_pattern": _pattern, "revision": or_absent(or_none(text)),
+}  # fmt: skip
+_RECORD: Mapping[str, Check] = {
+    "module": _name, "tensor": _name, "shape": _shape, "transposed": flag, "row": or_none(count),
+    "expert": or_none(_object), "key": _name, "source_dtype": _DTYPE, "dtype": _DTYPE, "rank": _at_least_1,
+    "scale": _positive, "s_first": number, "s_last": number, "s_max": number, "energy": number, "untrainable": count,
+    "certificate": _object, "rounding": _object, "device": text, "elapsed_s": number, "read_s": number,
+    "write_s": number,
+}  # fmt: skip
+_EXPERT: Mapping[str, Check] = {
+    "parameter": _name, "index": count, "count": _at_least_1, "part": count, "parts": _at_least_1,
+}  # fmt: skip
+_CERTIFICATE: Mapping[str, Check] = {
+    "path": text, "reason": text, "residual": or_none(number), "orthogonality": or_none(number),
+    "gap": or_none(number), "component_error": or_none(number), "complete": text,
+}  # fmt: skip
+_ROUNDING: Mapping[str, Check] = {
+    "component": number, "error": number, "leak": number, "leak_if": each(_DTYPE, or_none(number)),
+}  # fmt: skip
+
+
+def _require_consistent(manifest: Manifest) -> None:
+    """See that fields agree with each other. Raises ValueError."""
+
+    def require(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(what)
+
+    require(fingerprint(manifest.inputs) == manifest.fingerprint, "fingerprint is not the hash of inputs")
+    for w in manifest.weights:
+        e = w.expert
+        require(w.rank <= min(w.shape), f"{w.module} has rank {w.rank}, its shape is {list(w.shape)}")
+        require(w.untrainable <= w.rank, f"{w.module} has {w.untrainable} untrainable directions of {w.rank}")
+        require(w.s_last <= w.s_first <= w.s_max * (1 + 1e-6), f"{w.module} has singular values out of order")
+        require(bool(e) or (w.key == w.module and w.row is None), f"{w.module} is no expert's, its key or row is one's")
+        require(not e or (e.index < e.count and e.part < e.parts), f"{w.module} has expert {e}")
+    for what, times in (
+        ("module", Counter(w.module for w in manifest.weights)),
+        ("place on disk", Counter((w.tensor, w.row) for w in manifest.weights)),
+        (
+            "place in the adapter",
+            Counter((w.key, w.expert and (w.expert.part, w.expert.index)) for w in manifest.weights),
+        ),
+    ):
+        (most, found), *_ = times.most_common(1)
+        require(found == 1, f"two weights have one {what}: {most}")
+    # PEFT's layout stacks the experts of a key, so they are alike and all there.
+    kinds: dict[str, set[tuple[Any, ...]]] = {}
+    for w in manifest.weights:
+        e = w.expert
+        kinds.setdefault(w.key, set()).add((w.rank, w.shape, e and (e.parameter, e.count, e.parts)))
+    found_of = Counter(w.key for w in manifest.weights)
+    for key, kind in kinds.items():
+        (_, _, stack), *others = kind
+        wanted = stack[1] * stack[2] if stack else 1
+        require(not others and found_of[key] == wanted, f"the experts of {key} are not alike, or not all there")
+    plain = not manifest.adapter.get("target_parameters")
+    transposed = plain and all(w.transposed for w in manifest.weights)
+    require(manifest.adapter["fan_in_fan_out"] == transposed, "fan_in_fan_out does not agree with `transposed`")
 
 
 def require_manifest(folder: Path) -> Manifest:

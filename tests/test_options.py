@@ -169,3 +169,25 @@ def test_a_request_cannot_be_changed_and_hides_its_token() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.rank = 3  # type: ignore[misc]
     assert "hf_secret" not in repr(made)
+
+
+@pytest.mark.parametrize("name", ["rank", "alpha", "seed"])
+def test_a_number_without_end_is_refused(name: str) -> None:
+    for value in (2**63, 10**400, 10**5000):
+        with pytest.raises(UsageError, match=f"{name} is ") as caught:
+            InitOptions(model="m", out="o", **{name: value})
+        assert len(caught.value.message) < 400
+
+
+def test_a_recipe_with_a_number_that_yaml_cannot_read_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    for content in (f"alpha: {'9' * 5000}", "[" * 5000, "seed: 2024-99-99"):
+        recipe.write_text(content)
+        with pytest.raises(UsageError, match="is not YAML"):
+            InitOptions.from_recipe(str(recipe), model="m", out="o")
+
+
+@pytest.mark.parametrize("name", ["model", "out", "revision", "cache_dir"])
+def test_a_nul_character_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} holds a NUL"):
+        InitOptions.from_recipe(**{"model": "m", "out": "o", name: "a\0b"})

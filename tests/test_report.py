@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from milora_init.hub.model_card import card_text, step_summary
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.report import LEAK_LINE, duration, kinds, loading_lines, size, summary, warnings
+from milora_init.untrusted import printable
 
 
 def record(module: str = "model.layers.0.q_proj", **values: Any) -> WeightRecord:
@@ -89,6 +92,19 @@ def test_a_large_leak_names_the_weight_and_the_dtypes_that_mend_it() -> None:
     assert "--dtype bfloat16" not in warning
 
 
+def test_only_a_dtype_that_cures_every_weight_is_advised() -> None:
+    near = {"bfloat16": 0.4, "float16": 0.095, "float32": 1e-5}  # float16 is better, and hardly below the line
+    (warning,) = warnings(manifest(record(leak=0.4, leak_if=near)))
+    assert "--dtype float16" not in warning
+    assert "--dtype float32 (1.0e-05)" in warning
+    half = {"bfloat16": 0.5, "float16": 0.2, "float32": 1e-5}
+    (warning,) = warnings(manifest(record("a", leak=0.6), record("b", leak=0.5, leak_if=half)))
+    assert "--dtype float16" not in warning  # the worst weight alone would be cured
+    overflows = {"bfloat16": 0.01, "float16": None, "float32": 1e-5}
+    (warning,) = warnings(manifest(record("a", leak=0.6), record("b", leak_if=overflows)))
+    assert "--dtype float16" not in warning  # the other one would end the run
+
+
 def test_a_dtype_that_overflows_or_is_no_better_is_not_advised() -> None:
     leaks = {"bfloat16": 0.5, "float16": None, "float32": 1e-5}
     (warning,) = warnings(manifest(record(leak=0.5, leak_if=leaks)))
@@ -119,7 +135,42 @@ def test_the_json_is_the_manifest_and_what_follows_from_it(unchanged: bool) -> N
     assert json.loads(json.dumps(content))["weights"][0]["module"] == made.weights[0].module
 
 
-@pytest.mark.parametrize("out", ["./out", "/a b/ü", 'quo"te', "back\\slash", "it's"])
+HOSTILE = "x\n::error::y\x1b]0;t\x07\u202e\u2028\x85##[z]|`b` <img src=e>[l](http://e.x) *s* __u__ https://e.x www.e.x"
+
+
+@pytest.mark.parametrize("field", ["model", "architecture", "module", "dtype", "notice", "out", "mode", "revision"])
+def test_no_name_out_of_a_manifest_brings_markup_or_a_command(field: str) -> None:
+    source = {"model": "m", "revision": "c" * 40, "architecture": "LlamaForCausalLM"}
+    source |= {field: HOSTILE} if field in source else {}
+    weight = record(leak=0.3, **{name: HOSTILE for name in ("module", "dtype") if name == field})
+    made = manifest(
+        weight,
+        source=source,
+        out=HOSTILE if field == "out" else "./out",
+        notices=(HOSTILE,) if field == "notice" else (),
+        inputs={"mode": "min", "rank": 4, "alpha": 4, "rslora": False},
+        adapter={"task_type": None, "lora_dropout": 0.05},
+        versions={"milora_init": "0.1.0"},
+    )
+    step = replace(made, inputs={**made.inputs, "mode": HOSTILE}) if field == "mode" else made
+    for text in (step_summary(step), card_text(made, "me/x")):
+        assert all(line == printable(line) or line.startswith("##") for line in text.split("\n"))
+        prose = re.sub(r"```.*?```|`[^`\n]*`|\\.|(?<!\\)\[MiLoRA\]\(\S+\)", "", text, flags=re.DOTALL)
+        for markup in ("<img", "[l](", "*s*", "__u__", "https://e.x", "http://e.x", " www.e.x"):
+            assert markup not in prose, (markup, prose)
+        rows = [line for line in text.split("\n") if line.startswith("|")]
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
+    ast.parse(loading_lines(made))
+
+
+def test_an_architecture_that_is_no_name_is_not_imported() -> None:
+    source = {"model": "m", "revision": None, "architecture": "X; import os"}
+    assert "import os" not in loading_lines(manifest(source=source, adapter={"task_type": None}))
+
+
+@pytest.mark.parametrize(
+    "out", ["./out", "/a b/ü", 'quo"te', "back\\slash", "it's", "a\u2028b\u202e\x1b", "\U000e0001"]
+)
 def test_the_loading_lines_are_python_that_names_the_folder(out: str) -> None:
     tree = ast.parse(loading_lines(replace(manifest(), out=out)))
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]

@@ -77,3 +77,28 @@ def test_a_link_into_the_blobs_of_the_same_repository_stays_and_no_other_does(tm
     blobs.symlink_to(tmp_path / "secret")  # a repository that brings its own `blobs`
     with pytest.raises(ValueError, match="leads out"):
         path_inside(snapshot, "file")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\u202eabc", "\u2066x\u2069", "\x9b31m", "\x85", "\u2028", "\u2029", "\x7f", "\udcff", "\u200b", "\r", "\t"],
+)
+def test_nothing_that_prints_nothing_is_left(text: str) -> None:
+    assert printable(text).isascii()
+    assert printable(text).isprintable()
+
+
+@pytest.mark.parametrize("text", ["::error::x", "  ::add-mask::x", ":::x", "\n::x"])
+def test_no_line_begins_a_command_of_a_ci_runner(text: str) -> None:
+    assert not printable(text).lstrip().startswith("::")
+
+
+@pytest.mark.parametrize("text", ["##[error]x", "a ##vso[task.setvariable]x", "###[x]", "####[x]"])
+def test_no_line_holds_a_command_of_a_ci_runner(text: str) -> None:
+    assert "##" not in printable(text)
+
+
+def test_what_is_tamed_once_stays_as_it_is() -> None:
+    for text in ("::x", "##[x]", "a\n\x1b", "plain ü 日本"):
+        assert printable(printable(text)) == printable(text)
+    assert printable("plain ü 日本 a::b c#d") == "plain ü 日本 a::b c#d"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, bytes_of, plan_header, read_header
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, out_of_memory
 
 _PREAD_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 
@@ -105,6 +105,8 @@ class PickleShard:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises half a dozen types here, pickle's own among them
+            if out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{path}: torch.load(weights_only=True, mmap=True) refuses it: {str(error).splitlines()[0]}",
                 hint="save it as safetensors: model.save_pretrained(FOLDER) from a machine that trusts the file",

@@ -9,6 +9,7 @@ import typer
 
 from milora_init import __version__
 from milora_init.cli import output
+from milora_init.cli.output import print_version
 from milora_init.cli.streams import optional
 from milora_init.errors import UsageError
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from milora_init.cli.output import print_version
-
         print_version(__version__)
         raise typer.Exit
 

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from milora_init.cli import convert, init, merge, output, push, report, verify
+from milora_init.cli.output import annotate, print_error, print_traceback
 from milora_init.cli.streams import secure
 from milora_init.errors import MiloraError, UsageError, explain
 
@@ -49,7 +50,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of `milora-init`: run, and leave with the exit status."""
     stdout = secure()
     signal.signal(signal.SIGTERM, _terminate)
-    status = run(sys.argv[1:] if argv is None else argv)
+    try:
+        status = run(sys.argv[1:] if argv is None else argv)
+    except MemoryError:  # not even the message could be made
+        os.write(2, b"error: the memory does not suffice\n")
+        status = 1
     if stdout.lost and not status:
         status = _fail([], f"stdout cannot be written: {stdout.lost.strerror}", "look at where it goes to", 1)
     # After a failure a factorisation or a download may still run, which cannot be interrupted: the interpreter would
@@ -96,8 +101,6 @@ def _go_on(words: list[str]) -> str:
 
 
 def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseException | None = None) -> int:
-    from milora_init.cli.output import annotate, print_error, print_traceback
-
     if os.environ.get("MILORA_DEBUG") and error is not None:
         print_traceback(error)
     print_error(message, hint)

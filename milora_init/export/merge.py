@@ -9,13 +9,12 @@ command.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,13 +33,29 @@ from milora_init.export.merge_shard import MergeShard
 from milora_init.hub.source import fetch_original
 from milora_init.lora.compatibility import require_made_with, require_pair, require_trained_on
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, require_inside, require_manifest
+from milora_init.manifest import (
+    MANIFEST,
+    Manifest,
+    WeightRecord,
+    count,
+    each,
+    file_name,
+    fingerprint,
+    number,
+    or_none,
+    read_object,
+    require_fields,
+    require_inside,
+    require_manifest,
+    sha256_text,
+    text,
+)
+from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
 from milora_init.run.devices import weights_at_once
 from milora_init.run.output_folder import OutputFolder, require_outside
 from milora_init.run.pool import SolverPool, one_ahead
-from milora_init.untrusted import plain_file, relative_name
-from milora_init.verify.tensors import count_bit_equal
+from milora_init.verify.tensors import count_bit_equal, misrecorded
 
 MERGED = "milora_merge.json"
 _FETCH = "fetch the output again, from somebody you trust"
@@ -82,7 +97,7 @@ class MergePlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+        return fingerprint(self.inputs)
 
     @cached_property
     def side_files(self) -> Sequence[str]:
@@ -135,19 +150,25 @@ class MergeResult:
         return asdict(self)
 
 
+_RECORD = {
+    "out": text, "base": text, "adapter": text, "modules": count, "fingerprint": sha256_text,
+    "inputs": each(text, lambda _: True), "files": each(file_name, count), "elapsed_s": number, "entries": count,
+    "bit_equal": or_none(count), "unchanged": lambda value: value is False,
+}  # fmt: skip
+
+
 def read_merged(folder: Path) -> MergeResult | None:
     """The record of a finished merge, None where there is none. Raises OutputError."""
     path = folder / MERGED
     try:
-        merged = MergeResult(**json.loads(plain_file(path).read_text(encoding="utf-8")))
-        for name in merged.files:
-            relative_name(name)
-        return merged
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, TypeError) as error:
+        content = read_object(path)
+        if content is None:
+            return None
+        require_fields(content, _RECORD, "")
+        return MergeResult(**content)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise OutputError(
-            f"{path} is not a record that this version reads: {error}", hint="choose another --out"
+            f"{path} is not a record that this version reads: {str(error)[:300]}", hint="choose another --out"
         ) from error
 
 
@@ -255,6 +276,13 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
             whole = sha256(base / name) == manifest.hashes.get(name)
         if not whole:
             raise CheckpointError(f"{base}: {name} was changed or removed", hint=f"milora-init verify {base}")
+    structure = None
+    if any(record.transposed for record in manifest.weights):  # a square weight's shape does not tell it
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        with suppress(CheckpointError):  # a class that is not here, or is somebody's code: then the shapes alone tell
+            structure = read_structure(base, checkpoint.config, shapes)
+    for fault in misrecorded(checkpoint, manifest, structure):
+        raise CheckpointError(f"{base / MANIFEST}: {fault.where} {fault.what}", hint=fault.hint)
     initial = read_lora(base / LORA_FOLDER, manifest.weights)
     require_made_with(initial, manifest)
     lora = read_lora(trained, manifest.weights) if trained else initial

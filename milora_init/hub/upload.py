@@ -100,8 +100,11 @@ class Repository:
         if MANIFEST not in self.files():
             return {}
         path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return content
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):  # somebody's: it tells nothing of what is ours there
+            content = None
+        return content if isinstance(content, dict) and isinstance(content.get("files", {}), dict) else {}
 
     def push(self, folder: Path, manifest: Manifest, *, there: Collection[str] = ()) -> Published:
         """Upload a finished output in one commit.

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from milora_init.errors import CheckpointError, PlanError
+from milora_init.errors import CheckpointError, PlanError, out_of_memory
 
 _TEXT_LENGTH = 8
 _CHOICES = frozenset({"topk", "argmax", "sort", "argsort"})
@@ -94,6 +94,8 @@ def build_meta_model(
     except (CheckpointError, PlanError):
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         if type(error).__name__ == "OfflineModeIsEnabled":
             raise CheckpointError(

@@ -6,7 +6,6 @@ one ShardJob, a value of names and numbers that can be sent to a thread, a devic
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -34,7 +33,7 @@ from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.lora.config import PEFT_FOR_EXPERTS
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
 from milora_init.lora.tensor_layout import adapter_header
-from milora_init.manifest import MANIFEST
+from milora_init.manifest import MANIFEST, fingerprint
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.plan.output_files import ShardJob, _config_dtypes, _config_with_dtype, _plan_index, _plan_shard
@@ -109,7 +108,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+        return fingerprint(self.inputs)
 
     @property
     def changes_config(self) -> bool:

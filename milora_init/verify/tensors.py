@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
+from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
 from milora_init.linalg.certificate import EPS
 from milora_init.linalg.svd import singular_triplets
 from milora_init.lora.folder import open_factors
 from milora_init.lora.tensor_layout import initial_block
 from milora_init.manifest import Manifest, WeightRecord
+from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.plan.weights import own_seed
 
 OTHER_SOURCE = "not the files that the output was made from: another model, or another commit"
@@ -41,6 +43,31 @@ class Difference:
     where: str
     what: str
     hint: str
+
+
+def misrecorded(base: Checkpoint, manifest: Manifest, structure: ModelStructure | None) -> Iterator[Difference]:
+    """Weights of the manifest that the base, or the model that its config.json builds, has otherwise or not at all."""
+    hint = "put milora_init.json back from where the output was made"
+    model: dict[str, Adaptable] = {}
+    if structure:
+        model = {w.module: w for w in (*structure.adaptable.values(), *chain(*structure.experts.values()))}
+    for record in manifest.weights:
+        info = base.tensors.get(record.tensor)
+        stored = record.shape[::-1] if record.transposed else record.shape
+        if info is None:
+            yield Difference(record.module, f"lies in {record.tensor}, which the base has not", hint)
+            continue
+        matrix = info.shape if record.row is None else info.shape[1:]
+        if matrix != stored or (record.row or 0) >= info.shape[0] or torch_name(info.dtype) != record.dtype:
+            what = f"is {record.dtype} {list(stored)} by the manifest, {record.tensor} is {torch_name(info.dtype)}"
+            yield Difference(record.module, f"{what} {list(info.shape)}", hint)
+        if record.module in model:
+            for name in ("tensor", "transposed", "row", "expert"):
+                recorded, right = getattr(record, name), getattr(model[record.module], name)
+                if recorded != right:
+                    yield Difference(
+                        record.module, f"has {name} {recorded} by the manifest, {right} in the model", hint
+                    )
 
 
 class TensorReader:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from milora_init.lora.folder import (
 from milora_init.lora.targets import resolve_target_modules
 from milora_init.lora.tensor_layout import initial_block, parse_lora_key
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, WeightRecord, read_manifest
-from milora_init.model.adaptable import read_structure
+from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.untrusted import path_inside
 from milora_init.verify import tensors
@@ -187,7 +188,9 @@ class _Inspection:
         base, kind = None, DAMAGED
         try:
             base = open_checkpoint(self.folder)
-            modules = self.modules(base)
+            structure = self.structure(base)
+            modules = structure.modules
+            found += islice(tensors.misrecorded(base, self.manifest, structure), _LISTED)
         except MiloraError as error:
             found.append(Difference(self.out, error.message, error.hint or _AGAIN))
             modules = tuple(self.records)
@@ -268,11 +271,10 @@ class _Inspection:
             if weights or path.name == "adapter_config.json" or path.name.endswith(SAFETENSORS_INDEX):
                 yield Difference(name, "not of this output, and could be loaded in its stead", f"move {name} away")
 
-    def modules(self, base: Checkpoint) -> tuple[str, ...]:
+    def structure(self, base: Checkpoint) -> ModelStructure:
         shapes = {name: info.shape for name, info in base.tensors.items()}
         text_only = bool(self.manifest.inputs.get("text_only"))  # an older manifest does not say
-        trusted = self.trusted
-        return read_structure(self.folder, base.config, shapes, trust_remote_code=trusted, text_only=text_only).modules
+        return read_structure(self.folder, base.config, shapes, trust_remote_code=self.trusted, text_only=text_only)
 
     def config_faults(self, path: Path, modules: tuple[str, ...], *, trained: bool = False) -> Iterator[Difference]:
         """The fields of an adapter_config.json that decide what a trainer or a server makes of it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,10 +19,12 @@ from support.tiny_models import contents, tensors
 
 from milora_init import __version__
 from milora_init.cli.main import run
-from milora_init.manifest import MANIFEST, WORK_FOLDER
+from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
 from milora_init.run import weight as weight_run
+from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
+Start = Callable[..., Manifest]
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -397,3 +401,131 @@ def test_an_answer_that_needs_no_model_imports_no_torch(argument: str, status: i
     )
     done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
+
+
+def shell(words: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command line with its redirections, as a shell runs it: `milora` stands for the command."""
+    script = words.replace("milora", f'"{sys.executable}" -m milora_init')
+    command = ["bash", "-c", script, "bash", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize(
+    "redirected", ["2>/dev/full", "2>&-", "2> >(true)", "<&- >&- 2>&-", ">/dev/full", ">&-", ">&- 2>&-"]
+)
+def test_a_run_is_done_whether_or_not_anybody_can_be_told(redirected: str, checkpoint: Built, tmp_path: Path) -> None:
+    done = shell(f'milora -m "$1" -o "$2" -r 4 --device cpu {redirected}', checkpoint("llama"), tmp_path / "out")
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert verify(str(tmp_path / "out"), model=str(checkpoint("llama"))).ok
+
+
+@pytest.mark.parametrize("redirected", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("words", ['report "$1"', 'report "$1" --json', 'verify "$1" --json', "--help", "--version"])
+def test_an_answer_that_is_lost_is_no_success(
+    words: str, redirected: str, checkpoint: Built, start: Start, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    done = shell(f"milora {words} {redirected}", tmp_path / "out")
+    assert done.returncode == 1
+    assert "error: stdout cannot be written: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_had_enough_is_no_failure(checkpoint: Built, start: Start, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    done = shell('set -o pipefail; milora report "$1" --json | true', tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_ascii_locale_can_name_any_folder(checkpoint: Built, tmp_path: Path) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
+    source, out = tmp_path / "sürce", tmp_path / "öut"
+    source.symlink_to(checkpoint("llama"))
+    words = 'milora -m "$1" -o "$2" -r 4 --device cpu && milora report "$2" --markdown && milora verify "$2"'
+    done = shell(words, source, out, GITHUB_STEP_SUMMARY=str(tmp_path / "summary"), **ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (MemoryError(), ["the memory does not suffice", "--dry-run"]),
+        (RuntimeError("can't start new thread"), ["no further thread", "ulimit -u"]),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+            ["memory does not suffice"],
+        ),
+        (ImportError("libx.so: failed to map segment from shared object"), ["memory does not suffice"]),
+        (ImportError("libx.so: undefined symbol"), ["libx.so: undefined symbol", "pip install"]),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "f"), ["f: Too many open files", "ulimit -n"]),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "f"), ["f: Read-only", "read-only"]),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), "f"), ["f: Permission", "permissions"]),
+    ],
+    ids=str,
+)
+def test_what_the_machine_refuses_is_not_ours_to_be_reported(
+    error: Exception, parts: list[str], cli: Cli, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(weight_run, "split", fail)
+    said = cli(checkpoint("llama"))
+    require_error(said, 1, *parts)
+    assert "please report" not in said.stderr
+
+
+@pytest.mark.parametrize("option", ["--model", "--out", "--cache-dir", "--config", "--revision", "--push-to-hub"])
+def test_a_nul_character_is_a_usage_error(option: str, cli: Cli, checkpoint: Built) -> None:
+    require_error(cli(checkpoint("llama"), option, "a\0b"), 2, "NUL")
+
+
+@pytest.mark.parametrize("words", [["verify", "a\0b"], ["merge", "x", "--adapter", "a\0b", "--out", "o"]])
+def test_a_nul_character_behind_a_verb_is_one_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    require_error(raw(capsys, *words), 2, "NUL")
+
+
+def test_a_home_of_nobody_is_named(cli: Cli) -> None:
+    require_error(cli("~no-such-user/model"), 1, "begins with ~")
+
+
+def test_an_interruption_speaks_of_the_command_and_not_of_a_word(
+    cli: Cli, checkpoint: Built, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weight_run, "split", interrupted)
+    Path("verify").symlink_to(checkpoint("llama"))
+    require_error(cli("verify"), 130, "run the same command to resume")
+    monkeypatch.setattr("milora_init.verify.verify", interrupted)
+    require_error(raw(capsys, "verify", "out"), 130, "run the same command again")
+
+
+def test_a_plan_measures_the_device_that_it_is_for(
+    cli: Cli, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def rate(device: torch.device) -> float:
+        measured.append(str(device))
+        return 1e9
+
+    monkeypatch.setattr("milora_init.workers.multiply_rate", rate)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cli(checkpoint("llama"), "--dry-run").status == 0  # with --device cpu
+    assert measured == ["cpu"]
+
+
+def test_float32_is_not_advised_where_it_is_what_overflows(cli: Cli, own: Built) -> None:
+    source = own("llama")
+    content = tensors(source)
+    content[Q0] = content[Q0].double()
+    content[Q0][0, 0] = 1e60
+    save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+    said = cli(source, "--dtype", "float32")
+    require_error(said, 1, Q0, "overflows float32")
+    assert "--dtype float32" not in said.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from rich.console import Console
 from support.interruptions import shards
 
-from milora_init.cli.output import _print_table
-from milora_init.cli.progress_bar import Bar
+from milora_init.cli.output import _Console, _print_table, print_json
+from milora_init.cli.progress_bar import Bar, waiting
 from milora_init.manifest import Manifest
 
 Built = Callable[..., Path]
@@ -72,3 +73,46 @@ def test_a_table_loses_columns_and_not_their_contents(width: int) -> None:
     assert "down_proj" * 3 in said
     assert "1e-9" in said
     assert ("0.123456789" in said) == (width > 45)
+
+
+HOSTILE = "::error::x\n::stop-commands::y\x1b]0;T\x07[red]a[/red]:smile:##[z]"
+
+
+def test_a_string_is_one_line_of_plain_text_wherever_it_is_printed() -> None:
+    file = io.StringIO()
+    console = _Console(file=file, width=400, force_terminal=True, color_system=None, soft_wrap=True)
+    console.print(HOSTILE)
+    _print_table(console, ("a", "b"), [(HOSTILE, HOSTILE)], spare=())
+    said = [line.strip() for line in file.getvalue().splitlines()]
+    tamed = "\\x3a:error::x\\n::stop-commands::y\\x1b]0;T\\x07[red]a[/red]:smile:#\\x23[z]"
+    assert said[0] == tamed
+    assert said[2].split() == [tamed, tamed]
+
+
+def test_a_name_in_a_bar_or_a_spinner_does_not_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    bar = Bar(quiet=False, verbose=False)
+    with bar:
+        bar.pushing(HOSTILE)
+        bar.solving(HOSTILE, "cpu")
+        bar._bar.refresh()
+    with waiting(HOSTILE, quiet=False):
+        pass
+    said = capsys.readouterr().err
+    assert "\x1b]0;" not in said
+    assert "\x07" not in said
+    assert "\n::stop" not in said
+    assert said.count("[red]a[/red]:smile:") >= 2
+
+
+def test_the_json_is_ascii_and_without_a_runners_command(capsys: pytest.CaptureFixture[str]) -> None:
+    content = {HOSTILE: [HOSTILE, "\x9b\u2028\u202e\x7f"]}
+    print_json(content)
+    said = capsys.readouterr().out
+    assert said.isascii()
+    assert "##" not in said
+    assert said.replace("\n", "").isprintable()
+    assert json.loads(said) == content

@@ -188,7 +188,7 @@ def another_scale(out: Path, trained: Path) -> None:
 
 def trained_elsewhere(out: Path, trained: Path) -> None:
     other = shutil.copytree(out, out.parent / "other")
-    tiny_models.edit_json(other / "milora_init.json", fingerprint="another")
+    tiny_models.edit_inputs(other / "milora_init.json", seed=1)
     tiny_models.edit_json(trained / "adapter_config.json", base_model_name_or_path=str(other))
 
 

@@ -321,3 +321,71 @@ def test_what_an_earlier_output_had_and_this_one_has_not_goes(
     assert done.returncode == 0, done.stderr
     assert "chat_template.jinja" not in hub.repositories["me/x"].files
     assert "notes.txt" in hub.repositories["me/x"].files
+
+
+API = """
+import sys
+from milora_init import InitOptions, initialize
+given = {"model": sys.argv[1], "out": "out", "rank": 4, "device": ("cpu",), "push_to_hub": "me/api"}
+manifest = initialize(InitOptions(**given, low_disk="--low-disk" in sys.argv))
+print(manifest.out, manifest.fingerprint)
+"""
+
+
+@pytest.mark.parametrize("through", [[], ["--low-disk"]])
+def test_python_pushes_what_it_was_told_to_push(
+    through: list[str], hub: Hub, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub_server.RUN", API)
+    run = client(hub, tmp_path)
+    for _ in range(2):
+        done = run(str(checkpoint("llama")), *through)
+        assert done.returncode == 0, done.stderr
+        assert verify(str(fetched(hub, "me/api", tmp_path / "there"))).ok
+        assert done.stdout.split()[0] == ("me/api" if through else "out")
+    assert (tmp_path / "out").exists() == (not through)
+
+
+BARS = """
+import io, os, sys
+os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+from milora_init import cli
+import milora_init.hub
+from huggingface_hub.utils import are_progress_bars_disabled
+sys.stderr.isatty = lambda: "--terminal" in sys.argv
+status = cli.run([word for word in sys.argv[1:] if word != "--terminal"])
+print("bars", not are_progress_bars_disabled(), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "bars"),
+    [(["-q", "--terminal"], False), (["--json", "--terminal"], False), ([], False), (["--terminal"], True)],
+)
+def test_a_push_shows_bars_to_people_only(
+    words: list[str],
+    bars: bool,
+    hub: Hub,
+    checkpoint: Built,
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start(checkpoint("llama"))
+    monkeypatch.setattr("hub_server.RUN", BARS)
+    done = client(hub, tmp_path)("push", "out", "me/bars", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith(f"bars {bars}\n")
+
+
+def test_a_push_that_fails_does_not_speak_of_downloads(
+    hub: Hub, milora: Command, checkpoint: Built, start: Start
+) -> None:
+    start(checkpoint("llama"))
+    for environment in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        done = milora("push", "out", "me/x", **environment)
+        assert done.returncode == 1
+        assert "error: " in done.stderr
+        for word in ("download", "fetch", "cache", "please report"):
+            assert word not in done.stderr, word

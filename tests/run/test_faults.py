@@ -264,3 +264,26 @@ def test_a_file_system_without_locks_is_named(
         start(checkpoint("llama"))
     assert "local disk" in error.value.hint
     require_unfinished(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("number", "part"),
+    [
+        (errno.ENOSPC, "free some space, or choose another --out"),
+        (errno.EDQUOT, "quota, or choose another --out"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permissions"),
+    ],
+)
+def test_each_refusal_to_write_has_its_own_repair(
+    number: int, part: str, start: Start, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(OutputError, match=os.strerror(number)) as caught:
+        start(checkpoint("llama"))
+    assert part in caught.value.hint
+    assert ("free some" in caught.value.hint) == (number in (errno.ENOSPC, errno.EDQUOT))

@@ -180,12 +180,10 @@ def test_overwrite_removes_nothing_outside_whatever_a_manifest_claims(
     mine.write_bytes(b"mine")
     path = tmp_path / "out" / MANIFEST
     content = json.loads(path.read_text())
-    content["files"] |= {"../mine": 4, str(mine): 4}
-    path.write_text(json.dumps(content))
-    before = states(tmp_path / "out")
-    with pytest.raises(OutputError, match=rf"{MANIFEST} is not a manifest that this version reads: '.*mine'"):
-        start(checkpoint("llama"), rank=3, overwrite=True)
-    assert states(tmp_path / "out") == before
+    for name in ("../mine", str(mine)):
+        path.write_text(json.dumps(content | {"files": content["files"] | {name: 4}}))
+        with pytest.raises(OutputError, match="is not a manifest that this version reads"):
+            start(checkpoint("llama"), rank=3, overwrite=True)
     assert mine.read_bytes() == b"mine"
 
 
@@ -507,3 +505,16 @@ def test_two_files_of_one_name_are_an_error_of_the_plan(checkpoint: Built, monke
     source = checkpoint("llama")
     with pytest.raises(PlanError, match=r"two files of the output would be lora/adapter_model\.safetensors"):
         make_plan(InitOptions(model=str(source), out="out", rank=4), source)
+
+
+def test_a_clean_up_that_fails_does_not_hide_why_the_run_failed(
+    start: Start, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(OutputFolder, "_clear", no_more)
+    with pytest.raises(PulledPlugError):
+        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    monkeypatch.undo()
+    assert start(checkpoint("llama")).files  # the lock is gone too

@@ -46,6 +46,11 @@ main(sys.argv[1:])
 """
 
 
+def _hears_an_interruption() -> None:
+    """Also where the tests themselves were started with SIGINT ignored, in the background say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("number", "status", "message"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
@@ -54,7 +59,9 @@ def test_a_signal_in_the_middle_of_a_long_solve_is_obeyed_at_once_and_the_run_re
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
     command = [sys.executable, "-c", COMMAND, "-m", str(source), "-o", str(out), "-r", "4", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_hears_an_interruption
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "solving\n"

@@ -16,6 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from milora_init.manifest import fingerprint
+
 _LLAMA = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -148,6 +150,12 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file; None removes one."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def edit_inputs(manifest: Path, **changes: Any) -> None:
+    """Set keys of a manifest's inputs, as if the run had been asked for that."""
+    inputs = json.loads(manifest.read_text())["inputs"] | changes
+    edit_json(manifest, inputs=inputs, fingerprint=fingerprint(inputs))
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:

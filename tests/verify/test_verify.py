@@ -16,7 +16,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
-from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_json, tensors
+from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_inputs, edit_json, tensors
 
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import read_header
@@ -299,8 +299,7 @@ def test_a_source_that_is_not_there_is_an_error(out: Path, tmp_path: Path) -> No
 def test_a_component_that_is_not_the_one_asked_for_is_found(pristine: Built, tmp_path: Path, checkpoint: Built) -> None:
     """A consistent pair of the largest components, whose manifest claims the smallest."""
     out = Path(shutil.copytree(pristine(mode="max"), tmp_path / "out"))
-    inputs = json.loads((out / MANIFEST).read_text())["inputs"]
-    edit_json(out / MANIFEST, inputs={**inputs, "mode": "min"})
+    edit_inputs(out / MANIFEST, mode="min")
     assert verify(str(out)).ok
     sampled = verify(str(out), model=str(checkpoint("llama")))
     judged = verify(str(out), model=str(checkpoint("llama")), every=True)

@@ -1,0 +1,241 @@
+"""A manifest that no run wrote is one clear error, whatever field of it is broken and whichever command reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_models import TARGETS, edit_inputs
+from test_ways_back import start as start_family
+
+from milora_init.checkpoint.folder import open_checkpoint
+from milora_init.cli.main import run
+from milora_init.errors import CheckpointError, OutputError
+from milora_init.export.merge import MERGED, merge, read_merged
+from milora_init.hub.model_card import card_data, card_text, step_summary
+from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.options import InitOptions
+from milora_init.report import summary
+from milora_init.run.initialize import initialize
+from milora_init.verify.tensors import misrecorded
+from milora_init.verify.verify import DAMAGED, verify
+
+Built = Callable[..., Path]
+Path_ = tuple[str | int, ...]
+JUNK: list[Any] = [
+    None, True, False, -1, 0, 1, 3, 10**19, 10**400, -0.5, 1e-300, 1e300, float("nan"), float("inf"), "", "x", "../x",
+    "a" * 100_000, "\0", "(a+)+b", [], [[]], [1], {}, {"x": {}}, [{}] * 3, {"": None},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out") / "out"
+    initialize(InitOptions(model=str(checkpoint("llama")), out=str(folder), rank=4, device=("cpu",)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start_family("mixtral", tmp_path_factory.mktemp("moe"), "float32")[1]
+
+
+def places(content: Any, at: Path_ = ()) -> Iterator[Path_]:
+    """Every place in a manifest, of its weights the first."""
+    yield at
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        if at != ("weights",) or key == 0:
+            yield from places(value, (*at, key))
+
+
+def changed(content: Any, at: Path_, value: Any) -> Any:
+    """The content with another value at a place; `...` takes the place away."""
+    if not at:
+        return value
+    copy = content.copy()
+    if value is ... and len(at) == 1:
+        del copy[at[0]]
+    else:
+        copy[at[0]] = changed(content[at[0]] if at[1:] else None, at[1:], value)
+    return copy
+
+
+def use(folder: Path, manifest: Manifest) -> None:
+    """What the commands make of a manifest."""
+    json.dumps(summary(manifest, unchanged=False), allow_nan=False)
+    step_summary(manifest)
+    card_text(manifest, "org/name")
+    card_data(manifest)
+    list(misrecorded(open_checkpoint(folder), manifest, None))
+
+
+@pytest.mark.parametrize("junk", range(len(JUNK) + 1))
+@pytest.mark.parametrize("kind", ["out", "moe"])
+def test_any_value_at_any_place_is_read_or_refused(
+    kind: str, junk: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    content = json.loads((folder / MANIFEST).read_text())
+    value = [*JUNK, ...][junk]
+    refused = []
+    for place in places(content):
+        if value is ... and not place:
+            continue
+        (tmp_path / MANIFEST).write_text(json.dumps(changed(content, place, value)))
+        try:
+            manifest = read_manifest(tmp_path)
+        except OutputError as error:
+            refused.append(len(error.message))
+        else:
+            assert manifest
+            use(folder, manifest)
+    assert len(refused) > 20
+    assert max(refused) < 1000
+
+
+@given(st.binary(max_size=3), st.integers(0, 10**6), st.integers(0, 50))
+def test_any_bytes_are_read_or_refused(
+    out: Path, tmp_path_factory: pytest.TempPathFactory, new: bytes, at: int, cut: int
+) -> None:
+    folder = tmp_path_factory.mktemp("bytes")
+    raw = (out / MANIFEST).read_bytes()
+    at %= len(raw)
+    (folder / MANIFEST).write_bytes(raw[:at] + new + raw[at + cut :])
+    try:
+        manifest = read_manifest(folder)
+    except OutputError:
+        return
+    assert manifest
+    use(out, manifest)
+
+
+BROKEN: dict[str, tuple[Path_, Any]] = {
+    "fingerprint is not the hash": (("inputs", "seed"), 7),
+    r"weights\[0\]\.scale is": (("weights", 0, "scale"), -1.0),
+    "nan is no number|NaN is no number": (("weights", 0, "scale"), float("nan")),
+    "too large a number": (("weights", 0, "rank"), 10**400),
+    "has rank 33": (("weights", 0, "rank"), 33),
+    r"weights\[0\]\.dtype is 'float7'": (("weights", 0, "dtype"), "float7"),
+    r"weights\[0\]\.shape is": (("weights", 0, "shape"), [32, 0]),
+    "its key or row": (("weights", 0, "row"), 2),
+    "two weights have one place on disk": (("weights", 0, "tensor"), "model.layers.1.self_attn.q_proj.weight"),
+    "versions is": (("versions", "torch"), 2),
+    "notices is": (("notices",), "none"),
+    "hashes is": (("hashes", "config.json"), "abc"),
+    "plain name of a file": (("files", "../../x"), 4),
+    "patterns out of a file are not run": (("adapter", "target_modules"), "(a+)+b"),
+}
+
+
+@pytest.mark.parametrize("says", BROKEN)
+def test_every_command_tells_what_is_broken(
+    says: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: Built
+) -> None:
+    folder = Path(shutil.copytree(out, tmp_path / "out"))
+    content = json.loads((folder / MANIFEST).read_text())
+    place, value = BROKEN[says]
+    (folder / MANIFEST).write_text(json.dumps(changed(content, place, value)))
+    with pytest.raises(OutputError, match=says):
+        read_manifest(folder)
+    lora, name = str(folder / "lora"), str(folder)
+    for words in (
+        ["verify", name],
+        ["report", name],
+        ["merge", name, "--out", str(tmp_path / "merged")],
+        ["convert", "--init", lora, "--trained", lora, "--out", str(tmp_path / "plain")],
+        ["push", name, "org/name"],
+        ["--model", str(checkpoint("llama")), "--rank", "4", "--out", name, "--device", "cpu"],
+    ):
+        assert run(words) == 1
+        error = capsys.readouterr().err
+        assert "milora_init.json is not a manifest that this version reads" in error
+        assert "Traceback" not in error
+        assert "please report" not in error.lower()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"format": true}', b"3", b"9" * 5000, b"\xff\xfe"])
+def test_what_is_no_manifest_at_all(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(OutputError, match="is not a manifest that this version reads"):
+        read_manifest(tmp_path)
+
+
+def test_a_pipe_or_a_folder_of_that_name_is_no_manifest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / MANIFEST)
+    (tmp_path / "other" / MANIFEST).mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "other"):
+        with pytest.raises(OutputError, match="is not a manifest that this version reads"):
+            read_manifest(folder)
+
+
+def test_a_record_of_a_merge_is_read_or_refused(tmp_path: Path, out: Path) -> None:
+    merge(str(out), str(tmp_path / "merged"))
+    content = json.loads((tmp_path / "merged" / MERGED).read_text())
+    for place in places(content):
+        for value in JUNK:
+            (tmp_path / MERGED).write_text(json.dumps(changed(content, place, value)))
+            with suppress(OutputError):
+                assert read_merged(tmp_path)
+    (tmp_path / MERGED).write_text(json.dumps(content | {"files": {"../x": 1}}))
+    with pytest.raises(OutputError, match="plain name of a file"):
+        read_merged(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_weight_that_is_stored_the_other_way_round_is_told(kind: str, checkpoint: Built, tmp_path: Path) -> None:
+    """Of a square weight no shape tells it: the model does."""
+    folder = tmp_path / "out"
+    initialize(InitOptions(model=str(checkpoint(kind)), out=str(folder), rank=4, target=TARGETS[kind], device=("cpu",)))
+    content = json.loads((folder / MANIFEST).read_text())
+    place = next(i for i, w in enumerate(content["weights"]) if w["shape"] == [32, 32])
+    now = content["weights"][place]["transposed"]
+    content = changed(content, ("weights", place, "transposed"), not now)
+    content["adapter"]["fan_in_fan_out"] = False
+    (folder / MANIFEST).write_text(json.dumps(content))
+    config = folder / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": False}))
+    verdict = verify(str(folder))
+    assert verdict.kind == DAMAGED
+    assert f"has transposed {not now} by the manifest, {now} in the model" in [d.what for d in verdict.differences]
+    with pytest.raises(CheckpointError, match=f"has transposed {not now} by the manifest"):
+        merge(str(folder), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("tensor", "model.norm.weight", "has tensor model.norm.weight by the manifest"),
+        ("tensor", "nothing", "lies in nothing, which the base has not"),
+        ("dtype", "float16", "is float16"),
+        ("shape", [64, 32], r"\[64, 32\] by the manifest"),
+    ],
+)
+def test_a_weight_that_the_base_has_otherwise_is_told(
+    field: str, value: Any, says: str, out: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(out, tmp_path / "out"))
+    content = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(changed(content, ("weights", 0, field), value)))
+    found = [d.what for d in verify(str(folder)).differences]
+    assert any(part in "\n".join(found) for part in (says, says.replace("\\", "")))
+    with pytest.raises(CheckpointError, match=r"by the manifest|which the base has not"):
+        merge(str(folder), str(tmp_path / "merged"))
+
+
+def test_an_honest_manifest_with_other_inputs_reads(out: Path, tmp_path: Path) -> None:
+    shutil.copy(out / MANIFEST, tmp_path)
+    edit_inputs(tmp_path / MANIFEST, seed=5)
+    read = read_manifest(tmp_path)
+    assert read
+    assert read.inputs["seed"] == 5
