@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.family_training import start as start_family
 from support.tiny_models import TARGETS, edit_inputs
-from test_ways_back import start as start_family
 
 from milora_init.checkpoint.folder import open_checkpoint
 from milora_init.cli.main import run

@@ -175,7 +175,7 @@ def test_a_request_cannot_be_changed_and_hides_its_token() -> None:
 def test_a_number_without_end_is_refused(name: str) -> None:
     for value in (2**63, 10**400, 10**5000):
         with pytest.raises(UsageError, match=f"{name} is ") as caught:
-            InitOptions(model="m", out="o", **{name: value})
+            InitOptions(model="m", out="o", **{name: value})  # type: ignore[arg-type]
         assert len(caught.value.message) < 400
 
 

@@ -103,8 +103,9 @@ def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
     for single in (SAFETENSORS_SINGLE, PICKLE_SINGLE):
         if api.file_exists(model, single, revision=folder.name):
             return [single]
-    require_no_lone_shard(model, api.list_repo_files(model, revision=folder.name))
-    return []  # what is missing is named where checkpoints are opened
+    if not any((folder / index).is_file() for index in (SAFETENSORS_INDEX, PICKLE_INDEX)):
+        require_no_lone_shard(model, api.list_repo_files(model, revision=folder.name))
+    return []  # what is missing, or a broken index, is named where checkpoints are opened
 
 
 def _shards(index: Path) -> list[str]:

@@ -200,7 +200,7 @@ def test_a_push_of_shards_that_was_cut_off_goes_on(
     ("arguments", "message"),
     [
         (("push", "nowhere", "me/x"), "nowhere has no milora_init.json"),
-        (("push", "out", "me/not a name"), "is neither a folder here nor a model on the Hub"),
+        (("push", "out", "me/not a name"), "is no repository on the Hub that this token may see"),
     ],
 )
 def test_what_cannot_be_pushed_is_named(
