@@ -259,7 +259,9 @@ class _Objections:
         for own, inner in self._around(name):
             if own.isdigit() and not beside:  # a layer: what is around it holds other layers' experts
                 return False
-            gate = gate or "gate" in own.split("_") or type(inner).__name__.endswith(("Gate", "Gating"))
+            words = own.split("_")  # a gate_proj is half of a gated MLP
+            named = "gate" in words and "proj" not in words
+            gate = gate or named or type(inner).__name__.endswith(("Gate", "Gating"))
             name = name.rpartition(".")[0]
             children = self._model.get_submodule(name).named_children()
             experts = [child for child_name, child in children if _are_experts(child_name, child)]

@@ -29,6 +29,7 @@ ROUTERS = {
     "longcat_flash": ("0.mlp.router.classifier", "1.mlp.router.classifier"),
     "nllb-moe": ("encoder.layers.3.ffn.router.classifier", "decoder.layers.3.ffn.router.classifier"),
     "qwen2_moe": ("mlp.shared_expert_gate",),
+    "qwen4_exp": ("mlp.shared_expert_gate",),  # its shared_expert.gate_proj has as many outputs as there are experts
     "switch_transformers": ("layer.1.mlp.router.classifier", "layer.2.mlp.router.classifier"),
     "zaya": ("gate.down_proj", "gate.router_mlp.fc1", "gate.router_mlp.fc2", "gate.router_mlp.out_proj"),
 }  # fmt: skip
