@@ -100,7 +100,8 @@ def singular_triplets(
         arithmetic: The algorithms to use; None for those of W's device.
 
     Raises:
-        ValueError: W is not a floating-point matrix, has NaN or Inf entries, or r is out of range.
+        ValueError: W is not a floating-point matrix, has NaN or Inf entries, r is out of range; or no algorithm
+            converges, not even the full SVD.
     """
     if W.ndim != 2 or not W.is_floating_point():
         raise ValueError(f"W is {W.dtype} of shape {tuple(W.shape)}, expected a floating-point matrix")
@@ -158,14 +159,27 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
             return _by_lanczos(X, r, mode, tolerance)
         except NotConverged as failure:
             reason = failure.reason
+        except torch.linalg.LinAlgError as error:
+            reason = f"lanczos failed: {_first_line(error)}"
     elif mode in ("min", "max"):
         reason = f"r = {r} of q = {q} is beyond a Krylov space"
     else:
         reason = f"mode {mode} needs interior triplets"
-    solution, certificate = _by_eigh(X, wanted, seed, reason)
-    if is_accepted(solution, certificate, tolerance):
-        return solution, certificate
-    return _by_svd(X, wanted, f"{reason}; {_too_far('eigh', certificate)}")
+    try:
+        solution, certificate = _by_eigh(X, wanted, seed, reason)
+        if is_accepted(solution, certificate, tolerance):
+            return solution, certificate
+        reason = f"{reason}; {_too_far('eigh', certificate)}"
+    except torch.linalg.LinAlgError as error:
+        reason = f"{reason}; eigh failed: {_first_line(error)}"
+    try:
+        return _by_svd(X, wanted, reason)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _too_far(path: str, certificate: Certificate) -> str:
