@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
 _SHIFT = 1e-14  # times the trace of a Gram matrix: above the rounding errors in it
 
 

@@ -168,7 +168,7 @@ def _count(name: str, tensors: list[torch.Tensor], out: Any, to_host: bool) -> N
         counts.waits[name] += 1
     made = [_plain(x) for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
     storage = ours[0].untyped_storage().data_ptr() if ours else None
-    in_place = name.startswith(("__i", "__set")) or name.endswith("_") and not name.endswith("__")
+    in_place = name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))
     if made and made[0].untyped_storage().data_ptr() == storage and not in_place:
         return  # a view
     counts.launches[name] += 1
