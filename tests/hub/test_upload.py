@@ -94,7 +94,7 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing_the_next_time(
     hub.fault = lambda method, _: 400 if method == "PUT" and len(hub.stored) >= 6 else None
     first = milora("push", "out", "me/tiny")
     assert first.returncode == 1
-    assert "the Hub failed over me/tiny" in first.stderr
+    assert "the Hub failed for me/tiny" in first.stderr
     assert "Traceback" not in first.stderr
     assert set(hub.repositories["me/tiny"].files) == {".gitattributes"}  # nobody sees half of a model
     sent = dict(hub.uploads)
