@@ -44,12 +44,13 @@ def require_unfinished(out: Path) -> None:
 FULL_DISK = """
 import os, sys
 from pathlib import Path
-from milora_init import cli, decompose
+from milora_init.cli import main as cli
+from milora_init.run.output_folder import OutputFolder
 
 disk, source = Path(sys.argv[1]), sys.argv[2]
 arguments = ["-m", source, "-o", str(disk / "out"), "-r", "4", "--device", "cpu", "-q"]
 
-def record(self, line, real=decompose.OutputFolder.record):
+def record(self, line, real=OutputFolder.record):
     real(self, line)
     if "shard" in line:
         with (disk / "ballast").open("wb", buffering=0) as ballast:
@@ -59,12 +60,12 @@ def record(self, line, real=decompose.OutputFolder.record):
             except OSError as error:
                 print(f"full: {error.strerror}", flush=True)
 
-decompose.OutputFolder.record, whole = record, decompose.OutputFolder.record
+OutputFolder.record, whole = record, OutputFolder.record
 print("status", cli.run(arguments))
 left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
 print("left", *left)
 (disk / "ballast").unlink()
-decompose.OutputFolder.record = whole
+OutputFolder.record = whole
 print("status", cli.run(arguments))
 (disk / "out").rename(disk / "done")
 os.system(f"cp -r {disk}/done {sys.argv[3]}")
