@@ -313,6 +313,29 @@ def test_what_comes_back_to_the_bit_is_counted(
     )
 
 
+def test_a_source_with_an_adapter_over_it_is_nothing_to_compare_with(own: Built, start: Start, tmp_path: Path) -> None:
+    source, out, to = own("llama"), str(tmp_path / "out"), tmp_path / "merged"
+    start(source)
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="transformers would load this adapter"):
+        merge(out, str(to), against=str(source))
+    assert not to.exists()
+    with pytest.raises(CheckpointError, match="transformers would load this adapter"):
+        verify(out, model=str(source))
+
+
+def test_a_source_whose_index_names_too_much_goes_there_and_back(own: Built, start: Start, tmp_path: Path) -> None:
+    source, out, to = own("llama"), str(tmp_path / "out"), tmp_path / "merged"
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    right = dict(index["weight_map"])
+    index["weight_map"]["mtp.fc.weight"] = max(right.values())
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    start(source)
+    assert verify(out, model=str(source), every=True).differences == ()
+    assert merge(out, str(to), against=str(source)).bit_equal is not None
+    assert json.loads((to / "model.safetensors.index.json").read_text())["weight_map"] == right
+
+
 def test_a_source_of_several_dtypes_comes_back_with_its_own_config(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
