@@ -21,27 +21,37 @@ from torch import Tensor
 
 from milora_init.errors import CheckpointError
 
-DTYPES: Mapping[str, torch.dtype] = {
-    name: getattr(torch, attribute)
-    for name, attribute in {
-        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-        "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
-        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    }.items()
-    if hasattr(torch, attribute)
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+# The one table of dtypes, by their safetensors name. An old torch lacks some of them.
+DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
+}
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+REFETCH = "fetch the file again: it is damaged or incomplete"
 
 
 def torch_name(dtype: str) -> str:
-    """`bfloat16` for `BF16`: a dtype as torch and config.json spell it."""
-    return str(DTYPES[dtype]).removeprefix("torch.")
+    """The name that torch and config.json use for a safetensors dtype: `bfloat16` for `BF16`."""
+    return _TORCH_NAMES[dtype]
 
 
-REFETCH = "fetch the file again: it is damaged or incomplete"
+def safetensors_name(dtype: str) -> str:
+    """The safetensors name of a dtype that torch and config.json name: `BF16` for `bfloat16`.
+
+    Raises:
+        CheckpointError: A name that is not in the table.
+    """
+    for name, known in _TORCH_NAMES.items():
+        if known == dtype and name in DTYPES:
+            return name
+    raise CheckpointError(f"dtype {dtype!r} is unknown", hint="use a newer torch, or fetch the file again")
 
 
 @dataclass(frozen=True, slots=True)

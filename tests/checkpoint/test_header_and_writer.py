@@ -20,7 +20,7 @@ from support.raw_headers import entry, raw_file, written
 from support.reference import same_bytes
 from support.tiny_models import contents
 
-from milora_init.checkpoint.header import DTYPES, Header, plan_header, read_header
+from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, Header, plan_header, read_header
 from milora_init.checkpoint.writer import SafetensorsWriter
 from milora_init.errors import CheckpointError, OutputError
 
@@ -145,8 +145,9 @@ MIXED = {
 
 
 def header_of(tensors: dict[str, torch.Tensor]) -> Header:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return plan_header([(n, names[t.dtype], tuple(t.shape)) for n, t in tensors.items()], metadata={"format": "pt"})
+    return plan_header(
+        [(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()], metadata={"format": "pt"}
+    )
 
 
 def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.export.convert import convert
 from milora_init.export.merge import MERGED, merge
-from milora_init.export.merge_shard import MergeShard, merged_weight
+from milora_init.export.merge_weight import merged_weight
 from milora_init.manifest import WORK_FOLDER, Manifest
+from milora_init.run.shard import ShardWriter
 from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
@@ -118,17 +119,17 @@ def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
     start(checkpoint("llama"))
     out, merged = tmp_path / "out", tmp_path / "merged"
     merge(str(out), str(tmp_path / "straight"))
-    whole, real = model(tmp_path / "straight"), MergeShard.finish
+    whole, real = model(tmp_path / "straight"), ShardWriter.finish
     made: list[str] = []
     plug = 2  # pulled after so many files
 
-    def cut_off(shard: MergeShard) -> int:
+    def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
         if len(made) == plug:
             raise KeyboardInterrupt
         made.append(shard.name)
         return real(shard)
 
-    monkeypatch.setattr(MergeShard, "finish", cut_off)
+    monkeypatch.setattr(ShardWriter, "finish", cut_off)
     with pytest.raises(KeyboardInterrupt):
         merge(str(out), str(merged))
     assert not (merged / "config.json").exists()
@@ -460,17 +461,17 @@ def test_a_file_of_a_merge_whose_bytes_changed_is_made_again(
     checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(checkpoint("llama"))
-    out, merged, real = tmp_path / "out", tmp_path / "merged", MergeShard.finish
+    out, merged, real = tmp_path / "out", tmp_path / "merged", ShardWriter.finish
     merge(str(out), str(tmp_path / "straight"))
     made: list[str] = []
 
-    def cut_off(shard: MergeShard) -> int:
+    def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(shard.name)
         return real(shard)
 
-    monkeypatch.setattr(MergeShard, "finish", cut_off)
+    monkeypatch.setattr(ShardWriter, "finish", cut_off)
     with pytest.raises(KeyboardInterrupt):
         merge(str(out), str(merged))
     monkeypatch.undo()

@@ -21,7 +21,7 @@ from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
 from milora_init.run.initialize import run_plan
-from milora_init.run.progress import Silent
+from milora_init.run.progress import Progress
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -44,14 +44,15 @@ def require_unfinished(out: Path) -> None:
 FULL_DISK = """
 import os, sys
 from pathlib import Path
-from milora_init import cli, decompose
+from milora_init.cli.main import run
+from milora_init.run.journal import Entry, Journal
 
 disk, source = Path(sys.argv[1]), sys.argv[2]
 arguments = ["-m", source, "-o", str(disk / "out"), "-r", "4", "--device", "cpu", "-q"]
 
-def record(self, line, real=decompose.OutputFolder.record):
+def append(self, line, real=Journal.append):
     real(self, line)
-    if "shard" in line:
+    if isinstance(line, Entry):
         with (disk / "ballast").open("wb", buffering=0) as ballast:
             try:
                 while ballast.write(bytes(512)):
@@ -59,13 +60,13 @@ def record(self, line, real=decompose.OutputFolder.record):
             except OSError as error:
                 print(f"full: {error.strerror}", flush=True)
 
-decompose.OutputFolder.record, whole = record, decompose.OutputFolder.record
-print("status", cli.run(arguments))
+Journal.append, whole = append, Journal.append
+print("status", run(arguments))
 left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
 print("left", *left)
 (disk / "ballast").unlink()
-decompose.OutputFolder.record = whole
-print("status", cli.run(arguments))
+Journal.append = whole
+print("status", run(arguments))
 (disk / "out").rename(disk / "done")
 os.system(f"cp -r {disk}/done {sys.argv[3]}")
 """
@@ -145,7 +146,7 @@ DAMAGES: list[Damage] = [
 NAMES = ["rewritten", "replaced", "cut in half", "cut to nothing", "removed"]
 
 
-class AtFirstTensor(Silent):
+class AtFirstTensor(Progress):
     """Does something when the first tensor of the run has been dealt with: its files are open then."""
 
     def __init__(self, act: Callable[[], None]) -> None:
@@ -183,7 +184,7 @@ def test_a_shard_that_changes_between_the_plan_and_the_run_is_named(
 @pytest.mark.parametrize("damage", DAMAGES, ids=NAMES)
 @pytest.mark.parametrize(("when", "at"), [(AtFirstTensor, 0), (AfterFirstShard, 1), (AfterFirstShard, 3)])
 def test_a_shard_that_changes_during_the_run_is_named_and_the_run_resumed_when_it_is_back(
-    when: Callable[..., Silent], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
+    when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
 ) -> None:
     source = own("llama")
     shard = source / shards(source)[at]

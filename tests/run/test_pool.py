@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ from milora_init.errors import UsageError
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.manifest import MANIFEST
 from milora_init.modes import Mode
-from milora_init.run import devices, pool
+from milora_init.run import devices
 from milora_init.run import initialize as initializing
 from milora_init.run.devices import multiply_rate, resolve_devices, weights_at_once
-from milora_init.run.pool import SolverPool, one_ahead
+from milora_init.run.pool import DeviceLock, SolverPool, one_ahead
+from milora_init.run.progress import Progress
 
 CPU = torch.device("cpu")
 PATIENCE_S = 20  # for what happens at once, on a machine that is busy with something else
-
-Turn = AbstractContextManager[Any]
 
 
 def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +77,7 @@ def test_the_rate_of_this_machine_is_a_rate() -> None:
 def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 28 < devices.memory_bytes() < 1 << 50
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(pool, "memory_bytes", lambda: 4000)
+    monkeypatch.setattr(devices, "memory_bytes", lambda: 4000)
     assert weights_at_once([10] * 9) == 4  # a core each
     assert weights_at_once([10, 10]) == 2
     assert weights_at_once([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
@@ -90,7 +88,7 @@ def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypat
 def test_every_job_is_done_once_and_its_result_is_its_own(count: int) -> None:
     done: list[int] = []
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> tuple[int, str]:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> tuple[int, str]:
         done.append(job)
         return job, device.type
 
@@ -106,7 +104,7 @@ def test_one_job_of_a_device_solves_while_another_reads() -> None:
     solving: list[int] = []
     together: list[int] = []
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> bool:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> bool:
         if job == 1:
             second_waits.set()
         with device_lock:
@@ -128,7 +126,7 @@ def test_one_job_of_a_device_solves_while_another_reads() -> None:
 def test_devices_solve_at_the_same_time() -> None:
     together = threading.Barrier(3, timeout=PATIENCE_S)
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> int:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> int:
         with device_lock:
             return together.wait()
 
@@ -145,7 +143,7 @@ def test_no_more_jobs_are_begun_than_there_are_hands(count: int) -> None:
     all_hands = threading.Barrier(threads_per_device + 1, timeout=PATIENCE_S)
     begun: list[int] = []
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> bool:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> bool:
         begun.append(job)
         if job < threads_per_device:
             all_hands.wait()
@@ -165,7 +163,7 @@ def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> N
     release = threading.Event()
     begun: list[int] = []
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> None:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> None:
         begun.append(job)
         if job == 0:
             raise KeyError("the first")
@@ -189,7 +187,7 @@ def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
     """A LAPACK call cannot be interrupted; whoever pressed Ctrl-C does not sit it out."""
     solving, release, finished = threading.Event(), threading.Event(), threading.Event()
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> None:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> None:
         with device_lock:
             solving.set()
             release.wait(PATIENCE_S)
@@ -212,7 +210,7 @@ def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads:
     """Else it would write into the next run's files, and give it threads that are not its own."""
     solving, release = threading.Event(), threading.Event()
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> None:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> None:
         with device_lock:
             solving.set()
             release.wait(PATIENCE_S)
@@ -264,7 +262,7 @@ def test_the_number_of_threads_is_given_back(count: int, fails: bool, two_thread
 def test_every_hand_computes_on_one_thread_whenever_it_came(two_threads: None) -> None:
     """The sums of a product, and so the last bits, would follow the number of threads."""
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> int:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> int:
         torch.ones(2).add(1)  # what reading a weight does: the first touch of torch in this thread
         with device_lock:
             return torch.get_num_threads()
@@ -288,7 +286,7 @@ def test_a_solve_has_the_same_bits_whatever_the_cores_of_its_crew(
 ) -> None:
     W = matrices.language_model_like(*shape)
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> Triplets:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> Triplets:
         with device_lock:
             return singular_triplets(W, 10, mode=mode)
 
@@ -319,7 +317,7 @@ def test_several_devices_make_the_same_bytes_as_one(
         monkeypatch.chdir(tmp_path / str(count))
         monkeypatch.setattr(
             initializing,
-            "seats",
+            "solver_devices",
             lambda _, count=count, threads_per_device=threads_per_device: ((CPU,) * count, threads_per_device),
         )
         start(checkpoint("llama", "bfloat16"), out="out", mode=mode)

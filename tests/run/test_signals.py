@@ -22,10 +22,11 @@ AT_ONCE_S = 3
 # A factorisation that takes minutes: like LAPACK, a call that lets other threads run and hears no signal.
 COMMAND = """
 import ctypes, sys, threading
-from milora_init import decompose, weight_job
 from milora_init.cli.main import main
+from milora_init.run import weight
+from milora_init.run.journal import Journal
 
-solve, calls, recorded = weight_job.split, [], threading.Semaphore(0)
+solve, calls, recorded = weight.split, [], threading.Semaphore(0)
 
 def split(*arguments, **options):
     calls.append(1)
@@ -36,12 +37,12 @@ def split(*arguments, **options):
         ctypes.CDLL(None).sleep(300)
     return solve(*arguments, **options)
 
-def record(self, line, real=decompose.OutputFolder.record):
+def append(self, line, real=Journal.append):
     real(self, line)
     recorded.release()
 
-weight_job.split = split
-decompose.OutputFolder.record = record
+weight.split = split
+Journal.append = append
 main(sys.argv[1:])
 """
 

@@ -26,6 +26,7 @@ from milora_init.model.adaptable import Adaptable
 from milora_init.plan.weights import WeightPlan
 from milora_init.run import weight as weight_run
 from milora_init.run.adapter_file import part_header, part_key
+from milora_init.run.progress import Progress
 from milora_init.run.weight import WeightJob, run
 
 CPU = torch.device("cpu")
@@ -49,19 +50,19 @@ class Desk:
         self.job = WeightJob(
             plan=plan,
             source=source.locate(TENSOR),
-            residual=self.base.place(TENSOR),
-            A=self.factors.place(part_key(MODULE, "A")),
-            B=self.factors.place(part_key(MODULE, "B")),
+            residual=self.base.target(TENSOR),
+            A=self.factors.target(part_key(MODULE, "A")),
+            B=self.factors.target(part_key(MODULE, "B")),
             mode="min",
         )
 
     def do(self, job: WeightJob | None = None) -> WeightRecord:
         """Do the job and give the files their names."""
         with self.base, self.factors:
-            record = run(job or self.job, CPU, nullcontext())
-            self.base.written(TENSOR)
+            record = run(job or self.job, CPU, nullcontext(), Progress())
+            self.base.mark_written(TENSOR)
             for factor in "AB":
-                self.factors.written(part_key(MODULE, factor))
+                self.factors.mark_written(part_key(MODULE, factor))
             self.factors.finish()
             self.base.finish()
         return record
@@ -149,7 +150,7 @@ def test_a_weight_that_does_not_fit_beside_the_other_hands_one_waits_for_its_tur
     desk = Desk(tmp_path)
     real, mine = torch.Tensor.to, [False]
 
-    class Turn:
+    class Lock:
         def __enter__(self) -> None:
             mine[0] = True
 
@@ -165,7 +166,7 @@ def test_a_weight_that_does_not_fit_beside_the_other_hands_one_waits_for_its_tur
     refused: list[torch.Size] = []
     with desk.base, desk.factors:
         monkeypatch.setattr(torch.Tensor, "to", to)
-        assert run(desk.job, CPU, Turn()).device == "cpu"
+        assert run(desk.job, CPU, Lock(), Progress()).device == "cpu"
     assert refused == [SHAPE]
 
 
@@ -230,7 +231,7 @@ def test_a_late_write_of_a_failed_run_goes_nowhere(tmp_path: Path) -> None:
     header = plan_header([("w", "F32", (4,))])
     path = tmp_path / "x.safetensors"
     with SafetensorsWriter(path, header) as failed:
-        late = failed.place("w").opened()
+        late = failed.target("w").opened()
         write = late.__enter__()
     with SafetensorsWriter(path, header) as following:
         write(torch.full((4,), 13.0))
@@ -244,7 +245,7 @@ def test_a_late_write_of_a_failed_run_goes_nowhere(tmp_path: Path) -> None:
 
 def test_a_place_in_a_file_that_is_gone_is_an_output_error(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", plan_header([("w", "F32", (4,))])) as failed:
-        place = failed.place("w")
+        place = failed.target("w")
     with pytest.raises(OutputError, match=r"x\.safetensors\.partial"), place.opened():
         pass
     assert contents(tmp_path) == {}
@@ -255,11 +256,11 @@ def test_places_of_one_file_do_not_touch_each_other(tmp_path: Path) -> None:
     given = {"a": torch.tensor([1.0, 2, 3]), "b": torch.arange(5).bfloat16(), "c": torch.tensor(4.0)}
     path = tmp_path / "x.safetensors"
     with SafetensorsWriter(path, header) as writer:
-        places = {name: pickle.loads(pickle.dumps(writer.place(name))) for name in ("b", "c", "a")}
+        places = {name: pickle.loads(pickle.dumps(writer.target(name))) for name in ("b", "c", "a")}
         for name, place in places.items():
             with place.opened() as write:
                 write(given[name])
-            writer.written(name)
+            writer.mark_written(name)
         writer.finish()
     assert read_header(path) == header
     assert all(same_bytes(tensor, given[name]) for name, tensor in load_file(path).items())

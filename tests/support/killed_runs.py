@@ -31,7 +31,7 @@ from milora_init.manifest import MANIFEST, WORK_FOLDER, read_manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
 from milora_init.run.initialize import run_plan
-from milora_init.run.output_folder import OutputFolder
+from milora_init.run.journal import Entry, Head, Journal
 from support.tiny_models import contents
 
 # What Python tells an audit hook when it is about to change a name or open a file.
@@ -160,21 +160,21 @@ def at_journal_line(number: int, when: str) -> Callable[[], None]:
     """Die at a line of the journal: before it, when half of it stands, or after it."""
 
     def prepare() -> None:
-        real, seen = OutputFolder.record, [0]
+        real, seen = Journal.append, [0]
 
-        def record(self: OutputFolder[Any], line: dict[str, Any]) -> None:
+        def append(self: Journal, line: Head | Entry) -> None:
             if seen[0] == number and when == "before":
                 die()
             if seen[0] == number and when == "half":
-                with self.journal.open("ab") as file:
-                    file.write(json.dumps(line).encode()[:40])
+                with self.path.open("ab") as file:
+                    file.write(json.dumps(line.to_json()).encode()[:40])
                 die()
             real(self, line)
             if seen[0] == number:
                 die()
             seen[0] += 1
 
-        OutputFolder.record = record  # type: ignore[method-assign]
+        Journal.append = append  # type: ignore[method-assign]
 
     return prepare
 
