@@ -16,7 +16,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # A folder imports only from folders above it in this list, and from itself.
 FOLDERS = [
-    ".",  # errors, options, manifest, report
+    ".",  # errors, options, manifest, report, accuracy
     "checkpoint",
     "linalg",
     "model",

@@ -159,25 +159,25 @@ def read_merged(folder: Path) -> MergeResult | None:
 
 
 def merge(
-    base: str,
+    pair: str,
     out: str,
     *,
-    trained: str | None = None,
+    adapter: str | None = None,
     overwrite: bool = False,
-    against: str | None = None,
+    model: str | None = None,
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
     progress: MergeProgress = lambda *_: None,
 ) -> MergeResult:
-    """Write to `out` the model that the residual base `base` and an adapter compute together.
+    """Write to `out` one plain model that computes what a residual base and an adapter compute together.
 
     Args:
-        base: A folder that milora-init wrote.
+        pair: A folder that milora-init wrote: the residual base and the initial adapter.
         out: Folder to write.
-        trained: The trained adapter; None for the initial one in `base`.
+        adapter: The trained adapter; None for the initial one in `pair`.
         overwrite: Replace an earlier merge in `out`.
-        against: The original model, a folder or a Hub id: count the merged entries that have its bits.
+        model: The original model, a folder or a Hub id: count the merged entries that have its bits.
         revision, cache_dir, token: For an original model on the Hub. Without a revision, the recorded commit.
         progress: Called for each shard that is finished: its name, the bytes of all finished shards, those of all.
 
@@ -191,14 +191,14 @@ def merge(
         SolveError: A merged weight that does not fit the original's dtype.
     """
     started = time.monotonic()
-    for option, value in (("OUT", base), ("--out", out), ("--adapter", "-" if trained is None else trained)):
+    for option, value in (("OUT", pair), ("--out", out), ("--adapter", "-" if adapter is None else adapter)):
         if not value:  # such as an unset variable of a shell: it must not select a default
             raise UsageError(f"{option} is empty", hint="name a folder")
-    plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None, overwrite=overwrite)
-    model = None
-    if against:
-        options = InitOptions(model=against, out=out, revision=revision, cache_dir=cache_dir, token=token)
-        model = _open_original(plan.manifest, options)
+    plan = plan_merge(Path(pair).expanduser(), Path(adapter).expanduser() if adapter else None, overwrite=overwrite)
+    original = None
+    if model:
+        options = InitOptions(model=model, out=out, revision=revision, cache_dir=cache_dir, token=token)
+        original = _open_original(plan.manifest, options)
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
     require_outside(folder.path, plan.adapter.path, "./merged")
     if (folder.path / "adapter_config.json").exists():
@@ -206,7 +206,7 @@ def merge(
     if (folder.path / MANIFEST).exists():
         raise OutputError(f"{folder.path} holds an output of milora-init", hint="choose another --out")
     if finished := folder.prepare(plan):
-        return _compared(replace(finished, unchanged=True), folder.path, model, plan.manifest)
+        return _compared(replace(finished, unchanged=True), folder.path, original, plan.manifest)
     try:
         _write_shards(plan, folder, progress)
         for name in plan.side_files:
@@ -220,7 +220,7 @@ def merge(
         raise
     merged = MergeResult(
         out=out,
-        base=base,
+        base=pair,
         adapter=str(plan.adapter.path),
         modules=len(plan.manifest.weights),
         fingerprint=plan.fingerprint,
@@ -230,54 +230,54 @@ def merge(
         entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
     )
     folder.finish(merged)
-    return _compared(merged, folder.path, model, plan.manifest)
+    return _compared(merged, folder.path, original, plan.manifest)
 
 
 def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     """The original model of a base. Raises CheckpointError for another model."""
-    model = open_model(fetch_original(manifest, options))
-    if not model.has_weights(manifest.inputs["source"]):
+    original = open_model(fetch_original(manifest, options))
+    if not original.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
             f"{options.model} is not what this base was made from: another model, or another commit",
             hint=f"name the model it was made from: --against {manifest.source['model']}",
         )
-    return model
+    return original
 
 
-def _compared(merged: MergeResult, folder: Path, model: Checkpoint | None, manifest: Manifest) -> MergeResult:
+def _compared(merged: MergeResult, folder: Path, original: Checkpoint | None, manifest: Manifest) -> MergeResult:
     """The result with the number of bit-equal entries, if the original model is given."""
-    if model is None:
+    if original is None:
         return merged
-    return replace(merged, bit_equal=count_bit_equal(open_checkpoint(folder), model, manifest))
+    return replace(merged, bit_equal=count_bit_equal(open_checkpoint(folder), original, manifest))
 
 
-def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = False) -> MergePlan:
+def plan_merge(pair: Path, adapter: Path | None = None, *, overwrite: bool = False) -> MergePlan:
     """Read the headers of a base and an adapter, and check that they belong together. Raises as `merge`."""
-    manifest = require_manifest(base)
-    require_inside(base, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
-    checkpoint = open_checkpoint(base)
+    manifest = require_manifest(pair)
+    require_inside(pair, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
+    checkpoint = open_checkpoint(pair)
     for name, size_bytes in manifest.files.items():
         if name in (LORA_CONFIG, LORA_WEIGHTS):  # the adapter is checked below
             continue
-        intact = (base / name).is_file() and (base / name).stat().st_size == size_bytes
+        intact = (pair / name).is_file() and (pair / name).stat().st_size == size_bytes
         if intact and name not in checkpoint.headers:  # shards are hashed when they are read
-            intact = sha256(base / name) == manifest.hashes.get(name)
+            intact = sha256(pair / name) == manifest.hashes.get(name)
         if not intact:
-            raise CheckpointError(f"{base}: {name} was changed or removed", hint=f"milora-init verify {base}")
-    initial = read_lora(base / LORA_FOLDER, manifest.weights)
+            raise CheckpointError(f"{pair}: {name} was changed or removed", hint=f"milora-init verify {pair}")
+    initial = read_lora(pair / LORA_FOLDER, manifest.weights)
     require_made_with(initial, manifest)
-    adapter = read_lora(trained, manifest.weights) if trained else initial
-    if adapter.path.resolve() != initial.path.resolve():
-        require_pair(initial, adapter, manifest)
-        require_trained_on(adapter, manifest, initial.weights)
-    _require_fit(adapter, manifest)
+    lora = read_lora(adapter, manifest.weights) if adapter else initial
+    if lora.path.resolve() != initial.path.resolve():
+        require_pair(initial, lora, manifest)
+        require_trained_on(lora, manifest, initial.weights)
+    _require_fit(lora, manifest)
     records: dict[str, list[WeightRecord]] = {}
     for record in manifest.weights:
         records.setdefault(record.tensor, []).append(record)
     headers = {name: _merged_header(header, records) for name, header in checkpoint.headers.items()}
-    plan = MergePlan(checkpoint, manifest, adapter, records, headers, overwrite)
+    plan = MergePlan(checkpoint, manifest, lora, records, headers, overwrite)
     if foreign := [name for name in plan.side_files if not travels(Path(name).parts[0])]:
-        raise CheckpointError(f"{base / MANIFEST} names {foreign[0]}, which is no file of an output", hint=_FETCH_AGAIN)
+        raise CheckpointError(f"{pair / MANIFEST} names {foreign[0]}, which is no file of an output", hint=_FETCH_AGAIN)
     return plan
 
 

@@ -67,7 +67,7 @@ def initialize(options: InitOptions, *, progress: Progress | None = None) -> Man
 
 
 class ShardUploader(Protocol):
-    """Uploads finished shards while others are made, for a disk that cannot hold them all: a `hub.upload.Repository`."""
+    """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
 
     def begin(self) -> None:
         """Shards will be uploaded, the first ones or more of them."""

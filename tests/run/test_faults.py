@@ -40,7 +40,7 @@ def require_unfinished(out: Path) -> None:
     assert not [name for name in left if name.endswith(".partial")]
 
 
-# A disk that is full once the first file of the output stands on it, and has room again for the second attempt.
+# A disk that is full after the first file of the output, and has space again for the second attempt.
 FULL_DISK = """
 import os, sys
 from pathlib import Path
@@ -147,7 +147,7 @@ NAMES = ["rewritten", "replaced", "cut in half", "cut to nothing", "removed"]
 
 
 class AtFirstTensor(Progress):
-    """Does something when the first tensor of the run has been dealt with: its files are open then."""
+    """Does something after the first tensor of the run, when files are open."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self.acts = [act]
@@ -158,7 +158,7 @@ class AtFirstTensor(Progress):
 
 
 class AfterFirstShard(AtFirstTensor):
-    """Does something when the first file of the output stands."""
+    """Does something when the first file of the output is finished."""
 
     def tensor(self, name: str, size_bytes: int) -> None: ...
 

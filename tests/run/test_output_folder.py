@@ -1,4 +1,4 @@
-"""output: what is not ours is never touched, and what is ours is finished, resumable, or gone."""
+"""output_folder: files of others are never touched, and ours are finished, resumable, or removed."""
 
 from __future__ import annotations
 

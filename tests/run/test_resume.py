@@ -1,4 +1,4 @@
-"""A run that was cut off: the same command takes it up, and the bytes are those of a straight run."""
+"""A run that was interrupted: the same command resumes it, and the bytes are those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_damaged_journal_is_an_error_that_names_it(
 
 
 def test_what_a_killed_run_left_is_taken_up_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    """A kill runs no cleaning code: the partial file of the shard at work still stands."""
+    """A kill runs no cleaning code: the partial file of the current shard is still there."""
     source = checkpoint("llama")
     for options in ({}, {"rank": 3, "overwrite": True}):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -169,7 +169,7 @@ def damage(path: Path) -> None:
 
 
 class Remade(Count):
-    """Remembers too what was told to be made again."""
+    """Also remembers the shards that were reported as made again."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What cuts a run off in a test, and what watches one being taken up again."""
+"""Interrupt a run in a test, and watch one that is resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milora_init.run.progress import Progress, ShardResult
 
 
 class PulledPlugError(Exception):
-    """What stands for a cut-off run."""
+    """Raised to interrupt a run."""
 
 
 class PullThePlug(Progress):
