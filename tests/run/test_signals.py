@@ -22,8 +22,9 @@ AT_ONCE_S = 3
 # A factorisation that takes minutes: like LAPACK, a call that lets other threads run and hears no signal.
 COMMAND = """
 import ctypes, sys, threading
-from milora_init.run import initialize, weight
 from milora_init.cli.main import main
+from milora_init.run import weight
+from milora_init.run.journal import Journal
 
 solve, calls, recorded = weight.split, [], threading.Semaphore(0)
 
@@ -36,12 +37,12 @@ def split(*arguments, **options):
         ctypes.CDLL(None).sleep(300)
     return solve(*arguments, **options)
 
-def record(self, line, real=initialize.OutputFolder.record):
+def append(self, line, real=Journal.append):
     real(self, line)
     recorded.release()
 
 weight.split = split
-initialize.OutputFolder.record = record
+Journal.append = append
 main(sys.argv[1:])
 """
 
