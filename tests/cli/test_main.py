@@ -344,7 +344,7 @@ def test_an_error_of_ours_is_reported_as_one_and_not_as_a_traceback(
     said = cli(checkpoint("llama"))
     assert said.status == 1
     assert "Traceback" in said.stderr
-    assert "weight_job.py" in said.stderr
+    assert "run/weight.py" in said.stderr
     assert cli(checkpoint("llama"), "--mode", "minor").status == 2  # a status means the same, however much is told
 
 
@@ -522,7 +522,7 @@ def test_an_interruption_speaks_of_the_command_and_not_of_a_word(
     monkeypatch.setattr(weight_run, "split", interrupted)
     Path("verify").symlink_to(checkpoint("llama"))
     require_error(cli("verify"), 130, "run the same command to resume")
-    monkeypatch.setattr("milora_init.verify.verify", interrupted)
+    monkeypatch.setattr("milora_init.verify.verify.verify", interrupted)
     require_error(raw(capsys, "verify", "out"), 130, "run the same command again")
 
 
@@ -535,7 +535,7 @@ def test_a_plan_measures_the_device_that_it_is_for(
         measured.append(str(device))
         return 1e9
 
-    monkeypatch.setattr("milora_init.workers.multiply_rate", rate)
+    monkeypatch.setattr("milora_init.run.devices.multiply_rate", rate)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert cli(checkpoint("llama"), "--dry-run").status == 0  # with --device cpu

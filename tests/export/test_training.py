@@ -28,7 +28,9 @@ from milora_init.verify.verify import TRAINED, verify
 
 Built = Callable[..., Path]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- run by tests/test_training\.py: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL))
+BLOCKS = dict(
+    re.findall(r"<!-- run by tests/export/test_training\.py: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
+)
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(57))]
 NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 

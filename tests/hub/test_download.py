@@ -130,10 +130,10 @@ REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] =
         "tiny/llama is gated", "accept its terms",
     ),
     "wrong revision": (lambda _: None, ("--revision", "nope"), "tiny/llama has no revision 'nope'", "name a branch"),
-    "rate limited": (lambda h: setattr(h, "fault", lambda *_: 429), (), "limits our rate", "wait a few minutes"),
+    "rate limited": (lambda h: setattr(h, "fault", lambda *_: 429), (), "limits the rate", "wait a few minutes"),
     "forbidden": (
         lambda h: setattr(h, "fault", lambda _, path: 403 if ".safetensors" in path else None), (),
-        "does not let this token at tiny/llama (status 403)", "hf auth login",
+        "refuses this token for tiny/llama (status 403)", "hf auth login",
     ),
     "no weights": (
         lambda h: h.repositories["tiny/llama"].commit({"config.json": b"{}", "pytorch_model.gguf": b""}), (),

@@ -83,7 +83,7 @@ SLOW = "re:([a-z_.0-9]+)*!"
 
 @pytest.mark.parametrize("pattern", [SLOW, "re:(a|a)*(.*)*#" + "(.*.*)*" * 20, "re:" + "(.*)*" * 30 + "!"])
 def test_a_regular_expression_has_a_limit(pattern: str, checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milora_init.targets._LIMIT_S", 1)
+    monkeypatch.setattr("milora_init.lora.targets._LIMIT_S", 1)
     structure = names_of(checkpoint("llama"))
     for asked in ([pattern], []), (["q_proj"], [pattern]):
         with pytest.raises(PlanError, match="takes more than 1 s to match") as caught:
@@ -94,7 +94,7 @@ def test_a_regular_expression_has_a_limit(pattern: str, checkpoint: Built, monke
 def test_a_pattern_of_ranks_has_the_same_limit(
     checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("milora_init.targets._LIMIT_S", 1)
+    monkeypatch.setattr("milora_init.lora.targets._LIMIT_S", 1)
     for option in ("rank_pattern", "alpha_pattern"):
         given: dict[str, Any] = {option: {SLOW: 2}}
         options = InitOptions(model=str(checkpoint("llama")), out=str(tmp_path / "out"), **given)

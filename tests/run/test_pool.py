@@ -18,7 +18,7 @@ from milora_init.errors import UsageError
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.manifest import MANIFEST
 from milora_init.modes import Mode
-from milora_init.run import devices, pool
+from milora_init.run import devices
 from milora_init.run import initialize as initializing
 from milora_init.run.devices import multiply_rate, resolve_devices, weights_at_once
 from milora_init.run.pool import SolverPool, one_ahead
@@ -79,7 +79,7 @@ def test_the_rate_of_this_machine_is_a_rate() -> None:
 def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 28 < devices.memory_bytes() < 1 << 50
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(pool, "memory_bytes", lambda: 4000)
+    monkeypatch.setattr(devices, "memory_bytes", lambda: 4000)
     assert weights_at_once([10] * 9) == 4  # a core each
     assert weights_at_once([10, 10]) == 2
     assert weights_at_once([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
@@ -319,7 +319,7 @@ def test_several_devices_make_the_same_bytes_as_one(
         monkeypatch.chdir(tmp_path / str(count))
         monkeypatch.setattr(
             initializing,
-            "seats",
+            "solver_devices",
             lambda _, count=count, threads_per_device=threads_per_device: ((CPU,) * count, threads_per_device),
         )
         start(checkpoint("llama", "bfloat16"), out="out", mode=mode)

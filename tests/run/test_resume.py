@@ -16,7 +16,7 @@ from support.tiny_models import contents
 
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, read_manifest
-from milora_init.run import initialize as initializing
+from milora_init.run import devices
 from milora_init.run.output_folder import OutputFolder
 
 Built = Callable[..., Path]
@@ -74,7 +74,7 @@ def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
 ) -> None:
     """Shards that other threads complete after the failure are not in the journal; they must not bar the way."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr(initializing, "resolve_devices", lambda _: (cpu,) * 3)
+    monkeypatch.setattr(devices, "resolve_devices", lambda _: (cpu,) * 3)
     monkeypatch.setattr(OutputFolder, "record", _record_only_the_first)
     with pytest.raises(PulledPlugError):
         start(checkpoint("llama"))
