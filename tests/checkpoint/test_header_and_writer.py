@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support import fork_server
 from support.raw_headers import entry, raw_file, written
 from support.reference import same_bytes
 from support.tiny_models import contents
@@ -265,25 +265,20 @@ def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
-NO_ROOM = """
-import resource, sys, torch
-from pathlib import Path
-from milora_init.errors import OutputError
-from milora_init.checkpoint.header import plan_header
-from milora_init.checkpoint.writer import SafetensorsWriter
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    with SafetensorsWriter(Path(sys.argv[1]), plan_header([("w", "F32", (100, 100))])) as writer:
-        writer.write("w", torch.zeros(100, 100))
-except OutputError as error:
-    print(error.message, "|", error.hint)
-"""
+def write_more_than_fits(path: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    try:
+        with SafetensorsWriter(path, plan_header([("w", "F32", (100, 100))])) as writer:
+            writer.write("w", torch.zeros(100, 100))
+    except OutputError as error:
+        print(error.message, "|", error.hint)
 
 
 def test_a_file_too_large_for_its_disk_is_an_output_error_that_leaves_nothing(tmp_path: Path) -> None:
     """The kernel's own refusal: a limit on file sizes replaces a full disk, which a test cannot have."""
     path = tmp_path / "x.safetensors"
-    done = subprocess.run([sys.executable, "-c", NO_ROOM, str(path)], capture_output=True, text=True, check=True)
+    done = fork_server.run(write_more_than_fits, path)
+    assert done.returncode == 0, done.stderr
     message, hint = done.stdout.strip().split(" | ")
     assert message == f"cannot write {path}.partial: {os.strerror(errno.EFBIG)}"
     assert "free some space" in hint

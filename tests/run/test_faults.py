@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import fork_server
 from support.interruptions import shards
 from support.tiny_models import contents
 
@@ -98,12 +100,9 @@ def test_a_disk_that_fills_up_in_the_middle_is_an_error_and_the_run_resumed_once
     assert weights(copy) == weights(tmp_path / "straight")
 
 
-LIMITED = """
-import resource, sys
-from milora_init.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-main(sys.argv[2:])
-"""
+def milora_with_small_files(largest_bytes: int, *arguments: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes, resource.RLIM_INFINITY))
+    fork_server.command_line(*arguments)
 
 
 def test_a_file_that_cannot_grow_is_an_error_of_the_command_and_the_run_resumed(
@@ -112,8 +111,8 @@ def test_a_file_that_cannot_grow_is_an_error_of_the_command_and_the_run_resumed(
     """The kernel's own refusal where no file system can be mounted: a limit on the size of files."""
     source, out = checkpoint("llama"), tmp_path / "out"
     largest = max((source / name).stat().st_size for name in shards(source))
-    command = [sys.executable, "-c", LIMITED, str(largest - 1), "-m", str(source), "-o", str(out), "-r", "4", "-q"]
-    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False)
+    command = ["-m", str(source), "-o", str(out), "-r", "4", "-q", "--device", "cpu"]
+    done = fork_server.run(milora_with_small_files, largest - 1, *command)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: cannot write {out}/")
     assert f"{os.strerror(errno.EFBIG)}\n\nhint: free some space, or choose another --out\n" in done.stderr

@@ -1,11 +1,6 @@
-"""Runs that are killed, resumed and compared: a process of its own, for test_killed_runs.
+"""Runs that are killed, resumed and compared: what test_killed_runs calls in a process of its own.
 
-    python killed_runs.py SOURCE FOLDER [journal] [steps:STRIDE] [overwrites:STRIDE] [moments:COUNT]
-                                        [merges:STRIDE] [merge-moments:COUNT]
-
-Imports and the plan are paid for once: every run is a fork of this process, which by then has no other thread.
-Prints one JSON object: for each kind of killing how many runs there were, how many of them were cut short, and how
-many came through.
+Imports and the plan are paid for once: every run is a fork of that process, which by then has no other thread.
 """
 
 from __future__ import annotations
@@ -18,13 +13,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from milora_init.export.merge import MERGED, merge
 from milora_init.manifest import MANIFEST, WORK_FOLDER, read_manifest
@@ -196,8 +189,14 @@ def at_step(number: int) -> Callable[[], None]:
     return prepare
 
 
-def main(source: Path, folder: Path, wanted: list[str]) -> None:
-    torch.set_num_threads(1)
+def main(source: Path, folder: Path, wanted: Sequence[str]) -> None:
+    """Print one JSON object: for each kind of killing the number of runs, of those cut short, and of those completed.
+
+    Args:
+        source: The model.
+        folder: To work in, as `Killed` does.
+        wanted: Of journal, steps:STRIDE, overwrites:STRIDE, moments:COUNT, merges:STRIDE, merge-moments:COUNT.
+    """
     options = InitOptions(model=str(source), out="out", rank=4, device=("cpu",), mode="random")
     plan, earlier, over_it = (
         make_plan(o, source) for o in (options, replace(options, rank=3), replace(options, overwrite=True))
@@ -234,7 +233,3 @@ def main(source: Path, folder: Path, wanted: list[str]) -> None:
                     killed.run(at_step(killed.runs * int(amount)))
         said[kind] = killed.counts()
     print(json.dumps(said))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
