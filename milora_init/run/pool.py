@@ -113,14 +113,20 @@ class HashPool:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="hash")
         self._cancelled = threading.Event()
+        self._recording = threading.Lock()
 
     def sha256(self, path: Path) -> Future[str]:
         """The SHA-256 of a file."""
         return self._pool.submit(sha256, path, cancelled=self._cancelled)
 
     def submit(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
-        """Let a thread call a function that hashes and records a file of the output."""
-        return self._pool.submit(function, *args, **kwargs)
+        """Let a thread call a function that hashes and records a shard of the output; one such call at a time."""
+
+        def call() -> Result:
+            with self._recording:
+                return function(*args, **kwargs)
+
+        return self._pool.submit(call)
 
     def __enter__(self) -> HashPool:
         return self
