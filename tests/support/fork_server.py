@@ -151,7 +151,10 @@ def _child(
     for number, file in enumerate(files):
         _connect(number, file)
     # Both of each, as the interpreter does: a stream closes its buffer when the last reference to it goes.
-    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = tuple(map(_stream, range(3)))
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = _stream(number)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     # Also where the tests themselves were started with SIGINT ignored, in the background say.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     time.tzset()
