@@ -31,7 +31,7 @@ from milora_init.checkpoint.side_files import travels
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.export.merge_shard import MergeShard
 from milora_init.hub.source import fetch_original
-from milora_init.lora.compatibility import require_made_with, require_pair, require_trained_on
+from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
 from milora_init.manifest import (
     MANIFEST,
@@ -55,7 +55,8 @@ from milora_init.options import InitOptions
 from milora_init.run.devices import weights_at_once
 from milora_init.run.output_folder import OutputFolder, require_outside
 from milora_init.run.pool import SolverPool, one_ahead
-from milora_init.verify.tensors import count_bit_equal, misrecorded
+from milora_init.verify.files import check_weight_records
+from milora_init.verify.tensors import count_bit_equal
 
 MERGED = "milora_merge.json"
 _FETCH = "fetch the output again, from somebody you trust"
@@ -281,13 +282,13 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         with suppress(CheckpointError):  # a class that is not here, or is somebody's code: then the shapes alone tell
             structure = read_structure(base, checkpoint.config, shapes)
-    for fault in misrecorded(checkpoint, manifest, structure):
+    for fault in check_weight_records(checkpoint, manifest, structure):
         raise CheckpointError(f"{base / MANIFEST}: {fault.where} {fault.what}", hint=fault.hint)
     initial = read_lora(base / LORA_FOLDER, manifest.weights)
-    require_made_with(initial, manifest)
+    require_initial_adapter(initial, manifest)
     lora = read_lora(trained, manifest.weights) if trained else initial
     if lora.path.resolve() != initial.path.resolve():
-        require_pair(initial, lora, manifest)
+        require_same_modules(initial, lora, manifest)
         require_trained_on(lora, manifest, initial.weights)
     _require_fit(lora, manifest)
     records: dict[str, list[WeightRecord]] = {}
