@@ -165,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MiloraError], str]] = {
     "experts": (
         lambda t: edit(t, target_parameters=["experts.gate_up_proj"]),
         PlanError,
-        "experts.gate_up_proj is of experts",
+        "experts.gate_up_proj is a parameter of experts",
     ),
     "no weights": (lambda t: (t / "adapter_model.safetensors").unlink(), CheckpointError, "adapter_model"),
     "cut short": (

@@ -1,4 +1,4 @@
-"""targets: a request means what PEFT means by it; what most people do not mean has to be named."""
+"""targets: selected as in PEFT; experts and towers only by a target that names them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ SLOW = "re:([a-z_.0-9]+)*!"
 
 @pytest.mark.parametrize("pattern", [SLOW, "re:(a|a)*(.*)*#" + "(.*.*)*" * 20, "re:" + "(.*)*" * 30 + "!"])
 def test_a_regular_expression_has_a_limit(pattern: str, checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milora_init.targets._LIMIT_S", 1)
+    monkeypatch.setattr("milora_init.lora.targets._LIMIT_S", 1)
     structure = names_of(checkpoint("llama"))
     for asked in ([pattern], []), (["q_proj"], [pattern]):
         with pytest.raises(PlanError, match="takes more than 1 s to match") as caught:
@@ -94,7 +94,7 @@ def test_a_regular_expression_has_a_limit(pattern: str, checkpoint: Built, monke
 def test_a_pattern_of_ranks_has_the_same_limit(
     checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("milora_init.targets._LIMIT_S", 1)
+    monkeypatch.setattr("milora_init.lora.targets._LIMIT_S", 1)
     for option in ("rank_pattern", "alpha_pattern"):
         given: dict[str, Any] = {option: {SLOW: 2}}
         options = InitOptions(model=str(checkpoint("llama")), out=str(tmp_path / "out"), **given)
@@ -232,7 +232,7 @@ def test_experts_are_adapted_only_where_a_target_says_so(tmp_path: Path) -> None
 
 def test_where_only_experts_have_that_name_the_error_says_how_to_name_them(tmp_path: Path) -> None:
     structure = family("mixtral", tmp_path)
-    with pytest.raises(PlanError, match="only experts, which have to be named") as caught:
+    with pytest.raises(PlanError, match="only experts, which a target must name") as caught:
         select(structure, ["down_proj"])
     assert "experts.down_proj" in caught.value.hint
 
@@ -265,7 +265,7 @@ def test_a_vision_tower_is_adapted_only_where_a_target_names_it(name: str, tower
         {m.rpartition(".")[2] for m in inside} - {m.rpartition(".")[2] for m in structure.adaptable.keys() - inside}
     )
     if only:
-        with pytest.raises(PlanError, match=f"outside {tower}, which has to be named"):
+        with pytest.raises(PlanError, match=f"outside {tower}, which a target must name"):
             select(structure, [only[0]])
 
 
