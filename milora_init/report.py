@@ -1,4 +1,4 @@
-"""What a person or a program reads of a run: tables, warnings and the lines that load the pair."""
+"""The report on a run: a table of the weights, warnings, and the Python lines that load the pair."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from typing import Any
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.untrusted import printable
 
-LEAK_LINE = 0.1
-_CURED = 0.8 * LEAK_LINE  # other dtypes are measured on some of the rows only
+LEAK_LIMIT = 0.1  # above it a warning is given; see `Rounding.leak`
+_LEAK_ELSEWHERE = 0.8 * LEAK_LIMIT  # for other dtypes, whose leak is measured on some of the rows only
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """All weights of one name and shape, taken together."""
+class WeightGroup:
+    """All weights with the same last part of their name, shape and rank.
+
+    Attributes:
+        suffix, shape, count, rank: The last part of the name, the shape (m, n), how many there are, and their rank.
+        energy: Mean share of the component in the squared Frobenius norm.
+        leak: The largest part of a component that rounding left in the base.
+        certificate: The largest certified relative error of a component.
+        elapsed_s: Seconds for solving all of them.
+    """
 
     suffix: str
     shape: tuple[int, int]
@@ -29,13 +37,13 @@ class Kind:
     elapsed_s: float
 
 
-def kinds(weights: Iterable[WeightRecord]) -> list[Kind]:
-    """Weights by suffix, shape and rank: mean share of energy, worst leak, worst certificate, seconds together."""
+def weight_groups(weights: Iterable[WeightRecord]) -> list[WeightGroup]:
+    """The rows of the table: weights by suffix, shape and rank, in the model's order."""
     groups: dict[tuple[str, tuple[int, int], int], list[WeightRecord]] = {}
     for weight in weights:
         groups.setdefault((weight.suffix, weight.shape, weight.rank), []).append(weight)
     return [
-        Kind(
+        WeightGroup(
             suffix=suffix,
             shape=shape,
             count=len(group),
@@ -50,47 +58,50 @@ def kinds(weights: Iterable[WeightRecord]) -> list[Kind]:
 
 
 def component_error(weight: WeightRecord) -> float:
-    """The certified relative error of a component; infinite where the cut falls in a cluster and none is *the* one."""
+    """The certified relative error of a component; infinite if it is not unique (the cut falls in a cluster)."""
     error = weight.certificate.component_error
     return math.inf if error is None else error
 
 
 def warnings(manifest: Manifest) -> list[str]:
-    """What a person should know of this output before training on it."""
+    """The manifest's notices, and what should be known about the pair before training on it."""
     found = list(manifest.notices)
     worst = max(manifest.weights, key=lambda weight: weight.rounding.leak)
     leak = worst.rounding.leak
-    if leak > LEAK_LINE:
-        left = {dtype: _worst_if(dtype, manifest.weights) for dtype in worst.rounding.leak_if}
-        cures = [f"--dtype {dtype} ({value:.1e})" for dtype, value in left.items() if value < _CURED]
-        count = sum(weight.rounding.leak > LEAK_LINE for weight in manifest.weights)
-        others = f", and more than {LEAK_LINE:.0%} in {count - 1} more" if count > 1 else ""
+    if leak > LEAK_LIMIT:
+        leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in worst.rounding.leak_if}
+        options = [f"--dtype {dtype} ({value:.1e})" for dtype, value in leaks.items() if value < _LEAK_ELSEWHERE]
+        count = sum(weight.rounding.leak > LEAK_LIMIT for weight in manifest.weights)
+        others = f", and more than {LEAK_LIMIT:.0%} in {count - 1} more" if count > 1 else ""
         found.append(
             f"rounding to {worst.dtype} leaves {leak:.0%} of the component of {worst.module} in the base{others}"
-            + (f"; instead: {' or '.join(cures)}" if cures else "")
+            + (f"; instead: {' or '.join(options)}" if options else "")
         )
-    idle = [weight for weight in manifest.weights if weight.untrainable]
-    if idle:
+    affected = [weight for weight in manifest.weights if weight.untrainable]
+    if affected:
         found.append(
-            f"{sum(w.untrainable for w in idle)} directions in {len(idle)} weights have a singular value of almost zero"
-            f" and can hardly train, {idle[0].module} first"
+            f"{sum(w.untrainable for w in affected)} directions in {len(affected)} weights have a singular value of "
+            f"almost zero and can hardly train, {affected[0].module} first"
         )
     return found
 
 
-def _worst_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
-    """The most that rounding to a dtype would leave of a weight's component in the base; infinite if one overflows."""
+def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
+    """The largest leak if the weights were rounded to a dtype; infinite if one overflows."""
     found = [weight.rounding.leak_if.get(dtype) for weight in weights]
     return max(math.inf if value is None else value for value in found)
 
 
 def loading_lines(manifest: Manifest) -> str:
-    """Python that loads the pair for training. People run it: what comes out of a file is a name or a string in it."""
+    """Python that loads the pair for training.
+
+    People run these lines, so text from a file is either a valid identifier in them or a quoted string.
+    """
     architecture = str(manifest.source["architecture"])
     other_by_auto = manifest.source.get("other_class") and not manifest.inputs.get("text_only")
     causal = manifest.adapter["task_type"] == "CAUSAL_LM" and not other_by_auto
     cls = architecture if architecture.isidentifier() and not causal else "AutoModelForCausalLM"
-    out = printable(json.dumps(manifest.out, ensure_ascii=False))  # its escapes are Python's too
+    out = printable(json.dumps(manifest.out, ensure_ascii=False))  # JSON's escapes are valid in Python
     branch = manifest.adapter.get("revision")
     of_branch = f", revision={printable(json.dumps(branch))}" if branch else ""
     trusted = ", trust_remote_code=True" if manifest.source.get("trust_remote_code") else ""
@@ -103,7 +114,7 @@ def loading_lines(manifest: Manifest) -> str:
 
 
 def summary(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
-    """The one object that `--json` prints: the manifest and what follows from it."""
+    """The object that `--json` prints: the manifest, its status, the warnings and the loading lines."""
     return {
         "status": "unchanged" if unchanged else "done",
         **manifest.to_json(),
@@ -113,12 +124,12 @@ def summary(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
 
 
 def share(part: float) -> str:
-    """A share of a whole for people: 12.16%, 2.1e-06."""
+    """A share as text: 12.16%, 2.1e-06."""
     return f"{part:.2%}" if part > 1e-4 else f"{part:.1e}"
 
 
 def size(size_bytes: float) -> str:
-    """Bytes for people: 13.5 GB."""
+    """A number of bytes as text: 13.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size_bytes < 1000:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
@@ -127,7 +138,7 @@ def size(size_bytes: float) -> str:
 
 
 def duration(elapsed_s: float) -> str:
-    """Seconds for people: 1 h 02 min, 3 min 05 s, 4.2 s."""
+    """Seconds as text: 1 h 02 min, 3 min 05 s, 4.2 s."""
     if elapsed_s < 60:
         return f"{elapsed_s:.1f} s"
     minutes, seconds = divmod(round(elapsed_s), 60)

@@ -13,7 +13,7 @@ import pytest
 from milora_init.accuracy import Certificate, Rounding
 from milora_init.hub.model_card import card_text, step_summary
 from milora_init.manifest import Manifest, WeightRecord
-from milora_init.report import LEAK_LINE, duration, kinds, loading_lines, size, summary, warnings
+from milora_init.report import LEAK_LIMIT, duration, loading_lines, size, summary, warnings, weight_groups
 from milora_init.untrusted import printable
 
 
@@ -68,7 +68,7 @@ def manifest(*weights: WeightRecord, **values: Any) -> Manifest:
 
 
 def test_weights_of_one_name_and_shape_are_one_line() -> None:
-    found = kinds([
+    found = weight_groups([
         record("a.0.q_proj", energy=0.2, leak=0.01, certificate=certificate(1e-12), elapsed_s=1.0),
         record("a.0.up_proj", shape=(48, 32)),
         record("a.1.q_proj", energy=0.4, leak=0.03, certificate=certificate(1e-14), elapsed_s=2.5),
@@ -85,7 +85,7 @@ def test_weights_of_one_name_and_shape_are_one_line() -> None:
 
 
 def test_a_small_leak_is_no_warning() -> None:
-    assert warnings(manifest(record(leak=LEAK_LINE))) == []
+    assert warnings(manifest(record(leak=LEAK_LIMIT))) == []
 
 
 def test_a_large_leak_names_the_weight_and_the_dtypes_that_mend_it() -> None:

@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from milora_init.report import duration, kinds, loading_lines, share, size, warnings
+from milora_init.report import duration, loading_lines, share, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from milora_init.export.merge import MergeResult
     from milora_init.manifest import Manifest
     from milora_init.plan.plan import Plan
-    from milora_init.verify.verify import Verdict
+    from milora_init.verify.verdict import Verdict
 _DIFFERENCES = 20  # of a verdict, before the rest is only counted
 
 
@@ -144,7 +144,7 @@ def print_summary(manifest: Manifest, *, ended: str = "") -> None:
             f"{kind.certificate:.0e}" if math.isfinite(kind.certificate) else "not unique",
             duration(kind.elapsed_s),
         )
-        for kind in kinds(manifest.weights)
+        for kind in weight_groups(manifest.weights)
     ]
     _print_table(console, columns, rows, spare=("energy", "solving", "weights", "rank"))
     total = size(sum(manifest.files.values()))
@@ -158,7 +158,7 @@ def print_summary(manifest: Manifest, *, ended: str = "") -> None:
 def print_verdict(verdict: Verdict) -> None:
     """What `verify` found: the folder in one line on stdout; what differs, and its repair, on stderr."""
     console = _stdout()
-    console.print(f"{verdict.folder}: {verdict.kind}")
+    console.print(f"{verdict.folder}: {verdict.text}")
     if verdict.ok:
         console.print(f"compared: {_checked(verdict.checked)}")
     console = _stderr()

@@ -13,7 +13,6 @@ warning.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,10 +27,15 @@ from torch import Tensor
 from milora_init.checkpoint.header import plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
 from milora_init.errors import OutputError, PlanError, UsageError
-from milora_init.lora.compatibility import require_made_with, require_pair, require_related, require_trained_on
-from milora_init.lora.config import rank_and_alpha_patterns
+from milora_init.lora.compatibility import (
+    require_initial_adapter,
+    require_same_modules,
+    require_trained_from,
+    require_trained_on,
+)
+from milora_init.lora.config import rank_and_alpha_patterns, stacked_alpha
 from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, read_lora
-from milora_init.lora.tensor_layout import lora_key
+from milora_init.lora.tensor_layout import lora_key, stack_factors, stacked_shapes, unstack_factors
 from milora_init.manifest import read_manifest
 from milora_init.run.output_folder import require_outside
 
@@ -73,15 +77,15 @@ def convert(
     records = manifest.weights if manifest else ()
     before, after = read_lora(initial, records), read_lora(adapter, records)
     if manifest:
-        require_made_with(before, manifest)
-    require_pair(before, after, manifest)
+        require_initial_adapter(before, manifest)
+    require_same_modules(before, after, manifest)
     if after.digest == before.digest:
         hint = "name the folder that the trainer saved"
         raise PlanError(f"{adapter} holds the initial factors: it was not trained", hint=hint)
     if manifest:
         require_trained_on(after, manifest, before.weights)
     else:
-        require_related(after.weights, before.weights)
+        require_trained_from(before.weights, after.weights)
     if model is None and manifest is None:
         raise UsageError(f"no milora_init.json beside {initial} names the original model", hint="--base ORIGINAL")
     model = model or str(manifest.source["model"] if manifest else "")
@@ -129,12 +133,9 @@ def _write_weights(
     """Write the plain adapter's factors; with `scaled`, each module's scale is multiplied into its B."""
     header = plan_header(
         (
-            entry
+            (lora_key(module, factor), "F32", shape)
             for module, factors in before.modules.items()
-            for entry in (
-                (lora_key(module, "A"), "F32", (ranks[module] * factors.experts, factors.shape[1])),
-                (lora_key(module, "B"), "F32", (factors.shape[0], ranks[module] * factors.experts)),
-            )
+            for factor, shape in zip("AB", stacked_shapes(ranks[module], factors.shape, factors.experts), strict=True)
         ),
         metadata={"format": "pt"},
     )
@@ -155,8 +156,8 @@ def _write_weights(
                 B = factors.scale * B
             if compress:
                 A, B, lost = compressed(A, B, ranks[module])
-            writer.write(lora_key(module, "A"), A.flatten(0, 1).float().contiguous())
-            writer.write(lora_key(module, "B"), B.permute(1, 2, 0).flatten(1, 2).float().contiguous())
+            for factor, tensor in zip("AB", stack_factors(A, B), strict=True):
+                writer.write(lora_key(module, factor), tensor.float().contiguous())
             results.append(ConvertedModule(module, ranks[module], lost))
         writer.finish()
     return results
@@ -169,12 +170,7 @@ def difference(trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor], e
         trained, initial: A (experts * r, n) and B (m, r * experts), as in the adapter's file.
         experts: How many are stacked; 1 for a plain module.
     """
-
-    def by_expert(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        stacked = B.double().reshape(B.shape[0], -1, experts)
-        return A.double().reshape(experts, -1, A.shape[1]), stacked.permute(2, 0, 1)
-
-    (A, B), (A0, B0) = by_expert(*trained), by_expert(*initial)
+    (A, B), (A0, B0) = (unstack_factors(A.double(), B.double(), experts) for A, B in (trained, initial))
     return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
 
 
@@ -205,7 +201,7 @@ def _ranks_and_alphas(before: LoraAdapter, ranks: Mapping[str, int], *, scaled: 
     """The keys of adapter_config.json for ranks and scales; with `scaled`, each module's alpha is its rank."""
     if not scaled:
         rslora = bool(before.config.get("use_rslora"))
-        alpha = before.config["lora_alpha"] * (math.sqrt(2) if rslora else 2)
+        alpha = stacked_alpha(before.config["lora_alpha"], 2, rslora=rslora)
         return {"r": 2 * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
                 "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
     highest = max(ranks.values())

@@ -33,7 +33,7 @@ from milora_init.errors import CheckpointError, OutputError, PlanError, UsageErr
 from milora_init.export import merge_weight
 from milora_init.export.merge_weight import MergeJob
 from milora_init.hub.source import fetch_original
-from milora_init.lora.compatibility import require_made_with, require_pair, require_trained_on
+from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
 from milora_init.manifest import (
     MANIFEST,
@@ -60,7 +60,8 @@ from milora_init.run.output_folder import OutputFolder, require_outside
 from milora_init.run.pool import HashPool, SolverPool, one_ahead
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.run.shard import ShardWriter
-from milora_init.verify.tensors import count_bit_equal, misrecorded
+from milora_init.verify.files import check_weight_records
+from milora_init.verify.tensors import count_bit_equal
 
 MERGED = "milora_merge.json"
 _FETCH_AGAIN = "fetch the output again, from somebody you trust"
@@ -290,13 +291,13 @@ def plan_merge(pair: Path, adapter: Path | None = None, *, overwrite: bool = Fal
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         with suppress(CheckpointError):  # an unknown class, or one with code of its own: then the shapes must do
             structure = read_structure(pair, checkpoint.config, shapes)
-    for fault in misrecorded(checkpoint, manifest, structure):
+    for fault in check_weight_records(checkpoint, manifest, structure):
         raise CheckpointError(f"{pair / MANIFEST}: {fault.where} {fault.what}", hint=fault.hint)
     initial = read_lora(pair / LORA_FOLDER, manifest.weights)
-    require_made_with(initial, manifest)
+    require_initial_adapter(initial, manifest)
     lora = read_lora(adapter, manifest.weights) if adapter else initial
     if lora.path.resolve() != initial.path.resolve():
-        require_pair(initial, lora, manifest)
+        require_same_modules(initial, lora, manifest)
         require_trained_on(lora, manifest, initial.weights)
     _require_fit(lora, manifest)
     records: dict[str, list[WeightRecord]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from milora_init.lora.config import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
 from milora_init.manifest import Manifest
-from milora_init.report import duration, kinds, loading_lines, share, size, warnings
+from milora_init.report import duration, loading_lines, share, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
 _METHODS = {
@@ -147,6 +147,6 @@ def table(manifest: Manifest) -> str:
     lines += [
         f"| {plain(kind.suffix)} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} "
         f"| {share(kind.energy)} | {kind.leak:.1e} | {kind.certificate:.0e} |"
-        for kind in kinds(manifest.weights)
+        for kind in weight_groups(manifest.weights)
     ]
     return "\n".join(lines)

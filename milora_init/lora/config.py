@@ -1,6 +1,6 @@
-"""Write adapter_config.json: ranks, alphas, scales and patterns.
+"""Content of adapter_config.json: ranks, alphas, scales and patterns.
 
-The file has only keys that every PEFT since 0.13 knows, because PEFT 0.13 refuses unknown keys; our own facts are in
+The file has only keys that every PEFT since 0.13 knows, because PEFT 0.13 refuses unknown keys; everything else is in
 the manifest. `init_lora_weights` is true and not "pissa": with "pissa" PEFT would run another SVD and change the base.
 Experts, and modules that PEFT would take for experts, are named in `target_parameters`, which needs a newer PEFT.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from milora_init.errors import PlanError
-from milora_init.lora.targets import PeftTargets, ends
+from milora_init.lora.targets import PeftTargets, name_suffixes
 from milora_init.untrusted import plain_names
 
 PEFT_FOR_MODULES = "0.13"
@@ -20,20 +20,20 @@ PEFT_FOR_EXPERTS = "0.19.1"  # the first that knows which side of a fused parame
 
 
 def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
-    """What PEFT multiplies B @ A with: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+    """The factor of B @ A in PEFT: alpha / rank, or alpha / sqrt(rank) with rsLoRA (https://arxiv.org/abs/2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def stacked_alpha(alpha: int, parts: int, *, rslora: bool) -> float:
-    """The alpha at which `parts` stacked matrices of one rank keep the scale that each has by itself."""
+def stacked_alpha(alpha: float, parts: int, *, rslora: bool) -> float:
+    """The alpha that keeps the scale when the rank becomes `parts` times as high."""
     return alpha * math.sqrt(parts) if rslora and parts > 1 else alpha * parts
 
 
 def match_pattern(patterns: Mapping[str, float]) -> Callable[[str], float | None]:
-    """What PEFT finds for a name in rank_pattern or alpha_pattern: the value of the first key that is its end.
+    """A function that looks up a name in rank_pattern or alpha_pattern as PEFT does: the first key that is its suffix.
 
     Raises:
-        ValueError: A key that is more than plain names; PEFT takes it for a regular expression.
+        ValueError: A key that is not made of plain names. PEFT would use it as a regular expression.
     """
     places: dict[str, tuple[int, float]] = {}
     for place, (key, value) in enumerate(patterns.items()):
@@ -41,7 +41,7 @@ def match_pattern(patterns: Mapping[str, float]) -> Callable[[str], float | None
             places.setdefault(name, (place, value))
 
     def find(name: str) -> float | None:
-        found = [places[end] for end in ends(name) if end in places] if places else []
+        found = [places[suffix] for suffix in name_suffixes(name) if suffix in places] if places else []
         return min(found)[1] if found else None
 
     return find
@@ -50,23 +50,23 @@ def match_pattern(patterns: Mapping[str, float]) -> Callable[[str], float | None
 def rank_and_alpha_patterns(
     ranks: Mapping[str, int], alphas: Mapping[str, float], *, rank: int, alpha: float
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """rank_pattern and alpha_pattern: for each name that has another rank or alpha than the defaults, its own.
+    """rank_pattern and alpha_pattern, with an entry for each name whose rank or alpha is not the default.
 
     Raises:
-        PlanError: PEFT would find another rank or alpha for a name than its own.
+        PlanError: PEFT would find another name's rank or alpha for a name.
     """
-    other = [name for name in ranks if ranks[name] != rank or alphas[name] != alpha]
-    rank_pattern = {name: ranks[name] for name in other}
-    alpha_pattern = {name: alphas[name] for name in other}
+    not_default = [name for name in ranks if ranks[name] != rank or alphas[name] != alpha]
+    rank_pattern = {name: ranks[name] for name in not_default}
+    alpha_pattern = {name: alphas[name] for name in not_default}
     try:
         rank_of, alpha_of = match_pattern(rank_pattern), match_pattern(alpha_pattern)
     except ValueError as error:
-        raise PlanError(f"PEFT cannot be told the rank of a module: {error}", hint="--exclude it") from None
+        raise PlanError(f"a name that PEFT's rank_pattern cannot hold: {error}", hint="--exclude it") from None
     for name in ranks:
         found = (rank_of(name) or rank, alpha_of(name) or alpha)
         if found != (ranks[name], alphas[name]):
             raise PlanError(
-                f"PEFT would give {name} the rank and alpha of another module whose name ends alike",
+                f"PEFT would give {name} the rank and alpha of another module, whose name has the same end",
                 hint="give both the same rank and alpha",
             )
     return rank_pattern, alpha_pattern
@@ -89,10 +89,11 @@ def make_adapter_config(
 
     Args:
         base: The residual base, which PEFT's Auto classes load.
-        rank, alpha: The defaults; `ranks` and `alphas` hold every target's own, by the name in `targets.names`.
+        rank, alpha: The defaults.
+        ranks, alphas: Of every target, by its name in `targets.names`.
 
     Raises:
-        PlanError: PEFT would find another rank or alpha for a target than its own.
+        PlanError: PEFT would find another target's rank or alpha for a target.
     """
     rank_pattern, alpha_pattern = rank_and_alpha_patterns(ranks, alphas, rank=rank, alpha=alpha)
     return {
@@ -101,7 +102,7 @@ def make_adapter_config(
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        # PEFT's wrapper of a parameter has no dropout and knows no Conv1D.
+        # PEFT's wrapper of a parameter supports neither dropout nor Conv1D.
         "lora_dropout": 0.0 if targets.parameters else dropout,
         "bias": "none",
         "target_modules": targets.modules,

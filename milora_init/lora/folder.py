@@ -1,14 +1,13 @@
-"""Read a LoRA folder as PEFT saves it: which module has which factors, at which scale.
+"""Read a LoRA folder as PEFT saves it: the factors and the scale of every module.
 
-An adapter that holds more than factors (DoRA, biases, retrained modules, ...) is refused with the name of what it
-holds: merging or converting without it would give another model. Which experts the factors of a fused parameter belong
-to is not in the adapter's files; the manifest of the base says it.
+`read_lora` refuses an adapter that holds more than factors (DoRA, biases, retrained modules, ...), because merging or
+converting it without the rest would give another model. The adapter's files do not say how many experts a parameter
+has and which of its tensors' entries belong to which one; the manifest of the base does.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,18 +22,30 @@ from milora_init.checkpoint.header import Header, read_header
 from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.experts import ExpertSlot
-from milora_init.lora.config import match_pattern
+from milora_init.lora.config import lora_scale, match_pattern
 from milora_init.lora.tensor_layout import factor_shapes, lora_key, parse_lora_key, weight_factors
 from milora_init.manifest import WeightRecord
 from milora_init.untrusted import plain_file
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
+# In the folder of a pair.
 LORA_FOLDER = "lora"
-LORA_CONFIG = f"{LORA_FOLDER}/adapter_config.json"
-LORA_WEIGHTS = f"{LORA_FOLDER}/adapter_model.safetensors"
+LORA_CONFIG = f"{LORA_FOLDER}/{CONFIG_FILE}"
+LORA_WEIGHTS = f"{LORA_FOLDER}/{WEIGHTS_FILE}"
+# Keys of adapter_config.json with which an adapter is more than factors; None, False or empty is off.
+EXTRA_WEIGHT_KEYS = ("modules_to_save", "trainable_token_indices")  # more tensors; the factors mean the same
+UNSUPPORTED_KEYS = (
+    *EXTRA_WEIGHT_KEYS, "use_dora", "lora_bias", "layer_replication",
+    "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
+)  # fmt: skip
+_TOO_LARGE = 1e9  # for a rank or an alpha
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class Placed(Protocol):
-    """A weight and where its factors are: a WeightRecord, or what is known of one without a manifest."""
+class AdaptedWeight(Protocol):
+    """A weight and the place of its factors, as in a `WeightRecord`."""
 
     @property
     def module(self) -> str: ...
@@ -51,7 +62,7 @@ class Placed(Protocol):
 
 
 class FactorReader:
-    """An adapter's file, open. The tensors read last are kept: the experts of a layer share theirs."""
+    """Reads factors from an adapter's file. It keeps the last tensors, because the experts of a layer share them."""
 
     def __init__(self, path: Path) -> None:
         self._shard = SafetensorsShard(path)
@@ -59,20 +70,21 @@ class FactorReader:
         self._key = ""
         self._tensors: tuple[Tensor, Tensor] | None = None
 
-    def read(self, record: Placed) -> tuple[Tensor, Tensor]:
-        """B (m, R) and A (R, n) of a weight (m, n), as `layout.cut` gives them. Raises CheckpointError."""
-        if self._tensors is None or self._key != record.key:
-            A, B = (self._shard.read(lora_key(record.key, factor)) for factor in "AB")
-            self._key, self._tensors = record.key, (A, B)
-        return weight_factors(*self._tensors, record.shape[0], record.expert)
+    def read(self, weight: AdaptedWeight) -> tuple[Tensor, Tensor]:
+        """B (m, R) and A (R, n) of a weight (m, n), see `weight_factors`. Raises CheckpointError."""
+        if self._tensors is None or self._key != weight.key:
+            A, B = (self._shard.read(lora_key(weight.key, factor)) for factor in "AB")
+            self._key, self._tensors = weight.key, (A, B)
+        return weight_factors(*self._tensors, weight.shape[0], weight.expert)
 
     def close(self) -> None:
+        """Close the file."""
         self._shard.close()
 
 
 @contextmanager
 def open_factors(path: Path) -> Iterator[FactorReader]:
-    """Open an adapter's file for a while. Raises CheckpointError."""
+    """A FactorReader that is closed at the end of the `with` block. Raises CheckpointError."""
     reader = FactorReader(path)
     try:
         yield reader
@@ -80,8 +92,8 @@ def open_factors(path: Path) -> Iterator[FactorReader]:
         reader.close()
 
 
-def expected_tensors(records: tuple[WeightRecord, ...]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the adapter that these weights' factors make up."""
+def expected_tensors(records: Iterable[WeightRecord]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the adapter of these weights."""
     wanted: dict[str, tuple[int, ...]] = {}
     for record in records:
         for factor, shape in zip("AB", factor_shapes(record.rank, record.shape, record.expert), strict=True):
@@ -89,25 +101,17 @@ def expected_tensors(records: tuple[WeightRecord, ...]) -> dict[str, tuple[int, 
     return wanted
 
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_WEIGHTS_FILE = "adapter_model.bin"
-_HUGE = 1e9  # no rank and no alpha
-_FLOATS = ("F64", "F32", "F16", "BF16")
-# Keys of adapter_config.json that change what the factors mean, or add to them. Off is None, False or empty.
-EXTRA_WEIGHT_KEYS = ("modules_to_save", "trainable_token_indices")  # which mean what they meant
-UNSUPPORTED_KEYS = (
-    *EXTRA_WEIGHT_KEYS, "use_dora", "lora_bias", "layer_replication",
-    "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
-)  # fmt: skip
-
-
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
-    """A module's A (rank, n) and B (m, rank); their product is multiplied with `scale`.
+    """The factors of a module, which adds scale * B @ A to its weight.
 
-    Of `experts` they are stacked as in `layout`; rank and shape are one expert's. `name` is what PEFT looks up in
-    rank_pattern and alpha_pattern.
+    Attributes:
+        name: The name that PEFT looks up in rank_pattern and alpha_pattern.
+        A, B: Names of the tensors. Experts are stacked as in `tensor_layout`.
+        rank: Of one expert, like `shape`.
+        shape: (m, n), of the weight.
+        scale: The factor of B @ A.
+        experts: How many are stacked; 1 for a plain module.
     """
 
     name: str
@@ -121,7 +125,7 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter on disk, its header read: config and every module's factors by the key of its tensors."""
+    """A LoRA adapter on disk: its config, the header of its weights, and its modules by their key in tensor names."""
 
     path: Path
     config: Mapping[str, Any]
@@ -130,6 +134,7 @@ class LoraAdapter:
 
     @property
     def weights(self) -> Path:
+        """The file of its weights."""
         return self.path / WEIGHTS_FILE
 
     @cached_property
@@ -143,11 +148,11 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
 
     Args:
         path: The folder.
-        records: The weights of the base that it belongs to, from the manifest.
+        records: The weights of its residual base, from the manifest. An adapter of experts cannot be read without.
 
     Raises:
         CheckpointError: A file is missing or damaged, a factor has no partner, or shapes contradict the config.
-        PlanError: The adapter holds more than factors of Linears.
+        PlanError: The adapter holds more than factors, or factors of experts for which there are no records.
     """
     config = _lora_config(path)
     if not (path / WEIGHTS_FILE).is_file():
@@ -157,15 +162,15 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
     header = read_header(path / WEIGHTS_FILE)
     keys: dict[str, dict[str, str]] = {}
     for key, info in header.tensors.items():
-        found = parse_lora_key(key)
-        if not found:
+        parsed = parse_lora_key(key)
+        if not parsed:
             raise PlanError(
                 f"{path / WEIGHTS_FILE}: {key} is not a factor of a Linear, and would be lost",
-                hint="train without it (no modules_to_save, bias or embeddings), or merge with PEFT",
+                hint="merge with PEFT's merge_and_unload, or train without modules_to_save, bias and embeddings",
             )
         if info.dtype not in _FLOATS or len(info.shape) != 2:
             raise PlanError(f"{path / WEIGHTS_FILE}: {key} is {info.dtype} {list(info.shape)}, not a floating matrix")
-        keys.setdefault(found[0], {})[found[1]] = key
+        keys.setdefault(parsed[0], {})[parsed[1]] = key
     if not keys:
         raise CheckpointError(f"{path / WEIGHTS_FILE} holds no factors", hint="save the adapter again")
     experts = {record.key: record.expert for record in records if record.expert}
@@ -177,13 +182,15 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
             f"only the manifest of the base says which experts these factors belong to",
             hint="keep the adapter in the folder that milora-init wrote, beside milora_init.json",
         )
-    rank_of = _of_modules(config, "rank_pattern", "r", path)
-    alpha_of = _of_modules(config, "alpha_pattern", "lora_alpha", path)
-    modules = {
-        m: _pair(path, config, header, experts[m].parameter if m in experts else wrapped.get(m, m), pair,
-                 experts=experts[m].count if m in experts else 1, rank_of=rank_of, alpha_of=alpha_of)
-        for m, pair in keys.items()
-    }  # fmt: skip
+    rank_of = _pattern_lookup(config, "rank_pattern", "r", path)
+    alpha_of = _pattern_lookup(config, "alpha_pattern", "lora_alpha", path)
+    modules = {}
+    for key, names in keys.items():
+        slot = experts.get(key)
+        name = slot.parameter if slot else wrapped.get(key, key)
+        rank, shape = _rank_and_shape(path, header, name, names, rank_of(name), slot.count if slot else 1)
+        scale = lora_scale(rank, alpha_of(name), rslora=bool(config.get("use_rslora")))
+        modules[key] = LoraFactors(name, names["A"], names["B"], rank, shape, scale, slot.count if slot else 1)
     return LoraAdapter(path, config, header, modules)
 
 
@@ -208,65 +215,60 @@ def read_config(path: Path) -> dict[str, Any]:
 def _lora_config(path: Path) -> dict[str, Any]:
     config = read_config(path / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
-        raise PlanError(f"{path / CONFIG_FILE} does not describe a LoRA adapter", hint="name the folder of one")
+        raise PlanError(
+            f"{path / CONFIG_FILE} does not describe a LoRA adapter", hint="name the folder of a LoRA adapter"
+        )
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         raise CheckpointError(
             f"{path / CONFIG_FILE}: target_parameters is {parameters!r}", hint="save the adapter again"
         )
-    beyond = [f"{key} = {config[key]!r}" for key in UNSUPPORTED_KEYS if config.get(key)]
+    extra = [f"{key} = {config[key]!r}" for key in UNSUPPORTED_KEYS if config.get(key)]
     if config.get("bias", "none") != "none":
-        beyond.append(f"bias = {config['bias']!r}")
-    if beyond:
+        extra.append(f"bias = {config['bias']!r}")
+    if extra:
         raise PlanError(
-            f"{path / CONFIG_FILE}: {', '.join(beyond)}: this is more than two factors a module, and would be lost",
+            f"{path / CONFIG_FILE}: {', '.join(extra)}: more than two factors per module, and would be lost",
             hint="merge with PEFT's merge_and_unload instead",
         )
     return config
 
 
-def _pair(
-    path: Path,
-    config: Mapping[str, Any],
-    header: Header,
-    module: str,
-    keys: Mapping[str, str],
-    *,
-    experts: int,
-    rank_of: Callable[[str], float],
-    alpha_of: Callable[[str], float],
-) -> LoraFactors:
+def _rank_and_shape(
+    path: Path, header: Header, module: str, keys: Mapping[str, str], rank: float, experts: int
+) -> tuple[int, tuple[int, int]]:
+    """A module's rank, and the shape (m, n) of its weight. Raises CheckpointError unless the tensors agree with it."""
     if missing := {"A", "B"} - keys.keys():
         raise CheckpointError(
             f"{path / WEIGHTS_FILE}: {module} has no lora_{missing.pop()}: the adapter is incomplete",
             hint="save the adapter again",
         )
-    rank, alpha = rank_of(module), alpha_of(module)
     (a_rank, n), (m, b_rank) = header.tensors[keys["A"]].shape, header.tensors[keys["B"]].shape
     if not a_rank == b_rank == rank * experts:
         raise CheckpointError(
             f"{path / WEIGHTS_FILE}: {module} has A {[a_rank, n]} and B {[m, b_rank]}, {CONFIG_FILE} says rank {rank}",
             hint="save the adapter and its config again, together",
         )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraFactors(module, keys["A"], keys["B"], int(rank), (m, n), scale, experts)
+    return int(rank), (m, n)
 
 
-def _of_modules(config: Mapping[str, Any], pattern: str, default: str, path: Path) -> Callable[[str], float]:
-    """Every module's rank or alpha, as PEFT looks it up. Raises CheckpointError, here and when it is asked."""
+def _pattern_lookup(config: Mapping[str, Any], pattern: str, default: str, path: Path) -> Callable[[str], float]:
+    """A function that finds a module's rank or alpha as PEFT does. Both raise CheckpointError."""
     try:
         found = match_pattern(config.get(pattern) or {})
     except ValueError as error:
-        hint = "write the modules' names into it, as milora-init does"
+        hint = "use the modules' names as keys, as milora-init does"
         raise CheckpointError(f"{path / CONFIG_FILE}: {pattern}: {error}", hint=hint) from None
     except AttributeError:
-        raise CheckpointError(f"{path / CONFIG_FILE}: {pattern} is no object", hint="save the adapter again") from None
+        raise CheckpointError(
+            f"{path / CONFIG_FILE}: {pattern} is not an object", hint="save the adapter again"
+        ) from None
 
     def find(module: str) -> float:
         value = found(module)
         value = config.get(default) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _HUGE:
-            what = f"{default} or {pattern} gives {module} {str(value)[:80]}"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _TOO_LARGE:
+            what = f"{default} or {pattern} gives {module} the value {str(value)[:80]}, not a positive number"
             raise CheckpointError(f"{path / CONFIG_FILE}: {what}", hint="save the adapter again")
         return float(value)
 

@@ -20,7 +20,7 @@ from torch import nn
 from milora_init.errors import PlanError
 from milora_init.lora.config import PEFT_FOR_EXPERTS, lora_scale, match_pattern
 from milora_init.lora.targets import resolve_target_modules
-from milora_init.lora.tensor_layout import lora_key
+from milora_init.lora.tensor_layout import lora_key, stacked_shapes
 from milora_init.model import meta_model
 from milora_init.plan.plan import Plan
 
@@ -79,8 +79,8 @@ def wanted_by_rules(model: nn.Module, config: Mapping[str, Any]) -> tuple[Shapes
     def add(key: str, name: str, columns: int, rows: int, experts: int) -> None:
         rank = int(rank_of(name) or config["r"])
         alpha = alpha_of(name) or config["lora_alpha"]
-        shapes[lora_key(key, "A")] = (rank * experts, columns)
-        shapes[lora_key(key, "B")] = (rows, rank * experts)
+        for factor, shape in zip("AB", stacked_shapes(rank, (rows, columns), experts), strict=True):
+            shapes[lora_key(key, factor)] = shape
         scales[key] = lora_scale(rank, alpha, rslora=config["use_rslora"])
 
     modules = dict(model.named_modules())

@@ -189,7 +189,7 @@ def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> N
         out = Path(shutil.copytree(pair / "out", tmp_path / f"out-{number}"))
         value = pattern if key == "target_modules" else {pattern: 4}
         edit(trained, **{key: value})
-        found = verify(str(pair / "out"), trained=str(trained)).differences
+        found = verify(str(pair / "out"), adapter=str(trained)).differences
         assert [d.what for d in found if key in d.what and repr(pattern)[1:-1] in d.what]
         edit(out / "lora", **{key: value})
         assert key in "".join(d.what for d in verify(str(out)).differences)
@@ -202,7 +202,7 @@ def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> N
                 merge(str(out), str(tmp_path / "merged"))
     edit(trained, target_modules=[f"re:{SLOW}"], rank_pattern={}, alpha_pattern={})
     assert "target_modules misses" in "".join(
-        d.what for d in verify(str(pair / "out"), trained=str(trained)).differences
+        d.what for d in verify(str(pair / "out"), adapter=str(trained)).differences
     )
 
 

@@ -19,10 +19,9 @@ from support.tiny_models import tensors
 from milora_init.errors import PlanError
 from milora_init.export.convert import convert
 from milora_init.export.merge import merge
-from milora_init.lora.compatibility import require_related
+from milora_init.lora.compatibility import require_trained_from
 from milora_init.options import InitOptions
 from milora_init.run.initialize import initialize
-from milora_init.verify import verify as verdicts
 from milora_init.verify.verify import verify
 
 NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "t5"]
@@ -46,7 +45,7 @@ def test_after_training_all_four_agree(name: str, options: Any, tmp_path: Path) 
     torch.testing.assert_close(answer(family, load(family, out, trained).merge_and_unload()), pair, **near)
     torch.testing.assert_close(answer(family, load(family, tmp_path / "merged")), pair, **near)
     torch.testing.assert_close(answer(family, load(family, source, tmp_path / "plain")), pair, **near)
-    assert verify(str(out), trained=str(trained)).kind == verdicts.TRAINED
+    assert verify(str(out), adapter=str(trained)).code == "trained_pair"
     assert tensors(source).keys() == tensors(tmp_path / "merged").keys()
 
 
@@ -139,8 +138,10 @@ def test_an_adapter_of_a_sibling_base_is_named_by_the_base_in_its_config(tmp_pat
                         target=family.targets, device=("cpu",))  # fmt: skip
     initialize(asked)
     trained = train(family, tmp_path / "two" / "out", tmp_path / "trained")
-    require_related(trained / "adapter_model.safetensors", out / "lora" / "adapter_model.safetensors")  # no help here
-    assert verify(str(out), trained=str(trained)).kind == verdicts.FOREIGN
+    require_trained_from(
+        out / "lora" / "adapter_model.safetensors", trained / "adapter_model.safetensors"
+    )  # no help here
+    assert verify(str(out), adapter=str(trained)).code == "foreign_adapter"
     for back in (
         lambda: merge(str(out), str(tmp_path / "merged"), adapter=str(trained)),
         lambda: convert(out / "lora", trained, tmp_path / "plain"),
@@ -154,6 +155,6 @@ def test_an_adapter_of_experts_away_from_its_manifest_is_refused_with_the_reason
     _, out, _ = start("mixtral", tmp_path, "float32")
     trained = train(FAMILIES["mixtral"], out, tmp_path / "trained")
     (out / "lora").rename(tmp_path / "initial")
-    with pytest.raises(Exception, match="only the manifest of the base says which experts"):
+    with pytest.raises(Exception, match="only the manifest of the base says"):
         convert(tmp_path / "initial", trained, tmp_path / "plain", model="original")
     assert not (tmp_path / "plain").exists()

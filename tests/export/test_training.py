@@ -24,7 +24,7 @@ from milora_init.export.convert import convert
 from milora_init.export.merge import merge
 from milora_init.options import InitOptions
 from milora_init.run.initialize import initialize
-from milora_init.verify.verify import TRAINED, verify
+from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def take_back(folder: Path) -> None:
     """Trained pair, merge, and conversion on the original model compute one function, and not the old one."""
     pair = logits(load(folder / "svd_init", folder / "trained"))
     assert float((pair - logits(load(folder / "own"))).norm() / pair.norm()) > 0.01, "the training moved nothing"
-    assert verify("svd_init", trained="trained").kind == TRAINED
+    assert verify("svd_init", adapter="trained").code == "trained_pair"
     merge("svd_init", "merged", adapter="trained")
     convert(Path("svd_init/lora"), Path("trained"), Path("plain"))
     torch.testing.assert_close(logits(load(folder / "merged")), pair, **NEAR)
@@ -159,7 +159,7 @@ def test_grpo_compares_with_the_original_model(workplace: Path) -> None:
     model = names["model"]
     model.set_adapter("ref")
     torch.testing.assert_close(logits(model), logits(load(workplace / "own")), **NEAR)
-    assert verify("svd_init", trained="trained").kind == TRAINED
+    assert verify("svd_init", adapter="trained").code == "trained_pair"
 
 
 def test_the_readme_has_a_block_for_each_trainer() -> None:

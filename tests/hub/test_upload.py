@@ -170,7 +170,7 @@ def test_from_hub_to_hub_a_model_larger_than_the_disk(
     assert 0 < most[0] < sum(sizes)  # of both together twice that would be needed
     assert not (tmp_path / "out").exists()
     there = fetched(hub, "me/through", tmp_path / "there")
-    assert verify(str(there), model=str(checkpoint("llama")), every=True).ok
+    assert verify(str(there), model=str(checkpoint("llama")), all_components=True).ok
     assert not [name for name in hub.repositories["me/through"].files if "unfinished" in name]
     again = milora(*command, "--json")
     assert json.loads(again.stdout)["status"] == "unchanged"

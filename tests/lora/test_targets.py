@@ -1,4 +1,4 @@
-"""targets: a request means what PEFT means by it; what most people do not mean has to be named."""
+"""targets: selected as in PEFT; experts and towers only by a target that names them."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_experts_are_adapted_only_where_a_target_says_so(tmp_path: Path) -> None
 
 def test_where_only_experts_have_that_name_the_error_says_how_to_name_them(tmp_path: Path) -> None:
     structure = family("mixtral", tmp_path)
-    with pytest.raises(PlanError, match="only experts, which have to be named") as caught:
+    with pytest.raises(PlanError, match="only experts, which a target must name") as caught:
         select(structure, ["down_proj"])
     assert "experts.down_proj" in caught.value.hint
 
@@ -265,7 +265,7 @@ def test_a_vision_tower_is_adapted_only_where_a_target_names_it(name: str, tower
         {m.rpartition(".")[2] for m in inside} - {m.rpartition(".")[2] for m in structure.adaptable.keys() - inside}
     )
     if only:
-        with pytest.raises(PlanError, match=f"outside {tower}, which has to be named"):
+        with pytest.raises(PlanError, match=f"outside {tower}, which a target must name"):
             select(structure, [only[0]])
 
 

@@ -137,7 +137,7 @@ def test_in_the_dtype_it_is_published_in_every_tensor_stands_up_to_the_source(na
     """Residuals within half a unit in the last place, every component solved anew, all else the same bytes."""
     source, out, manifest = made(name, FAMILIES[name].stored)
     assert {record.dtype for record in manifest.weights} == {FAMILIES[name].stored}
-    verdict = verify(str(out), model=str(source), every=True)
+    verdict = verify(str(out), model=str(source), all_components=True)
     assert verdict.ok, verdict.differences
 
 
@@ -149,7 +149,7 @@ def test_experts_in_pickled_shards_and_in_another_dtype(name: str, tmp_path: Pat
     initialize(
         InitOptions(model=str(source), out=str(out), rank=RANK, target=family.targets, dtype="float32", device=("cpu",))
     )
-    assert verify(str(out), model=str(source), every=True).ok
+    assert verify(str(out), model=str(source), all_components=True).ok
     truth = answer(family, load(family, source))
     assert relative(answer(family, load_pair(family, out)), truth) < 100 * torch.finfo(torch.float32).eps
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from milora_init.errors import PlanError
 from milora_init.export.convert import convert
 from milora_init.export.merge import merge
-from milora_init.lora.compatibility import of_another_class
+from milora_init.lora.compatibility import explain_other_class
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import Plan, make_plan
 from milora_init.report import loading_lines, summary
 from milora_init.run.initialize import initialize
-from milora_init.verify.verify import PAIR, TRAINED, UNFIT, UNRECORDED, verify
+from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
 Made = Callable[[str, bool], tuple[Path, Path, Manifest]]
@@ -140,7 +140,7 @@ def test_the_pair_computes_the_source_in_the_class_it_was_made_for_and_says_whic
     assert auto in notice
     assert ("--text-only" in notice) is not text_only
     assert notice in plan(source, text_only=text_only, target=MODELS[name][2]).notices  # of a dry run
-    assert verify(str(out), model=str(source), every=True).kind == PAIR
+    assert verify(str(out), model=str(source), all_components=True).code == "pair"
 
 
 @pytest.mark.parametrize("text_only", [False, True])
@@ -150,8 +150,8 @@ def test_an_adapter_trained_on_the_other_class_is_told_as_that(text_only: bool, 
     train(own if text_only else "AutoModelForCausalLM", out, tmp_path / "trained")
     told = rf"trained on another class \({own if text_only else auto}"
     repair = "load the base with AutoModelForCausalLM" if text_only else f"load the base as a {own}"
-    verdict = verify(str(out), trained=str(tmp_path / "trained"))
-    assert verdict.kind == UNFIT
+    verdict = verify(str(out), adapter=str(tmp_path / "trained"))
+    assert verdict.code == "adapter_misfit"
     (difference,) = verdict.differences
     assert told.replace("\\", "") in difference.what
     assert repair in difference.hint
@@ -170,7 +170,7 @@ def test_a_text_only_pair_is_trained_and_taken_back(name: str, made: Made, tmp_p
     source, out, _ = made(name, True)
     pair = logits(train("AutoModelForCausalLM", out, tmp_path / "trained"))
     assert relative(pair, logits(load("AutoModelForCausalLM", source))) > 0.001, "the training moved nothing"
-    assert verify(str(out), trained=str(tmp_path / "trained")).kind == TRAINED
+    assert verify(str(out), adapter=str(tmp_path / "trained")).code == "trained_pair"
     merge(str(out), str(tmp_path / "merged"), adapter=str(tmp_path / "trained"))
     convert(out / "lora", tmp_path / "trained", tmp_path / "plain")
     assert relative(logits(load("AutoModelForCausalLM", tmp_path / "merged")), pair) < 1e-4
@@ -185,7 +185,7 @@ def test_a_text_only_pair_is_known_without_its_manifest(made: Made, tmp_path: Pa
             to = tmp_path / path.relative_to(out)
             to.parent.mkdir(exist_ok=True)
             to.write_bytes(path.read_bytes())
-    assert verify(str(tmp_path)).kind == UNRECORDED
+    assert verify(str(tmp_path)).code == "no_manifest"
 
 
 def test_the_option_decides_the_fingerprint(made: Made) -> None:
@@ -244,7 +244,7 @@ OWN = {"model.language_model.layers.0.q_proj", "model.language_model.layers.1.q_
     ],
 )
 def test_only_another_prefix_is_another_class(other: set[str], is_so: bool) -> None:
-    assert (of_another_class(OWN, other, None) is not None) is is_so
+    assert (explain_other_class(OWN, other, None) is not None) is is_so
 
 
 def test_a_manifest_of_before_still_reads(made: Made, tmp_path: Path) -> None:

@@ -45,4 +45,4 @@ def test_the_whole_job_on_a_gpu_makes_a_pair_and_the_same_bytes_twice(
         made.append(contents(Path("out")))
         del made[-1][MANIFEST]  # it holds seconds
     assert made[0] == made[1]
-    assert verify("out", model=str(checkpoint(kind, "bfloat16")), every=True).ok
+    assert verify("out", model=str(checkpoint(kind, "bfloat16")), all_components=True).ok

@@ -26,13 +26,24 @@ from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.initialize import initialize
 from milora_init.run.progress import Progress, ShardResult
-from milora_init.verify import verify as verdicts
-from milora_init.verify.verify import Verdict, verify
+from milora_init.verify.verdict import TEXTS, Code, Verdict
+from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
+NEW_HEAD = """
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained("./svd_init", num_labels=3)
+config = LoraConfig.from_pretrained("./svd_init", subfolder="lora")
+config.task_type = "SEQ_CLS"
+model = get_peft_model(base, config)
+state = get_peft_model_state_dict(model) | load_peft_weights("./svd_init", subfolder="lora")
+set_peft_model_state_dict(model, state)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +82,9 @@ def shard_of(folder: Path, name: str) -> Path:
     return folder / str(index["weight_map"][name])
 
 
-def require(verdict: Verdict, kind: str, *wheres: str) -> None:
+def require(verdict: Verdict, code: Code, *wheres: str) -> None:
     """The verdict is this one, names all of these places, and has a repair for everything it names."""
-    assert verdict.kind == kind
+    assert verdict.code == code
     assert not verdict.ok
     found = [difference.where + ": " + difference.what for difference in verdict.differences]
     for where in wheres:
@@ -101,15 +112,15 @@ def test_an_intact_output_passes_also_against_its_source(
     source = checkpoint(kind, dtype)
     start(source, **{"target": TARGETS[kind], **options})
     before = contents(tmp_path / "out")
-    verdict = verify(str(tmp_path / "out"), model=str(source), every=True)
-    assert (verdict.differences, verdict.notes, verdict.kind) == ((), (), verdicts.PAIR)
+    verdict = verify(str(tmp_path / "out"), model=str(source), all_components=True)
+    assert (verdict.differences, verdict.notes, verdict.code) == ((), (), "pair")
     assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_an_output_of_pickles_passes_against_them(shards: int, start: Start, pickled: Built, tmp_path: Path) -> None:
     start(pickled(shards))
-    verdict = verify(str(tmp_path / "out"), model=str(pickled(shards)), every=True)
+    verdict = verify(str(tmp_path / "out"), model=str(pickled(shards)), all_components=True)
     assert verdict.differences == ()
 
 
@@ -124,7 +135,7 @@ def test_rank_deficient_and_zero_weights_pass(start: Start, own: Built, tmp_path
                 content[name].zero_()
         save_file(content, path, metadata={"format": "pt"})
     start(source)
-    assert verify(str(tmp_path / "out"), model=str(source), every=True).differences == ()
+    assert verify(str(tmp_path / "out"), model=str(source), all_components=True).differences == ()
 
 
 def test_the_manifest_has_the_hash_of_every_file(out: Path) -> None:
@@ -141,29 +152,29 @@ def test_a_resumed_run_has_the_hashes_of_what_was_done_before(start: Start, chec
 
     with pytest.raises(KeyboardInterrupt):
         start(checkpoint("llama"), progress=CutOff())
-    assert verify(str(tmp_path / "out")).kind == verdicts.UNFINISHED
+    assert verify(str(tmp_path / "out")).code == "unfinished"
     start(checkpoint("llama"))
     verdict = verify(str(tmp_path / "out"))
-    assert (verdict.kind, verdict.differences) == (verdicts.PAIR, ())
+    assert (verdict.code, verdict.differences) == ("pair", ())
 
 
 def test_a_moved_or_downloaded_folder_passes(out: Path) -> None:
     verdict = verify(str(out))
     assert verdict.ok
-    assert "from where it was made" in verdict.notes[0]
+    assert "where the pair was made" in verdict.notes[0]
     (out / "README.md").write_text("# a card")
     (out / ".gitattributes").write_text("*.safetensors filter=lfs")
     edit_json(out / "lora/adapter_config.json", base_model_name_or_path="someone/llama-milora")
     verdict = verify(str(out))
     assert verdict.ok
-    assert "as after a push" in verdict.notes[0]
+    assert "a repository on the Hub" in verdict.notes[0]
 
 
 @pytest.mark.parametrize("name", [Q0, EMBEDDING])
 def test_a_flipped_bit_in_the_base_is_named_by_its_file(name: str, out: Path) -> None:
     path = shard_of(out, name)
     flip(path, name)
-    require(verify(str(out)), verdicts.DAMAGED, path.name)
+    require(verify(str(out)), "damaged", path.name)
 
 
 @pytest.mark.parametrize("name", [Q0, EMBEDDING])
@@ -176,32 +187,32 @@ def test_a_flipped_bit_that_the_manifest_hides_is_found_against_the_source(
     edit_json(out / MANIFEST, hashes={**hashes, path.name: sha256(path)})
     assert verify(str(out)).ok
     verdict = verify(str(out), model=str(checkpoint("llama")))
-    require(verdict, verdicts.DAMAGED, name)
+    require(verdict, "damaged", name)
     assert len(verdict.differences) == 1
 
 
 def test_a_flipped_bit_in_the_adapter(out: Path) -> None:
     path = out / "lora/adapter_model.safetensors"
     flip(path, f"base_model.model.{Q0.removesuffix('.weight')}.lora_A.weight")
-    require(verify(str(out)), verdicts.DAMAGED, "lora/adapter_model.safetensors")
+    require(verify(str(out)), "damaged", "lora/adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("options", [{"mode": "random", "seed": 1}, {"mode": "max"}])
 def test_the_adapter_of_another_run_is_foreign(options: dict[str, Any], out: Path, pristine: Built) -> None:
     other = pristine(**options)
     shutil.copy(other / "lora/adapter_model.safetensors", out / "lora")
-    require(verify(str(out)), verdicts.REPLACED, "lora/adapter_model.safetensors")
+    require(verify(str(out)), "replaced_adapter", "lora/adapter_model.safetensors")
 
 
 def test_original_shards_beside_a_residuals_adapter(out: Path, checkpoint: Built) -> None:
     for path in checkpoint("llama").glob("*.safetensors"):
         shutil.copy(path, out)
-    require(verify(str(out)), verdicts.ORIGINAL, "holds the source's weights")
+    require(verify(str(out)), "original_with_adapter", "holds the weights of the original model")
 
 
 def test_a_residual_base_alone(out: Path) -> None:
     shutil.rmtree(out / "lora")
-    require(verify(str(out)), verdicts.BARE, "lora/adapter_config.json", "lora/adapter_model.safetensors")
+    require(verify(str(out)), "residual_alone", "lora/adapter_config.json", "lora/adapter_model.safetensors")
 
 
 def test_a_missing_shard_and_every_other_difference_are_named(out: Path) -> None:
@@ -209,13 +220,13 @@ def test_a_missing_shard_and_every_other_difference_are_named(out: Path) -> None
     path.unlink()
     (out / "tokenizer.json").write_text("{}")
     edit_json(out / "lora/adapter_config.json", r=5)
-    require(verify(str(out)), verdicts.DAMAGED, path.name, "tokenizer.json", "r is 5")
+    require(verify(str(out)), "damaged", path.name, "tokenizer.json", "r is 5")
 
 
 def test_a_truncated_shard(out: Path) -> None:
     path = shard_of(out, Q0)
     path.write_bytes(path.read_bytes()[:-1])
-    require(verify(str(out)), verdicts.DAMAGED, f"{path.name}: {path.stat().st_size} bytes")
+    require(verify(str(out)), "damaged", f"{path.name}: {path.stat().st_size} bytes")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +234,7 @@ def test_a_truncated_shard(out: Path) -> None:
 )
 def test_a_file_that_could_be_loaded_instead(name: str, out: Path, checkpoint: Built) -> None:
     shutil.copy(next(checkpoint("llama").glob("*.safetensors")), out / name)
-    require(verify(str(out)), verdicts.DAMAGED, f"{name}: not of this output")
+    require(verify(str(out)), "damaged", f"{name}: not a file of this pair")
 
 
 def test_an_index_that_names_another_file(out: Path) -> None:
@@ -231,7 +242,7 @@ def test_an_index_that_names_another_file(out: Path) -> None:
     index = json.loads(path.read_text())
     others = set(index["weight_map"].values()) - {index["weight_map"][Q0]}
     edit_json(path, weight_map={**index["weight_map"], Q0: min(others)})
-    require(verify(str(out)), verdicts.DAMAGED, "the index puts")
+    require(verify(str(out)), "damaged", "the index puts")
 
 
 @pytest.mark.parametrize(
@@ -255,13 +266,13 @@ def test_an_index_that_names_another_file(out: Path) -> None:
 def test_an_edited_adapter_config_is_named_by_its_key(key: str, value: Any, out: Path) -> None:
     edit_json(out / "lora/adapter_config.json", **{key: value})
     verdict = verify(str(out))
-    require(verdict, verdicts.DAMAGED, key)
+    require(verdict, "damaged", key)
     assert len(verdict.differences) == 1
 
 
 def test_a_path_to_the_original_is_named(out: Path, checkpoint: Built) -> None:
     edit_json(out / "lora/adapter_config.json", base_model_name_or_path=str(checkpoint("llama")))
-    require(verify(str(out)), verdicts.DAMAGED, "is the original model")
+    require(verify(str(out)), "damaged", "is the original model")
 
 
 def test_settings_of_the_training_alone_may_be_edited(out: Path) -> None:
@@ -274,26 +285,26 @@ def test_settings_of_the_training_alone_may_be_edited(out: Path) -> None:
 
 def test_a_folder_without_a_manifest(out: Path) -> None:
     (out / MANIFEST).unlink()
-    require(verify(str(out)), verdicts.UNRECORDED, MANIFEST)
+    require(verify(str(out)), "no_manifest", MANIFEST)
     shutil.rmtree(out / "lora")
-    require(verify(str(out)), verdicts.UNKNOWN, MANIFEST)
+    require(verify(str(out)), "unknown", MANIFEST)
     (out / ".milora-init").mkdir()
-    require(verify(str(out)), verdicts.UNFINISHED, MANIFEST)
+    require(verify(str(out)), "unfinished", MANIFEST)
 
 
 def test_another_source_is_named(out: Path, own: Built) -> None:
     other = own("llama")
     flip(shard_of(other, Q0), Q0, bit=2)
     verdict = verify(str(out), model=str(other))
-    require(verdict, verdicts.ELSEWHERE, "another model, or another commit", Q0)
+    require(verdict, "other_model", "another model, or another commit", Q0)
     assert len(verdict.differences) == 2
 
 
 def test_a_source_that_is_not_there_is_an_error(out: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         verify(str(out), model=str(tmp_path / "nothing"))
-    with pytest.raises(UsageError, match="--all needs the source"):
-        verify(str(out), every=True)
+    with pytest.raises(UsageError, match="--all needs the original model"):
+        verify(str(out), all_components=True)
 
 
 def test_a_component_that_is_not_the_one_asked_for_is_found(pristine: Built, tmp_path: Path, checkpoint: Built) -> None:
@@ -302,8 +313,8 @@ def test_a_component_that_is_not_the_one_asked_for_is_found(pristine: Built, tmp
     edit_inputs(out / MANIFEST, mode="min")
     assert verify(str(out)).ok
     sampled = verify(str(out), model=str(checkpoint("llama")))
-    judged = verify(str(out), model=str(checkpoint("llama")), every=True)
-    require(judged, verdicts.DAMAGED, "`min` component")
+    judged = verify(str(out), model=str(checkpoint("llama")), all_components=True)
+    require(judged, "damaged", "`min` component")
     assert (len(sampled.differences), len(judged.differences)) == (3, 10)
 
 
@@ -326,51 +337,53 @@ def trained(pristine: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_trained_adapter_belongs_to_the_base_it_was_trained_on(trained: Path, pristine: Built) -> None:
-    verdict = verify(str(pristine()), trained=str(trained))
+    verdict = verify(str(pristine()), adapter=str(trained))
     assert verdict.differences == ()
-    assert verdict.kind == verdicts.TRAINED
+    assert verdict.code == "trained_pair"
 
 
 def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, pristine: Built) -> None:
     other = pristine(mode="max")
-    verdict = verify(str(other), trained=str(trained))
-    require(verdict, verdicts.FOREIGN, "unrelated to the adapter", "base_model_name_or_path")
+    verdict = verify(str(other), adapter=str(trained))
+    require(verdict, "foreign_adapter", "unrelated to the adapter", "base_model_name_or_path")
 
 
 def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: Built) -> None:
-    require(verify(str(pristine(rank=2)), trained=str(trained)), verdicts.FOREIGN, "r is 4", "and 19 more")
+    require(verify(str(pristine(rank=2)), adapter=str(trained)), "foreign_adapter", "r is 4", "and 19 more")
 
 
 def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pristine: Built, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    require(verify(str(pristine()), trained=str(folder)), verdicts.UNFIT, str(path))
+    require(verify(str(pristine()), adapter=str(folder)), "adapter_misfit", str(path))
     path.unlink()
-    require(verify(str(pristine()), trained=str(folder)), verdicts.UNFIT, f"{path}: missing")
+    require(verify(str(pristine()), adapter=str(folder)), "adapter_misfit", f"{path}: missing")
 
 
 def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
     other = pristine(target=("q_proj", "o_proj"))
-    verdict = verify(str(other), trained=str(trained))
-    require(verdict, verdicts.FOREIGN, "target_modules", "o_proj", "not this base's, and 15 more")
+    verdict = verify(str(other), adapter=str(trained))
+    require(verdict, "foreign_adapter", "target_modules", "o_proj", "not adapted in this base, and 15 more")
 
 
 def test_the_command_line(out: Path, checkpoint: Built, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(out), "--against", str(checkpoint("llama")), "--all"]) == 0
     captured = capsys.readouterr()
     rests_on = f"21 tensors and all components with {checkpoint('llama')}\n"
-    assert captured.out.startswith(f"{out}: {verdicts.PAIR}\ncompared: ")
+    assert captured.out.startswith(f"{out}: {TEXTS['pair']}\ncompared: ")
     assert captured.out.endswith(rests_on)
     assert captured.err.startswith("note: ")
     shutil.rmtree(out / "lora")
     assert run(["verify", str(out)]) == 1
     captured = capsys.readouterr()
-    assert captured.out == f"{out}: {verdicts.BARE}\n"
+    assert captured.out == f"{out}: {TEXTS['residual_alone']}\n"
     assert captured.err.count("differs: ") == captured.err.count("hint: ") == 2
     assert run(["verify", str(out), "--json"]) == 1
     content = json.loads(capsys.readouterr().out)
-    assert content["status"] == "differs"
+    assert list(content) == ["status", "folder", "code", "kind", "differences", "notes", "checked"]
+    assert (content["status"], content["code"]) == ("differs", "residual_alone")
+    assert content["kind"] == TEXTS["residual_alone"]
     assert len(content["differences"]) == 2
     assert run(["verify", str(out / "nothing")]) == 2
     assert run(["verify", str(out), "--all"]) == 2
@@ -385,21 +398,38 @@ def test_a_config_without_its_patterns_is_told_and_no_exception(
     config = json.loads(path.read_text())
     del config["rank_pattern"]
     path.write_text(json.dumps(config))
-    require(verify(str(tmp_path / "out")), verdicts.DAMAGED, "rank_pattern is None")
+    require(verify(str(tmp_path / "out")), "damaged", "rank_pattern is None")
 
 
 def test_what_a_trained_adapter_learnt_is_not_mended_by_an_edit(trained: Path, pristine: Built, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
     edit_json(folder / "adapter_config.json", use_dora=True, lora_alpha=99)
-    verdict = verify(str(pristine()), trained=str(folder))
-    require(verdict, verdicts.UNFIT, "use_dora", "lora_alpha is 99")
+    verdict = verify(str(pristine()), adapter=str(folder))
+    require(verdict, "adapter_misfit", "use_dora", "lora_alpha is 99")
     assert {d.hint for d in verdict.differences} == {"train again from this base's lora/, without a change to it"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_new_head_beside_the_factors_is_a_note(
+    kind: str, pristine: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT saves `modules_to_save` with the adapter: classifier and score, of which the model has one."""
+    (tmp_path / "svd_init").symlink_to(pristine(kind))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(NEW_HEAD, names)
+    names["model"].save_pretrained("trained")
+    verdict = verify("svd_init", adapter="trained")
+    assert (verdict.code, verdict.differences) == ("trained_pair", ())
+    notes = "\n".join(verdict.notes)
+    assert "merge and convert refuse this adapter because of modules_to_save = ['classifier', 'score']" in notes
+    assert "because of the tensors base_model.model.score.weight" in notes
 
 
 def test_without_a_manifest_a_named_adapter_tells_an_original(
     trained: Path, checkpoint: Built, pristine: Built, tmp_path: Path
 ) -> None:
-    assert verify(str(checkpoint("llama")), trained=str(pristine() / "lora")).kind == verdicts.ORIGINAL
+    assert verify(str(checkpoint("llama")), adapter=str(pristine() / "lora")).code == "original_with_adapter"
 
 
 def print_statuses(commands: list[list[str]]) -> None:

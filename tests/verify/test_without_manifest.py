@@ -1,4 +1,4 @@
-"""kinship: whose adapter it is, told from the tensors where no manifest tells it."""
+"""A folder without a manifest: the weights show what its adapter belongs to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from support.tiny_models import TARGETS
 from support.training import train
 
 from milora_init.manifest import MANIFEST
-from milora_init.verify import verify as verdicts
 from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
@@ -32,14 +31,14 @@ def test_without_a_manifest_the_tensors_tell(
     if steps:
         shutil.copytree(train(out, tmp_path / "trained", steps), lora, dirs_exist_ok=True)
     (out / MANIFEST).unlink()
-    assert verify(str(out)).kind == verdicts.UNRECORDED
+    assert verify(str(out)).code == "no_manifest"
     original = own(kind)
     shutil.copytree(lora, original / "lora")
     verdict = verify(str(original))
-    assert verdict.kind == verdicts.ORIGINAL
+    assert verdict.code == "original_with_adapter"
     assert "would count twice" in verdict.differences[0].what
     assert "milora-init convert" in verdict.differences[0].hint
     torch.manual_seed(3)
     for path in original.glob("*.safetensors"):
         save_file({k: torch.randn_like(v) * v.std() for k, v in load_file(path).items()}, path, {"format": "pt"})
-    assert verify(str(original)).kind == verdicts.UNKNOWN
+    assert verify(str(original)).code == "unknown"

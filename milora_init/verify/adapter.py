@@ -1,0 +1,255 @@
+"""Check an adapter against the manifest of its residual base: adapter_config.json, names, shapes and values."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from milora_init.checkpoint.header import TensorInfo, read_header
+from milora_init.errors import CheckpointError, MiloraError, PlanError
+from milora_init.lora.compatibility import (
+    OTHER_BASE_HINT,
+    explain_other_class,
+    modules_not_trained_from,
+    other_base_in_config,
+    summarise_modules,
+)
+from milora_init.lora.folder import (
+    CONFIG_FILE,
+    EXTRA_WEIGHT_KEYS,
+    LORA_CONFIG,
+    LORA_WEIGHTS,
+    UNSUPPORTED_KEYS,
+    WEIGHTS_FILE,
+    expected_tensors,
+    open_factors,
+    read_config,
+)
+from milora_init.lora.targets import resolve_target_modules
+from milora_init.lora.tensor_layout import initial_block, parse_lora_key
+from milora_init.manifest import WeightRecord
+from milora_init.verify.files import KEEP_A_COPY, MAKE_AGAIN, Pair
+from milora_init.verify.verdict import Finding, note
+
+# Fields that decide what the pair computes. A trainer may change all others: lora_dropout, task_type, ...
+_FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_MOST_NAMES = 3  # in one message
+_MOST_MODULES = 20  # with a finding of their own
+# An edit of the config would not help: the factors were trained for the function that it describes.
+_TRAIN_AGAIN = "train again from this base's lora/, without a change to it"
+_REFUSED = "milora-init merge and convert refuse this adapter because of"
+
+
+def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | None = None) -> list[Finding]:
+    """The fields of adapter_config.json that decide what PEFT or a server computes must be those of the manifest.
+
+    Args:
+        pair: The folder.
+        modules: Names of all modules of the model.
+        trained: The adapter_config.json of a trained adapter; the one in the pair if None.
+    """
+    name = LORA_CONFIG if trained is None else str(trained)
+    try:
+        config = read_config(trained or pair.folder / LORA_CONFIG)
+    except CheckpointError as error:
+        return [Finding(name, error.message, MAKE_AGAIN if trained is None else error.hint)]
+    wanted = pair.manifest.adapter
+    findings = []
+    for key in _FIELDS:
+        if config.get(key) != wanted[key]:
+            what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
+            findings.append(Finding(name, what, _set_field(key, wanted[key]) if trained is None else _TRAIN_AGAIN))
+    for key in _PATTERNS:
+        if (config.get(key) or {}) != (wanted[key] or {}):
+            what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
+            findings.append(Finding(name, what, _set_field(key, wanted[key])))
+    for key in UNSUPPORTED_KEYS:
+        if config.get(key) and config[key] != wanted.get(key):
+            if trained is not None and key in EXTRA_WEIGHT_KEYS:  # PEFT stores what these name beside the factors
+                findings.append(note(name, f"{_REFUSED} {key} = {config[key]!r}; PEFT's merge_and_unload merges it"))
+                continue
+            what = f"{key} is {config[key]!r}, which this adapter was not made for"
+            findings.append(Finding(name, what, f"remove {key}" if trained is None else _TRAIN_AGAIN))
+    findings += _check_targets(name, config, wanted, modules)
+    findings += _check_base_path(name, config.get("base_model_name_or_path"), pair)
+    return findings
+
+
+def _set_field(key: str, value: object) -> str:
+    return f'set "{key}": {json.dumps(value)}'
+
+
+def _check_targets(
+    name: str, config: Mapping[str, Any], wanted: Mapping[str, Any], modules: Collection[str]
+) -> list[Finding]:
+    """target_modules may be written in another way, but must name the same modules."""
+    findings = []
+    if config.get("target_modules") != wanted["target_modules"]:
+        hint = _set_field("target_modules", wanted["target_modules"])
+        try:
+            named = resolve_target_modules(config.get("target_modules"), modules)
+            if differing := sorted(named ^ resolve_target_modules(wanted["target_modules"], modules)):
+                first = f"{'hits' if differing[0] in named else 'misses'} {differing[0]}"
+                what = f"target_modules {first}; {len(differing)} modules differ from those of this base"
+                findings.append(Finding(name, what, hint))
+        except ValueError as error:
+            findings.append(Finding(name, f"target_modules: {error}", hint))
+    parameters = wanted.get("target_parameters", [])
+    if set(config.get("target_parameters") or ()) != set(parameters):
+        what = f"target_parameters is {config.get('target_parameters')!r}, this base was made with {parameters!r}"
+        findings.append(Finding(name, what, _set_field("target_parameters", parameters)))
+    return findings
+
+
+def _check_base_path(name: str, path: object, pair: Pair) -> list[Finding]:
+    """base_model_name_or_path must be this folder, the recorded one, or a repository on the Hub."""
+    key = "base_model_name_or_path"
+    recorded, original = pair.manifest.adapter[key], pair.manifest.source["model"]
+    hint = _set_field(key, pair.given)
+    if isinstance(path, str) and path and Path(path).resolve() == pair.folder.resolve():
+        return []
+    if isinstance(path, str) and path == original:
+        return [Finding(name, f"{key} is the original model {path}, not the residual base", hint)]
+    if path == recorded:
+        return [note(name, f"{key} is {path}, where the pair was made, not this folder; to load it from here, {hint}")]
+    if isinstance(path, str) and _HUB_ID.fullmatch(path) and not Path(path).exists():
+        return [note(name, f"{key} is {path}, a repository on the Hub, as `milora-init push` writes it")]
+    return [Finding(name, f"{key} is {path!r}, not this base", hint)]
+
+
+def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained: bool = False) -> list[Finding]:
+    """The tensors of an adapter's file must have the names and shapes of the weights' factors.
+
+    One finding stands for all tensors with the same problem. A trained adapter may hold other tensors beside its
+    factors, such as a classification head or resized embeddings (`modules_to_save`): these are a note.
+    """
+    try:
+        tensors = read_header(path).tensors
+    except MiloraError as error:
+        return [Finding(str(path), error.message, error.hint)]
+    wanted = expected_tensors(records)
+    extra = sorted(key for key in tensors.keys() - wanted.keys() if trained and not _is_lora(key))
+    missing, unexpected, resized = _differing_tensors({k: v for k, v in tensors.items() if k not in extra}, wanted)
+    findings = []
+    if extra:
+        more = f" and {len(extra) - _MOST_NAMES} more" if len(extra) > _MOST_NAMES else ""
+        findings.append(note(str(path), f"{_REFUSED} the tensors {', '.join(extra[:_MOST_NAMES])}{more}"))
+    hint = "name the base that this adapter was made for"
+
+    def add(keys: list[str], what: str) -> None:
+        more = f", and {len(keys) - 1} more like it" if keys[1:] else ""
+        findings.append(Finding(keys[0], what + more, hint))
+
+    if missing:
+        add(missing, f"missing in {path}")
+    if unexpected:
+        parsed = parse_lora_key(unexpected[0])
+        of = f"{parsed[0]}, which is not adapted in this base" if parsed else "no module, as PEFT names its factors"
+        add(unexpected, f"in {path} belongs to {of}")
+    if resized:
+        add(resized, f"is {list(tensors[resized[0]].shape)}, expected {list(wanted[resized[0]])}")
+    return findings
+
+
+def _is_lora(key: str) -> bool:
+    return ".lora_" in key
+
+
+def _differing_tensors(
+    tensors: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], list[str], list[str]]:
+    """Names that are missing, that are not wanted, and that have another shape."""
+    resized = sorted(key for key in wanted.keys() & tensors.keys() if tensors[key].shape != wanted[key])
+    return sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys()), resized
+
+
+def check_initial_factors(pair: Pair) -> list[Finding]:
+    """Most modules of the adapter in the pair must have the singular values that the manifest records.
+
+    Raises:
+        CheckpointError: A file that cannot be read.
+    """
+    records = pair.manifest.weights
+    with open_factors(pair.folder / LORA_WEIGHTS) as factors:
+        differing = sum(_has_other_singular_values(*factors.read(record), record) for record in records)
+    if differing <= len(records) / 2:
+        return []
+    what = "its singular values are not those in the manifest: the adapter was trained in place, or is of another base"
+    return [Finding(LORA_WEIGHTS, what, KEEP_A_COPY, "replaced_adapter")]
+
+
+def _has_other_singular_values(B: Tensor, A: Tensor, record: WeightRecord) -> bool:
+    """Whether the first or the last singular value of a module's B (m, R) and A (R, n) is not the recorded one.
+
+    In an initial adapter column j of B and row j of A have lengths whose product is a singular value.
+    """
+    B, A = initial_block(B.double(), A.double(), record.rank, record.expert)
+    s = record.scale * B.norm(dim=0) * A.norm(dim=1)
+    tolerance = 1e-4 * record.s_first + 1e-12 * record.s_max
+    errors = (float(s.max()) - record.s_first, float(s.min()) - record.s_last)
+    return not all(abs(error) <= tolerance for error in errors)
+
+
+def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *, compare_values: bool) -> list[Finding]:
+    """A trained adapter must fit the base of a pair, and must have been trained from the pair's initial adapter.
+
+    Args:
+        pair: The folder.
+        folder: The trained adapter.
+        modules: Names of all modules of the model.
+        compare_values: Compare its factors with the initial ones, which must be readable.
+
+    Raises:
+        CheckpointError: An initial adapter that cannot be read.
+    """
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    if missing := [path for path in (config, weights) if not path.is_file()]:
+        hint = "name a folder that save_pretrained wrote"
+        return [Finding(str(path), "missing", hint, "adapter_misfit") for path in missing]
+    records = pair.manifest.weights
+    with suppress(MiloraError):  # a header that cannot be read is a finding below
+        adapted = {parsed[0] for parsed in map(parse_lora_key, read_header(weights).tensors) if parsed}
+        if found := explain_other_class({record.key for record in records}, adapted, pair.manifest):
+            return [Finding(str(weights), *found, "adapter_misfit")]
+    findings = check_adapter_config(pair, modules, config)
+    header_findings = check_adapter_header(weights, records, trained=True)
+    findings += header_findings
+    foreign = _most_factors_differ(weights, records)
+    with suppress(CheckpointError):  # a config that cannot be read is a finding above
+        foreign = foreign or bool(other_base_in_config(read_config(config), pair.manifest))
+    if compare_values and not any(finding.problem for finding in header_findings):
+        unrelated: dict[str, str] = {}
+        try:
+            unrelated = modules_not_trained_from(pair.folder / LORA_WEIGHTS, weights, records)
+        except PlanError as error:
+            findings.append(Finding(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
+        foreign = foreign or len(unrelated) > len(records) / 2
+        if unrelated:
+            findings.append(Finding(str(weights), summarise_modules(unrelated), OTHER_BASE_HINT))
+            listed = list(unrelated.items())[:_MOST_MODULES]
+            findings += [Finding(module, f"unrelated: {why}", OTHER_BASE_HINT) for module, why in listed]
+    if foreign:  # the hints of the checks would only make it look as if it were of this base
+        return [replace(f, hint=OTHER_BASE_HINT, problem="foreign_adapter") if f.problem else f for f in findings]
+    return [replace(f, problem="adapter_misfit") if f.problem else f for f in findings]
+
+
+def _most_factors_differ(path: Path, records: Sequence[WeightRecord]) -> bool:
+    """Whether more factors of an adapter's file differ in name or shape than the base has weights.
+
+    A file that cannot be read says nothing about its base.
+    """
+    try:
+        tensors = read_header(path).tensors
+    except MiloraError:
+        return False
+    factors = {key: info for key, info in tensors.items() if _is_lora(key)}
+    return sum(map(len, _differing_tensors(factors, expected_tensors(records)))) > len(records)

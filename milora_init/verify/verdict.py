@@ -1,0 +1,146 @@
+"""What `verify` returns: findings, and the verdict that follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Code = Literal[
+    "pair",
+    "trained_pair",
+    "foreign_adapter",
+    "original_with_adapter",
+    "residual_alone",
+    "replaced_adapter",
+    "adapter_misfit",
+    "other_model",
+    "damaged",
+    "no_manifest",
+    "unfinished",
+    "unknown",
+]
+TEXTS: Mapping[Code, str] = {
+    "pair": "a matching pair: a residual base and its adapter",
+    "trained_pair": "a matching pair: a residual base and an adapter trained on it",
+    "foreign_adapter": "a residual base with an adapter of another base",
+    "original_with_adapter": "an original model with a residual's adapter",
+    "residual_alone": "a residual base alone, which is not the original model",
+    "replaced_adapter": (
+        "a residual base, and in its lora/ another adapter: trained in place, or made with another base"
+    ),
+    "adapter_misfit": "a residual base, and a trained adapter that does not fit it as it is",
+    "other_model": "an output that was made from another source",
+    "damaged": "an output of milora-init that was changed",
+    "no_manifest": "a residual base and its adapter, by their tensors; its manifest is gone",
+    "unfinished": "an unfinished output",
+    "unknown": "not an output of milora-init, as far as can be told",
+}
+
+# What a finding says about the folder; `verdict_code` decides by these.
+Problem = Literal[
+    "changed",  # something differs from the manifest
+    "changed_weights",  # a file of the base's weights does
+    "missing_adapter",  # adapter_config.json or the adapter's weights
+    "original_weights",  # the folder has the files of the original model
+    "replaced_adapter",  # lora/ holds an adapter with other singular values than recorded
+    "adapter_misfit",  # the trained adapter does not fit this base
+    "foreign_adapter",  # the trained adapter is of another base
+    "other_model",  # the model that was given is not the one that the pair was made from
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a check found.
+
+    Attributes:
+        where: The file, tensor or module.
+        what: What is wrong with it.
+        hint: What the user can do.
+        problem: What it means for the verdict; None for a note, which is worth knowing but not wrong.
+    """
+
+    where: str
+    what: str
+    hint: str = ""
+    problem: Problem | None = "changed"
+
+
+def note(where: str, what: str) -> Finding:
+    """A finding that is not a difference."""
+    return Finding(where, what, problem=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The answer of `verify`.
+
+    Attributes:
+        folder: The folder, as it was given.
+        code: What the folder is.
+        findings: Differences and notes, in the order of the checks.
+        checked: What was compared: the number of files and modules, and of tensors with which model.
+    """
+
+    folder: str
+    code: Code
+    findings: tuple[Finding, ...]
+    checked: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What the folder is, in one line."""
+        return TEXTS[self.code]
+
+    @property
+    def differences(self) -> tuple[Finding, ...]:
+        """All that is wrong; empty if the folder is what it should be."""
+        return tuple(finding for finding in self.findings if finding.problem)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not wrong, but worth knowing."""
+        return tuple(f"{found.where}: {found.what}" for found in self.findings if found.problem is None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no differences."""
+        return not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `verify --json` prints."""
+        return {
+            "status": "ok" if self.ok else "differs",
+            "folder": self.folder,
+            "code": self.code,
+            "kind": self.text,
+            "differences": [{"where": d.where, "what": d.what, "hint": d.hint} for d in self.differences],
+            "notes": list(self.notes),
+            "checked": dict(self.checked),
+        }
+
+
+def verdict_code(findings: Iterable[Finding], *, trained: bool) -> Code:
+    """The verdict on a folder that has a manifest: the most specific one that its findings allow.
+
+    Args:
+        findings: Of all checks.
+        trained: Whether a trained adapter was checked too.
+    """
+    problems = {finding.problem for finding in findings}
+    if "foreign_adapter" in problems:
+        return "foreign_adapter"
+    if "original_weights" in problems:
+        return "original_with_adapter"
+    if "missing_adapter" in problems and "changed_weights" not in problems:
+        return "residual_alone"
+    if "replaced_adapter" in problems:
+        return "replaced_adapter"
+    if problems & {"changed", "changed_weights", "missing_adapter"}:
+        return "damaged"
+    if "adapter_misfit" in problems:
+        return "adapter_misfit"
+    if "other_model" in problems:
+        return "other_model"
+    return "trained_pair" if trained else "pair"
