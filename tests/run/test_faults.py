@@ -54,7 +54,7 @@ arguments = ["-m", source, "-o", str(disk / "out"), "-r", "4", "--device", "cpu"
 
 def record(self, line, real=OutputFolder.record):
     real(self, line)
-    if "shard" in line:
+    if "shard" in line and not (disk / "ballast").exists():
         with (disk / "ballast").open("wb", buffering=0) as ballast:
             try:
                 while ballast.write(bytes(512)):
