@@ -41,7 +41,7 @@ def kinds(weights: Iterable[WeightRecord]) -> list[Kind]:
             count=len(group),
             rank=rank,
             energy=sum(weight.energy for weight in group) / len(group),
-            leak=max(weight.rounding["leak"] for weight in group),
+            leak=max(weight.rounding.leak for weight in group),
             certificate=max(component_error(weight) for weight in group),
             elapsed_s=sum(weight.elapsed_s for weight in group),
         )
@@ -51,19 +51,19 @@ def kinds(weights: Iterable[WeightRecord]) -> list[Kind]:
 
 def component_error(weight: WeightRecord) -> float:
     """The certified relative error of a component; infinite where the cut falls in a cluster and none is *the* one."""
-    error = weight.certificate["component_error"]
-    return math.inf if error is None else float(error)
+    error = weight.certificate.component_error
+    return math.inf if error is None else error
 
 
 def warnings(manifest: Manifest) -> list[str]:
     """What a person should know of this output before training on it."""
     found = list(manifest.notices)
-    worst = max(manifest.weights, key=lambda weight: weight.rounding["leak"])
-    leak = worst.rounding["leak"]
+    worst = max(manifest.weights, key=lambda weight: weight.rounding.leak)
+    leak = worst.rounding.leak
     if leak > LEAK_LINE:
-        left = {dtype: _worst_if(dtype, manifest.weights) for dtype in worst.rounding["leak_if"]}
+        left = {dtype: _worst_if(dtype, manifest.weights) for dtype in worst.rounding.leak_if}
         cures = [f"--dtype {dtype} ({value:.1e})" for dtype, value in left.items() if value < _CURED]
-        count = sum(weight.rounding["leak"] > LEAK_LINE for weight in manifest.weights)
+        count = sum(weight.rounding.leak > LEAK_LINE for weight in manifest.weights)
         others = f", and more than {LEAK_LINE:.0%} in {count - 1} more" if count > 1 else ""
         found.append(
             f"rounding to {worst.dtype} leaves {leak:.0%} of the component of {worst.module} in the base{others}"
@@ -80,8 +80,8 @@ def warnings(manifest: Manifest) -> list[str]:
 
 def _worst_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
     """The most that rounding to a dtype would leave of a weight's component in the base; infinite if one overflows."""
-    found = [weight.rounding["leak_if"].get(dtype) for weight in weights]
-    return max(math.inf if value is None else float(value) for value in found)
+    found = [weight.rounding.leak_if.get(dtype) for weight in weights]
+    return max(math.inf if value is None else value for value in found)
 
 
 def loading_lines(manifest: Manifest) -> str:

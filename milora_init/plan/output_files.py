@@ -84,15 +84,14 @@ def plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | No
     if same:
         return read_bytes(checkpoint.folder / SAFETENSORS_INDEX)
     renamed = {job.source.name: job.target for job in jobs}
+    unfilled = set(checkpoint.unfilled)
     total = sum(job.header.data_bytes for job in jobs)
     metadata = checkpoint.index.get("metadata")
     index = {
         **checkpoint.index,
         "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
         "weight_map": {
-            name: renamed[file]
-            for name, file in checkpoint.index["weight_map"].items()
-            if name not in checkpoint.unfilled
+            name: renamed[file] for name, file in checkpoint.index["weight_map"].items() if name not in unfilled
         },
     }
     return (json.dumps(index, indent=2) + "\n").encode()

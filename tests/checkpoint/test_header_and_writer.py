@@ -1,4 +1,4 @@
-"""safetensors_format: no header is believed, and a file that has its name is whole."""
+"""header and writer: a wrong header is refused, and a file with its final name is complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.raw_headers import entry, raw_file, written
 from support.reference import same_bytes
 from support.tiny_models import contents
 
-from milora_init.checkpoint.header import DTYPES, Header, plan_header, read_header
+from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, Header, plan_header, read_header
 from milora_init.checkpoint.writer import SafetensorsWriter
 from milora_init.errors import CheckpointError, OutputError
 
@@ -79,8 +79,8 @@ def test_a_header_read_is_the_one_that_the_library_wrote(tmp_path: Path) -> None
         pytest.param(
             b'{"w": %b, "w": %b}' % (json.dumps(F32).encode(), json.dumps(F32).encode()),
             bytes(24),
-            "'w' stands in it twice",
-            id="a tensor that stands twice",
+            "'w' is in it twice",
+            id="a tensor that is there twice",
         ),
     ],
 )
@@ -145,8 +145,9 @@ MIXED = {
 
 
 def header_of(tensors: dict[str, torch.Tensor]) -> Header:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return plan_header([(n, names[t.dtype], tuple(t.shape)) for n, t in tensors.items()], metadata={"format": "pt"})
+    return plan_header(
+        [(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()], metadata={"format": "pt"}
+    )
 
 
 def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_an_exception_leaves_neither_a_file_nor_a_partial_one(tmp_path: Path) ->
     assert contents(tmp_path) == {}
 
 
-def test_an_earlier_file_stands_until_the_new_one_is_finished(tmp_path: Path) -> None:
+def test_an_earlier_file_is_kept_until_the_new_one_is_finished(tmp_path: Path) -> None:
     path = written(tmp_path / "x.safetensors", b"earlier")
     with SafetensorsWriter(path, header_of(MIXED)) as writer:
         for name, tensor in MIXED.items():
@@ -274,7 +275,7 @@ def write_more_than_fits(path: Path) -> None:
 
 
 def test_a_file_too_large_for_its_disk_is_an_output_error_that_leaves_nothing(tmp_path: Path) -> None:
-    """The kernel's own refusal: a limit on file sizes stands for a full disk, which a test cannot have."""
+    """The kernel's own refusal: a limit on file sizes replaces a full disk, which a test cannot have."""
     path = tmp_path / "x.safetensors"
     done = fork_server.run(write_more_than_fits, path)
     assert done.returncode == 0, done.stderr

@@ -86,7 +86,7 @@ def take_back(folder: Path) -> None:
     pair = logits(load(folder / "svd_init", folder / "trained"))
     assert float((pair - logits(load(folder / "own"))).norm() / pair.norm()) > 0.01, "the training moved nothing"
     assert verify("svd_init", trained="trained").kind == TRAINED
-    merge("svd_init", "merged", trained="trained")
+    merge("svd_init", "merged", adapter="trained")
     convert(Path("svd_init/lora"), Path("trained"), Path("plain"))
     torch.testing.assert_close(logits(load(folder / "merged")), pair, **NEAR)
     torch.testing.assert_close(logits(load(folder / "own", folder / "plain")), pair, **NEAR)

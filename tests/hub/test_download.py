@@ -139,6 +139,24 @@ REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] =
         lambda h: h.repositories["tiny/llama"].commit({"config.json": b"{}", "pytorch_model.gguf": b""}), (),
         "no weights: neither model.safetensors nor", "converted to safetensors",
     ),
+    "a residual": (
+        lambda h: h.repositories["tiny/llama"].commit(
+            {**h.repositories["tiny/llama"].files, "milora_init.json": b'{"source": {"model": "tiny/original"}}'}
+        ), (),
+        "holds milora_init.json: it is a residual base", "--model tiny/original",
+    ),
+    "an adapter beside the weights": (
+        lambda h: h.repositories["tiny/llama"].commit(
+            {**h.repositories["tiny/llama"].files, "adapter_config.json": b"{}"}
+        ), (),
+        "transformers would load this adapter", "merge it first",
+    ),
+    "no index": (
+        lambda h: h.repositories["tiny/llama"].commit(
+            {n: c for n, c in h.repositories["tiny/llama"].files.items() if "index" not in n}
+        ), (),
+        "tiny/llama: shards such as model-00001-of-00010.safetensors, but no model.safetensors.index.json", "fetch",
+    ),
     "a shard is missing": (
         lambda h: h.repositories["tiny/llama"].commit(
             {n: c for n, c in h.repositories["tiny/llama"].files.items() if "00002-of" not in n}

@@ -23,7 +23,7 @@ from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
 from milora_init.run.initialize import run_plan
-from milora_init.run.progress import Silent
+from milora_init.run.progress import Progress
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -42,19 +42,19 @@ def require_unfinished(out: Path) -> None:
     assert not [name for name in left if name.endswith(".partial")]
 
 
-# A disk that is full once the first file of the output stands on it, and has room again for the second attempt.
+# A disk that is full after the first file of the output, and has space again for the second attempt.
 FULL_DISK = """
 import os, sys
 from pathlib import Path
 from milora_init.cli.main import run
-from milora_init.run.output_folder import OutputFolder
+from milora_init.run.journal import Entry, Journal
 
 disk, source = Path(sys.argv[1]), sys.argv[2]
 arguments = ["-m", source, "-o", str(disk / "out"), "-r", "4", "--device", "cpu", "-q"]
 
-def record(self, line, real=OutputFolder.record):
+def append(self, line, real=Journal.append):
     real(self, line)
-    if "shard" in line and not (disk / "ballast").exists():
+    if isinstance(line, Entry) and not (disk / "ballast").exists():
         with (disk / "ballast").open("wb", buffering=0) as ballast:
             try:
                 while ballast.write(bytes(512)):
@@ -62,12 +62,12 @@ def record(self, line, real=OutputFolder.record):
             except OSError as error:
                 print(f"full: {error.strerror}", flush=True)
 
-OutputFolder.record, whole = record, OutputFolder.record
+Journal.append, whole = append, Journal.append
 print("status", run(arguments))
 left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
 print("left", *left)
 (disk / "ballast").unlink()
-OutputFolder.record = whole
+Journal.append = whole
 print("status", run(arguments))
 (disk / "out").rename(disk / "done")
 os.system(f"cp -r {disk}/done {sys.argv[3]}")
@@ -145,8 +145,8 @@ DAMAGES: list[Damage] = [
 NAMES = ["rewritten", "replaced", "cut in half", "cut to nothing", "removed"]
 
 
-class AtFirstTensor(Silent):
-    """Does something when the first tensor of the run has been dealt with: its files are open then."""
+class AtFirstTensor(Progress):
+    """Does something after the first tensor of the run, when files are open."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self.acts = [act]
@@ -157,7 +157,7 @@ class AtFirstTensor(Silent):
 
 
 class AfterFirstShard(AtFirstTensor):
-    """Does something when the first file of the output stands."""
+    """Does something when the first file of the output is finished."""
 
     def tensor(self, name: str, size_bytes: int) -> None: ...
 
@@ -183,7 +183,7 @@ def test_a_shard_that_changes_between_the_plan_and_the_run_is_named(
 @pytest.mark.parametrize("damage", DAMAGES, ids=NAMES)
 @pytest.mark.parametrize(("when", "at"), [(AtFirstTensor, 0), (AfterFirstShard, 1), (AfterFirstShard, 3)])
 def test_a_shard_that_changes_during_the_run_is_named_and_the_run_resumed_when_it_is_back(
-    when: Callable[..., Silent], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
+    when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
 ) -> None:
     source = own("llama")
     shard = source / shards(source)[at]

@@ -19,7 +19,7 @@ from milora_init.errors import OutputError
 from milora_init.linalg.split import split
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
 from milora_init.run import weight
-from milora_init.run.output_folder import OutputFolder
+from milora_init.run.journal import Journal
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -33,26 +33,26 @@ def milora_that_solves_for_minutes(solving: Connection, *arguments: str) -> None
     Args:
         solving: Is sent something when that solve begins, and the journal has its head and one shard.
     """
-    record = OutputFolder.record
+    append = Journal.append
     calls: list[int] = []
-    recorded = threading.Semaphore(0)
+    appended = threading.Semaphore(0)
 
     def split_or_sleep(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 10:  # the last one
-            recorded.acquire()
-            recorded.acquire()
+            appended.acquire()
+            appended.acquire()
             solving.send(True)
             ctypes.CDLL(None).sleep(300)
         return split(*arguments, **options)
 
-    def record_and_tell(self: OutputFolder[Any], line: Any) -> None:
-        record(self, line)
-        recorded.release()
+    def append_and_tell(self: Journal[Any], line: Any) -> None:
+        append(self, line)
+        appended.release()
 
     patch = pytest.MonkeyPatch()
     patch.setattr(weight, "split", split_or_sleep)
-    patch.setattr(OutputFolder, "record", record_and_tell)
+    patch.setattr(Journal, "append", append_and_tell)
     fork_server.command_line(*arguments)
 
 

@@ -24,7 +24,7 @@ from milora_init.manifest import MANIFEST, WORK_FOLDER, read_manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
 from milora_init.run.initialize import run_plan
-from milora_init.run.output_folder import OutputFolder
+from milora_init.run.journal import Entry, Head, Journal
 from support.tiny_models import contents
 
 # What Python tells an audit hook when it is about to change a name or open a file.
@@ -82,11 +82,11 @@ class Killed:
         work()
         return self._files()
 
-    def told(self) -> dict[str, int]:
-        """What was counted since the last time."""
-        told = {"runs": self.runs, "cut_short": self.cut_short, "whole": self.whole}
+    def counts(self) -> dict[str, int]:
+        """The counts since the last call."""
+        counts = {"runs": self.runs, "cut_short": self.cut_short, "whole": self.whole}
         self.runs = self.whole = self.cut_short = 0
-        return told
+        return counts
 
     def _fork(self, work: Work, prepare: Callable[[], None], after_s: float | None = None) -> None:
         child = os.fork()
@@ -150,24 +150,24 @@ def die() -> None:
 
 
 def at_journal_line(number: int, when: str) -> Callable[[], None]:
-    """Die at a line of the journal: before it, when half of it stands, or after it."""
+    """Die at a line of the journal: before it, when half of it is written, or after it."""
 
     def prepare() -> None:
-        real, seen = OutputFolder.record, [0]
+        real, seen = Journal.append, [0]
 
-        def record(self: OutputFolder[Any], line: dict[str, Any]) -> None:
+        def append(self: Journal, line: Head | Entry) -> None:
             if seen[0] == number and when == "before":
                 die()
             if seen[0] == number and when == "half":
-                with self.journal.open("ab") as file:
-                    file.write(json.dumps(line).encode()[:40])
+                with self.path.open("ab") as file:
+                    file.write(json.dumps(line.to_json()).encode()[:40])
                 die()
             real(self, line)
             if seen[0] == number:
                 die()
             seen[0] += 1
 
-        OutputFolder.record = record  # type: ignore[method-assign]
+        Journal.append = append  # type: ignore[method-assign]
 
     return prepare
 
@@ -231,5 +231,5 @@ def main(source: Path, folder: Path, wanted: Sequence[str]) -> None:
             else:
                 while not killed.whole:
                     killed.run(at_step(killed.runs * int(amount)))
-        said[kind] = killed.told()
+        said[kind] = killed.counts()
     print(json.dumps(said))

@@ -25,7 +25,7 @@ from milora_init.errors import CheckpointError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.initialize import initialize
-from milora_init.run.progress import ShardResult, Silent
+from milora_init.run.progress import Progress, ShardResult
 from milora_init.verify import verify as verdicts
 from milora_init.verify.verify import Verdict, verify
 
@@ -134,7 +134,7 @@ def test_the_manifest_has_the_hash_of_every_file(out: Path) -> None:
 
 
 def test_a_resumed_run_has_the_hashes_of_what_was_done_before(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    class CutOff(Silent):
+    class CutOff(Progress):
         def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
             if finished == 2:
                 raise KeyboardInterrupt
