@@ -46,7 +46,7 @@ def milora_that_solves_for_minutes(solving: Connection, *arguments: str) -> None
             ctypes.CDLL(None).sleep(300)
         return split(*arguments, **options)
 
-    def append_and_tell(self: Journal[Any], line: Any) -> None:
+    def append_and_tell(self: Journal, line: Any) -> None:
         append(self, line)
         appended.release()
 
