@@ -271,7 +271,7 @@ def one_of(*values: str) -> Check:
 
 
 def file_name(value: Any) -> bool:
-    if relative_name(value).startswith("."):  # its ValueError tells more
+    if any(part.startswith(".") for part in relative_name(value).split("/")):  # its ValueError tells more
         raise ValueError(f"{value!r} is hidden")
     return True
 

@@ -1,14 +1,17 @@
-"""What every test stands on: no network, tiny offline checkpoints built once, and outputs made once for many looks."""
+"""For every test: no network, one thread, no settings of the person's own, and tiny checkpoints that are built once."""
 
 from __future__ import annotations
 
 import os
 
+# Tiny matrices gain nothing from threads, and lose much where the machine is shared. Read when torch is imported, here,
+# in every worker and in every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +75,6 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "MILORA_DEBUG", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for processes that a test starts
 
 
 @pytest.fixture(scope="session")
@@ -127,12 +129,3 @@ def start(tmp_path: Path) -> Callable[..., Manifest]:
         return initialize(InitOptions(model=str(model), **given), progress=progress)
 
     return run
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and lose much where the machine is shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -219,11 +219,13 @@ def _indexed_files(path: Path, index: Mapping[str, Any], absent: Collection[str]
     files = sorted(set(weight_map.values()))
     for file in files:
         try:
-            plain = "/" not in relative_name(file)
+            plain = "/" not in relative_name(file) and not file.startswith(".")
         except ValueError:
             plain = False
         if not plain:
-            raise CheckpointError(f"{path}: {file!r} is outside the folder; a shard must be a plain file name")
+            raise CheckpointError(
+                f"{path}: {file!r} is outside the folder or hidden; a shard must be a plain file name"
+            )
         if Path(file).suffix != Path(path.name.removesuffix(".index.json")).suffix:
             raise CheckpointError(f"{path}: {file!r} is another format than the index")
         if file not in absent and not (path.parent / file).is_file():

@@ -277,7 +277,7 @@ def plan_merge(pair: Path, adapter: Path | None = None, *, overwrite: bool = Fal
     """Read the headers of a base and an adapter, and check that they belong together. Raises as `merge`."""
     manifest = require_manifest(pair)
     require_inside(pair, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
-    checkpoint = open_checkpoint(pair)
+    checkpoint = open_model(pair)
     for name, size_bytes in manifest.files.items():
         if name in (LORA_CONFIG, LORA_WEIGHTS):  # the adapter is checked below
             continue

@@ -203,7 +203,9 @@ def modules_not_trained_from(initial: Path, trained: Path, weights: Sequence[Ada
             if not bool(A.isfinite().all() and B.isfinite().all()):
                 hint = "look at the loss of the training, and train again: such an adapter cannot be used"
                 raise PlanError(f"{trained}: {weight.module} has entries that are NaN or infinite", hint=hint)
-            if A0.any() and B0.any() and weight.untrainable >= weight.rank:
+            # The manifest may be somebody's: the factors themselves must be as small as it says.
+            s = float((B0.norm(dim=0) * A0.norm(dim=1)).max()) * weight.scale
+            if s and weight.untrainable >= weight.rank and s < 2e-6 * weight.s_max:
                 continue
             if why := _not_trained_from(B, A, B0, A0, weight):
                 found[weight.module] = why
@@ -212,6 +214,10 @@ def modules_not_trained_from(initial: Path, trained: Path, weights: Sequence[Ada
 
 def _not_trained_from(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, weight: AdaptedWeight) -> str:
     """Why A (R, n) and B (m, R) were not trained from A0 and B0; empty if they can have been."""
+    for now, start in ((B.norm(dim=0), B0.norm(dim=0)), (A.norm(dim=1), A0.norm(dim=1))):
+        # Not of the smallest ones, which a 16-bit dtype may have rounded to zero.
+        if bool(((now == 0) & (start > 1e-3 * start.max())).any()):
+            return "some of its directions are zero, and were not at the start"
     inner = float(((B0.mT @ B) * (A0 @ A.mT)).sum())
     norm, norm0 = (math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum()))) for b, a in ((B, A), (B0, A0)))
     if not norm0:
@@ -243,6 +249,8 @@ class _WholeModule:
     rank: int
     expert: None = None
     untrainable: int = 0
+    scale: float = 1.0
+    s_max: float = 0.0
 
 
 def _whole_modules(header: Header) -> list[_WholeModule]:

@@ -124,6 +124,7 @@ def read_structure(
         PlanError: `text_only`, and AutoModelForCausalLM has no text-only class for it.
     """
     _refuse_quantised(config)
+    _refuse_more_layers_than_tensors(folder, config, len(shapes))
     model = meta_model.build_meta_model(folder, config, trust_remote_code=trust_remote_code, text_only=text_only)
     homes = meta_model.parameter_sources(model, shapes)
     if not homes:
@@ -416,6 +417,18 @@ def _task_types(model: nn.Module) -> frozenset[str]:
     if getattr(model, "base_model", None) is model:
         found.add("FEATURE_EXTRACTION")
     return frozenset(found)
+
+
+def _refuse_more_layers_than_tensors(folder: Path, config: Mapping[str, Any], count: int) -> None:
+    """Raise CheckpointError where config.json asks for more layers than there are tensors: building them could take hours."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_more_layers_than_tensors(folder, value, count)
+        elif "layers" in key and isinstance(value, int) and value > max(count, 1000):
+            raise CheckpointError(
+                f"{folder}/config.json: {key} is {value}, and the checkpoint has {count} tensors",
+                hint="config.json and the weights are of different models",
+            )
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:

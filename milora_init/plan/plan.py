@@ -36,7 +36,7 @@ from milora_init.options import InitOptions
 from milora_init.plan.notices import plan_notices
 from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised
-from milora_init.untrusted import printable
+from milora_init.untrusted import plain_file, printable
 
 SHARDS_AT_ONCE = 4
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
@@ -230,7 +230,7 @@ def _refuse_residual(folder: Path) -> None:
     if found is None:
         return
     try:
-        original = json.loads((folder / MANIFEST).read_bytes())["source"]["model"]
+        original = json.loads(plain_file(folder / MANIFEST).read_bytes())["source"]["model"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         original = None
     hint = "name the original model that it was made from"

@@ -42,7 +42,9 @@ def part_header(weights: Iterable[WeightPlan]) -> Header:
     )
 
 
-def assemble_adapter(parts: Iterable[Path], weights: Sequence[WeightPlan], header: Header, target: Path) -> None:
+def assemble_adapter(
+    parts: Iterable[Path], weights: Sequence[WeightPlan], header: Header, target: Path, *, mode: int
+) -> None:
     """Write the adapter's file from its parts. The experts of one layer are in memory at a time.
 
     Args:
@@ -50,6 +52,7 @@ def assemble_adapter(parts: Iterable[Path], weights: Sequence[WeightPlan], heade
         weights: Every weight that was split, in the model's order.
         header: Of the adapter's file.
         target: The adapter's file.
+        mode: Its permissions, before the umask.
 
     Raises:
         CheckpointError: A part that cannot be read.
@@ -59,7 +62,7 @@ def assemble_adapter(parts: Iterable[Path], weights: Sequence[WeightPlan], heade
     for path in parts:
         with SafetensorsShard(path) as part:
             sources |= {name: part.locate(name) for name in part.header.tensors}
-    with SafetensorsWriter(target, header) as writer:
+    with SafetensorsWriter(target, header, mode=mode) as writer:
         for key, group in groupby(weights, key=lambda w: w.key):
             names = [lora_key(key, factor) for factor in "AB"]
             A, B = (torch.zeros(header.tensors[name].shape) for name in names)

@@ -260,8 +260,13 @@ def _assemble(
         out.write(name, read_chunks(path), mode=file_mode(path))
     (out.path / LORA_FOLDER).mkdir(exist_ok=True)
     parts = [out.path / part_name(job.target) for job in plan.jobs if job.splits]
-    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / LORA_WEIGHTS)
-    out.write(LORA_CONFIG, (json.dumps(plan.adapter_config, indent=2) + "\n").encode())
+    # The adapter holds components of the weights: nobody may read it who may not read the model.
+    mode = file_mode(source / "config.json")
+    for job in plan.jobs:
+        if job.stamp is not None:
+            mode &= file_mode(job.source)
+    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / LORA_WEIGHTS, mode=mode)
+    out.write(LORA_CONFIG, (json.dumps(plan.adapter_config, indent=2) + "\n").encode(), mode=mode)
     records = {record.module: record for entry in entries.values() for record in entry.records}
     uploaded = {name: entry.files[name] for name, entry in entries.items() if entry.pushed is not None}
     _require_complete(plan, out, set(records), uploaded)

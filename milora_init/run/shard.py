@@ -55,7 +55,9 @@ class ShardWriter(Generic[Result]):
         self.name = name
         self._path, self._stamp = source, source_stamp
         self._shard = SafetensorsWriter(out / name, header, mode=file_mode(source))
-        self._part = SafetensorsWriter(out / adapter_part[0], adapter_part[1]) if adapter_part else None
+        self._part = (
+            SafetensorsWriter(out / adapter_part[0], adapter_part[1], mode=file_mode(source)) if adapter_part else None
+        )
         # By their path relative to the output folder; the part is finished first.
         self._writers = {adapter_part[0]: self._part} if adapter_part and self._part else {}
         self._writers[name] = self._shard

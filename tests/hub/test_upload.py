@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import are_progress_bars_disabled
 from support.hub_server import Command, Hub, client
 from support.training import load, logits
 
+from milora_init import InitOptions, initialize
+from milora_init.cli.main import run
 from milora_init.manifest import Manifest
 from milora_init.verify.verify import verify
 
@@ -323,40 +327,31 @@ def test_what_an_earlier_output_had_and_this_one_has_not_goes(
     assert "notes.txt" in hub.repositories["me/x"].files
 
 
-API = """
-import sys
-from milora_init import InitOptions, initialize
-given = {"model": sys.argv[1], "out": "out", "rank": 4, "device": ("cpu",), "push_to_hub": "me/api"}
-manifest = initialize(InitOptions(**given, low_disk="--low-disk" in sys.argv))
-print(manifest.out, manifest.fingerprint)
-"""
+def push_by_the_api(model: str, *through: str) -> None:
+    options = InitOptions(
+        model=model, out="out", rank=4, device=("cpu",), push_to_hub="me/api", low_disk="--low-disk" in through
+    )
+    print(initialize(options).out)
 
 
 @pytest.mark.parametrize("through", [[], ["--low-disk"]])
 def test_python_pushes_what_it_was_told_to_push(
-    through: list[str], hub: Hub, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    through: list[str], hub: Hub, checkpoint: Built, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("support.hub_server.RUN", API)
-    run = client(hub, tmp_path)
+    push = client(hub, tmp_path, push_by_the_api)
     for _ in range(2):
-        done = run(str(checkpoint("llama")), *through)
+        done = push(str(checkpoint("llama")), *through)
         assert done.returncode == 0, done.stderr
         assert verify(str(fetched(hub, "me/api", tmp_path / "there"))).ok
         assert done.stdout.split()[0] == ("me/api" if through else "out")
     assert (tmp_path / "out").exists() == (not through)
 
 
-BARS = """
-import io, os, sys
-os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
-from milora_init import cli
-import milora_init.hub
-from huggingface_hub.utils import are_progress_bars_disabled
-sys.stderr.isatty = lambda: "--terminal" in sys.argv
-status = cli.run([word for word in sys.argv[1:] if word != "--terminal"])
-print("bars", not are_progress_bars_disabled(), file=sys.stderr)
-sys.exit(status)
-"""
+def tell_whether_bars_are_drawn(*words: str) -> None:
+    sys.stderr.isatty = lambda: "--terminal" in words  # type: ignore[method-assign]
+    status = run([word for word in words if word != "--terminal"])
+    print("bars", not are_progress_bars_disabled(), file=sys.stderr)
+    sys.exit(status)
 
 
 @pytest.mark.parametrize(
@@ -364,17 +359,11 @@ sys.exit(status)
     [(["-q", "--terminal"], False), (["--json", "--terminal"], False), ([], False), (["--terminal"], True)],
 )
 def test_a_push_shows_bars_to_people_only(
-    words: list[str],
-    bars: bool,
-    hub: Hub,
-    checkpoint: Built,
-    start: Start,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    words: list[str], bars: bool, hub: Hub, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
-    monkeypatch.setattr("support.hub_server.RUN", BARS)
-    done = client(hub, tmp_path)("push", "out", "me/bars", *words)
+    push = client(hub, tmp_path, tell_whether_bars_are_drawn)
+    done = push("push", "out", "me/bars", *words, HF_HUB_DISABLE_PROGRESS_BARS=None)
     assert done.returncode == 0, done.stderr
     assert done.stderr.endswith(f"bars {bars}\n")
 

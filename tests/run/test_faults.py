@@ -54,7 +54,7 @@ arguments = ["-m", source, "-o", str(disk / "out"), "-r", "4", "--device", "cpu"
 
 def append(self, line, real=Journal.append):
     real(self, line)
-    if isinstance(line, Entry):
+    if isinstance(line, Entry) and not (disk / "ballast").exists():
         with (disk / "ballast").open("wb", buffering=0) as ballast:
             try:
                 while ballast.write(bytes(512)):

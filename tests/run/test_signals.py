@@ -35,20 +35,20 @@ def milora_that_solves_for_minutes(solving: Connection, *arguments: str) -> None
     """
     append = Journal.append
     calls: list[int] = []
-    recorded = threading.Semaphore(0)
+    appended = threading.Semaphore(0)
 
     def split_or_sleep(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 10:  # the last one
-            recorded.acquire()
-            recorded.acquire()
+            appended.acquire()
+            appended.acquire()
             solving.send(True)
             ctypes.CDLL(None).sleep(300)
         return split(*arguments, **options)
 
     def append_and_tell(self: Journal, line: Any) -> None:
         append(self, line)
-        recorded.release()
+        appended.release()
 
     patch = pytest.MonkeyPatch()
     patch.setattr(weight, "split", split_or_sleep)

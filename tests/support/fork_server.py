@@ -42,7 +42,7 @@ class Fork:
         function: Of a module that can be imported. Its exceptions are a traceback on stderr and the status 1.
         arguments: Of the function; whatever can be pickled, connections of `multiprocessing` too.
         cwd: The folder it starts in.
-        environment: Variables that differ from this process's.
+        environment: Variables that differ from this process's; None unsets one.
         stdout: A file to write to in place of a temporary one; None closes the descriptor. The same for stderr.
         stdin: A file to read from; None closes the descriptor.
     """
@@ -52,7 +52,7 @@ class Fork:
         function: Callable[..., object],
         *arguments: Any,
         cwd: Path | None = None,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
         stdin: Path | None = NULL,
         stdout: Path | str | None = "",
         stderr: Path | str | None = "",
@@ -142,11 +142,11 @@ def command_line(*arguments: str) -> None:
 
 
 def _child(
-    environment: dict[str, str], cwd: str, files: list[str | None], function: bytes, arguments: tuple[Any, ...]
+    environment: dict[str, str | None], cwd: str, files: list[str | None], function: bytes, arguments: tuple[Any, ...]
 ) -> None:
     """Make this fork look like a process that has just been started, and call the function."""
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update({name: value for name, value in environment.items() if value is not None})
     os.chdir(cwd)
     for number, file in enumerate(files):
         _connect(number, file)

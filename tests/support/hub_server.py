@@ -276,10 +276,10 @@ def _error(status: int, code: str = "") -> Answer:
     return status, headers, json.dumps({"error": code or str(status)}).encode()
 
 
-def client(hub: Hub, folder: Path) -> Command:
+def client(hub: Hub, folder: Path, function: Callable[..., object] = fork_server.command_line) -> Command:
     """run(*arguments, **environment) runs the command line in a folder, with that Hub, and an empty cache there."""
 
-    def run(*arguments: str, **environment: str) -> Done:
+    def run(*arguments: str, **changes: str | None) -> Done:
         environment = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(folder / "home"),
@@ -287,8 +287,8 @@ def client(hub: Hub, folder: Path) -> Command:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_ETAG_TIMEOUT": "5",
             "HF_TOKEN": hub.token,
-            **environment,
+            **changes,
         }
-        return fork_server.milora(*arguments, environment=environment, cwd=folder)
+        return fork_server.run(function, *arguments, environment=environment, cwd=folder)
 
     return run

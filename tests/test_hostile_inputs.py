@@ -1,0 +1,127 @@
+"""What a hostile tester found: inputs that somebody who means harm would make, each with the right outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_models import contents, edit_json
+
+from milora_init.errors import CheckpointError, OutputError, PlanError
+from milora_init.export.merge import merge
+from milora_init.manifest import MANIFEST, Manifest
+from milora_init.options import InitOptions
+from milora_init.plan.plan import make_plan
+from milora_init.verify.verify import verify
+
+Built = Callable[..., Path]
+Start = Callable[..., Manifest]
+WEIGHTS = "adapter_model.safetensors"
+
+
+def trained(out: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of the initial adapter with every tensor changed."""
+    to.mkdir()
+    (to / "adapter_config.json").write_bytes((out / "lora" / "adapter_config.json").read_bytes())
+    tensors = {name: change(name, tensor) for name, tensor in load_file(out / "lora" / WEIGHTS).items()}
+    save_file(tensors, to / WEIGHTS, metadata={"format": "pt"})
+    return to
+
+
+def test_a_pipe_in_the_place_of_a_models_manifest_is_not_waited_for(own: Built) -> None:
+    source = own("llama")
+    os.mkfifo(source / MANIFEST)
+    with pytest.raises(CheckpointError, match="residual base"):
+        make_plan(InitOptions(model=str(source), out="out", rank=4), source)
+
+
+def test_a_hidden_shard_is_refused(own: Built) -> None:
+    source = own("llama")
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = next(iter(content["weight_map"].values()))
+    (source / file).rename(source / f".{file}")
+    renamed = {name: f".{file}" if at == file else at for name, at in content["weight_map"].items()}
+    edit_json(index, weight_map=renamed)
+    with pytest.raises(CheckpointError, match="hidden"):
+        make_plan(InitOptions(model=str(source), out="out", rank=4), source)
+
+
+@pytest.mark.parametrize("name", [".bashrc", "x/.git/hooks/post-checkout"])
+def test_a_manifest_may_not_name_a_hidden_file_at_any_depth(
+    name: str, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    out = tmp_path / "out"
+    files = json.loads((out / MANIFEST).read_text())["files"]
+    edit_json(out / MANIFEST, files=files | {name: 1})
+    with pytest.raises(OutputError, match="hidden"):
+        verify(str(out))
+
+
+def test_an_adapter_at_the_root_of_a_pair_is_refused_by_merge(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="transformers would load this adapter"):
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_direction_that_became_zero_is_no_training(
+    factor: str, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+
+    def zeroed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor * 1.01
+        if factor in name:
+            tensor = tensor.clone()
+            tensor[(0,) if factor == "lora_A" else (slice(None), 0)] = 0
+        return tensor
+
+    adapter = trained(tmp_path / "out", tmp_path / "trained", zeroed)
+    with pytest.raises(PlanError, match="directions are zero"):
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
+    assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok
+
+
+def test_a_manifest_cannot_switch_the_judgement_of_an_adapter_off(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    out = tmp_path / "out"
+    weights = json.loads((out / MANIFEST).read_text())["weights"]
+    edit_json(out / MANIFEST, weights=[weight | {"untrainable": weight["rank"]} for weight in weights])
+    torch.manual_seed(0)
+    adapter = trained(out, tmp_path / "trained", lambda _, tensor: torch.randn_like(tensor))
+    with pytest.raises(PlanError, match=r"unrelated|trained"):
+        merge(str(out), str(tmp_path / "merged"), adapter=str(adapter))
+
+
+def test_more_layers_than_tensors_are_not_built(own: Built) -> None:
+    source = own("llama")
+    edit_json(source / "config.json", num_hidden_layers=10**8)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 100000000"):
+        make_plan(InitOptions(model=str(source), out="out", rank=4), source)
+
+
+def test_the_adapter_of_a_private_model_is_private(start: Start, own: Built, tmp_path: Path) -> None:
+    source = own("llama")
+    for path in source.iterdir():
+        path.chmod(0o600)
+    umask = os.umask(0)
+    try:
+        start(source)
+    finally:
+        os.umask(umask)
+    out = tmp_path / "out"
+    for name in contents(out):
+        if name != MANIFEST:
+            assert stat.S_IMODE((out / name).stat().st_mode) == 0o600, name
