@@ -420,7 +420,7 @@ def _task_types(model: nn.Module) -> frozenset[str]:
 
 
 def _refuse_more_layers_than_tensors(folder: Path, config: Mapping[str, Any], count: int) -> None:
-    """Raise CheckpointError if config.json asks for more layers than there are tensors: they could take hours to build."""
+    """Raise CheckpointError if config.json asks for more layers than there are tensors: building may take hours."""
     for key, value in config.items():
         if isinstance(value, dict):
             _refuse_more_layers_than_tensors(folder, value, count)
