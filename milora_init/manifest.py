@@ -1,6 +1,6 @@
-"""milora_init.json: what was done, to which weight, and how well. The file that says the output is whole.
+"""milora_init.json: what was done, to which weight, and how exactly.
 
-It is written last. A folder without it is unfinished, whatever else lies in it.
+It is written last. A folder without it is unfinished, whatever else it contains.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from milora_init.accuracy import Certificate, Rounding
 from milora_init.errors import OutputError
 from milora_init.experts import ExpertSlot
 from milora_init.untrusted import path_inside, plain_names, relative_name
@@ -34,20 +35,23 @@ class WeightRecord:
     Attributes:
         module, tensor: Its names in the model and on disk.
         shape: (out, in).
-        transposed: Stored as (in, out).
-        row: Its place in the first dimension of a tensor that holds one for every expert; None elsewhere.
-        expert: Its place among the factors of a layer's experts; None elsewhere.
-        key: What stands for it in the names of the adapter's tensors.
-        source_dtype, dtype: Before and after, in torch's names.
-        rank: Of its component; `scale`: what the adapter's product is multiplied with.
-        s_first, s_last: Largest and smallest singular value of the component; `s_max`: of the whole weight.
-        energy: Share of the component in the squared Frobenius norm of the weight.
-        untrainable: Directions with s < 1e-6 * s_max. Their rows of A and columns of B are next to zero, so that
+        transposed: Whether it is stored as (in, out).
+        row: Its index in the first dimension of a tensor that holds one matrix for each expert; None elsewhere.
+        expert: Where its factors are among those of the layer's experts; None elsewhere.
+        key: The module part of its tensor names in the adapter.
+        source_dtype, dtype: Of the model's weight and of the residual, in torch's names.
+        rank: Of the component.
+        scale: The factor of B @ A: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        s_first, s_last: Largest and smallest singular value of the component.
+        s_max: Largest singular value of the whole weight.
+        energy: The component's share of the weight's squared Frobenius norm.
+        untrainable: How many directions have s < 1e-6 * s_max. Their rows of A and columns of B are almost zero, so
             neither gets a gradient.
-        certificate: `linalg.certificate.Certificate`, field by field.
-        rounding: `linalg.split.Rounding`, field by field.
+        certificate: How exact the singular triplets are.
+        rounding: What the dtype of the residual costs.
         device: Where it was solved.
-        elapsed_s: Seconds for solving and splitting; `read_s` and `write_s` for bringing it in and out.
+        elapsed_s: Seconds for solving and splitting.
+        read_s, write_s: Seconds for reading the weight and for writing its parts.
     """
 
     module: str
@@ -66,8 +70,8 @@ class WeightRecord:
     s_max: float
     energy: float
     untrainable: int
-    certificate: Mapping[str, Any]
-    rounding: Mapping[str, Any]
+    certificate: Certificate
+    rounding: Rounding
     device: str
     elapsed_s: float
     read_s: float
@@ -75,14 +79,20 @@ class WeightRecord:
 
     @property
     def suffix(self) -> str:
-        """The part of its name that all layers share."""
+        """The part of its name that is the same in all layers."""
         return self.expert.suffix if self.expert else self.module.rpartition(".")[2]
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> WeightRecord:
+        """The record from its JSON object. Raises ValueError, TypeError or KeyError for one of another form."""
         expert = content["expert"]
-        shape = tuple(content["shape"])
-        return cls(**{**content, "shape": shape, "expert": ExpertSlot(**expert) if expert else None})
+        return cls(**{
+            **content,
+            "shape": tuple(content["shape"]),
+            "expert": ExpertSlot(**expert) if expert else None,
+            "certificate": Certificate(**content["certificate"]),
+            "rounding": Rounding(**content["rounding"]),
+        })  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +100,18 @@ class Manifest:
     """The whole run.
 
     Attributes:
-        source: The model as given, its revision and its architecture; its config.json, as text, where the output's is
-            another; `other_class`, as in `naming.Naming`.
+        source: The model as given, its revision and its architecture; its config.json, as text, where the output's
+            differs; `other_class`, see `model.adaptable.ModelStructure`.
         out: The output folder as given.
         fingerprint: Hash of `inputs`.
-        inputs: All that decides the output's bytes: a digest of each source file, the options, the version.
-        versions: Of this program and of what it computes with.
-        adapter: adapter_config.json.
-        checked_with: What said that it takes this adapter whole: PEFT's version, or its rules where it was not there.
-        files: Size in bytes of every file of the output but this one.
-        notices: What a person should know.
+        inputs: All that determines the output's bytes: a hash of each source file, the options, the version.
+        versions: Of this program and of the libraries that it computes with.
+        adapter: Content of adapter_config.json.
+        files: Size in bytes of every file of the output except this one.
+        notices: What a person should know before training.
         weights: One record a weight, in the model's order.
-        elapsed_s: Seconds for the whole run; when it was resumed, for its last part.
+        elapsed_s: Seconds for the whole run; for a resumed run, those since it was resumed.
+        checked_with: What confirmed that PEFT loads this adapter: PEFT's version, or the rules used without PEFT.
         hashes: SHA-256 of each of `files`.
     """
 
@@ -119,6 +129,7 @@ class Manifest:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """The content of the file, as plain JSON values."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
@@ -165,7 +176,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def require_inside(folder: Path, names: Iterable[str]) -> None:
-    """Raise OutputError where a file of a finished output is reached through a link that leads out of its folder."""
+    """Raise OutputError where a file of a finished output is a link that leads out of its folder."""
     for name in names:
         try:
             path_inside(folder, name)

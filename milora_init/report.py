@@ -49,7 +49,7 @@ def weight_groups(weights: Iterable[WeightRecord]) -> list[WeightGroup]:
             count=len(group),
             rank=rank,
             energy=sum(weight.energy for weight in group) / len(group),
-            leak=max(weight.rounding["leak"] for weight in group),
+            leak=max(weight.rounding.leak for weight in group),
             certificate=max(component_error(weight) for weight in group),
             elapsed_s=sum(weight.elapsed_s for weight in group),
         )
@@ -59,19 +59,19 @@ def weight_groups(weights: Iterable[WeightRecord]) -> list[WeightGroup]:
 
 def component_error(weight: WeightRecord) -> float:
     """The certified relative error of a component; infinite if it is not unique (the cut falls in a cluster)."""
-    error = weight.certificate["component_error"]
-    return math.inf if error is None else float(error)
+    error = weight.certificate.component_error
+    return math.inf if error is None else error
 
 
 def warnings(manifest: Manifest) -> list[str]:
     """The manifest's notices, and what should be known about the pair before training on it."""
     found = list(manifest.notices)
-    worst = max(manifest.weights, key=lambda weight: weight.rounding["leak"])
-    leak = worst.rounding["leak"]
+    worst = max(manifest.weights, key=lambda weight: weight.rounding.leak)
+    leak = worst.rounding.leak
     if leak > LEAK_LIMIT:
-        leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in worst.rounding["leak_if"]}
+        leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in worst.rounding.leak_if}
         options = [f"--dtype {dtype} ({value:.1e})" for dtype, value in leaks.items() if value < _LEAK_ELSEWHERE]
-        count = sum(weight.rounding["leak"] > LEAK_LIMIT for weight in manifest.weights)
+        count = sum(weight.rounding.leak > LEAK_LIMIT for weight in manifest.weights)
         others = f", and more than {LEAK_LIMIT:.0%} in {count - 1} more" if count > 1 else ""
         found.append(
             f"rounding to {worst.dtype} leaves {leak:.0%} of the component of {worst.module} in the base{others}"
@@ -88,8 +88,8 @@ def warnings(manifest: Manifest) -> list[str]:
 
 def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
     """The largest leak if the weights were rounded to a dtype; infinite if one overflows."""
-    found = [weight.rounding["leak_if"].get(dtype) for weight in weights]
-    return max(math.inf if value is None else float(value) for value in found)
+    found = [weight.rounding.leak_if.get(dtype) for weight in weights]
+    return max(math.inf if value is None else value for value in found)
 
 
 def loading_lines(manifest: Manifest) -> str:

@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 
+from milora_init.accuracy import Certificate, Rounding
 from milora_init.hub.model_card import card_text, step_summary
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.report import LEAK_LIMIT, duration, loading_lines, size, summary, warnings, weight_groups
 from milora_init.untrusted import printable
+
+
+def certificate(component_error: float | None) -> Certificate:
+    return Certificate("svd", "small", 1e-15, 1e-15, 0.1, component_error, "all were computed")
 
 
 def record(module: str = "model.layers.0.q_proj", **values: Any) -> WeightRecord:
@@ -36,8 +41,8 @@ def record(module: str = "model.layers.0.q_proj", **values: Any) -> WeightRecord
         "s_max": 1.0,
         "energy": 0.25,
         "untrainable": 0,
-        "certificate": {"path": "svd", "component_error": 1e-14},
-        "rounding": {"component": 0.5, "error": 0.001, "leak": leak, "leak_if": leak_if},
+        "certificate": certificate(1e-14),
+        "rounding": Rounding(component=0.5, error=0.001, leak=leak, leak_if=leak_if),
         "device": "cpu",
         "elapsed_s": 1.5,
         "read_s": 0.25,
@@ -64,9 +69,9 @@ def manifest(*weights: WeightRecord, **values: Any) -> Manifest:
 
 def test_weights_of_one_name_and_shape_are_one_line() -> None:
     found = weight_groups([
-        record("a.0.q_proj", energy=0.2, leak=0.01, certificate={"component_error": 1e-12}, elapsed_s=1.0),
+        record("a.0.q_proj", energy=0.2, leak=0.01, certificate=certificate(1e-12), elapsed_s=1.0),
         record("a.0.up_proj", shape=(48, 32)),
-        record("a.1.q_proj", energy=0.4, leak=0.03, certificate={"component_error": 1e-14}, elapsed_s=2.5),
+        record("a.1.q_proj", energy=0.4, leak=0.03, certificate=certificate(1e-14), elapsed_s=2.5),
         record("b.0.q_proj", shape=(16, 32)),
     ])  # fmt: skip
     assert [(kind.suffix, kind.shape, kind.count) for kind in found] == [

@@ -17,7 +17,7 @@ Stamp = tuple[int, int]
 
 
 def stamp(path: Path) -> Stamp:
-    """Size and modification time of a file: what tells that it changed. Raises CheckpointError."""
+    """Size and modification time of a file, to see whether it changed. Raises CheckpointError."""
     try:
         status = path.stat()
     except OSError as error:
@@ -26,7 +26,7 @@ def stamp(path: Path) -> Stamp:
 
 
 def file_mode(path: Path) -> int:
-    """Who may read and write a file: what a copy of it is made with, at most. Raises CheckpointError."""
+    """The read and write permissions of a file; its copy gets no others. Raises CheckpointError."""
     try:
         return path.stat().st_mode & 0o666
     except OSError as error:
@@ -34,7 +34,7 @@ def file_mode(path: Path) -> int:
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """A file of any size, in pieces. Raises CheckpointError."""
+    """The content of a file of any size, in chunks of 1 MiB. Raises CheckpointError."""
     try:
         with path.open("rb", buffering=0) as file:
             while chunk := file.read(_CHUNK_BYTES):
@@ -44,7 +44,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A small file whole. Raises CheckpointError."""
+    """The content of a small file. Raises CheckpointError."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -52,10 +52,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def source_file(folder: Path, name: str) -> Path:
-    """A file of the model that is copied as it stands.
+    """The path of a file of the model that is copied unchanged.
 
-    A file of weights may be a link to another disk: it is parsed as safetensors, so it cannot be somebody's key. Of
-    what is copied unread, a link would bring any file of this machine into the output.
+    A file of weights may be a link to another disk: it is parsed as safetensors, so it cannot be a private key. Other
+    files are not parsed, and a link could bring any file of this machine into the output.
 
     Raises:
         CheckpointError: A link that leads out of the folder, or nowhere; a pipe, a socket or a device.
@@ -66,13 +66,14 @@ def source_file(folder: Path, name: str) -> Path:
         raise CheckpointError(
             f"{folder}: {error}", hint="put the file itself in its place if it belongs to the model, or remove it"
         ) from error
-    if not os.path.isfile(path):  # noqa: PTH113 (False, where Path raises for want of permission)
+    if not os.path.isfile(path):  # noqa: PTH113 (False without permission, where Path raises)
         what = "a link to what is not there" if path.is_symlink() else "no plain file"
         raise CheckpointError(f"{path} is {what}", hint="put the file in its place, or remove it")
     return path
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises CheckpointError."""
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, which no file of its kind has")
@@ -84,6 +85,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds one object. Raises CheckpointError."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")

@@ -1,7 +1,7 @@
 """Open a checkpoint folder: which file holds which tensor, and which other files belong to the model.
 
-Nothing in the folder is trusted. A header that points outside its file, overlaps itself or leaves a gap is an error
-that names the tensor; so is an index that contradicts its files.
+Nothing in the folder is trusted. A header with a tensor outside its file, an overlap or a gap is an error that names
+the tensor; so is an index that contradicts its files.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _SHARD = re.compile(r".+-\d+-of-\d+\.(safetensors|bin)")
 
 @dataclass(frozen=True)
 class RemoteFiles:
-    """What a Hub knows of a checkpoint.
+    """What the Hub knows of a checkpoint.
 
     Attributes:
-        model: Its id; `commit`: of which every file is.
+        model: Its id.
+        commit: The commit that every file is taken from.
         hashes: SHA-256 of each file of weights.
         absent: Header of each file of weights that is not in the folder yet.
     """
@@ -50,16 +51,16 @@ class RemoteFiles:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of weights, its headers read and checked, its data untouched.
+    """A folder of weights; its headers are read and checked, its data is not read.
 
     Attributes:
-        folder: Where it lies.
+        folder: The folder.
         headers: Header of each file of weights, by file name, in order.
-        stamps: Size and time of each of those files when its header was read; none for one that is not there yet.
+        stamps: Size and time of each of those files when its header was read; without those that are not there yet.
         index: The index file's content, None for a single file.
-        unfilled: Tensors that the index names and their shards lack. Whether the model wants them is not known here.
+        unfilled: Tensors that the index names and that are in no shard. Whether the model needs them is not known here.
         is_pickle: Whether the files are `.bin`.
-        remote: What the Hub knows of it, None for a folder that is not of the Hub.
+        remote: What the Hub knows of it; None for a folder that is not from the Hub.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Checkpoint:
 
     @cached_property
     def config_bytes(self) -> bytes:
+        """The content of config.json. Raises CheckpointError."""
         return read_bytes(self.folder / "config.json")
 
     @cached_property
@@ -86,7 +88,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> Mapping[str, str]:
-        """What identifies the source without reading it all, by file."""
+        """A hash of each file that identifies the model without reading all of it."""
         digests = {
             name: hashing.WHOLE_FILE_PREFIX + self.remote.hashes[name]
             if self.remote
@@ -96,7 +98,7 @@ class Checkpoint:
         return digests | {"config.json": hashlib.sha256(self.config_bytes).hexdigest()}
 
     def has_weights(self, recorded: Mapping[str, str]) -> bool:
-        """Whether its files of weights are those of a recorded `digest`. Raises CheckpointError."""
+        """Whether its files of weights have the hashes of a recorded `digest`. Raises CheckpointError."""
         weights = {name: value for name, value in recorded.items() if name != "config.json"}
         return weights.keys() == self.headers.keys() and all(
             hashing.matches_hash(weights[name], self.folder / name, header) for name, header in self.headers.items()
@@ -108,10 +110,10 @@ def open_checkpoint(folder: Path, remote: RemoteFiles | None = None) -> Checkpoi
 
     Args:
         folder: The folder.
-        remote: Where it is a snapshot of a model on the Hub, what that says of files that are not there yet.
+        remote: For a snapshot of a model on the Hub, what the Hub knows of it.
 
     Raises:
-        CheckpointError: No folder, no config.json, no weights, a missing or broken shard, an index that lies.
+        CheckpointError: No folder, no config.json, no weights, a missing or broken shard, a wrong index.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -140,31 +142,33 @@ def open_checkpoint(folder: Path, remote: RemoteFiles | None = None) -> Checkpoi
         )
     stamps = {file: stamp(folder / file) for file in files if file not in absent}
     headers: dict[str, Header] = {}
-    home: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for file in files:
         headers[file] = absent[file] if file in absent else _header_of(folder / file)
         for name in headers[file].tensors:
-            if name in home:
-                raise CheckpointError(f"{folder}: {name} stands in {home[name]} and again in {file}")
-            home[name] = file
+            if name in file_of:
+                raise CheckpointError(f"{folder}: {name} is in {file_of[name]} and again in {file}")
+            file_of[name] = file
     unfilled = []
     for name, file in (index or {}).get("weight_map", {}).items():
-        if name not in home:
+        if name not in file_of:
             unfilled.append(name)
-        elif home[name] != file:
-            raise CheckpointError(f"{folder}: the index puts {name} into {file}, it is in {home[name]}", hint=REFETCH)
+        elif file_of[name] != file:
+            raise CheckpointError(
+                f"{folder}: the index puts {name} into {file}, it is in {file_of[name]}", hint=REFETCH
+            )
     checkpoint = Checkpoint(
         folder, headers, stamps, index, files[0].endswith(".bin"), remote=remote, unfilled=tuple(unfilled)
     )
-    _ = checkpoint.config  # a broken config.json is found now, not after the planning
+    _ = checkpoint.config  # a broken config.json is found here, not after the planning
     return checkpoint
 
 
 def open_model(folder: Path, remote: RemoteFiles | None = None) -> Checkpoint:
-    """Open a plain model: to be split, or for a split one to be compared with. See `open_checkpoint`.
+    """Open an original model, to split it or to compare a pair with it. See `open_checkpoint`.
 
     Raises:
-        CheckpointError: There is an adapter beside its weights, so that the model is another than its tensors say.
+        CheckpointError: There is an adapter beside its weights: transformers would load another model than the tensors.
     """
     checkpoint = open_checkpoint(folder, remote)
     if (folder / ADAPTER_CONFIG).is_file():
@@ -176,7 +180,7 @@ def open_model(folder: Path, remote: RemoteFiles | None = None) -> Checkpoint:
 
 
 def require_no_lone_shard(where: str, names: Iterable[str]) -> None:
-    """Raise CheckpointError where there are shards, of which only an index tells what they are of."""
+    """Raise CheckpointError where there are shards without their index."""
     for name in sorted(names):
         if shard := _SHARD.fullmatch(name):
             index = PICKLE_INDEX if shard[1] == "bin" else SAFETENSORS_INDEX
@@ -187,28 +191,28 @@ def require_no_lone_shard(where: str, names: Iterable[str]) -> None:
 
 
 def left_out(checkpoint: Checkpoint) -> list[str]:
-    """Weights in the folder that are not of the model as it is loaded: files, and subfolders that hold some."""
-    taken = {*checkpoint.headers, *(name.partition("/")[0] for name in side_files(checkpoint.folder))}
+    """Weights in the folder that transformers does not load: files, and subfolders with such files."""
+    used = {*checkpoint.headers, *(name.partition("/")[0] for name in side_files(checkpoint.folder))}
     found = []
     for path in sorted(checkpoint.folder.iterdir()):
-        if path.name in taken or path.name.startswith("."):
+        if path.name in used or path.name.startswith("."):
             continue
         if path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES:
             found.append(path.name)
         elif path.is_dir():
-            with suppress(OSError):  # a folder that may not be read is not read
+            with suppress(OSError):  # no permission to read it
                 if any(inner.suffix.lower() in WEIGHT_SUFFIXES for inner in path.iterdir()):
                     found.append(f"{path.name}/")
     return found
 
 
 def _header_of(path: Path) -> Header:
-    shard = open_shard(path)
-    shard.close()
-    return shard.header
+    with open_shard(path) as shard:
+        return shard.header
 
 
 def _indexed_files(path: Path, index: Mapping[str, Any], absent: Collection[str]) -> list[str]:
+    """The files that an index names, sorted. Raises CheckpointError for a wrong index, or a file that is missing."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{path}: no weight_map from tensor names to files")

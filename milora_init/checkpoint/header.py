@@ -1,7 +1,7 @@
 """Parse, check and plan safetensors headers.
 
-The safetensors library reads tensors, but it does not say where in the file they lie, and it lays out a file only from
-a complete dict of tensors. Streaming needs both: the byte range of each tensor, and a header before the first tensor
+The safetensors library reads tensors, but it does not give their byte ranges, and it lays out a file only from a
+complete dict of tensors. Streaming needs both: the byte range of each tensor, and a header before the first tensor
 exists. Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -21,27 +21,37 @@ from torch import Tensor
 
 from milora_init.errors import CheckpointError
 
-DTYPES: Mapping[str, torch.dtype] = {
-    name: getattr(torch, attribute)
-    for name, attribute in {
-        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-        "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
-        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    }.items()
-    if hasattr(torch, attribute)
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+# The one table of dtypes, by their safetensors name. An old torch lacks some of them.
+DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
+}
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+REFETCH = "fetch the file again: it is damaged or incomplete"
 
 
 def torch_name(dtype: str) -> str:
-    """`bfloat16` for `BF16`: a dtype as torch and config.json spell it."""
-    return str(DTYPES[dtype]).removeprefix("torch.")
+    """The name that torch and config.json use for a safetensors dtype: `bfloat16` for `BF16`."""
+    return _TORCH_NAMES[dtype]
 
 
-REFETCH = "fetch the file again: it is damaged or incomplete"
+def safetensors_name(dtype: str) -> str:
+    """The safetensors name of a dtype that torch and config.json name: `BF16` for `bfloat16`.
+
+    Raises:
+        CheckpointError: A name that is not in the table.
+    """
+    for name, known in _TORCH_NAMES.items():
+        if known == dtype and name in DTYPES:
+            return name
+    raise CheckpointError(f"dtype {dtype!r} is unknown", hint="use a newer torch, or fetch the file again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,13 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A safetensors header: its bytes as they stand (length prefix included), its metadata, its tensors by offset."""
+    """A safetensors header.
+
+    Attributes:
+        raw: Its bytes in the file, length prefix included.
+        metadata: Of the whole file.
+        tensors: By name, in the order of their offsets.
+    """
 
     raw: bytes
     metadata: Mapping[str, str]
@@ -82,10 +98,10 @@ def read_header(path: Path) -> Header:
     """Parse and check the header of a safetensors file.
 
     Raises:
-        CheckpointError: Not a file, truncated, not JSON, or a tensor whose dtype, shape or offsets cannot be true.
+        CheckpointError: Not a file, truncated, not JSON, or a tensor whose dtype, shape or offsets are impossible.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise CheckpointError(f"{path} is no file")
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -102,9 +118,12 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(raw: bytes, file_bytes: int, path: Path) -> Header:
-    """Parse and check a header given as bytes, its length prefix included, of a file of that size; see `read_header`.
+    """Parse and check a header given as bytes; see `read_header`.
 
-    `path` is what the file is called in errors.
+    Args:
+        raw: The header, length prefix included.
+        file_bytes: Size of the whole file.
+        path: Names the file in errors.
     """
     try:
         entries = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_without_duplicates)
@@ -133,28 +152,30 @@ def parse_header(raw: bytes, file_bytes: int, path: Path) -> Header:
 def plan_header(
     entries: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
 ) -> Header:
-    """Lay out a safetensors file for tensors given as (name, dtype, shape).
+    """Lay out a safetensors file for tensors given as (name, safetensors dtype, shape).
 
-    Wide dtypes come first: readers view the data in place, and a float32 tensor behind an odd number of bfloat16
-    values would start off its alignment.
+    Wide dtypes come first: readers view the data in place, and a float32 tensor after an odd number of bfloat16 values
+    would not be aligned.
     """
-    laid: dict[str, TensorInfo] = {}
+    laid_out: dict[str, TensorInfo] = {}
     position = 0
     for name, dtype, shape in sorted(entries, key=lambda entry: -DTYPES[entry[1]].itemsize):
         end = position + math.prod(shape) * DTYPES[dtype].itemsize
-        laid[name] = TensorInfo(name, dtype, shape, position, end)
+        laid_out[name] = TensorInfo(name, dtype, shape, position, end)
         position = end
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    content |= {i.name: {"dtype": i.dtype, "shape": i.shape, "data_offsets": [i.start, i.end]} for i in laid.values()}
+    content |= {
+        i.name: {"dtype": i.dtype, "shape": i.shape, "data_offsets": [i.start, i.end]} for i in laid_out.values()
+    }
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return Header(len(text).to_bytes(8, "little") + text, metadata or {}, laid)
+    return Header(len(text).to_bytes(8, "little") + text, metadata or {}, laid_out)
 
 
 def _entry(path: Path, name: str, entry: Any) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        # The format knows no limit on dimensions; a product of thousands of large ones is an attack, not a weight.
+        # The format has no limit on the number of dimensions, but a product of thousands of large ones takes very long.
         numbers_ok = len(shape) <= 32 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError):
         numbers_ok = False
@@ -171,16 +192,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for name, value in pairs:
         if name in mapping:
-            raise ValueError(f"{name!r} stands in it twice")
+            raise ValueError(f"{name!r} is in it twice")
         mapping[name] = value
     return mapping
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, its own where it is contiguous; without NumPy, which torch does not require."""
+    """The bytes of a CPU tensor, without a copy where it is contiguous. Without NumPy, which torch does not require."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if flat.numel() == 0:
         return memoryview(b"")
     buffer = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
-    buffer.tensor = flat  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
+    buffer.tensor = flat  # type: ignore[attr-defined]  # keeps the memory alive as long as the view exists
     return memoryview(buffer).cast("B")

@@ -12,17 +12,17 @@ from milora_init.untrusted import relative_name
 
 
 def side_files(folder: Path) -> list[str]:
-    """What travels with the weights, as paths relative to the folder: tokenizer, chat template, licence, code.
+    """The files that are copied into an output, by the path relative to the folder.
 
-    Left behind are other forms of the weights, hidden files, and what speaks of the source and not of the output:
-    its README (a model card), and an adapter_config.json, which would make transformers load an adapter over it.
-    Of the subfolders, those that modules.json names (sentence-transformers) and the additional chat templates come.
+    Not copied are other forms of the weights, hidden files, the README (a card of the original model), and an
+    adapter_config.json, which would make transformers load an adapter over the output. Of the subfolders, those that
+    modules.json names (sentence-transformers) and the additional chat templates are copied.
 
     Raises:
-        CheckpointError: See `source_file`; or modules.json names what is no side folder.
+        CheckpointError: See `source_file`; or modules.json names a folder that cannot be copied.
     """
-    beside = (path for path in folder.iterdir() if travels(path.name))
-    names = sorted(path.name for path in beside if not os.path.isdir(path))  # noqa: PTH112 (as in `source_file`)
+    paths = (path for path in folder.iterdir() if travels(path.name))
+    names = sorted(path.name for path in paths if not os.path.isdir(path))  # noqa: PTH112 (as in `source_file`)
     for subfolder in ("additional_chat_templates", *_module_folders(folder)):
         names += sorted(_files_below(folder, subfolder))
     for name in names:
@@ -53,40 +53,40 @@ def _module_folders(folder: Path) -> list[str]:
 
 
 def _files_below(folder: Path, subfolder: str) -> Iterator[str]:
-    """Every file below a subfolder that is not hidden, relative to the folder; none where it is not there."""
+    """Every file below a subfolder that is not hidden, relative to the folder. The subfolder need not exist."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise CheckpointError(f"{error.filename}: {error.strerror}") from error
 
     def require_no_link(path: Path) -> None:
-        # Followed, a link to a folder could lead out, or round and round.
+        # A link to a folder could lead out of this one, or back into itself.
         if Path(os.path.realpath(path)) != path:
             where = folder / path.relative_to(home)
             raise CheckpointError(f"{where} is a link to a folder", hint="put the folder itself in its place")
 
     home = Path(os.path.realpath(folder))
     require_no_link(home / subfolder)
-    for place, folders, files in os.walk(home / subfolder, onerror=refuse):
+    for parent, folders, files in os.walk(home / subfolder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
-            require_no_link(Path(place, name))
-        yield from (str(Path(place, name).relative_to(home)) for name in files if not name.startswith("."))
+            require_no_link(Path(parent, name))
+        yield from (str(Path(parent, name).relative_to(home)) for name in files if not name.startswith("."))
 
 
 WEIGHT_SUFFIXES = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack",
     ".tflite", ".ot", ".mlmodel", ".npz", ".nemo", ".llamafile", ".partial",
 })  # fmt: skip
-# Of the output's own names, the folder of the adapter among them, a source has none to give.
-_LEFT_BEHIND = frozenset({"config.json", "adapter_config.json", "milora_init.json", "milora_merge.json", "lora"})
+# The output has its own files of these names, and its adapter in `lora`.
+_OWN_NAMES = frozenset({"config.json", "adapter_config.json", "milora_init.json", "milora_merge.json", "lora"})
 
 
 def travels(name: str) -> bool:
-    """Whether a file or a folder beside the weights may go into the output, by its name."""
+    """Whether a file or folder beside the weights may be copied into the output, by its name."""
     return not (
         name.startswith((".", "README"))
         or name.endswith(".index.json")
-        or name.casefold() in _LEFT_BEHIND
+        or name.casefold() in _OWN_NAMES
         or Path(name).suffix.lower() in WEIGHT_SUFFIXES
     )

@@ -20,15 +20,18 @@ from torch import Tensor
 from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, bytes_of, plan_header, read_header
 from milora_init.errors import CheckpointError, out_of_memory
 
-_PREAD_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
+_PREAD_BYTES = 1 << 30  # Linux reads at most 2 GiB in one call
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """Where one tensor can be read: a value, for whoever is to read it.
+    """Where one tensor can be read: a value that another thread or process can use.
 
-    `offset` is where its bytes start in a safetensors file; None in a pickle, which is searched by name. `row`, if
-    any, is the one entry of its first dimension that is meant; the other fields then describe that entry.
+    Attributes:
+        path, name: The file and the tensor in it.
+        dtype, shape: Of what is read, the dtype by its safetensors name.
+        offset: Where its bytes start in a safetensors file; None in a pickle, where the tensor is found by its name.
+        row: The one entry of the tensor's first dimension that is read; None for the whole tensor.
     """
 
     path: Path
@@ -48,15 +51,16 @@ class TensorSource:
         return entry if self.offset is None else replace(entry, offset=self.offset + row * entry.size_bytes)
 
     def rows(self, start: int, stop: int) -> TensorSource:
-        """Some entries of the first dimension of a tensor in a safetensors file."""
+        """The entries `start` to `stop` of the first dimension of a tensor in a safetensors file."""
         assert self.offset is not None
-        size_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
-        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * size_bytes)
+        row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes)
 
     def read(self, *, pinned: bool = False) -> Tensor:
-        """The tensor, in memory of its own, on the CPU; page-locked, for its way to a GPU. Raises CheckpointError."""
+        """The tensor in its own memory on the CPU, page-locked if `pinned`, for a GPU. Raises CheckpointError."""
         if self.offset is None:
-            tensor = PickleShard(self.path).read(self.name, self.row)
+            with PickleShard(self.path) as shard:
+                tensor = shard.read(self.name, self.row)
             return tensor.pin_memory() if pinned else tensor
         tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype], pin_memory=pinned)
         view, position = bytes_of(tensor), self.offset
@@ -73,19 +77,29 @@ class TensorSource:
 
 
 class SafetensorsShard:
-    """A `.safetensors` file, open. `header` is checked before this exists."""
+    """An open `.safetensors` file; its `header` is checked when it is opened. Use it with `with`, or `close` it.
+
+    Raises:
+        CheckpointError: As `read_header`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = read_header(path)
         self.fileno = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
+    def __enter__(self) -> SafetensorsShard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def read(self, name: str) -> Tensor:
-        """A tensor of the file, in memory of its own, on the CPU. Raises CheckpointError."""
+        """A tensor of the file, in its own memory on the CPU. Raises CheckpointError."""
         return self.locate(name).read()
 
     def locate(self, name: str) -> TensorSource:
-        """Where the tensor can be read by somebody else."""
+        """Where the tensor can be read, also from another thread or process."""
         info = self.header.tensors[name]
         return TensorSource(self.path, name, info.dtype, info.shape, self.offset(name))
 
@@ -98,13 +112,17 @@ class SafetensorsShard:
 
 
 class PickleShard:
-    """A `pytorch_model*.bin` file, open; its `header` is the one that its safetensors twin will have."""
+    """An open `pytorch_model*.bin` file; `header` is that of the safetensors file with the same tensors.
+
+    Raises:
+        CheckpointError: A file that `torch.load(weights_only=True)` does not read, or that holds more than tensors.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises half a dozen types here, pickle's own among them
+        except Exception as error:  # torch raises many types here, among them pickle's own
             if out_of_memory(error):
                 raise
             raise CheckpointError(
@@ -124,15 +142,24 @@ class PickleShard:
             metadata={"format": "pt"},
         )
 
+    def __enter__(self) -> PickleShard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def locate(self, name: str) -> TensorSource:
+        """Where the tensor can be read, also from another thread or process."""
         info = self.header.tensors[name]
         return TensorSource(self.path, name, info.dtype, info.shape, None)
 
     def read(self, name: str, row: int | None = None) -> Tensor:
+        """A tensor, or one entry of its first dimension, in its own memory on the CPU."""
         tensor = self._tensors[name]
         return (tensor if row is None else tensor[row]).clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
+        """Drop the tensors, and with them the mapped file."""
         self._tensors = {}
 
 

@@ -1,8 +1,8 @@
 """Write safetensors files in place: each tensor at its own offset, in any order, from any thread.
 
-A `WriteTarget` is a value. It can be passed to another thread, or to another process that sees the same disk, and that
-one writes the tensor. The `SafetensorsWriter` lays out the file, records which tensors are written, and renames the
-file to its final name at the end.
+A `WriteTarget` is a value: it can be passed to another thread, or to a process on another machine that sees the same
+disk, which then writes the tensor. The `SafetensorsWriter` lays out the file, records which tensors are written, and
+renames the file to its final name at the end.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import Tensor
 from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, Header, bytes_of
 from milora_init.errors import CheckpointError, OutputError, remedy
 
-_CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that calls cost nothing
+_CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that the calls cost nothing
 _NAME_BYTES = 255
 _NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True)
 class WriteTarget:
-    """Where one tensor belongs: `offset` bytes into a file that is laid out already."""
+    """Where one tensor is to be written: at `offset` bytes of a file that is laid out already."""
 
     path: Path
     name: str
@@ -39,22 +39,21 @@ class WriteTarget:
     offset: int
 
     def at(self, row: int) -> WriteTarget:
-        """The place of one entry of the tensor's first dimension."""
-        shape = self.shape[1:]
-        size_bytes = math.prod(shape) * DTYPES[self.dtype].itemsize
-        return replace(self, shape=shape, offset=self.offset + row * size_bytes)
+        """The target of one entry of the tensor's first dimension."""
+        entry = self.rows(row, row + 1)
+        return replace(entry, shape=self.shape[1:])
 
     def rows(self, start: int, stop: int) -> WriteTarget:
-        """The place of some entries of the tensor's first dimension."""
-        size_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
-        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * size_bytes)
+        """The target of the entries `start` to `stop` of the tensor's first dimension."""
+        row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes)
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[Tensor], None]]:
         """A function that writes the tensor, which must have this dtype and shape. Raises OutputError.
 
-        The file is opened here, before the tensor is computed: should the run fail meanwhile, its file is removed and
-        a late write goes nowhere, instead of into the file that the next run has put in its place.
+        The file is opened here, before the tensor is computed. If the run fails meanwhile, its file is removed, and a
+        late write goes into the removed file instead of the one that the next run has made under the same name.
         """
         with writing(self.path):
             fileno = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
@@ -73,32 +72,37 @@ class WriteTarget:
 
 
 def extended(name: str, suffix: str) -> str:
-    """A file's name with a suffix; where that is longer than file systems take, a hash stands for the name."""
+    """A file's name with a suffix. A hash replaces the name where the result is longer than file systems allow."""
     if len(os.fsencode(name + suffix)) > _NAME_BYTES:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return name + suffix
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file grows until it may have its name."""
+    """The name of a file until it is finished."""
     return path.with_name(extended(path.name, ".partial"))
 
 
 class SafetensorsWriter:
     """Writes one safetensors file whose header is known: each tensor at its own offset, in any order, once.
 
-    The file grows at `partial_of` its path and takes its name only in `finish()`, after every byte the header promises
-    was written and synced. Left without `finish()`, it is removed. `mode` is what the umask is applied to.
+    Until `finish()` the file has the name `partial_of(path)`. `finish()` renames it after every tensor of the header is
+    written and synced. If the `with` block ends without `finish()`, the file is removed.
+
+    Args:
+        path: The final name.
+        header: The layout.
+        mode: The file's permissions, before the umask.
 
     Raises:
-        OutputError: Disk full, no permission, and the like; an unfinished or a doubly written tensor.
+        OutputError: Disk full, no permission, and the like; a tensor that was written twice, or never.
     """
 
     def __init__(self, path: Path, header: Header, *, mode: int = 0o666) -> None:
         self.path = path
         self._header, self._mode = header, mode
         self._partial = partial_of(path)
-        self._unplaced, self._missing = set(header.tensors), set(header.tensors)
+        self._unassigned, self._missing = set(header.tensors), set(header.tensors)
         self._fileno: int | None = None
         self._flusher: ThreadPoolExecutor | None = None
         self._flushed: Future[None] | None = None
@@ -106,11 +110,12 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         try:
             with writing(self._partial):
-                # What stands there is of a run that was killed, or a link that somebody laid: it is not written into.
+                # A file of that name is from a killed run, or a link that somebody made: nothing is written into it.
                 self._partial.unlink(missing_ok=True)
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                self._fileno = os.open(self._partial, flags, self._mode | stat.S_IWUSR)  # tensors are written by name
-                # Reserve the room at once: a full disk is found here, not after an hour of work.
+                # Write permission even for a read-only mode: each WriteTarget opens the file by its name.
+                self._fileno = os.open(self._partial, flags, self._mode | stat.S_IWUSR)
+                # Allocate the whole file at once: a full disk is found here, not after an hour of work.
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self._fileno, 0, self._header.file_bytes)
                 else:
@@ -126,69 +131,73 @@ class SafetensorsWriter:
             self._flusher.shutdown()
         if self._fileno is not None:
             fileno, self._fileno = self._fileno, None
-            with suppress(OSError):  # why the file was left unfinished is what has to be told
+            with suppress(OSError):  # the error that left the file unfinished is the one to report
                 os.close(fileno)
             with suppress(OSError):
                 self._partial.unlink(missing_ok=True)
 
-    def place(self, name: str) -> WriteTarget:
-        """Where somebody else is to write a tensor. Once it is there, `written` must be told."""
-        if name not in self._unplaced:
+    def target(self, name: str) -> WriteTarget:
+        """Where another thread or process is to write a tensor. Once it has, call `mark_written`."""
+        if name not in self._unassigned:
             raise OutputError(f"{self.path}: {name} was written twice, or never planned")
-        self._unplaced.remove(name)
+        self._unassigned.remove(name)
         info = self._header.tensors[name]
         return WriteTarget(self._partial, name, info.dtype, info.shape, len(self._header.raw) + info.start)
 
-    def written(self, name: str) -> None:
-        """A tensor stands in its place."""
+    def mark_written(self, name: str) -> None:
+        """Record that a tensor is in the file."""
         self._missing.remove(name)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor; its dtype and shape must be those of the header."""
-        with self.place(name).opened() as write:
+        with self.target(name).opened() as write:
             write(tensor)
-        self.written(name)
+        self.mark_written(name)
 
-    def copy(self, name: str, source: int, offset: int, origin: Path) -> None:
+    def copy(self, name: str, source: int, offset: int, source_path: Path) -> None:
         """Copy a tensor's bytes from `offset` of the open file `source`, inside the kernel where it can.
 
-        `origin` is what that file is called, for the CheckpointError of one that cannot be read.
+        `source_path` names that file in the CheckpointError if it cannot be read.
         """
-        place = self.place(name)
+        target = self.target(name)
         with writing(self._partial):
             length = self._header.tensors[name].size_bytes
-            done = _copy_in_kernel(source, self._open(), length, offset, place.offset)
-            while done < length:
-                chunk = _read(source, min(length - done, 1 << 24), offset + done, f"{origin}: cannot read {name}")
-                _write_all(self._open(), memoryview(chunk), place.offset + done)
-                done += len(chunk)
-        self.written(name)
+            copied = _copy_in_kernel(source, self._open_fileno(), length, offset, target.offset)
+            while copied < length:
+                size = min(length - copied, 1 << 24)
+                chunk = _read(source, size, offset + copied, f"{source_path}: cannot read {name}")
+                _write_all(self._open_fileno(), memoryview(chunk), target.offset + copied)
+                copied += len(chunk)
+        self.mark_written(name)
 
     def flush(self) -> None:
-        """Send to the disk what is there, while others go on: `finish` then has little left to wait for."""
+        """Start to sync in the background what is written so far, so that `finish` has little left to wait for."""
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
-        self._flushed = self._flusher.submit(os.fsync, self._open())
+        self._flushed = self._flusher.submit(os.fsync, self._open_fileno())
 
     def finish(self) -> int:
-        """Sync the file and give it its name; return its size in bytes. The name is safe once its folder is synced."""
+        """Sync the file and give it its final name; return its size in bytes.
+
+        The name survives a power cut only once its folder is synced, see `sync_folder`.
+        """
         if self._missing:
             raise OutputError(
                 f"{self.path}: {len(self._missing)} tensors were never written, {min(self._missing)} first"
             )
-        fileno = self._open()
+        fileno = self._open_fileno()
         with writing(self._partial):
             if self._flushed is not None:
-                self._flushed.result()  # the system reports a failed write once, and to whoever asked first
+                self._flushed.result()  # the system reports a failed write only once, to the first fsync
             os.fsync(fileno)
             size_bytes, mode = os.fstat(fileno).st_size, stat.S_IMODE(os.fstat(fileno).st_mode)
             if mode & ~self._mode:
                 os.fchmod(fileno, mode & self._mode)
-            self._fileno = None  # first: an interruption between the two must not close somebody else's
+            self._fileno = None  # first: after an interruption here, __exit__ must not close a reused number
             os.close(fileno)
             self._partial.replace(self.path)
         return size_bytes
 
-    def _open(self) -> int:
+    def _open_fileno(self) -> int:
         if self._fileno is None:
             raise OutputError(f"{self.path}: not open for writing")
         return self._fileno
@@ -205,7 +214,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write into an OutputError that names the path."""
+    """Turn an OSError of the block into an OutputError that names the path."""
     try:
         yield
     except OSError as error:
@@ -220,21 +229,21 @@ def _write_all(fileno: int, data: memoryview, offset: int) -> None:
 
 
 def _copy_in_kernel(source: int, target: int, length: int, source_offset: int, target_offset: int) -> int:
-    """Copy as many bytes as the file systems do by themselves; return how many."""
-    done = 0
-    while done < length and hasattr(os, "copy_file_range"):
-        size = min(length - done, _CHUNK_BYTES)
+    """Copy as many of `length` bytes as the file systems can copy themselves; return how many."""
+    copied = 0
+    while copied < length and hasattr(os, "copy_file_range"):
+        size = min(length - copied, _CHUNK_BYTES)
         try:
-            count = os.copy_file_range(source, target, size, source_offset + done, target_offset + done)
+            count = os.copy_file_range(source, target, size, source_offset + copied, target_offset + copied)
         except OSError as error:
-            # Another file system, or one that cannot; or a disk that fails, and reading by hand tells which.
+            # Two file systems, or one that cannot do it; or a failing disk: then pread or pwrite shows which.
             if error.errno in _NOT_IN_KERNEL:
                 break
             raise
         if count == 0:
             break
-        done += count
-    return done
+        copied += count
+    return copied
 
 
 def _read(source: int, size: int, offset: int, complaint: str) -> bytes:

@@ -29,7 +29,7 @@ def convert(
     from milora_init.lora.folder import CONFIG_FILE, read_config
 
     with waiting("converting", quiet=quiet):
-        modules = convert(*(Path(p).expanduser() for p in (init, trained, out)), base=base, rank=rank)
+        modules = convert(*(Path(p).expanduser() for p in (init, trained, out)), model=base, rank=rank)
     if as_json:
         json_output.give({"status": "done", "out": out, "modules": [asdict(m) for m in modules]})
     elif not quiet:

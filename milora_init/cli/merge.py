@@ -34,7 +34,7 @@ def merge(
     hide_the_hubs_bars()
     with by_files("merging", quiet=quiet) as progress:
         merged = join(
-            base, out, trained=adapter, overwrite=overwrite, against=against, revision=revision,
+            base, out, adapter=adapter, overwrite=overwrite, model=against, revision=revision,
             cache_dir=cache_dir, token=token, progress=progress,
         )  # fmt: skip
     if as_json:

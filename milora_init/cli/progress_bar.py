@@ -22,6 +22,7 @@ from rich.table import Column
 
 from milora_init.cli.output import _stderr, _weights
 from milora_init.report import component_error, duration, size
+from milora_init.run.progress import Progress as RunProgress
 
 if TYPE_CHECKING:
     from milora_init.plan.output_files import ShardJob
@@ -68,8 +69,8 @@ def by_files(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], No
         yield tell
 
 
-class Bar:
-    """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere. A `progress.Progress`.
+class Bar(RunProgress):
+    """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere.
 
     Either tells how many modules are done and how long the rest will take at this run's rate, by the arithmetic that
     is left as well as by the bytes; the bar also which module each device is at.
@@ -166,8 +167,8 @@ class Bar:
             for record in result.records:
                 certificate = record.certificate
                 self._console.print(
-                    f"{record.module}  {certificate['path']}  error {component_error(record):.0e}"
-                    f"  leak {record.rounding['leak']:.1e}  {duration(record.elapsed_s)}"
+                    f"{record.module}  {certificate.path}  error {component_error(record):.0e}"
+                    f"  leak {record.rounding.leak:.1e}  {duration(record.elapsed_s)}"
                 )
         if self._verbose or not self._console.is_terminal:
             left = f", {self._time_left()}" if finished < of else ""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -26,10 +27,11 @@ from milora_init import __version__
 from milora_init.checkpoint.files import file_mode, read_bytes, read_chunks, source_file
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import DTYPE_NAMES, Header, plan_header
+from milora_init.checkpoint.header import Header, plan_header, safetensors_name
 from milora_init.checkpoint.side_files import travels
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
-from milora_init.export.merge_shard import MergeShard
+from milora_init.export import merge_weight
+from milora_init.export.merge_weight import MergeJob
 from milora_init.hub.source import fetch_original
 from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
@@ -53,32 +55,35 @@ from milora_init.manifest import (
 from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
 from milora_init.run.devices import weights_at_once
+from milora_init.run.journal import Entry
 from milora_init.run.output_folder import OutputFolder, require_outside
-from milora_init.run.pool import SolverPool, one_ahead
+from milora_init.run.pool import HashPool, SolverPool, one_ahead
+from milora_init.run.progress import Progress, ShardResult
+from milora_init.run.shard import ShardWriter
 from milora_init.verify.files import check_weight_records
 from milora_init.verify.tensors import count_bit_equal
 
 MERGED = "milora_merge.json"
-_FETCH = "fetch the output again, from somebody you trust"
-_HASHES = 2  # at a time
+_FETCH_AGAIN = "fetch the output again, from somebody you trust"
 MergeProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is to be merged, and what comes out: an `output.Planned`.
+    """What is to be merged, and what is written: a `run.output_folder.OutputPlan`.
 
     Attributes:
-        base: The residual base, headers read.
+        base: The residual base, its headers read.
         manifest: Of the base.
-        lora: The adapter, header read.
-        records: The weights it is merged into, by their name on disk.
-        headers: Of each file of the output, by its name.
+        adapter: The adapter, its header read.
+        records: The weights that are merged, by the name of the tensor that holds them.
+        headers: Of each shard of the output, by its name.
+        overwrite: Whether an earlier merge may be replaced.
     """
 
     base: Checkpoint
     manifest: Manifest
-    lora: LoraAdapter
+    adapter: LoraAdapter
     records: Mapping[str, list[WeightRecord]]
     headers: Mapping[str, Header]
     overwrite: bool
@@ -92,8 +97,8 @@ class MergePlan:
         return {
             "merge": __version__,
             "source": self.manifest.fingerprint,
-            "adapter": self.lora.digest,
-            "scales": {module: factors.scale for module, factors in self.lora.modules.items()},
+            "adapter": self.adapter.digest,
+            "scales": {module: factors.scale for module, factors in self.adapter.modules.items()},
         }
 
     @cached_property
@@ -102,9 +107,9 @@ class MergePlan:
 
     @cached_property
     def side_files(self) -> Sequence[str]:
-        """What of the base is neither weights nor ours: tokenizer, licence, code."""
-        own = {*self.headers, SAFETENSORS_INDEX, "config.json", LORA_CONFIG, LORA_WEIGHTS}
-        return [name for name in self.manifest.files if name not in own]
+        """The files of the base that are copied: tokenizer, licence, code."""
+        written = {*self.headers, SAFETENSORS_INDEX, "config.json", LORA_CONFIG, LORA_WEIGHTS}
+        return [name for name in self.manifest.files if name not in written]
 
     @property
     def files(self) -> Sequence[str]:
@@ -117,6 +122,7 @@ class MergePlan:
 
     @property
     def weights_bytes(self) -> int:
+        """Size of all shards of the output."""
         return sum(header.file_bytes for header in self.headers.values())
 
 
@@ -128,11 +134,12 @@ class MergeResult:
         out, base, adapter: The folders.
         modules: How many modules were merged.
         fingerprint: Hash of `inputs`.
-        inputs: What decides the bytes: the base's fingerprint, the adapter's hash and scales, the version.
-        files: Size in bytes of every file of the output but this one.
-        elapsed_s: Seconds; when it was resumed, of its last part.
-        entries: Of the merged weights; `bit_equal`: how many of them the source has too, if that was asked.
-        unchanged: It was found finished.
+        inputs: All that determines the bytes: the base's fingerprint, the adapter's hash and scales, the version.
+        files: Size in bytes of every file of the output except this one.
+        elapsed_s: Seconds; for a resumed merge, those since it was resumed.
+        entries: How many entries the merged weights have.
+        bit_equal: How many of these have the bits of the original model; None where that was not asked.
+        unchanged: Whether the same merge was finished before.
     """
 
     out: str
@@ -174,56 +181,56 @@ def read_merged(folder: Path) -> MergeResult | None:
 
 
 def merge(
-    base: str,
+    pair: str,
     out: str,
     *,
-    trained: str | None = None,
+    adapter: str | None = None,
     overwrite: bool = False,
-    against: str | None = None,
+    model: str | None = None,
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
     progress: MergeProgress = lambda *_: None,
 ) -> MergeResult:
-    """Write to `out` the model that the residual base `base` and an adapter compute together.
+    """Write to `out` one plain model that computes what a residual base and an adapter compute together.
 
     Args:
-        base: An output of milora-init.
+        pair: A folder that milora-init wrote: the residual base and the initial adapter.
         out: Folder to write.
-        trained: The adapter; the one in `base` where it is None.
+        adapter: The trained adapter; None for the initial one in `pair`.
         overwrite: Replace an earlier merge in `out`.
-        against: The source, a folder or a Hub id: count the entries that have its bits.
-        revision, cache_dir, token: Of a source on the Hub; the recorded commit if there is no revision.
-        progress: Told of each file that is made: its name, the bytes of all that are done, and of all.
+        model: The original model, a folder or a Hub id: count the merged entries that have its bits.
+        revision, cache_dir, token: For an original model on the Hub. Without a revision, the recorded commit.
+        progress: Called for each shard that is finished: its name, the bytes of all finished shards, those of all.
 
     Returns:
-        What was merged; of a finished merge of the same request, when it was made.
+        What was merged. If the same merge was finished before, its record.
 
     Raises:
         CheckpointError: A base or an adapter that cannot be read.
-        PlanError: An adapter that is not of this base, or holds more than factors.
+        PlanError: An adapter that does not belong to this base, or holds more than factors.
         OutputError: The base is not finished; `out` holds something else, or cannot be written.
-        SolveError: A merged weight that does not fit the source's dtype.
+        SolveError: A merged weight that does not fit the original's dtype.
     """
     started = time.monotonic()
-    for what, given in (("OUT", base), ("--out", out), ("--adapter", "-" if trained is None else trained)):
-        if not given:  # an unset variable of a shell, which must not stand for something else
-            raise UsageError(f"{what} is empty", hint="name a folder")
-    plan = plan_merge(Path(base).expanduser(), Path(trained).expanduser() if trained else None, overwrite=overwrite)
-    source = None
-    if against:
-        asked = InitOptions(model=against, out=out, revision=revision, cache_dir=cache_dir, token=token)
-        source = _open_source(plan.manifest, asked)
+    for option, value in (("OUT", pair), ("--out", out), ("--adapter", "-" if adapter is None else adapter)):
+        if not value:  # such as an unset variable of a shell: it must not select a default
+            raise UsageError(f"{option} is empty", hint="name a folder")
+    plan = plan_merge(Path(pair).expanduser(), Path(adapter).expanduser() if adapter else None, overwrite=overwrite)
+    original = None
+    if model:
+        options = InitOptions(model=model, out=out, revision=revision, cache_dir=cache_dir, token=token)
+        original = _open_original(plan.manifest, options)
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
-    require_outside(folder.path, plan.lora.path, "./merged")
+    require_outside(folder.path, plan.adapter.path, "./merged")
     if (folder.path / "adapter_config.json").exists():
         raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
     if (folder.path / MANIFEST).exists():
         raise OutputError(f"{folder.path} holds an output of milora-init", hint="choose another --out")
-    if merged := folder.enter(plan):
-        return _compared(replace(merged, unchanged=True), folder.path, source, plan.manifest)
+    if finished := folder.prepare(plan):
+        return _compared(replace(finished, unchanged=True), folder.path, original, plan.manifest)
     try:
-        _merge_files(plan, folder, progress)
+        _write_shards(plan, folder, progress)
         for name in plan.side_files:
             path = source_file(plan.source, name)
             folder.write(name, read_chunks(path), mode=file_mode(path))
@@ -235,8 +242,8 @@ def merge(
         raise
     merged = MergeResult(
         out=out,
-        base=base,
-        adapter=str(plan.lora.path),
+        base=pair,
+        adapter=str(plan.adapter.path),
         modules=len(plan.manifest.weights),
         fingerprint=plan.fingerprint,
         inputs=plan.inputs,
@@ -245,48 +252,50 @@ def merge(
         entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
     )
     folder.finish(merged)
-    return _compared(merged, folder.path, source, plan.manifest)
+    return _compared(merged, folder.path, original, plan.manifest)
 
 
-def _open_source(manifest: Manifest, asked: InitOptions) -> Checkpoint:
-    source = open_model(fetch_original(manifest, asked))
-    if not source.has_weights(manifest.inputs["source"]):
+def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
+    """The original model of a base. Raises CheckpointError for another model."""
+    original = open_model(fetch_original(manifest, options))
+    if not original.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
-            f"{asked.model} is not what this base was made from: another model, or another commit",
+            f"{options.model} is not what this base was made from: another model, or another commit",
             hint=f"name the model it was made from: --against {manifest.source['model']}",
         )
-    return source
+    return original
 
 
-def _compared(merged: MergeResult, folder: Path, source: Checkpoint | None, manifest: Manifest) -> MergeResult:
-    if source is None:
+def _compared(merged: MergeResult, folder: Path, original: Checkpoint | None, manifest: Manifest) -> MergeResult:
+    """The result with the number of bit-equal entries, if the original model is given."""
+    if original is None:
         return merged
-    return replace(merged, bit_equal=count_bit_equal(open_checkpoint(folder), source, manifest))
+    return replace(merged, bit_equal=count_bit_equal(open_checkpoint(folder), original, manifest))
 
 
-def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = False) -> MergePlan:
-    """Read the headers of a base and an adapter, and see that they belong together. Raises as `merge`."""
-    manifest = require_manifest(base)
-    require_inside(base, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
-    checkpoint = open_checkpoint(base)
+def plan_merge(pair: Path, adapter: Path | None = None, *, overwrite: bool = False) -> MergePlan:
+    """Read the headers of a base and an adapter, and check that they belong together. Raises as `merge`."""
+    manifest = require_manifest(pair)
+    require_inside(pair, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
+    checkpoint = open_checkpoint(pair)
     for name, size_bytes in manifest.files.items():
-        if name in (LORA_CONFIG, LORA_WEIGHTS):  # the adapter is read for itself, below
+        if name in (LORA_CONFIG, LORA_WEIGHTS):  # the adapter is checked below
             continue
-        whole = (base / name).is_file() and (base / name).stat().st_size == size_bytes
-        if whole and name not in checkpoint.headers:  # files of weights are hashed when they are read
-            whole = sha256(base / name) == manifest.hashes.get(name)
-        if not whole:
-            raise CheckpointError(f"{base}: {name} was changed or removed", hint=f"milora-init verify {base}")
+        intact = (pair / name).is_file() and (pair / name).stat().st_size == size_bytes
+        if intact and name not in checkpoint.headers:  # shards are hashed when they are read
+            intact = sha256(pair / name) == manifest.hashes.get(name)
+        if not intact:
+            raise CheckpointError(f"{pair}: {name} was changed or removed", hint=f"milora-init verify {pair}")
     structure = None
-    if any(record.transposed for record in manifest.weights):  # a square weight's shape does not tell it
+    if any(record.transposed for record in manifest.weights):  # the shape of a square weight does not show it
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        with suppress(CheckpointError):  # a class that is not here, or is somebody's code: then the shapes alone tell
-            structure = read_structure(base, checkpoint.config, shapes)
+        with suppress(CheckpointError):  # an unknown class, or one with code of its own: then the shapes must do
+            structure = read_structure(pair, checkpoint.config, shapes)
     for fault in check_weight_records(checkpoint, manifest, structure):
-        raise CheckpointError(f"{base / MANIFEST}: {fault.where} {fault.what}", hint=fault.hint)
-    initial = read_lora(base / LORA_FOLDER, manifest.weights)
+        raise CheckpointError(f"{pair / MANIFEST}: {fault.where} {fault.what}", hint=fault.hint)
+    initial = read_lora(pair / LORA_FOLDER, manifest.weights)
     require_initial_adapter(initial, manifest)
-    lora = read_lora(trained, manifest.weights) if trained else initial
+    lora = read_lora(adapter, manifest.weights) if adapter else initial
     if lora.path.resolve() != initial.path.resolve():
         require_same_modules(initial, lora, manifest)
         require_trained_on(lora, manifest, initial.weights)
@@ -294,76 +303,96 @@ def plan_merge(base: Path, trained: Path | None = None, *, overwrite: bool = Fal
     records: dict[str, list[WeightRecord]] = {}
     for record in manifest.weights:
         records.setdefault(record.tensor, []).append(record)
-    headers = {name: _header(header, records) for name, header in checkpoint.headers.items()}
+    headers = {name: _merged_header(header, records) for name, header in checkpoint.headers.items()}
     plan = MergePlan(checkpoint, manifest, lora, records, headers, overwrite)
-    if strange := [name for name in plan.side_files if not travels(Path(name).parts[0])]:
-        raise CheckpointError(f"{base / MANIFEST} names {strange[0]}, which is no file of an output", hint=_FETCH)
+    if foreign := [name for name in plan.side_files if not travels(Path(name).parts[0])]:
+        raise CheckpointError(f"{pair / MANIFEST} names {foreign[0]}, which is no file of an output", hint=_FETCH_AGAIN)
     return plan
 
 
-def _merge_files(plan: MergePlan, folder: OutputFolder[MergeResult], progress: MergeProgress) -> None:
-    """Make what the journal lacks of the weights."""
-    # Blocks of rows come and go. What is freed, glibc gives back to the system and takes again page by page, until it
-    # has seen a block freed that is larger: measured on 2.2 GB, 1.3 million page faults and a quarter of the time.
-    torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: up to 32 MiB are learnt
-    done = folder.done()
-    made_bytes = sum(plan.headers[name].file_bytes for name in done)
+def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: MergeProgress) -> None:
+    """Write every shard that the journal does not have."""
+    # glibc returns the memory of each freed block of rows to the system and asks for it again, until it has seen a
+    # larger block freed. Without this line, 1.3 million page faults and a quarter of the time, measured on 2.2 GB.
+    torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: glibc adapts to blocks up to 32 MiB
 
-    cpu = [torch.device("cpu")] * weights_at_once([_need_bytes(plan, name) for name in plan.records])
-    hashing = ThreadPoolExecutor(_HASHES, thread_name_prefix="hash")
-    recording = ThreadPoolExecutor(1, thread_name_prefix="record")
-    try:
-        with SolverPool(cpu, threads_per_device=1) as pool, ExitStack() as stack:
+    cpus = [torch.device("cpu")] * weights_at_once([_needed_bytes(plan, name) for name in plan.records])
+    with HashPool() as hashing, SolverPool(cpus, threads_per_device=1) as solvers, ExitStack() as open_shards:
+        finished = folder.finished_shards(hashing)
+        todo = [name for name in plan.headers if name not in finished]
+        finished_bytes = sum(plan.headers[name].file_bytes for name in finished)
 
-            def begun() -> Iterator[MergeShard]:
-                for name in (name for name in plan.headers if name not in done):
-                    digest = plan.manifest.hashes.get(name)
-                    shard = MergeShard(plan.source / name, folder.path / name, plan.headers[name],
-                                       digest=digest, records=plan.records, lora=plan.lora)  # fmt: skip
-                    stack.enter_context(shard)
-                    shard.start(pool, hashing)
-                    shard.copy_the_rest()
-                    yield shard
+        def start(name: str) -> tuple[ShardWriter[None], Future[str]]:
+            """Give a shard's weights to the solver pool, hash its source, and copy its other tensors."""
+            source = plan.source / name
+            writer: ShardWriter[None] = ShardWriter(
+                source, plan.base.stamps[name], out=folder.path, name=name, header=plan.headers[name]
+            )
+            shard = open_shards.enter_context(writer)
+            source_hash = hashing.sha256(source)
+            for tensor in plan.base.headers[name].tensors:
+                if tensor in plan.records:
+                    shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
+            shard.copy_other_tensors(Progress())
+            return shard, source_hash
 
-            def made() -> Iterator[tuple[Future[Any], str, int]]:
-                for shard in one_ahead(begun()):
-                    size_bytes = shard.finish()
-                    line = {"shard": shard.name, "files": {shard.name: size_bytes}, "records": []}
-                    yield recording.submit(folder.record_shard, line), shard.name, size_bytes
+        def report(recordings: Iterable[Future[Entry]]) -> None:
+            """Wait until these shards are recorded, and report them."""
+            nonlocal finished_bytes
+            for recording in recordings:
+                entry = recording.result()
+                finished_bytes += entry.files[entry.shard]
+                progress(entry.shard, finished_bytes, plan.weights_bytes)
 
-            for recorded, name, size_bytes in one_ahead(made()):
-                recorded.result()
-                made_bytes += size_bytes
-                progress(name, made_bytes, plan.weights_bytes)
-    finally:
-        hashing.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for the source's hash
-        recording.shutdown()  # waits for what is made already: with its hash it need not be made again
-
-
-def _need_bytes(plan: MergePlan, tensor: str) -> int:
-    """What the work on a tensor holds: the factors of its weights, and some blocks of rows."""
-    factors = plan.lora.modules[plan.records[tensor][0].key]
-    keys = plan.lora.header.tensors
-    return keys[factors.A].size_bytes + keys[factors.B].size_bytes + (16 << 20)
+        recordings: deque[Future[Entry]] = deque()
+        for shard, source_hash in one_ahead(map(start, todo)):
+            shard.wait()
+            _require_source(plan, shard.name, source_hash.result())
+            result = ShardResult(shard.name, shard.finish(), ())
+            recordings.append(hashing.submit(folder.record_shard, result))
+            report(recordings.popleft() for _ in range(len(recordings) - 1))
+        report(recordings)
 
 
-def _require_fit(lora: LoraAdapter, manifest: Manifest) -> None:
-    wanted = expected_tensors(manifest.weights)
+def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJob:
+    weights = tuple((record, plan.adapter.modules[record.key].scale) for record in plan.records[tensor])
+    return MergeJob(shard.locate(tensor), shard.target(tensor), weights, plan.adapter.weights)
+
+
+def _require_source(plan: MergePlan, name: str, found: str) -> None:
+    """Raise CheckpointError for a shard of the base whose SHA-256 is not the recorded one."""
+    if found != plan.manifest.hashes.get(name):
+        hint = f"milora-init verify {plan.source}"
+        raise CheckpointError(f"{plan.source / name} is not the file that milora-init wrote", hint=hint)
+
+
+def _needed_bytes(plan: MergePlan, tensor: str) -> int:
+    """Memory for merging one tensor: the factors of its weights, and some blocks of rows."""
+    factors = plan.adapter.modules[plan.records[tensor][0].key]
+    tensors = plan.adapter.header.tensors
+    return tensors[factors.A].size_bytes + tensors[factors.B].size_bytes + (16 << 20)
+
+
+def _require_fit(adapter: LoraAdapter, manifest: Manifest) -> None:
+    """Raise PlanError for an adapter whose tensors are not those of the base's weights."""
+    expected = expected_tensors(manifest.weights)
     hint = "name the base that this adapter was trained on"
-    if odd := wanted.keys() ^ lora.header.tensors.keys():
-        raise PlanError(f"{lora.path} and {manifest.out} differ in {len(odd)} tensors, {min(odd)} first", hint=hint)
-    for name, shape in wanted.items():
-        if lora.header.tensors[name].shape != shape:
-            what = f"{list(lora.header.tensors[name].shape)} in {lora.path}, {list(shape)} at this base"
-            raise PlanError(f"{name} is {what}", hint=hint)
-    if bool(lora.config.get("fan_in_fan_out")) != bool(manifest.adapter["fan_in_fan_out"]):
-        raise PlanError(f"{lora.path}: fan_in_fan_out is not what the base was made with", hint=hint)
+    if differing := expected.keys() ^ adapter.header.tensors.keys():
+        raise PlanError(
+            f"{adapter.path} and {manifest.out} differ in {len(differing)} tensors, {min(differing)} first", hint=hint
+        )
+    for name, shape in expected.items():
+        if adapter.header.tensors[name].shape != shape:
+            shapes = f"{list(adapter.header.tensors[name].shape)} in {adapter.path}, {list(shape)} at this base"
+            raise PlanError(f"{name} is {shapes}", hint=hint)
+    if bool(adapter.config.get("fan_in_fan_out")) != bool(manifest.adapter["fan_in_fan_out"]):
+        raise PlanError(f"{adapter.path}: fan_in_fan_out is not what the base was made with", hint=hint)
 
 
-def _header(header: Header, records: Mapping[str, list[WeightRecord]]) -> Header:
-    """The file's header with the source's dtypes; to the letter as it stands where they are the same."""
+def _merged_header(header: Header, records: Mapping[str, list[WeightRecord]]) -> Header:
+    """The header with the original model's dtypes; the same bytes where the dtypes are the same."""
     dtypes = {
-        name: DTYPE_NAMES[getattr(torch, records[name][0].source_dtype)] if name in records else info.dtype
+        name: safetensors_name(records[name][0].source_dtype) if name in records else info.dtype
         for name, info in header.tensors.items()
     }
     if all(dtypes[name] == info.dtype for name, info in header.tensors.items()):
@@ -373,6 +402,7 @@ def _header(header: Header, records: Mapping[str, list[WeightRecord]]) -> Header
 
 
 def _index(plan: MergePlan) -> bytes:
+    """Content of the index; empty for a model of one file."""
     if plan.base.index is None:
         return b""
     if all(plan.headers[name] is header for name, header in plan.base.headers.items()):
@@ -383,6 +413,6 @@ def _index(plan: MergePlan) -> bytes:
 
 
 def _config(plan: MergePlan) -> bytes:
-    """The source's config.json."""
+    """The original model's config.json."""
     text = plan.manifest.source.get("config.json")
     return plan.base.config_bytes if text is None else str(text).encode()

@@ -12,7 +12,7 @@ from milora_init.errors import HubError, explain, remedy
 
 @contextmanager
 def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub raises over a model, or a repository to push to, into a HubError with a repair."""
+    """Turn what huggingface_hub raises about a model, or about a repository to push to, into a HubError with a hint."""
     try:
         yield
     except hub.GatedRepoError as error:
@@ -27,10 +27,9 @@ def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> It
             hint="check the name; for a private model `hf auth login`, or set HF_TOKEN",
         ) from error
     except hub.LocalEntryNotFoundError as error:
-        if (status := _status(error)) is not None:
+        status = _status(error)
+        if pushing or status is not None:
             raise _refused(model, status, error) from error
-        if pushing:
-            raise _refused(model, None, error) from error
         what = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
         raise HubError(
             f"{what} is neither a folder here nor in the local cache, and the Hub cannot be reached",
@@ -52,32 +51,43 @@ def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> It
             f"{model!r} is not whole in the local cache, and HF_HUB_OFFLINE is set",
             hint=f"unset it, or, with a network, fetch the model first: hf download {model}",
         ) from error
-    except OSError as error:
-        hint = "run the same command again" if pushing else "name another --cache-dir; what was fetched is kept"
-        raise HubError(f"{model}: {error}", hint=remedy(error, hint)) from error
-    except (KeyError, TypeError, AttributeError) as error:  # huggingface_hub takes answers apart without a check
-        raise HubError(
-            f"the Hub's answer over {model} is not what it should be: {type(error).__name__}: {error}",
-            hint="a mirror may have left something out; look at HF_ENDPOINT",
-        ) from error
-    except Exception as error:  # huggingface_hub lets its HTTP library's errors through, and changes that library
-        if type(error).__module__.startswith("milora_init") or explain(error):
+    except Exception as error:
+        other = _of_other_libraries(error, model, pushing=pushing)
+        if other is None:
             raise
-        raise _refused(model, None, error) from error
+        raise other from error
+
+
+def _of_other_libraries(error: Exception, model: str, *, pushing: bool) -> HubError | None:
+    """A HubError for an exception that is not huggingface_hub's own; None for what is explained elsewhere."""
+    if isinstance(error, OSError):
+        hint = "run the same command again" if pushing else "name another --cache-dir; what was downloaded is kept"
+        return HubError(f"{model}: {error}", hint=remedy(error, hint))
+    if isinstance(error, KeyError | TypeError | AttributeError):  # huggingface_hub reads answers without checks
+        return HubError(
+            f"the Hub's answer about {model} is incomplete: {type(error).__name__}: {error}",
+            hint="if HF_ENDPOINT names a mirror, that may be the reason: try without it",
+        )
+    # huggingface_hub lets the errors of its HTTP library through, and that library has changed.
+    if type(error).__module__.startswith("milora_init") or explain(error):
+        return None
+    return _refused(model, None, error)
 
 
 def _refused(model: str, status: int | None, error: Exception) -> HubError:
     if status == 429:
-        return HubError(f"the Hub limits our rate over {model}", hint="wait a few minutes; `hf auth login` allows more")
+        return HubError(
+            f"the Hub limits the rate of requests for {model}", hint="wait a few minutes; `hf auth login` allows more"
+        )
     if status in (401, 403):
         return HubError(
-            f"the Hub does not let this token at {model} (status {status})",
-            hint="`hf auth login` with a token that may, or set HF_TOKEN",
+            f"the Hub refuses this token for {model} (status {status})",
+            hint="run `hf auth login` with a token that has access, or set HF_TOKEN",
         )
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return HubError(
-        f"the Hub failed over {model}: {reason}",
-        hint="look at the network, then run the same command again: what was done is kept",
+        f"the Hub failed for {model}: {reason}",
+        hint="check the network, then run the same command again: what was done is kept",
     )
 
 

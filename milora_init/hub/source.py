@@ -24,6 +24,7 @@ from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
 from milora_init.errors import HubError, UsageError
+from milora_init.hub.download import download
 from milora_init.hub.errors import hub_errors
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
@@ -41,14 +42,14 @@ def hide_bars() -> None:
 def open_snapshot(
     model: str, *, revision: str | None, cache_dir: str | None, token: str | None
 ) -> tuple[Path, RemoteFiles]:
-    """A model's snapshot in the local cache, with all of its side files, and what the Hub knows of its weights.
+    """The snapshot of a model in the local cache, with all side files, and what the Hub knows of its weight files.
 
-    The side files come first and fix the commit, which the folder is named after; all else is asked of that commit.
-    Weights that are in the cache are taken as they are, so a complete cache serves without a network. Of the others
-    the headers are read. Pickled weights have none, and must be in the cache.
+    The side files are downloaded first. They fix the commit, which names the snapshot folder; everything else is of
+    that commit. Weight files in the cache are used as they are, so a complete cache needs no network. For the others
+    only the headers are read. Pickled weights have no header, so they must be in the cache.
 
     Raises:
-        HubError: No such model or revision, no permission, no way to the Hub and nothing in the cache.
+        HubError: No such model or revision, no permission, or no connection and nothing in the cache.
         CheckpointError: A header that cannot be trusted.
     """
     with hub_errors(model, revision):
@@ -91,7 +92,7 @@ def open_snapshot(
 
 
 def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
-    """The files of weights that transformers would load: of the index in the folder, else the single one there is."""
+    """The weight files that transformers would load: those of the index in the folder, or the single file."""
     for single, index in ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
         # Asked of the Hub only where the cache does not tell: a complete cache serves without a network.
         if (folder / single).is_file():
@@ -118,7 +119,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _blob_hash(path: Path) -> str:
-    """SHA-256 of a file in the cache: the name of the blob that it links to, for a large file; else worked out."""
+    """SHA-256 of a file in the cache. For a large file it is the name of the blob that the link points to."""
     blob = path.resolve().name
     return blob if len(blob) == 64 and path.is_symlink() else sha256(path)
 
@@ -165,19 +166,17 @@ def _require_range(response: Any, what: str, end: int) -> None:
 
 
 def locate_model(options: InitOptions) -> tuple[Path, RemoteFiles | None]:
-    """The folder named, or a snapshot of the Hub's in the cache with what the Hub knows of the rest."""
+    """The local folder, or the snapshot in the cache with what the Hub knows of the missing files."""
     folder = Path(options.model).expanduser()
     if folder.exists() or not _is_hub_id(options.model):
         if options.revision:
             raise UsageError(f"{options.model} is a folder here, which has no --revision {options.revision}")
         return folder, None
-    from milora_init.hub.source import open_snapshot
-
     return open_snapshot(options.model, revision=options.revision, cache_dir=options.cache_dir, token=options.token)
 
 
 def fetch_model(options: InitOptions) -> Path:
-    """The folder of the model with all of its weights, from the Hub where they are not here."""
+    """The folder of the model with all weight files; missing ones are downloaded."""
     folder, remote = locate_model(options)
     for name in remote.absent if remote else ():
         _fetch(options, remote, name, None)
@@ -185,15 +184,13 @@ def fetch_model(options: InitOptions) -> Path:
 
 
 def fetch_original(manifest: Manifest, options: InitOptions) -> Path:
-    """The same, to compare an output with: of the model that it was made of, the recorded commit if none is asked."""
+    """The folder of the original model of an output, at the recorded commit if no other revision is asked for."""
     if options.model == manifest.source["model"] and options.revision is None:
         options = dataclasses.replace(options, revision=manifest.source["revision"])
     return fetch_model(options)
 
 
 def _fetch(options: InitOptions, remote: RemoteFiles | None, name: str, into: Path | None) -> Path:
-    from milora_init.hub.download import download
-
     assert remote is not None
     return download(remote, name, cache_dir=options.cache_dir, token=options.token, into=into)
 

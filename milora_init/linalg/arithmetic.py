@@ -47,8 +47,8 @@ class DeviceArithmetic:
         host, so this is found only in what is computed from them.
         """
         if self.qr == "householder":
-            Q, R = torch.linalg.qr(Y)
-            return Q, R
+            Q, upper = torch.linalg.qr(Y)
+            return Q, upper
         # In float64 for float32 too: two passes are then enough for every block that is independent in float32. For a
         # float64 block the first of three passes adds a shift, with which it succeeds.
         Q = Y.to(torch.float64)

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from milora_init.accuracy import Certificate as Certificate
+from milora_init.accuracy import SolverPath
 from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator
 
 EPS = torch.finfo(torch.float64).eps
 _TINY = 1e-200  # against division by zero; X is scaled, so only a zero matrix has an s_max below 2^-17
 _BACKWARD_LIMIT = 1e-13  # the residual, relative to s_max, of a result that float64 cannot improve
 _CLUSTER_GAP = 1e-6  # below this gap the component is not unique, and the residual is judged instead
-
-Path = Literal["lanczos", "eigh", "svd"]
 
 
 class NotConverged(Exception):  # noqa: N818  the caller tries the next algorithm, nobody sees an error
@@ -59,7 +58,7 @@ class Solution:
     right: Tensor
     image: Tensor
     s_max: float
-    path: Path
+    path: SolverPath
     reason: str
     complete: str
     inverse: Operator | None = None
@@ -74,35 +73,6 @@ class Gaps:
 
     nearest: Tensor
     distance: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """What is known about a solution, measured against W in float64. Plain values, as JSON has them.
-
-    Attributes:
-        path: The algorithm: "lanczos", "eigh" or "svd".
-        reason: Why this one.
-        residual: The maximum over the triplets of max(||X v - s u||, ||X^T u - s v||), divided by s_max.
-        orthogonality: max(||U^T U - I||_max, ||V^T V - I||_max).
-        gap: The distance from the wanted singular values to the nearest unwanted one, divided by the larger of the
-            two. None where nothing is unwanted (r = q).
-        component_error: Estimate of ||D - D_true||_F / ||D||_F for D = U diag(s) V^T. To first order a triplet with
-            residuals of norms a = ||X v - s u|| and b = ||X^T u - s v|| is turned towards an unwanted triplet s_j by an
-            angle of at most sqrt(a^2 + b^2) / |s_j - s|, and D changes by s times that; the r changes add in squares.
-            Where the cut falls in a cluster (gap near 0) it is large, or None for infinite: the component is not
-            unique, and the residual says how close to W the matrix is of which D is exactly a component. Where ||D||_F
-            is below q * eps * s_max * sqrt(r), the resolution of float64, that takes its place.
-        complete: The evidence that no wanted triplet was missed.
-    """
-
-    path: Path
-    reason: str
-    residual: float
-    orthogonality: float
-    gap: float | None
-    component_error: float | None
-    complete: str
 
 
 def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from milora_init.accuracy import Rounding as Rounding
 from milora_init.linalg.arithmetic import DeviceArithmetic, arithmetic_of
 from milora_init.linalg.rounding import round_once
 from milora_init.linalg.svd import Triplets, singular_triplets
@@ -31,24 +32,6 @@ from milora_init.modes import Mode
 
 _CANDIDATES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SAMPLE = 8  # one block of rows in so many is rounded to every candidate
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """What the dtype of the residual costs. D = scale * B @ A, E = W - (stored residual + D). Plain values.
-
-    Attributes:
-        component: ||D|| / ||W||, Frobenius norms here and below. 0 for a zero weight.
-        error: ||E|| / ||W||, how far the pair is from the weight.
-        leak: ||E|| / ||D||, how much of the component stays in the base, or of its opposite. 0 where D is zero.
-        leak_if: The leak that `bfloat16`, `float16` and `float32` would have, measured on an eighth of the rows; None
-            where the residual overflows.
-    """
-
-    component: float
-    error: float
-    leak: float
-    leak_if: dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ from milora_init.linalg.cost import uses_krylov
 from milora_init.linalg.lanczos import RitzPairs, estimate_largest_eigenvalue, largest_eigenpairs
 from milora_init.modes import MODES, Mode
 
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below
 _KRYLOV_BLOCK = 24  # columns; MKL is fastest on multiples of 24
 _SHIFT_BLOCK = 48  # columns, to estimate the smallest eigenvalue in a few steps
@@ -159,7 +161,7 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
             return _by_lanczos(X, r, mode, tolerance)
         except NotConverged as failure:
             reason = failure.reason
-        except torch.linalg.LinAlgError as error:
+        except LinAlgError as error:
             reason = f"lanczos failed: {_first_line(error)}"
     elif mode in ("min", "max"):
         reason = f"r = {r} of q = {q} is beyond a Krylov space"
@@ -170,11 +172,11 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
         if is_accepted(solution, certificate, tolerance):
             return solution, certificate
         reason = f"{reason}; {_too_far('eigh', certificate)}"
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         reason = f"{reason}; eigh failed: {_first_line(error)}"
     try:
         return _by_svd(X, wanted, reason)
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {_first_line(error)}") from error
 
 

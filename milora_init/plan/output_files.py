@@ -39,7 +39,7 @@ class ShardJob:
         return [w for weights in self.weights.values() for w in weights]
 
 
-def _plan_shard(
+def plan_shard(
     checkpoint: Checkpoint,
     file: str,
     number: int,
@@ -73,7 +73,7 @@ def _plan_shard(
     )
 
 
-def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | None:
+def plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | None:
     if checkpoint.index is None:
         return None
     same = (
@@ -84,23 +84,22 @@ def _plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | N
     if same:
         return read_bytes(checkpoint.folder / SAFETENSORS_INDEX)
     renamed = {job.source.name: job.target for job in jobs}
+    unfilled = set(checkpoint.unfilled)
     total = sum(job.header.data_bytes for job in jobs)
     metadata = checkpoint.index.get("metadata")
     index = {
         **checkpoint.index,
         "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
         "weight_map": {
-            name: renamed[file]
-            for name, file in checkpoint.index["weight_map"].items()
-            if name not in checkpoint.unfilled
+            name: renamed[file] for name, file in checkpoint.index["weight_map"].items() if name not in unfilled
         },
     }
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
+def config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     """config.json with its dtype set where the residuals' differs: transformers casts the whole model to that one."""
-    if dtype == "auto" or _config_dtypes(checkpoint.config) == {dtype}:
+    if dtype == "auto" or config_dtypes(checkpoint.config) == {dtype}:
         return checkpoint.config_bytes
     config = deepcopy(checkpoint.config)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -111,5 +110,5 @@ def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _config_dtypes(config: Mapping[str, Any]) -> set[str]:
+def config_dtypes(config: Mapping[str, Any]) -> set[str]:
     return {str(config[key]).removeprefix("torch.") for key in _DTYPE_KEYS if config.get(key)}

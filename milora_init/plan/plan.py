@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,28 +19,25 @@ from milora_init import __version__
 from milora_init.checkpoint.files import stamp
 from milora_init.checkpoint.folder import (
     SAFETENSORS_INDEX,
-    SAFETENSORS_SINGLE,
     Checkpoint,
     RemoteFiles,
-    left_out,
     open_model,
 )
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import DTYPES, Header, torch_name
+from milora_init.checkpoint.header import DTYPES, Header
 from milora_init.checkpoint.side_files import side_files
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
-from milora_init.lora.config import PEFT_FOR_EXPERTS
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
 from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, fingerprint
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
-from milora_init.plan.output_files import ShardJob, _config_dtypes, _config_with_dtype, _plan_index, _plan_shard
+from milora_init.plan.notices import plan_notices
+from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised
 from milora_init.untrusted import printable
 
-_LISTED = 8  # names in a notice
 SHARDS_AT_ONCE = 4
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
 
@@ -50,16 +47,16 @@ class Plan:
     """The whole run.
 
     Attributes:
-        options: As asked.
-        checkpoint: The source, headers read.
-        naming: Its modules.
-        jobs: One per shard.
+        options: What was asked for.
+        checkpoint: The model, with its headers read.
+        structure: Its modules, and which of them can be adapted.
+        jobs: One for each shard.
         weights: Every weight to split, in the model's order.
         adapter_config: Content of the adapter's config.
         index: Content of the output's index file, None for a single file.
         config_bytes: The output's config.json.
-        side_files: What is copied as it is, relative to the source.
-        notices: What a person should know before the run.
+        side_files: Files that are copied unchanged, as paths relative to the model.
+        notices: What the user should know before the run.
     """
 
     options: InitOptions
@@ -79,14 +76,14 @@ class Plan:
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """Every file of the output, the manifest excepted."""
+        """Every file of the output except the manifest."""
         index = () if self.index is None else (SAFETENSORS_INDEX,)
         shards = (job.target for job in self.jobs)
         return (*shards, *index, "config.json", *self.side_files, LORA_CONFIG, LORA_WEIGHTS)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """All that decides the bytes of the base and the adapter, in a form that two runs can compare."""
+        """Everything that decides the bytes of the base and the adapter, in a form that two runs can compare."""
         options = self.options
         return {
             "version": __version__,
@@ -112,7 +109,7 @@ class Plan:
 
     @property
     def changes_config(self) -> bool:
-        """Whether the output's config.json is another than the source's: its dtype was asked for."""
+        """Whether the output's config.json differs from the model's, because another dtype was asked for."""
         return self.config_bytes != self.checkpoint.config_bytes
 
     @property
@@ -129,8 +126,8 @@ class Plan:
 
     @property
     def room_bytes(self) -> int:
-        # The adapter counts twice: once in pieces beside the journal, once assembled. To spare the disk, there are
-        # as many shards at a time as are open or on their way.
+        # The adapter counts twice: in parts beside the journal, and as the final file. With low_disk only the shards
+        # that are open or being downloaded count.
         fetched = sorted(header.file_bytes for header in self.absent.values())
         made = sorted(job.header.file_bytes for job in self.jobs)
         low_disk = self.options.low_disk
@@ -207,7 +204,7 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
     for w in weights:
         by_tensor[w.weight.tensor] = (*by_tensor.get(w.weight.tensor, ()), w)
     jobs = tuple(
-        _plan_shard(checkpoint, file, number, by_tensor, options) for number, file in enumerate(checkpoint.headers)
+        plan_shard(checkpoint, file, number, by_tensor, options) for number, file in enumerate(checkpoint.headers)
     )
     plan = Plan(
         options=options,
@@ -216,10 +213,10 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         jobs=jobs,
         weights=weights,
         adapter_config=adapter_config,
-        index=_plan_index(checkpoint, jobs),
-        config_bytes=_config_with_dtype(checkpoint, options.dtype),
+        index=plan_index(checkpoint, jobs),
+        config_bytes=config_with_dtype(checkpoint, options.dtype),
         side_files=tuple(beside),
-        notices=tuple(_notices(options, checkpoint, structure, weights, adapter_config)),
+        notices=tuple(plan_notices(options, checkpoint, structure, weights, adapter_config)),
     )
     name, count = Counter(plan.files).most_common(1)[0]
     if count > 1:
@@ -244,70 +241,6 @@ def _refuse_residual(folder: Path) -> None:
     raise CheckpointError(
         f"{folder} holds {found}: it is a residual base of milora-init, whose components are in its adapter", hint=hint
     )
-
-
-def _notices(
-    options: InitOptions,
-    checkpoint: Checkpoint,
-    structure: ModelStructure,
-    weights: Sequence[WeightPlan],
-    adapter_config: Mapping[str, Any],
-) -> list[str]:
-    notices = []
-    if structure.other_class and options.text_only:
-        notices.append(
-            f"the adapter is for AutoModelForCausalLM, which builds a {structure.architecture}; in a "
-            f"{structure.other_class} its modules have other names, and PEFT would not load them"
-        )
-    elif structure.other_class:
-        notices.append(
-            f"load the base as a {structure.architecture}: AutoModelForCausalLM builds a {structure.other_class}, in "
-            f"which the adapter's modules have other names, and PEFT would not load them"
-            + ("; --text-only makes an adapter for that one" if "text_config" in checkpoint.config else "")
-        )
-    if adapter_config.get("target_parameters"):
-        notices.append(
-            f"experts are adapted through target_parameters: training needs PEFT >= {PEFT_FOR_EXPERTS}"
-            + (f", and lora_dropout is 0 instead of {options.dropout}" if options.dropout else "")
-        )
-    if structure.experts and not any(w.weight.expert for w in weights):
-        count = sum(len(group) for group in structure.experts.values())
-        notices.append(f"the {count} matrices of the experts are left as they are; --target experts adapts them too")
-    if left := [t for t in structure.towers if not any(w.weight.module.startswith(f"{t}.") for w in weights)]:
-        notices.append(f"{' and '.join(left)} left as it is; a target that names it adapts it too")
-    if (checkpoint.folder / SAFETENSORS_INDEX).is_file() and checkpoint.index is None:
-        notices.append(
-            f"the source has both {SAFETENSORS_SINGLE} and an index; as transformers does, the index is ignored"
-        )
-    if checkpoint.unfilled:
-        notices.append(
-            f"the index names {_listed(checkpoint.unfilled)}, which no file has and {structure.architecture} does not "
-            "need: the output's index leaves this out"
-        )
-    if left := left_out(checkpoint):
-        notices.append(f"left out: {_listed(left)}")
-    if packed := quantised(checkpoint):
-        what = " and ".join(sorted(set(packed.values())))
-        notices.append(
-            f"{len(packed)} tensors are {what}, {next(iter(packed))} first, although config.json has no "
-            "quantization_config: they are copied as they are, and transformers would load them without their scales"
-        )
-    if whole := [w for w in weights if w.rank == min(w.weight.shape)]:
-        first = f"rank {whole[0].rank} is all that {whole[0].weight.module} has"
-        notices.append(f"{first}: nothing of {len(whole)} weights stays in the base")
-    stored = {torch_name(w.dtype) for w in weights}
-    for dtype in _config_dtypes(checkpoint.config) if options.dtype == "auto" else ():
-        if stored != {dtype}:
-            notices.append(
-                f"residuals are stored as {' and '.join(sorted(stored))}, but config.json says {dtype} and transformers"
-                f" will cast them on load; `--dtype {sorted(stored)[0]}` makes config.json agree"
-            )
-    return notices
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def describe(plan: Plan, at_once: int) -> dict[str, Any]:

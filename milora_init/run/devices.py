@@ -17,7 +17,7 @@ from milora_init.run.pool import SolverPool
 
 
 def resolve_devices(names: Sequence[str]) -> tuple[torch.device, ...]:
-    """The devices that `--device` names: `auto` and `cuda` are every visible GPU, `auto` without one is the CPU.
+    """The devices that `--device` names: `auto` and `cuda` are all visible GPUs; `auto` is the CPU where there is none.
 
     Raises:
         UsageError: A device that this machine does not have.
@@ -37,40 +37,40 @@ def resolve_devices(names: Sequence[str]) -> tuple[torch.device, ...]:
 
 
 def multiply_rate(device: torch.device) -> float:
-    """Multiply-adds per second of a device's float64 matrix product, measured in a few hundredths of a second."""
+    """Multiply-adds per second of a float64 matrix product on a device, measured in a few hundredths of a second."""
     X = torch.ones(1024, 1024, dtype=torch.float64, device=device)
     rate = 0.0
     for _ in range(3):
         started = time.perf_counter()
-        (X @ X)[0, 0].item()  # reading a value waits for the device
+        (X @ X)[0, 0].item()  # reading a value waits until the device has finished
         rate = max(rate, 1024**3 / (time.perf_counter() - started))
     return rate
 
 
 def weights_at_once(needs_bytes: Sequence[int]) -> int:
-    """How many weights the CPU is to solve at a time, each on one thread.
-
-    As many as there are cores, within half of the machine's memory.
+    """How many weights the CPU solves at a time, each on one thread: one a core, within half of the machine's memory.
 
     Args:
-        needs_bytes: What each weight takes.
+        needs_bytes: Memory for each weight of the run.
     """
-    needs = sorted(needs_bytes, reverse=True)[: torch.get_num_threads()]
-    fitting = sum(total <= memory_bytes() // 2 for total in accumulate(needs))
+    largest = sorted(needs_bytes, reverse=True)[: torch.get_num_threads()]
+    fitting = sum(total <= memory_bytes() // 2 for total in accumulate(largest))
     return max(1, fitting)
 
 
 def memory_bytes() -> int:
-    """The machine's memory, or what a container is allowed of it."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """The machine's memory, or the limit of the container if that is lower."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no such file; "max"
-            found = min(found, int(Path(limit).read_text()))
-    return found
+        with suppress(OSError, ValueError):  # no such file; or it says "max", which is no limit
+            memory = min(memory, int(Path(limit).read_text()))
+    return memory
 
 
 def solver_devices(plan: Plan) -> tuple[tuple[torch.device, ...], int]:
-    """The devices that solve, the CPU as often as it has weights in work at a time, and each one's number of hands.
+    """The devices that solve, and the number of threads for each.
+
+    The CPU is listed once for each weight that it solves at a time.
 
     Raises:
         UsageError: A device that this machine does not have.
@@ -79,5 +79,6 @@ def solver_devices(plan: Plan) -> tuple[tuple[torch.device, ...], int]:
     if [device.type for device in devices] != ["cpu"]:
         return devices, SolverPool.THREADS_PER_DEVICE
     count = weights_at_once([plan.memory_bytes(w) for w in plan.weights])
-    # Where several solve, one that reads or writes leaves the others the cores; a second hand would only hold memory.
+    # Where several threads solve, one that reads or writes leaves its core to the others: a second thread for each
+    # would only need memory.
     return devices * count, 1 if count > 1 else SolverPool.THREADS_PER_DEVICE

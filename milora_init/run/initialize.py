@@ -1,7 +1,7 @@
 """Carry out a plan: split every planned weight, copy all other tensors, write the adapter, check everything.
 
 For each shard, the solver pool splits its weights while this thread copies all other tensors as bytes. Then the shard
-gets its final name and an entry in the journal. An interrupted run is resumed by the same command.
+gets its final name, and its hash an entry in the journal. An interrupted run is resumed by the same command.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -31,59 +33,65 @@ from milora_init.options import InitOptions
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import Plan, make_plan
-from milora_init.run.adapter_file import assemble_adapter
+from milora_init.run import weight
+from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
 from milora_init.run.devices import memory_bytes, solver_devices
+from milora_init.run.journal import Entry
 from milora_init.run.output_folder import OutputFolder
-from milora_init.run.pool import SolverPool, one_ahead
+from milora_init.run.pool import HashPool, SolverPool, one_ahead
 from milora_init.run.prefetch import Prefetcher
-from milora_init.run.progress import Progress, ShardResult, Silent
-from milora_init.run.shard import OpenShard, adapter_part_name
+from milora_init.run.progress import Progress, ShardResult
+from milora_init.run.shard import ShardWriter
 
 if TYPE_CHECKING:
     from milora_init.hub.upload import Published
 
 
 def initialize(options: InitOptions, *, progress: Progress | None = None) -> Manifest:
-    """Do the main job: a residual base and its adapter in `options.out`, from `options.model`.
+    """Split the model `options.model` into a residual base and an adapter, in the folder `options.out`.
 
-    With `options.push_to_hub` the output goes there too; with `options.low_disk` as well, there alone.
+    With `options.push_to_hub` the output is uploaded too. With `options.low_disk` as well, it is only uploaded.
+
+    Args:
+        options: The request.
+        progress: Receives the events of the run.
 
     Returns:
-        The manifest, which also stands in the folder as milora_init.json. A finished output of the same request is
-        left as it is and its manifest returned.
+        The manifest, which is also in the folder as milora_init.json. If the same request was finished before, the
+        output is not changed and its manifest is returned.
 
     Raises:
-        MiloraError: See `errors`; what is left of the output is then unfinished, and resumable if any shard was done.
+        MiloraError: See `errors`. The output is then unfinished; if any shard was finished, the same call resumes it.
     """
     return carry_out(make_plan(options, *locate_model(options)), progress=progress)[0]
 
 
 class ShardUploader(Protocol):
-    """Where finished shards go while the others are made, for a disk that cannot hold them all."""
+    """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
 
     def begin(self) -> None:
-        """Shards are about to come, the first ones or further ones."""
+        """Shards will be uploaded, the first ones or more of them."""
 
     def holds(self, hashes: Mapping[str, str]) -> set[str]:
-        """Which of these files, by SHA-256, are there."""
+        """The names of those files, given with their SHA-256, that are uploaded already."""
 
     def push_shard(self, path: Path, name: str) -> str:
-        """Take a file of weights; returns its SHA-256. It may go from the disk then."""
+        """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
 
     def push(self, folder: Path, manifest: Manifest, *, there: Collection[str]) -> object:
-        """Take all the rest: the output is finished."""
+        """Upload all other files: the output is finished."""
 
 
 def carry_out(
     plan: Plan, *, progress: Progress | None = None, replace: bool = False
 ) -> tuple[Manifest, Published | None]:
-    """Carry out a plan and publish the output, if that was asked for; see `initialize`.
+    """Carry out a plan and upload the output if the options ask for it; see `initialize`.
 
-    The repository is seen to be one that may be written to before anything is computed; with `replace`, also where it
-    holds something else.
+    Before anything is computed, the repository is checked: it must be writable, and, unless `replace`, hold nothing
+    else.
 
     Returns:
-        The manifest, and where the output went: None if it was not to be published, or needed not be.
+        The manifest, and what was uploaded: None if nothing was, because it was not asked for or was done before.
     """
     options = plan.options
     if not options.push_to_hub:
@@ -99,87 +107,132 @@ def carry_out(
         return manifest, repository.push(plan.out, manifest)
     if repository.manifest_fingerprint() == plan.fingerprint:
         return repository.manifest(), None
-    manifest = run_plan(plan, progress=progress, sink=repository)
+    manifest = run_plan(plan, progress=progress, uploader=repository)
     return repository.shown(manifest), repository.published
 
 
-def run_plan(plan: Plan, *, progress: Progress | None = None, sink: ShardUploader | None = None) -> Manifest:
-    """Carry out a plan; see `initialize`. With a sink, the output ends there and nothing of it stays here."""
-    progress = progress or Silent()
+def run_plan(plan: Plan, *, progress: Progress | None = None, uploader: ShardUploader | None = None) -> Manifest:
+    """Carry out a plan; see `initialize`. With an uploader, the output is uploaded, and nothing of it stays here."""
+    progress = progress or Progress()
     started = time.monotonic()
     devices, threads_per_device = solver_devices(plan)
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
-    if finished := out.enter(plan):
-        if sink:
-            sink.push(out.path, finished, there=())
+    if finished := out.prepare(plan):
+        if uploader:
+            uploader.push(out.path, finished, there=())
         return finished
-    # A file is hashed from the page cache, and its line recorded, while the next one is made.
-    hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
-    recorded = _recorder(plan, out)
     try:
-        lines = out.done(sink.holds if sink else None)
-        done = [job for job in plan.jobs if job.target in lines]
-        todo = [job for job in plan.jobs if job.target not in lines]
-        asked = require_loadable(plan)
-        progress.begin(plan, done)
-        for job in todo:
-            if (out.path / job.target).is_file():
-                progress.remaking(job.target)
-        if sink:
-            sink.begin()
-        with _prefetcher(plan, todo, out, progress) as prefetcher:
-
-            def made() -> Iterator[tuple[ShardJob, Future[dict[str, Any]]]]:
-                results = _run_shards(
-                    todo, prefetcher, SolverPool(devices, threads_per_device=threads_per_device), out, progress
-                )
-                for finished, (job, result) in enumerate(results, len(done) + 1):
-                    yield job, hashing.submit(recorded, dataclasses.asdict(result))
-                    progress.shard(result, finished, len(plan.jobs), time.monotonic() - started)
-
-            for job, future in made() if sink else one_ahead(made()):
-                line = lines[job.target] = future.result()
-                prefetcher.done(job)
-                if sink:
-                    line["pushed"] = sink.push_shard(out.path / job.target, job.target)
-                    out.record(line)
-                    (out.path / job.target).unlink()
-        manifest = _assemble(plan, out, lines, asked, started)
-        if sink:
-            sink.push(out.path, manifest, there=[name for name, line in lines.items() if "pushed" in line])
+        with (
+            HashPool() as hashing,
+            SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
+        ):
+            entries = out.finished_shards(hashing, uploader.holds if uploader else None)
+            checked_with = require_loadable(plan)
+            todo = [job for job in plan.jobs if job.target not in entries]
+            _report_start(plan, todo, out, progress)
+            if uploader:
+                uploader.begin()
+            with _prefetcher(plan, todo, out, progress) as prefetcher:
+                loop = _ShardLoop(plan, out, progress, uploader, hashing, solvers, prefetcher, started)
+                entries |= loop.run(todo)
+        manifest = _assemble(plan, out, entries, checked_with, started)
+        if uploader:
+            uploader.push(
+                out.path, manifest, there=[name for name, entry in entries.items() if entry.pushed is not None]
+            )
     except BaseException:
-        try:
-            hashing.shutdown()  # waits for what is made already: with its hash it need not be made again
-        finally:
-            out.abandon()
+        out.abandon()
         raise
-    hashing.shutdown()
-    if sink:
+    if uploader:
         out.discard(plan.files)
     else:
         out.finish(manifest)
     return manifest
 
 
-def _recorder(plan: Plan, out: OutputFolder[Manifest]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Function that hashes the files of a finished shard and writes its line into the journal; returns the line.
+def _report_start(plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> None:
+    progress.begin(plan, [job for job in plan.jobs if job not in todo])
+    for job in todo:
+        if (out.path / job.target).is_file():
+            progress.remaking(job.target)
 
-    Where source and output do not fit the page cache together, what was hashed leaves it: else it would push out what
-    of the source is still to be read.
+
+@dataclass(frozen=True)
+class _ShardLoop:
+    """Makes the shards of a run, one after the other, in the pools of the run."""
+
+    plan: Plan
+    out: OutputFolder[Manifest]
+    progress: Progress
+    uploader: ShardUploader | None
+    hashing: HashPool
+    solvers: SolverPool
+    prefetcher: Prefetcher
+    started: float
+
+    def run(self, todo: Sequence[ShardJob]) -> dict[str, Entry]:
+        """Make the shards of these jobs; return their entries of the journal by the shard's name.
+
+        While this thread waits for the weights of one shard, the solver pool has those of the next one, and a thread
+        hashes and records the one before. A shard that is uploaded is waited for: the disk may not hold another one.
+        """
+        entries: dict[str, Entry] = {}
+        recordings: deque[tuple[ShardJob, Future[Entry]]] = deque()
+        finished_before = len(self.plan.jobs) - len(todo)
+        with ExitStack() as open_shards:
+            for job, shard in one_ahead(self._start(job, open_shards) for job in todo):
+                records = tuple(shard.wait())
+                result = ShardResult(job.target, shard.finish(), records)
+                recordings.append((job, self.hashing.submit(_record, self.plan, self.out, result)))
+                while len(recordings) > (0 if self.uploader else 1):
+                    entries |= self._finish(*recordings.popleft())
+                finished = finished_before + len(entries) + len(recordings)
+                self.progress.shard(result, finished, len(self.plan.jobs), time.monotonic() - self.started)
+            for recording in recordings:
+                entries |= self._finish(*recording)
+        return entries
+
+    def _start(self, job: ShardJob, open_shards: ExitStack) -> tuple[ShardJob, ShardWriter[WeightRecord]]:
+        """Give a shard's weights to the solver pool and copy its other tensors."""
+        job = self.prefetcher.take(job)
+        shard = open_shards.enter_context(_shard_writer(job, self.out.path))
+        for weight_job in weight.weight_jobs(job, shard):
+            shard.submit(self.solvers, weight.run, weight_job)
+        shard.copy_other_tensors(self.progress)
+        return job, shard
+
+    def _finish(self, job: ShardJob, recording: Future[Entry]) -> dict[str, Entry]:
+        """Wait until a shard is recorded; remove its source if it was downloaded for this run; upload it if asked."""
+        entry = recording.result()
+        self.prefetcher.release(job)
+        if self.uploader:
+            path = self.out.path / entry.shard
+            entry = dataclasses.replace(entry, pushed=self.uploader.push_shard(path, entry.shard))
+            self.out.journal.append(entry)
+            path.unlink()
+        return {entry.shard: entry}
+
+
+def _shard_writer(job: ShardJob, out: Path) -> ShardWriter[WeightRecord]:
+    assert job.stamp is not None, "the source is on the disk"
+    part = (part_name(job.target), part_header(job.splits)) if job.splits else None
+    return ShardWriter(job.source, job.stamp, out=out, name=job.target, header=job.header, adapter_part=part)
+
+
+def _record(plan: Plan, out: OutputFolder[Manifest], result: ShardResult) -> Entry:
+    """Hash and record a finished shard.
+
+    Where model and output together do not fit the page cache, the shard is dropped from it after that: otherwise it
+    would replace those files of the model that are still to be read.
     """
-    crowded = plan.source_bytes + plan.base_bytes > memory_bytes()
-
-    def recorded(line: Mapping[str, Any]) -> dict[str, Any]:
-        hashed = out.record_shard(line)
-        if crowded:
-            drop_from_page_cache(out.path / line["shard"])
-        return hashed
-
-    return recorded
+    entry = out.record_shard(result)
+    if plan.source_bytes + plan.base_bytes > memory_bytes():
+        drop_from_page_cache(out.path / result.shard)
+    return entry
 
 
 def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Prefetcher:
-    """The source's files: those on the Hub fetched into its cache, or, to spare the disk, beside the journal."""
+    """Downloads the model's files that are still on the Hub: into its cache, or with low_disk into the work folder."""
     options, remote = plan.options, plan.checkpoint.remote
     folder = out.work / "source" if options.low_disk else None
     if remote and remote.absent and not folder:
@@ -194,54 +247,28 @@ def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest
     return Prefetcher(jobs, plan.checkpoint.headers, fetch, Path.unlink if folder else None)
 
 
-def _run_shards(
-    jobs: Sequence[ShardJob],
-    prefetcher: Prefetcher,
-    pool: SolverPool,
-    out: OutputFolder[Manifest],
-    progress: Progress,
-) -> Iterator[tuple[ShardJob, ShardResult]]:
-    """Turn files of the source into files of the output, two at a time.
-
-    The crew has the weights of the next file before this one is waited for, so it never runs dry; this thread copies
-    what is not adapted meanwhile.
-    """
-    with pool, ExitStack() as stack:
-
-        def begun() -> Iterator[tuple[ShardJob, OpenShard]]:
-            for job in jobs:
-                opened = stack.enter_context(OpenShard(prefetcher.take(job), out.path, progress))
-                opened.start(pool)
-                opened.copy_the_rest()
-                yield job, opened
-
-        for job, opened in one_ahead(begun()):
-            yield job, opened.finish()
-
-
 def _assemble(
-    plan: Plan,
-    out: OutputFolder[Manifest],
-    lines: dict[str, dict[str, Any]],
-    asked: str,
-    started: float,
+    plan: Plan, out: OutputFolder[Manifest], entries: Mapping[str, Entry], checked_with: str, started: float
 ) -> Manifest:
-    """All shards stand: copy the side files, put the adapter together, then make the folder loadable."""
+    """After the last shard: copy the side files, assemble the adapter, check all, and write index and config.json.
+
+    Those two come last, because with them the folder can be loaded as a model.
+    """
     source = plan.checkpoint.folder
     for name in plan.side_files:
         path = source_file(source, name)
         out.write(name, read_chunks(path), mode=file_mode(path))
     (out.path / LORA_FOLDER).mkdir(exist_ok=True)
-    adapter_parts = [out.path / adapter_part_name(job) for job in plan.jobs if job.splits]
-    assemble_adapter(adapter_parts, plan.weights, plan.adapter_header, out.path / LORA_WEIGHTS)
+    parts = [out.path / part_name(job.target) for job in plan.jobs if job.splits]
+    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / LORA_WEIGHTS)
     out.write(LORA_CONFIG, (json.dumps(plan.adapter_config, indent=2) + "\n").encode())
-    records = {record["module"]: record for line in lines.values() for record in line["records"]}
-    pushed = {name: line["files"][name] for name, line in lines.items() if "pushed" in line}
-    _account(plan, out, set(records), pushed)
+    records = {record.module: record for entry in entries.values() for record in entry.records}
+    uploaded = {name: entry.files[name] for name, entry in entries.items() if entry.pushed is not None}
+    _require_complete(plan, out, set(records), uploaded)
     if plan.index is not None:
         out.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(source / "config.json"))
     out.write("config.json", plan.config_bytes, mode=file_mode(source / "config.json"))
-    hashes = {name: line["hashes"][name] for name, line in lines.items()}
+    hashes = {name: entry.hashes[name] for name, entry in entries.items()}
     options = plan.options
     return Manifest(
         source={
@@ -257,21 +284,26 @@ def _assemble(
         inputs=plan.inputs,
         versions=_versions(),
         adapter=plan.adapter_config,
-        checked_with=asked,
-        files={name: pushed.get(name) or (out.path / name).stat().st_size for name in plan.files},
+        checked_with=checked_with,
+        files={name: uploaded.get(name) or (out.path / name).stat().st_size for name in plan.files},
         notices=plan.notices,
-        weights=tuple(WeightRecord.from_json(records[w.weight.module]) for w in plan.weights),
+        weights=tuple(records[w.weight.module] for w in plan.weights),
         hashes={name: hashes.get(name) or sha256(out.path / name) for name in plan.files},
         elapsed_s=round(time.monotonic() - started, 3),
     )
 
 
-def _account(plan: Plan, out: OutputFolder[Manifest], done: set[str], pushed: Collection[str]) -> None:
-    """Compare what stands on disk with what was planned, down to each tensor's dtype, shape and place."""
+def _require_complete(plan: Plan, out: OutputFolder[Manifest], modules: set[str], uploaded: Collection[str]) -> None:
+    """Compare the files on the disk with the plan: every weight, and each tensor's dtype, shape and offset.
+
+    Raises:
+        OutputError: Something is missing or differs.
+    """
     planned = {w.weight.module for w in plan.weights}
-    if done != planned:
-        raise OutputError(f"{len(planned ^ done)} weights are unaccounted for, {min(planned ^ done)} first")
-    for path, header in ((out.path / job.target, job.header) for job in plan.jobs if job.target not in pushed):
+    if modules != planned:
+        differing = planned ^ modules
+        raise OutputError(f"{len(differing)} weights are unaccounted for, {min(differing)} first")
+    for path, header in ((out.path / job.target, job.header) for job in plan.jobs if job.target not in uploaded):
         if read_header(path).tensors != header.tensors:
             raise OutputError(f"{path} is not the file that was planned", hint="start again with --overwrite")
     if read_header(out.path / LORA_WEIGHTS).tensors != plan.adapter_header.tensors:

@@ -1,4 +1,8 @@
-"""Own the output folder: lock, journal, resume, and the manifest as the last file."""
+"""The output folder of a run or a merge: its lock, its journal, and its record as the last file.
+
+A finished output has a record, such as milora_init.json. An unfinished one has a journal in its work folder, and is
+resumed from it. Files of anybody else are never changed or removed.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,14 +22,16 @@ from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
 from milora_init.checkpoint.writer import partial_of, sync_folder, writing
 from milora_init.errors import OutputError
 from milora_init.manifest import WORK_FOLDER
-from milora_init.untrusted import path_inside, plain_file, relative_name
+from milora_init.run.journal import Entry, Head, Journal
+from milora_init.run.pool import HashPool
+from milora_init.run.progress import ShardResult
+from milora_init.untrusted import path_inside
 
 _LOCK = "lock"
-_HASHES = 4  # at a time
 
 
 class OutputPlan(Protocol):
-    """What an output folder asks of a plan, be it of the main job or of a merge."""
+    """The part of a plan, for a run or a merge, that an output folder needs."""
 
     @property
     def source(self) -> Path:
@@ -35,147 +42,158 @@ class OutputPlan(Protocol):
         """Whether an earlier output may be replaced."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Hash of `inputs`."""
+
     @property
-    def inputs(self) -> Mapping[str, Any]: ...
+    def inputs(self) -> Mapping[str, Any]:
+        """All that determines the output's bytes."""
+
     @property
-    def files(self) -> Sequence[str]: ...
+    def files(self) -> Sequence[str]:
+        """Every file of the output except its record, by the path relative to the folder."""
+
     @property
     def room_bytes(self) -> int:
-        """What the run needs on the disk at its peak."""
+        """How much disk space the run needs at its peak."""
 
 
 class OutputRecord(Protocol):
-    """What stands in a finished output as its record."""
+    """The record of a finished output."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Hash of `inputs`."""
+
     @property
-    def inputs(self) -> Mapping[str, Any]: ...
+    def inputs(self) -> Mapping[str, Any]:
+        """All that determined the output's bytes."""
+
     @property
     def files(self) -> Mapping[str, int]:
-        """Bytes of each file but the record."""
+        """Size in bytes of each file except the record."""
 
-    def to_json(self) -> dict[str, Any]: ...
+    def to_json(self) -> dict[str, Any]:
+        """Its content, as plain JSON values."""
 
 
-F = TypeVar("F", bound=OutputRecord)
+Record = TypeVar("Record", bound=OutputRecord)
 
 
 def require_outside(out: Path, folder: Path, instead: str) -> None:
-    """Raise OutputError where an output would lie inside a folder that is read."""
+    """Raise OutputError where an output would be inside a folder that is read."""
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise OutputError(f"--out {out} lies inside {folder}", hint=f"write beside it: --out {instead}")
 
 
-class OutputFolder(Generic[F]):
-    """One output folder and its journal.
+class OutputFolder(Generic[Record]):
+    """One output folder.
+
+    `prepare` comes first. The run then ends with `finish`, `discard` or `abandon`, which release the lock.
 
     Args:
         path: The folder.
-        name: Of its record.
-        read: Reads the record of a folder; None where there is none. Raises OutputError.
+        record_name: The file name of its record.
+        read_record: Reads the record of a folder; None where there is none. Raises OutputError.
     """
 
-    def __init__(self, path: Path, name: str, read: Callable[[Path], F | None]) -> None:
-        self.path, self._name, self._read = path, name, read
+    def __init__(self, path: Path, record_name: str, read_record: Callable[[Path], Record | None]) -> None:
+        self.path, self._record_name, self._read_record = path, record_name, read_record
         self.work = path / WORK_FOLDER
-        self.journal = self.work / "journal.jsonl"
+        self.journal = Journal(self.work / "journal.jsonl", out=path)
         self._lock: int | None = None
 
-    def enter(self, plan: OutputPlan) -> F | None:
-        """Make the folder ready for a plan, fresh or to be resumed; or find it carried out and return its record.
+    def prepare(self, plan: OutputPlan) -> Record | None:
+        """Lock the folder for a plan, which starts or is resumed. If the plan was finished before, return its record.
 
         Raises:
             OutputError: The folder holds something else, or cannot be written, or the disk is too small.
         """
-        self._require_apart(plan.source)
+        self._require_outside_source(plan.source)
         self._require_no_links(plan.files)
-        record, journal = self._read(self.path), self._read_journal()
-        ours: list[str] = []
-        if (record or journal) and plan.overwrite:
-            ours = list(record.files if record else journal[0]["files"])
+        record, journal = self._read_record(self.path), self.journal.read()
+        head, _ = journal
+        earlier_files: list[str] = []  # of an earlier output that is to be replaced
+        if (record or head) and plan.overwrite:
+            earlier_files = list(record.files if record else head.files if head else ())
         elif record:
-            self._require_same(record.fingerprint, record.inputs, plan)
-            self._require_whole(record)
-            self._sweep()
+            self._require_same_request(record.fingerprint, record.inputs, plan)
+            self._require_intact(record)
+            self._remove_leftover_work_folder()
             return record
-        elif journal:
-            self._require_same(journal[0]["fingerprint"], journal[0]["inputs"], plan)
-        resuming = bool(journal) and not ours
+        elif head:
+            self._require_same_request(head.fingerprint, head.inputs, plan)
+        resuming = head is not None and not earlier_files
         if not resuming:
-            self._require_empty(plan, ours)
-        self._require_room(plan, ours)
-        # All that can be refused has been; from here on the folder is this run's.
+            self._require_no_foreign_files(plan, earlier_files)
+        self._require_disk_space(plan, earlier_files)
+        # Every check that may refuse is done; from here on the folder belongs to this run.
         self._take_lock()
-        if self._read_journal() != journal or self._read(self.path) != record:
-            raise self._busy()
+        if self.journal.read() != journal or self._read_record(self.path) != record:
+            raise self._release_busy()
         if resuming:
             return None
         try:
-            if ours:
-                if record and not journal:
-                    # Cut off while it is cleared, the folder must still be known as ours.
-                    old = {"fingerprint": record.fingerprint, "inputs": record.inputs, "files": ours}
-                    self.record(old)
-                self._clear(ours)
-            self.record({"fingerprint": plan.fingerprint, "inputs": plan.inputs, "files": list(plan.files)})
+            if earlier_files:
+                if record and not head:
+                    # If the removal is interrupted, the journal shows that the rest of the files are ours.
+                    self.journal.append(Head(record.fingerprint, record.inputs, tuple(earlier_files)))
+                self._remove(earlier_files)
+            self.journal.append(Head(plan.fingerprint, plan.inputs, tuple(plan.files)))
         except BaseException:
             self.abandon()
             raise
         return None
 
-    def record(self, line: dict[str, Any]) -> None:
-        """Append a line to the journal, safe on disk when this returns."""
-        with writing(self.journal), self.journal.open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off would swallow this one
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def record_shard(self, result: ShardResult) -> Entry:
+        """Hash the files of a finished shard, append its entry to the journal, and return the entry."""
+        hashes = {name: sha256(self.path / name) for name in result.files}
+        entry = Entry(result.shard, result.files, result.records, hashes)
+        self.journal.append(entry)
+        return entry
 
-    def record_shard(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """Append the line of a finished shard with the SHA-256 of each of its files, and return it."""
-        hashed = {**line, "hashes": {name: sha256(self.path / name) for name in line["files"]}}
-        self.record(hashed)
-        return hashed
+    def finished_shards(
+        self, hashing: HashPool, uploaded: Callable[[Mapping[str, str]], set[str]] | None = None
+    ) -> dict[str, Entry]:
+        """The journal's entries of shards whose files still have the recorded bytes, by the shard's name.
 
-    def done(self, elsewhere: Callable[[Mapping[str, str]], set[str]] | None = None) -> dict[str, dict[str, Any]]:
-        """Journal lines of finished shards whose files still stand as they were made, by file name.
-
-        `elsewhere` tells which of those that were pushed, by SHA-256, stand where they went.
+        Args:
+            hashing: Hashes the files.
+            uploaded: Given the SHA-256 of shards that were uploaded, returns the names of those that are still where
+                this run uploads to. None if it uploads nothing.
         """
-        lines = self._shard_lines()
-        pushed = {name: line["pushed"] for name, line in lines.items() if "pushed" in line}
-        there = elsewhere(pushed) if elsewhere else set()
-        for name in pushed.keys() - there:  # to another repository, say: what stands here has to go there yet
-            del lines[name]["pushed"]
-        files = {(name, file) for name, line in lines.items() for file in line["files"]} - {(n, n) for n in there}
-        with ThreadPoolExecutor(_HASHES, thread_name_prefix="hash") as pool:
-            whole = dict(zip(files, pool.map(lambda pair: self._is_whole(lines[pair[0]], pair[1]), files), strict=True))
+        entries = self.journal.shards()
+        pushed = {name: entry.pushed for name, entry in entries.items() if entry.pushed is not None}
+        elsewhere = uploaded(pushed) if uploaded else set()
+        for name in pushed.keys() - elsewhere:  # uploaded to another repository, for example
+            entries[name] = replace(entries[name], pushed=None)
+        hashes = {
+            name: {
+                file: self._start_hash(hashing, file, size_bytes)
+                for file, size_bytes in entry.files.items()
+                if not (file == name and name in elsewhere)  # no longer on the disk; its part of the adapter is
+            }
+            for name, entry in entries.items()
+        }
         return {
-            name: line
-            for name, line in lines.items()
-            if all(whole.get((name, file), True) for file in line["files"])
-        }  # fmt: skip
-
-    def _is_whole(self, line: Mapping[str, Any], file: str) -> bool:
-        """Whether a file of a finished shard has the bytes that it was made with."""
-        path, size_bytes = self._place(file), line["files"][file]
-        if not path.is_file() or path.stat().st_size != size_bytes:
-            return False
-        return bool(sha256(path) == line.get("hashes", {}).get(file))
+            name: entry
+            for name, entry in entries.items()
+            if all(
+                found is not None and found.result() == entry.hashes.get(file) for file, found in hashes[name].items()
+            )
+        }
 
     def abandon(self) -> None:
-        """Remove what a run left that recorded no shard; an empty folder goes with it.
+        """End a run that failed. If it has recorded no shard, remove its files, and the folder if it is empty then.
 
-        Why the run failed is what has to be told: what fails here stands, and the same command takes it up.
+        Errors in here are suppressed: the one that ended the run is the one to report. Files that could not be removed
+        are removed or resumed by the next run.
         """
         with suppress(OSError, OutputError):
-            lines = self._read_journal()
-            if len(lines) <= 1:
-                # Other devices may have finished shards since the failure; without a line they would look foreign.
-                self._clear(lines[0]["files"] if lines else ())
+            head, entries = self.journal.read()
+            if not entries:
+                # Other threads may have finished shards after the failure. Without an entry they would look foreign.
+                self._remove(head.files if head else ())
                 shutil.rmtree(self.work, ignore_errors=True)
                 if self.path.is_dir() and not any(self.path.iterdir()):
                     self.path.rmdir()
@@ -183,12 +201,12 @@ class OutputFolder(Generic[F]):
             self._release_lock()
 
     def write(self, name: str, content: bytes | Iterable[bytes], *, mode: int = 0o666) -> None:
-        """Write a file whole: under another name first, then renamed. `mode` is what the umask is applied to."""
-        path = self._place(name)
+        """Write a whole file: under a partial name first, then renamed. `mode` is its permissions before the umask."""
+        path = self._path_of(name)
         partial = partial_of(path)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)  # not written into: it may be a link
+            partial.unlink(missing_ok=True)  # it may be a link: nothing is written through it
             try:
                 with open(partial, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as file:
                     for chunk in [content] if isinstance(content, bytes) else content:
@@ -201,26 +219,33 @@ class OutputFolder(Generic[F]):
                 raise
             sync_folder(path.parent)
 
-    def finish(self, record: F) -> None:
-        """Write the record: from here on the output is whole."""
+    def finish(self, record: Record) -> None:
+        """Write the record: the output is finished. Then remove the work folder."""
         try:
-            self.write(self._name, (json.dumps(record.to_json(), indent=1) + "\n").encode())
+            self.write(self._record_name, (json.dumps(record.to_json(), indent=1) + "\n").encode())
             shutil.rmtree(self.work, ignore_errors=True)
         finally:
             self._release_lock()
 
     def discard(self, files: Iterable[str]) -> None:
-        """Remove an output that has gone elsewhere as a whole, and its journal; an empty folder goes with it."""
+        """Remove an output that was uploaded as a whole, and its journal, and the folder if it is empty then."""
         try:
-            self._clear(files)
+            self._remove(files)
             shutil.rmtree(self.work, ignore_errors=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
         finally:
             self._release_lock()
 
-    def _sweep(self) -> None:
-        """Remove what a run left that was cut off behind its manifest, unless it is still at it."""
+    def _start_hash(self, hashing: HashPool, file: str, size_bytes: int) -> Future[str] | None:
+        """The SHA-256 of a file, None where there is no such file of that size."""
+        path = self._path_of(file)
+        if not path.is_file() or path.stat().st_size != size_bytes:
+            return None
+        return hashing.sha256(path)
+
+    def _remove_leftover_work_folder(self) -> None:
+        """Remove the work folder of a run that was killed after it wrote the record, unless it still runs."""
         if self.work.is_dir():
             with suppress(OutputError):
                 self._take_lock()
@@ -233,55 +258,31 @@ class OutputFolder(Generic[F]):
             self._lock = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that ended meanwhile took its lock file with it, and who comes next locks another one.
-            mine = os.path.samestat(os.fstat(self._lock), (self.work / _LOCK).stat())
+            # A run that ended meanwhile has removed this lock file, and the next run locks a new one.
+            locked = os.path.samestat(os.fstat(self._lock), (self.work / _LOCK).stat())
         except (BlockingIOError, FileNotFoundError):
-            mine = False
+            locked = False
         except OSError as error:
             self._release_lock()
             raise OutputError(
                 f"{self.path} cannot be locked against a second run: {error.strerror}",
                 hint="choose an --out on a file system with locks, such as a local disk",
             ) from error
-        if not mine:
-            raise self._busy()
+        if not locked:
+            raise self._release_busy()
 
     def _release_lock(self) -> None:
         if self._lock is not None:
             fileno, self._lock = self._lock, None
             os.close(fileno)
 
-    def _busy(self) -> OutputError:
+    def _release_busy(self) -> OutputError:
+        """Release the lock; return the error for a folder that another run uses."""
         self._release_lock()
         hint = "wait for it, or choose another --out"
         return OutputError(f"another milora-init is writing to {self.path} at this moment", hint=hint)
 
-    def _shard_lines(self) -> dict[str, dict[str, Any]]:
-        """The last line of each shard in the journal."""
-        return {line["shard"]: line for line in self._read_journal()[1:]}
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        try:
-            content = plain_file(self.journal).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise OutputError(f"{self.journal}: {error.strerror}") from error
-        try:
-            # What stands behind the last newline was cut off while it was written: it was never done.
-            journal = [dict(json.loads(line)) for line in content.decode().split("\n")[:-1]]
-            for number, line in enumerate(journal):
-                for name in (line["shard"], *dict.keys(line["files"])) if number else line["files"]:
-                    relative_name(name)
-                dict.keys(line.get("hashes", {}))
-            kinds = ({"fingerprint", "inputs", "files"}, {"shard", "files", "records"})
-            if all(kinds[number > 0] <= line.keys() for number, line in enumerate(journal)):
-                return journal
-        except (ValueError, TypeError, KeyError):
-            pass
-        raise OutputError(f"{self.journal} is damaged", hint=f"choose another --out, or remove {self.path}")
-
-    def _require_apart(self, source: Path) -> None:
+    def _require_outside_source(self, source: Path) -> None:
         out, model = self.path.resolve(), source.resolve()
         if out == model or model in out.parents:
             where = "is the model's folder" if out == model else "lies inside the model's folder"
@@ -293,48 +294,49 @@ class OutputFolder(Generic[F]):
             raise OutputError(f"--out {self.path} is a file", hint="name a folder")
 
     def _require_no_links(self, names: Iterable[str]) -> None:
-        """Raise OutputError where a name of ours is a link out of the folder: what is behind it is not ours."""
-        for place, folders, files in os.walk(self.work):
-            for path in (Path(place), *(Path(place, name) for name in (*folders, *files))):
+        """Raise OutputError where one of our names is a link that leads out of the folder."""
+        for folder, folders, files in os.walk(self.work):
+            for path in (Path(folder), *(Path(folder, name) for name in (*folders, *files))):
                 if path.is_symlink():
                     raise OutputError(f"{path} is a link", hint="remove it, or choose another --out")
-        for name in (*names, self._name):
-            self._place(name)
+        for name in (*names, self._record_name):
+            self._path_of(name)
 
-    def _place(self, name: str) -> Path:
-        """The path of a file of the output."""
+    def _path_of(self, name: str) -> Path:
+        """The path of a file of the output. Raises OutputError for a name that leads out of the folder."""
         try:
             return path_inside(self.path, name)
         except ValueError as error:
             raise OutputError(f"--out {self.path}: {error}", hint="remove the link, or choose another --out") from error
 
-    def _require_same(self, fingerprint: str, before: Mapping[str, Any], plan: OutputPlan) -> None:
+    def _require_same_request(self, fingerprint: str, inputs: Mapping[str, Any], plan: OutputPlan) -> None:
         if fingerprint == plan.fingerprint:
             return
-        changed = [key for key, value in plan.inputs.items() if before.get(key) != value]
-        what = "; ".join(_difference(key, before.get(key), plan.inputs[key]) for key in changed)
+        changed = [key for key, value in plan.inputs.items() if inputs.get(key) != value]
+        differences = "; ".join(_difference(key, inputs.get(key), plan.inputs[key]) for key in changed)
         raise OutputError(
-            f"{self.path} holds the output of another request: {what}",
+            f"{self.path} holds the output of another request: {differences}",
             hint="choose another --out, or replace it with --overwrite",
         )
 
-    def _require_whole(self, record: OutputRecord) -> None:
+    def _require_intact(self, record: OutputRecord) -> None:
         for name, size in record.files.items():
-            path = self._place(name)
+            path = self._path_of(name)
             if not path.is_file() or path.stat().st_size != size:
                 raise OutputError(
                     f"{self.path} was finished, but {name} has since been changed or removed",
                     hint="make it again with --overwrite",
                 )
 
-    def _require_empty(self, plan: OutputPlan, ours: Iterable[str] = ()) -> None:
+    def _require_no_foreign_files(self, plan: OutputPlan, earlier_files: Iterable[str]) -> None:
+        """Raise OutputError for a file that is not ours and that the output would replace, or be loaded with."""
         if not self.path.is_dir():
             return
-        planned = {Path(name).parts[0] for name in (*plan.files, self._name)}
-        known = {Path(name).parts[0] for name in (*ours, self._name)} if ours else set()
-        known |= {partial_of(Path(name)).name for name in known}
+        planned = {Path(name).parts[0] for name in (*plan.files, self._record_name)}
+        ours = {Path(name).parts[0] for name in (*earlier_files, self._record_name)} if earlier_files else set()
+        ours |= {partial_of(Path(name)).name for name in ours}
         for path in sorted(self.path.iterdir()):
-            if path.name in known:
+            if path.name in ours:
                 continue
             if path.name in planned or (path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES):
                 raise OutputError(
@@ -342,15 +344,15 @@ class OutputFolder(Generic[F]):
                     hint="choose another --out, or move it away",
                 )
 
-    def _require_room(self, plan: OutputPlan, ours: Iterable[str] = ()) -> None:
+    def _require_disk_space(self, plan: OutputPlan, earlier_files: Iterable[str]) -> None:
         parent = self.path.absolute()
         while not parent.exists():
             parent = parent.parent
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(f"--out {self.path} cannot be written: no permission in {parent}")
-        needed = plan.room_bytes
-        standing = ours or [name for line in self._shard_lines().values() for name in line["files"]]
-        needed -= sum(path.stat().st_size for path in map(self._place, standing) if path.is_file())
+        existing = earlier_files or [name for entry in self.journal.shards().values() for name in entry.files]
+        existing_bytes = sum(path.stat().st_size for path in map(self._path_of, existing) if path.is_file())
+        needed = plan.room_bytes - existing_bytes
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(
@@ -358,11 +360,12 @@ class OutputFolder(Generic[F]):
                 hint="free some space, or choose an --out on another disk",
             )
 
-    def _clear(self, files: Iterable[str]) -> None:
-        # The marks of a finished output go first: cut off here, the folder is nobody's model.
-        (self.path / self._name).unlink(missing_ok=True)
+    def _remove(self, files: Iterable[str]) -> None:
+        """Remove files of an output, what a run left of them, folders that are empty then, and the journal."""
+        # First what makes the folder look finished: after an interruption it must not be loaded as a model.
+        (self.path / self._record_name).unlink(missing_ok=True)
         (self.path / "config.json").unlink(missing_ok=True)
-        inside = [self._place(name) for name in files]
+        inside = [self._path_of(name) for name in files]
         for path in inside:
             path.unlink(missing_ok=True)
             partial_of(path).unlink(missing_ok=True)
@@ -370,14 +373,15 @@ class OutputFolder(Generic[F]):
         for folder in sorted(folders, reverse=True):  # the deeper ones first
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        # The journal goes last: as long as anything of ours stands, it says whose it is.
+        # The journal last: as long as a file of ours exists, it shows whose it is.
         shutil.rmtree(self.work / "source", ignore_errors=True)
-        for path in sorted(self.work.iterdir(), key=self.journal.__eq__) if self.work.is_dir() else ():
+        for path in sorted(self.work.iterdir(), key=self.journal.path.__eq__) if self.work.is_dir() else ():
             if path.name != _LOCK:
                 path.unlink()
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
+    """What changed in one of the inputs, in words."""
     if key not in ("source", "side_files"):
         return f"{key} was {_short(before)}, now {_short(now)}"
     if isinstance(before, dict) and isinstance(now, dict):

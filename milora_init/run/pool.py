@@ -1,4 +1,4 @@
-"""Thread pool that runs solver tasks on the CPU or on GPUs."""
+"""Thread pools of a run: one solves weights on the CPU or on GPUs, one hashes files."""
 
 from __future__ import annotations
 
@@ -7,74 +7,131 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 
+from milora_init.checkpoint.hashing import sha256
+from milora_init.run.progress import Progress
+
 T = TypeVar("T")
+P = ParamSpec("P")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-DeviceLock = AbstractContextManager[Any]  # the right to solve on a device, for one thread at a time
-SolverTask = Callable[[Job, torch.device, DeviceLock], Result]
+DeviceLock = AbstractContextManager[Any]  # held while a thread solves on a device: one thread at a time
+SolverTask = Callable[[Job, torch.device, DeviceLock, Progress], Result]
 
 
-def one_ahead(begun: Iterable[T]) -> Iterator[T]:
-    """Each of these once the next one was begun, so that a crew which works on them does not run dry meanwhile."""
-    before: list[T] = []
-    for item in begun:
-        yield from before
-        before = [item]
-    yield from before
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield each item after the next one was produced.
+
+    Where producing an item submits its jobs to a pool, the pool has the next item's jobs while one item is waited for.
+    """
+    previous: list[T] = []
+    for item in items:
+        yield from previous
+        previous = [item]
+    yield from previous
 
 
 class SolverPool:
-    """Threads that take jobs from one queue, `hands` of them to a device; the CPU may be given several times.
+    """Threads that take jobs from one queue.
 
-    One solves, and only one, for it holds the device's turn; another reads the next weight or writes the last. A job
-    is in memory only while a thread has it, so memory is bounded by the number of threads, not of jobs.
+    Each device has `threads_per_device` threads. The thread that holds the device's lock solves; meanwhile another one
+    reads the next weight or writes the last one. A weight is in memory only while a thread works on it, so memory is
+    bounded by the number of threads and not by the number of jobs.
 
-    Each computes on one CPU thread: a BLAS splits its sums by the number of threads, and the last bits with them, so
-    this is what makes the bytes of an output the same on any number of cores. Several weights at a time also use the
-    cores better than several threads on one.
+    Each thread computes on one CPU thread: a BLAS splits its sums by the number of threads, which changes the last
+    bits. So the bytes of an output do not depend on the number of cores. Several weights at a time also use the cores
+    better than several threads on one weight.
+
+    Args:
+        devices: The devices; the CPU may be listed several times, once for each weight that it solves at a time.
+        threads_per_device: See above.
+        progress: Passed to every task.
     """
 
     THREADS_PER_DEVICE = 2
 
-    _left: ClassVar[list[ThreadPoolExecutor]] = []  # pools of crews that failed, with a solve still running
+    _abandoned: ClassVar[list[ThreadPoolExecutor]] = []  # of failed runs in this process, with a solve still running
 
-    def __init__(self, devices: Sequence[torch.device], *, threads_per_device: int = THREADS_PER_DEVICE) -> None:
-        while self._left:  # such a solve writes to files that may be ours now
-            self._left.pop().shutdown()
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # of torch threads that begin from here on, too
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        *,
+        threads_per_device: int = THREADS_PER_DEVICE,
+        progress: Progress | None = None,
+    ) -> None:
+        while self._abandoned:  # such a solve writes to files that may have the names of ours
+            self._abandoned.pop().shutdown()
+        self._progress = progress or Progress()
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(1)  # also for torch threads that start from here on
         self._slots: queue.SimpleQueue[tuple[torch.device, DeviceLock]] = queue.SimpleQueue()
         device_locks = [threading.Lock() for _ in devices]
-        for _ in range(threads_per_device):  # every device gets a hand before any gets its second: jobs may be few
+        for _ in range(threads_per_device):  # every device gets one thread before any gets its second: jobs may be few
             for slot in zip(devices, device_locks, strict=True):
                 self._slots.put(slot)
-        self._own = threading.local()
+        self._local = threading.local()
         self._pool = ThreadPoolExecutor(len(devices) * threads_per_device, "milora", initializer=self._bind_thread)
 
-    def submit(self, work: SolverTask[Job, Result], job: Job) -> Future[Result]:
-        """Have `work(job, device, turn)` done by the next free thread."""
-        return self._pool.submit(self._do, work, job)
+    def submit(self, task: SolverTask[Job, Result], job: Job) -> Future[Result]:
+        """Let the next free thread call `task(job, device, device_lock, progress)`."""
+        return self._pool.submit(self._run_task, task, job)
 
     def __enter__(self) -> SolverPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After a failure nobody waits for what is still running: its files are about to go.
+        # After a failure, running solves are not waited for: they may take minutes, and their files are removed.
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
         if kind is not None:
-            self._left.append(self._pool)
-        torch.set_num_threads(self._threads)
+            self._abandoned.append(self._pool)
+        torch.set_num_threads(self._threads_before)
 
     def _bind_thread(self) -> None:
-        self._own.device, self._own.device_lock = self._slots.get()
-        if self._own.device.type == "cuda":
-            # A stream of its own: its copies run beside the other hand's arithmetic.
-            torch.cuda.set_device(self._own.device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._own.device))  # type: ignore[no-untyped-call]
+        self._local.device, self._local.device_lock = self._slots.get()
+        if self._local.device.type == "cuda":
+            # A stream of its own: its copies overlap with the other thread's arithmetic.
+            torch.cuda.set_device(self._local.device)
+            torch.cuda.set_stream(torch.cuda.Stream(self._local.device))  # type: ignore[no-untyped-call]
 
-    def _do(self, work: SolverTask[Job, Result], job: Job) -> Result:
-        return work(job, self._own.device, self._own.device_lock)
+    def _run_task(self, task: SolverTask[Job, Result], job: Job) -> Result:
+        return task(job, self._local.device, self._local.device_lock, self._progress)
+
+
+class HashPool:
+    """Threads that hash files while other files are written.
+
+    When the `with` block ends, calls of `submit` are waited for, even after a failure: a shard whose hash is in the
+    journal need not be made again. Hashes of `sha256` are cancelled after a failure.
+    """
+
+    THREADS = 4
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="hash")
+        self._cancelled = threading.Event()
+        self._recording = threading.Lock()
+
+    def sha256(self, path: Path) -> Future[str]:
+        """The SHA-256 of a file."""
+        return self._pool.submit(sha256, path, cancelled=self._cancelled)
+
+    def submit(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
+        """Let a thread call a function that hashes and records a shard of the output; one such call at a time."""
+
+        def call() -> Result:
+            with self._recording:
+                return function(*args, **kwargs)
+
+        return self._pool.submit(call)
+
+    def __enter__(self) -> HashPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._cancelled.set()
+        self._pool.shutdown()

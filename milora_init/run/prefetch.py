@@ -1,4 +1,4 @@
-"""Download the next shard while the current one is in work."""
+"""Download the next shard while the current one is being split."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Fetch = Callable[[str], Path]
 
 
 class Prefetcher:
-    """Jobs whose source is on the disk, in order; the next one's is fetched while this one's is worked on.
+    """Downloads the source files of jobs in order, one ahead of the job that is taken.
 
     Args:
         jobs: In the order in which they will be taken.
-        headers: Of every file of the source, as planned.
-        fetch: Fetches a file of the source by its name; called from another thread.
-        release: Called with a fetched file when its output is safe.
+        headers: Of every file of the model, as planned.
+        fetch: Downloads a file of the model by its name; called from another thread.
+        remove: Called with a downloaded file that is no longer needed; None to keep it.
     """
 
     def __init__(
@@ -31,40 +31,45 @@ class Prefetcher:
         jobs: Sequence[ShardJob],
         headers: Mapping[str, Header],
         fetch: Fetch,
-        release: Callable[[Path], None] | None = None,
+        remove: Callable[[Path], None] | None = None,
     ) -> None:
         self._waiting = deque(job.source.name for job in jobs if job.stamp is None)
-        self._headers, self._fetch, self._release = headers, fetch, release
+        self._headers, self._fetch, self._remove = headers, fetch, remove
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-        self._coming: dict[str, Future[Path]] = {}
+        self._downloads: dict[str, Future[Path]] = {}
 
     def __enter__(self) -> Prefetcher:
-        self._send_for_next()
+        self._start_next()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a download
 
     def take(self, job: ShardJob) -> ShardJob:
-        """The job with its source on the disk. Raises what fetching raises, and CheckpointError for another file."""
+        """The job with its source on the disk. Waits for the download if it is not finished.
+
+        Raises:
+            CheckpointError: The file is not the one that was planned with.
+            HubError: The download failed.
+        """
         if job.stamp is not None:
             return job
         name = job.source.name
-        while name not in self._coming:
-            self._send_for_next()
-        path = self._coming[name].result()
-        self._send_for_next()
+        while name not in self._downloads:
+            self._start_next()
+        path = self._downloads[name].result()
+        self._start_next()
         if read_header(path).raw != self._headers[name].raw:
             raise CheckpointError(f"{path} is not the file whose header was planned with", hint="run it again")
         return dataclasses.replace(job, source=path, stamp=stamp(path))
 
-    def done(self, job: ShardJob) -> None:
-        """A job's output is safe: its source, if it was fetched for this run, may go."""
+    def release(self, job: ShardJob) -> None:
+        """The job is finished and recorded: remove its source if it was downloaded for this run alone."""
         name = job.source.name
-        if self._release and name in self._coming:
-            self._release(self._coming.pop(name).result())
+        if self._remove and name in self._downloads:
+            self._remove(self._downloads.pop(name).result())
 
-    def _send_for_next(self) -> None:
+    def _start_next(self) -> None:
         if self._waiting:
             name = self._waiting.popleft()
-            self._coming[name] = self._pool.submit(self._fetch, name)
+            self._downloads[name] = self._pool.submit(self._fetch, name)

@@ -1,57 +1,55 @@
-"""Progress events of a run."""
+"""Progress events of a run. This file imports no torch, so that the command line can start without it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from milora_init.manifest import WeightRecord
-from milora_init.plan.output_files import ShardJob
-from milora_init.plan.plan import Plan
+if TYPE_CHECKING:
+    from milora_init.manifest import WeightRecord
+    from milora_init.plan.output_files import ShardJob
+    from milora_init.plan.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What came of a ShardJob: sizes of the files it made, relative to the output folder, and its weights' records."""
+    """A finished shard.
+
+    Attributes:
+        shard: Its name.
+        files: Size in bytes of each file that was written for it, by the path relative to the output folder.
+        records: One for each of its weights that was split.
+    """
 
     shard: str
     files: dict[str, int]
     records: tuple[WeightRecord, ...]
 
 
-class Progress(Protocol):
-    """Who wants to know how far the run is. Called from the workers' threads."""
+class Progress:
+    """Receives the events of a run. These methods do nothing; a subclass overrides those that it needs.
+
+    `solving` and `tensor` are called from the solver's threads, `fetching` from the download thread.
+    """
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
-        """The run starts; these of `plan.jobs` were finished by an earlier one."""
+        """The run starts; an earlier run has finished the jobs `done` of `plan.jobs`."""
 
     def remaking(self, name: str) -> None:
-        """A file of the output stands, and the journal has no record of these bytes: it is made again."""
+        """A shard exists, but the journal does not have its hash: it is made again."""
 
     def solving(self, module: str, device: str) -> None:
-        """A device has taken a module up."""
+        """A device starts to solve a module."""
 
     def fetching(self, name: str, size_bytes: int) -> None:
-        """A file of the source is being fetched from the Hub."""
+        """A file of the model is being downloaded from the Hub."""
 
     def tensor(self, name: str, size_bytes: int) -> None:
-        """A tensor of the source has been dealt with."""
+        """A tensor of the model was copied, or one of its weights split; `size_bytes` is the size of what was read."""
 
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
-        """A file of the output has its name."""
+        """A shard has its final name: number `finished` of `of`, after `elapsed_s` seconds."""
 
     def pushing(self, repo: str) -> None:
-        """The output is finished and goes to a repository on the Hub."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None: ...
-    def remaking(self, name: str) -> None: ...
-    def solving(self, module: str, device: str) -> None: ...
-    def fetching(self, name: str, size_bytes: int) -> None: ...
-    def tensor(self, name: str, size_bytes: int) -> None: ...
-    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None: ...
-    def pushing(self, repo: str) -> None: ...
+        """The output is finished and its upload to a repository on the Hub starts."""

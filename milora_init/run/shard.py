@@ -1,125 +1,132 @@
-"""Write one shard of the output and its part of the adapter.
+"""Write one shard of an output; `run` and `merge` both use it.
 
-The file is laid out under a partial name, and each thread writes its tensors at their offsets. The factors go into a
-part file of the adapter in the work folder.
+The file is laid out under a partial name. Tasks on the solver's threads write the weights at their offsets, and the
+calling thread copies all other tensors as bytes. At the end the file gets its final name.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
-import torch
-
-from milora_init.checkpoint.files import file_mode, stamp
-from milora_init.checkpoint.tensor_file import SafetensorsShard, open_shard
-from milora_init.checkpoint.writer import SafetensorsWriter, extended
+from milora_init.checkpoint.files import Stamp, file_mode, stamp
+from milora_init.checkpoint.header import Header
+from milora_init.checkpoint.tensor_file import SafetensorsShard, TensorSource, open_shard
+from milora_init.checkpoint.writer import SafetensorsWriter, WriteTarget
 from milora_init.errors import CheckpointError
-from milora_init.manifest import WORK_FOLDER, WeightRecord
-from milora_init.plan.output_files import ShardJob
-from milora_init.run import weight as weight_run
-from milora_init.run.adapter_file import part_header, part_key
-from milora_init.run.pool import SolverPool
-from milora_init.run.progress import Progress, ShardResult
-from milora_init.run.weight import WeightJob
+from milora_init.run.pool import SolverPool, SolverTask
+from milora_init.run.progress import Progress
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
-def adapter_part_name(job: ShardJob) -> str:
-    """Where a shard's factors wait for the others."""
-    return f"{WORK_FOLDER}/{extended(job.target, '.adapter')}"
+class ShardWriter(Generic[Result]):
+    """One shard that is being written, its source file, and its part of the adapter if it has one.
 
+    In this order: `submit` every weight, `copy_other_tensors`, `wait`, `finish`. The `with` block owns the files; those
+    that are not finished when it ends are removed.
 
-class OpenShard:
-    """One file of the output on its way, and its piece of the adapter.
+    Args:
+        source: The file of the model or of the residual base.
+        source_stamp: Its stamp when it was planned.
+        out: The output folder.
+        name: The shard's name in it.
+        header: The shard's layout.
+        adapter_part: Path relative to `out`, and layout, of the shard's part of the adapter; None if it has none.
 
     Raises:
         CheckpointError: The source changed since it was planned, or cannot be read.
         OutputError: The output cannot be written.
-        SolveError: A weight that cannot be decomposed.
     """
 
-    def __init__(self, job: ShardJob, out: Path, progress: Progress) -> None:
-        self._job = job
-        self._progress = progress
-        self._base = SafetensorsWriter(out / job.target, job.header, mode=file_mode(job.source))
-        self._factors = SafetensorsWriter(out / adapter_part_name(job), part_header(job.splits))
-        self._files = {adapter_part_name(job): self._factors} if job.splits else {}
-        self._files[job.target] = self._base
-        self._running: list[Future[WeightRecord]] = []
+    def __init__(
+        self,
+        source: Path,
+        source_stamp: Stamp,
+        *,
+        out: Path,
+        name: str,
+        header: Header,
+        adapter_part: tuple[str, Header] | None = None,
+    ) -> None:
+        self.name = name
+        self._path, self._stamp = source, source_stamp
+        self._shard = SafetensorsWriter(out / name, header, mode=file_mode(source))
+        self._part = SafetensorsWriter(out / adapter_part[0], adapter_part[1]) if adapter_part else None
+        # By their path relative to the output folder; the part is finished first.
+        self._writers = {adapter_part[0]: self._part} if adapter_part and self._part else {}
+        self._writers[name] = self._shard
+        self._targets: dict[str, WriteTarget] = {}
+        self._part_targets: dict[str, WriteTarget] = {}
+        self._results: list[Future[Result]] = []
 
-    def __enter__(self) -> OpenShard:
-        with ExitStack() as stack:
-            self._source = open_shard(self._job.source)
-            stack.callback(self._source.close)
+    def __enter__(self) -> ShardWriter[Result]:
+        with ExitStack() as files:
+            self._source = open_shard(self._path)
+            files.enter_context(self._source)
             self._require_unchanged()
-            for writer in self._files.values():
-                stack.enter_context(writer)
-            self._stack = stack.pop_all()
+            for writer in self._writers.values():
+                files.enter_context(writer)
+            self._files = files.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._files.close()
 
-    def start(self, pool: SolverPool) -> None:
-        """Give every weight to the crew, the largest first."""
-        places = {tensor: self._base.place(tensor) for tensor in self._job.weights}
-        for plan in sorted(self._job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
-            weight = plan.weight
-            source, residual = self._source.locate(weight.tensor), places[weight.tensor]
-            job = WeightJob(
-                plan=plan,
-                source=source if weight.row is None else source.at(weight.row),
-                residual=residual if weight.row is None else residual.at(weight.row),
-                A=self._factors.place(part_key(weight.module, "A")),
-                B=self._factors.place(part_key(weight.module, "B")),
-                mode=self._job.mode,
-            )
-            self._running.append(pool.submit(self._split, job))
+    def locate(self, tensor: str) -> TensorSource:
+        """Where a task reads a tensor of the source."""
+        return self._source.locate(tensor)
 
-    def copy_the_rest(self) -> None:
-        """Copy what is not adapted, byte for byte."""
+    def target(self, tensor: str) -> WriteTarget:
+        """Where tasks write a tensor of the shard: one task all of it, or several tasks a row each."""
+        if tensor not in self._targets:
+            self._targets[tensor] = self._shard.target(tensor)
+        return self._targets[tensor]
+
+    def part_target(self, tensor: str) -> WriteTarget:
+        """Where a task writes a tensor of the adapter's part."""
+        assert self._part is not None, "this shard has no part of the adapter"
+        self._part_targets[tensor] = self._part.target(tensor)
+        return self._part_targets[tensor]
+
+    def submit(self, pool: SolverPool, task: SolverTask[Job, Result], job: Job) -> None:
+        """Give a job to the pool. It writes to targets of this shard."""
+        self._results.append(pool.submit(task, job))
+
+    def copy_other_tensors(self, progress: Progress) -> None:
+        """Copy every tensor that no task writes, byte for byte."""
         for name, info in self._source.header.tensors.items():
-            if name in self._job.weights:
+            if name in self._targets:
                 continue
             if isinstance(self._source, SafetensorsShard):
-                self._base.copy(name, self._source.fileno, self._source.offset(name), self._source.path)
+                self._shard.copy(name, self._source.fileno, self._source.offset(name), self._source.path)
             else:
-                self._base.write(name, self._source.read(name))
-            self._progress.tensor(name, info.size_bytes)
-        self._base.flush()
+                self._shard.write(name, self._source.read(name))
+            progress.tensor(name, info.size_bytes)
+        self._shard.flush()
 
-    def finish(self) -> ShardResult:
-        """Wait for the weights, account for them, and give the files their names."""
-        records = []
-        for future in self._running:
-            record = future.result()
-            for factor in "AB":
-                self._factors.written(part_key(record.module, factor))
-            records.append(record)
-        for tensor in self._job.weights:
-            self._base.written(tensor)
+    def wait(self) -> list[Result]:
+        """Wait for the tasks; return their results in the order of submission. Raises what a task raised."""
+        results = [future.result() for future in self._results]
+        for name in self._targets:
+            self._shard.mark_written(name)
+        if self._part is not None:
+            for name in self._part_targets:
+                self._part.mark_written(name)
+        return results
+
+    def finish(self) -> dict[str, int]:
+        """Give the files their final names and close them; return their sizes in bytes, by path relative to `out`."""
         self._require_unchanged()
-        files = {name: writer.finish() for name, writer in self._files.items()}
-        self._stack.close()
-        return ShardResult(self._job.target, files, tuple(records))
-
-    def _split(self, job: WeightJob, device: torch.device, device_lock: AbstractContextManager[Any]) -> WeightRecord:
-        @contextmanager
-        def announced() -> Iterator[None]:
-            with device_lock:
-                self._progress.solving(job.plan.weight.module, str(device))
-                yield
-
-        record = weight_run.run(job, device, announced())
-        self._progress.tensor(job.source.name, job.source.size_bytes)
-        return record
+        sizes = {path: writer.finish() for path, writer in self._writers.items()}
+        self._files.close()
+        return sizes
 
     def _require_unchanged(self) -> None:
-        if stamp(self._job.source) != self._job.stamp:
+        if stamp(self._path) != self._stamp:
             raise CheckpointError(
-                f"{self._job.source} changed during the run", hint="wait until nobody writes to it, and run again"
+                f"{self._path} changed during the run", hint="wait until nobody writes to it, and run again"
             )

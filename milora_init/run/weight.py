@@ -6,11 +6,10 @@ this process, on a GPU, or on another machine that sees the same disk.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,7 +20,12 @@ from milora_init.errors import SolveError
 from milora_init.linalg.split import Split, split
 from milora_init.manifest import WeightRecord
 from milora_init.modes import Mode
+from milora_init.plan.output_files import ShardJob
 from milora_init.plan.weights import WeightPlan
+from milora_init.run.adapter_file import part_key
+from milora_init.run.pool import DeviceLock
+from milora_init.run.progress import Progress
+from milora_init.run.shard import ShardWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,57 +40,81 @@ class WeightJob:
     mode: Mode
 
 
-def run(job: WeightJob, device: torch.device, device_lock: AbstractContextManager[Any]) -> WeightRecord:
-    """Do a job on a device.
+def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJob]:
+    """One job for each weight of a shard, the largest first, so that no long one is left for the end."""
+    jobs = []
+    for plan in sorted(job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
+        weight = plan.weight
+        source, residual = shard.locate(weight.tensor), shard.target(weight.tensor)
+        jobs.append(
+            WeightJob(
+                plan=plan,
+                source=source if weight.row is None else source.at(weight.row),
+                residual=residual if weight.row is None else residual.at(weight.row),
+                A=shard.part_target(part_key(weight.module, "A")),
+                B=shard.part_target(part_key(weight.module, "B")),
+                mode=job.mode,
+            )
+        )
+    return jobs
 
-    Reading, copying to and from the device and writing happen outside `turn`, the split inside: while one worker of a
-    device has its turn, another reads the next weight or writes the last one.
+
+def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress: Progress) -> WeightRecord:
+    """Do a job on a device: a task of the `SolverPool`.
+
+    Reading, writing, and copying to and from the device happen without the lock, solving with it. So while one thread
+    solves, another one reads the next weight or writes the last one.
 
     Raises:
         CheckpointError: The weight cannot be read.
-        SolveError: It cannot be decomposed, or its residual does not fit the dtype.
+        SolveError: It cannot be split, or its residual does not fit the dtype.
         OutputError: The result cannot be written.
     """
     with job.residual.opened() as write_residual, job.A.opened() as write_A, job.B.opened() as write_B:
-        began = time.monotonic()
+        read_started = time.monotonic()
         pinned = device.type == "cuda"
         W = job.source.read(pinned=pinned)
-        with suppress(torch.OutOfMemoryError):  # then it goes there in its turn, when the other hand's has left
+        with suppress(torch.OutOfMemoryError):  # then it is copied under the lock, when the other thread's weight left
             W = W.to(device, non_blocking=pinned)
         read = time.monotonic()
         with device_lock:
+            progress.solving(job.plan.weight.module, str(device))
             started = time.monotonic()
-            result, where = _split(job, W, device)
+            result, solved_on = _split(job, W, device)
             solved = time.monotonic()
         del W
         write_residual(_on_cpu(result.residual.mT if job.plan.weight.transposed else result.residual))
         write_A(_on_cpu(result.A))
         write_B(_on_cpu(result.B))
     written = time.monotonic()
-    return _record(job, result, where, read_s=read - began, elapsed_s=solved - started, write_s=written - solved)
+    seconds = {"read_s": read - read_started, "elapsed_s": solved - started, "write_s": written - solved}
+    record = _record(job, result, solved_on, seconds)
+    progress.tensor(job.source.name, job.source.size_bytes)
+    return record
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU, by way of page-locked memory where it comes from a GPU: several times as fast."""
+    """A tensor on the CPU. From a GPU it is copied into page-locked memory, which is several times as fast."""
     if not tensor.is_cuda:
         return tensor.cpu()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:
+    """The parts of a weight, and the device that they were computed on, in words."""
     plan = job.plan
 
     def attempt(device: torch.device) -> Split:
-        there = W.to(device)
-        there = there.mT if plan.weight.transposed else there
+        on_device = W.to(device)
+        on_device = on_device.mT if plan.weight.transposed else on_device
         dtype = DTYPES[job.residual.dtype]
-        return split(there, plan.rank, scale=plan.scale, mode=job.mode, dtype=dtype, seed=plan.seed)
+        return split(on_device, plan.rank, scale=plan.scale, mode=job.mode, dtype=dtype, seed=plan.seed)
 
     try:
         try:
             return attempt(device), str(device)
         except torch.OutOfMemoryError:
-            # This worker has the device's turn: what else lies there waits or is cached.
+            # This thread holds the device's lock, so other memory in use there is a waiting weight or torch's cache.
             torch.cuda.empty_cache()
         try:
             return attempt(device), str(device)
@@ -102,7 +130,7 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
         ) from error
 
 
-def _record(job: WeightJob, result: Split, where: str, **seconds: float) -> WeightRecord:
+def _record(job: WeightJob, result: Split, solved_on: str, seconds: dict[str, float]) -> WeightRecord:
     plan, weight, triplets = job.plan, job.plan.weight, result.triplets
     s = triplets.s.tolist()
     m, n = result.residual.shape
@@ -123,8 +151,8 @@ def _record(job: WeightJob, result: Split, where: str, **seconds: float) -> Weig
         s_max=triplets.s_max,
         energy=result.rounding.component**2,
         untrainable=sum(value < 1e-6 * triplets.s_max or value == 0 for value in s),
-        certificate=dataclasses.asdict(triplets.certificate),
-        rounding=dataclasses.asdict(result.rounding),
-        device=where,
+        certificate=triplets.certificate,
+        rounding=result.rounding,
+        device=solved_on,
         **{name: round(value, 4) for name, value in seconds.items()},
     )

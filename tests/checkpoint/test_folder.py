@@ -44,7 +44,7 @@ def form(request: pytest.FixtureRequest, checkpoint: Built, pickled: Built, tmp_
     return pickled(3 if request.param == "sharded pickle" else 1)
 
 
-def test_every_tensor_of_every_form_is_read_as_it_stands(form: Path, checkpoint: Built) -> None:
+def test_every_tensor_of_every_form_is_read_unchanged(form: Path, checkpoint: Built) -> None:
     expected = tiny_models.tensors(checkpoint("llama"))
     opened = open_checkpoint(form)
     found = read_all(opened)
@@ -238,7 +238,7 @@ def test_a_tensor_in_two_shards_is_refused(own: Built) -> None:
     name, tensor = next(iter(tiny_models.tensors(folder).items()))
     content = {**load_file(second), name: tensor}
     save_file(content, second)
-    with pytest.raises(CheckpointError, match=rf"{name} stands in {first.name} and again in {second.name}"):
+    with pytest.raises(CheckpointError, match=rf"{name} is in {first.name} and again in {second.name}"):
         open_checkpoint(folder)
 
 

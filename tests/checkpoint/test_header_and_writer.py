@@ -1,13 +1,12 @@
-"""safetensors_format: no header is believed, and a file that has its name is whole."""
+"""header and writer: a wrong header is refused, and a file with its final name is complete."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import resource
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support import fork_server
 from support.raw_headers import entry, raw_file, written
 from support.reference import same_bytes
 from support.tiny_models import contents
 
-from milora_init.checkpoint.header import DTYPES, Header, plan_header, read_header
+from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, Header, plan_header, read_header
 from milora_init.checkpoint.writer import SafetensorsWriter
 from milora_init.errors import CheckpointError, OutputError
 
@@ -79,8 +79,8 @@ def test_a_header_read_is_the_one_that_the_library_wrote(tmp_path: Path) -> None
         pytest.param(
             b'{"w": %b, "w": %b}' % (json.dumps(F32).encode(), json.dumps(F32).encode()),
             bytes(24),
-            "'w' stands in it twice",
-            id="a tensor that stands twice",
+            "'w' is in it twice",
+            id="a tensor that is there twice",
         ),
     ],
 )
@@ -145,8 +145,9 @@ MIXED = {
 
 
 def header_of(tensors: dict[str, torch.Tensor]) -> Header:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return plan_header([(n, names[t.dtype], tuple(t.shape)) for n, t in tensors.items()], metadata={"format": "pt"})
+    return plan_header(
+        [(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()], metadata={"format": "pt"}
+    )
 
 
 def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_an_exception_leaves_neither_a_file_nor_a_partial_one(tmp_path: Path) ->
     assert contents(tmp_path) == {}
 
 
-def test_an_earlier_file_stands_until_the_new_one_is_finished(tmp_path: Path) -> None:
+def test_an_earlier_file_is_kept_until_the_new_one_is_finished(tmp_path: Path) -> None:
     path = written(tmp_path / "x.safetensors", b"earlier")
     with SafetensorsWriter(path, header_of(MIXED)) as writer:
         for name, tensor in MIXED.items():
@@ -264,25 +265,20 @@ def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
-NO_ROOM = """
-import resource, sys, torch
-from pathlib import Path
-from milora_init.errors import OutputError
-from milora_init.checkpoint.header import plan_header
-from milora_init.checkpoint.writer import SafetensorsWriter
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    with SafetensorsWriter(Path(sys.argv[1]), plan_header([("w", "F32", (100, 100))])) as writer:
-        writer.write("w", torch.zeros(100, 100))
-except OutputError as error:
-    print(error.message, "|", error.hint)
-"""
+def write_more_than_fits(path: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    try:
+        with SafetensorsWriter(path, plan_header([("w", "F32", (100, 100))])) as writer:
+            writer.write("w", torch.zeros(100, 100))
+    except OutputError as error:
+        print(error.message, "|", error.hint)
 
 
 def test_a_file_too_large_for_its_disk_is_an_output_error_that_leaves_nothing(tmp_path: Path) -> None:
-    """The kernel's own refusal: a limit on file sizes stands for a full disk, which a test cannot have."""
+    """The kernel's own refusal: a limit on file sizes replaces a full disk, which a test cannot have."""
     path = tmp_path / "x.safetensors"
-    done = subprocess.run([sys.executable, "-c", NO_ROOM, str(path)], capture_output=True, text=True, check=True)
+    done = fork_server.run(write_more_than_fits, path)
+    assert done.returncode == 0, done.stderr
     message, hint = done.stdout.strip().split(" | ")
     assert message == f"cannot write {path}.partial: {os.strerror(errno.EFBIG)}"
     assert "free some space" in hint

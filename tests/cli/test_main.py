@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import tiny_models
+from support import fork_server, tiny_models
 from support.tiny_models import contents, tensors
 
 from milora_init import __version__
@@ -344,7 +344,7 @@ def test_an_error_of_ours_is_reported_as_one_and_not_as_a_traceback(
     said = cli(checkpoint("llama"))
     assert said.status == 1
     assert "Traceback" in said.stderr
-    assert "weight_job.py" in said.stderr
+    assert "run/weight.py" in said.stderr
     assert cli(checkpoint("llama"), "--mode", "minor").status == 2  # a status means the same, however much is told
 
 
@@ -379,15 +379,12 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert __version__ in said.stdout
 
 
-MAIN = "from milora_init.cli.main import main; main()"
-
-
 def test_the_command_leaves_with_its_status_and_pure_json(checkpoint: Built, tmp_path: Path) -> None:
     """As a script meets it, in a process of its own: only the object on stdout, only the exit status to go by."""
-    command = [sys.executable, "-c", MAIN, "-m", str(checkpoint("llama")), "-o", str(tmp_path / "out"), "--json"]
-    good = subprocess.run([*command, "-r", "4"], capture_output=True, text=True, check=False)
+    command = ["-m", checkpoint("llama"), "-o", tmp_path / "out", "--json"]
+    good = fork_server.milora(*command, "-r", "4")
     assert (good.returncode, json.loads(good.stdout)["status"]) == (0, "done")
-    bad = subprocess.run([*command, "-r", "0"], capture_output=True, text=True, check=False)
+    bad = fork_server.milora(*command, "-r", "0")
     assert (bad.returncode, json.loads(bad.stdout)["status"]) == (2, "failed")
     assert bad.stderr.startswith("error: ")
 
@@ -410,23 +407,48 @@ def shell(words: str, *arguments: object, **environment: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
+FULL = Path("/dev/full")
+
+
 @pytest.mark.parametrize(
-    "redirected", ["2>/dev/full", "2>&-", "2> >(true)", "<&- >&- 2>&-", ">/dev/full", ">&-", ">&- 2>&-"]
+    "streams",
+    [{"stderr": FULL}, {"stderr": None}, {"stdout": FULL}, {"stdout": None}, {"stdout": None, "stderr": None}],
+    ids=str,
 )
-def test_a_run_is_done_whether_or_not_anybody_can_be_told(redirected: str, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_run_is_done_whether_or_not_anybody_can_be_told(
+    streams: dict[str, Path | None], checkpoint: Built, tmp_path: Path
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    done = fork_server.milora("-m", source, "-o", out, "-r", "4", "--device", "cpu", **streams)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert verify(str(out), model=str(source)).ok
+
+
+@pytest.mark.parametrize("redirected", ["2> >(true)", "<&- >&- 2>&-"])
+def test_a_run_that_a_shell_starts_is_done_too(redirected: str, checkpoint: Built, tmp_path: Path) -> None:
     done = shell(f'milora -m "$1" -o "$2" -r 4 --device cpu {redirected}', checkpoint("llama"), tmp_path / "out")
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert verify(str(tmp_path / "out"), model=str(checkpoint("llama"))).ok
 
 
-@pytest.mark.parametrize("redirected", [">/dev/full", ">&-"])
-@pytest.mark.parametrize("words", ['report "$1"', 'report "$1" --json', 'verify "$1" --json', "--help", "--version"])
+@pytest.mark.parametrize("stdout", [FULL, None])
+@pytest.mark.parametrize("words", ["report OUT", "report OUT --json", "verify OUT --json", "--help"])
 def test_an_answer_that_is_lost_is_no_success(
-    words: str, redirected: str, checkpoint: Built, start: Start, tmp_path: Path
+    words: str, stdout: Path | None, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
-    done = shell(f"milora {words} {redirected}", tmp_path / "out")
+    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in words.split()]
+    done = fork_server.milora(*arguments, stdout=stdout)
+    assert done.returncode == 1
+    assert "error: stdout cannot be written: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("redirected", [">/dev/full", ">&-"])
+def test_a_version_that_a_shell_has_nowhere_to_put_is_no_success(redirected: str) -> None:
+    done = shell(f"milora --version {redirected}")
     assert done.returncode == 1
     assert "error: stdout cannot be written: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -500,7 +522,7 @@ def test_an_interruption_speaks_of_the_command_and_not_of_a_word(
     monkeypatch.setattr(weight_run, "split", interrupted)
     Path("verify").symlink_to(checkpoint("llama"))
     require_error(cli("verify"), 130, "run the same command to resume")
-    monkeypatch.setattr("milora_init.verify.verify", interrupted)
+    monkeypatch.setattr("milora_init.verify.verify.verify", interrupted)
     require_error(raw(capsys, "verify", "out"), 130, "run the same command again")
 
 
@@ -513,7 +535,7 @@ def test_a_plan_measures_the_device_that_it_is_for(
         measured.append(str(device))
         return 1e9
 
-    monkeypatch.setattr("milora_init.workers.multiply_rate", rate)
+    monkeypatch.setattr("milora_init.run.devices.multiply_rate", rate)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert cli(checkpoint("llama"), "--dry-run").status == 0  # with --device cpu

@@ -31,7 +31,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def with_patterns(lora: Path) -> None:
-    """Give one module half of the rank, by hand, in the form PEFT saves; its scale stays."""
+    """Give one module half of the rank, in the form that PEFT saves; its scale stays."""
     weights = load_file(lora / "adapter_model.safetensors")
     key = min(name for name in weights if name.endswith(".lora_A.weight"))
     module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -74,7 +74,7 @@ def test_patterns_double_with_the_rest(rslora: bool, checkpoint: Built, start: S
     initial = shutil.copytree(out / "lora", tmp_path / "initial")  # the manifest knows another one
     with pytest.raises(PlanError, match="is not the adapter that its base was made with"):
         convert(out / "lora", trained, tmp_path / "plain")
-    convert(initial, trained, tmp_path / "plain", base=str(source))
+    convert(initial, trained, tmp_path / "plain", model=str(source))
 
     # The base was not made for the shortened factors, so the truth is theirs: residual + s (B A - B0 A0) on both sides.
     before, after = load(out, out / "lora").merge_and_unload(), load(out, trained).merge_and_unload()
@@ -195,7 +195,7 @@ def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> N
         assert key in "".join(d.what for d in verify(str(out)).differences)
         if key != "target_modules":  # which merge and convert do not ask: they go by the tensors' names
             with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
-                merge(str(pair / "out"), str(tmp_path / "merged"), trained=str(trained))
+                merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(trained))
             with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
                 convert(pair / "out" / "lora", trained, tmp_path / "plain")
             with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
@@ -224,10 +224,10 @@ def test_a_base_that_was_moved_or_pushed_is_the_same_base(pair: Path, tmp_path: 
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "one")
     convert(pair / "out" / "lora", tmp_path / "trained", tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    merge(str(pair / "out"), str(tmp_path / "merged"), trained=str(tmp_path / "trained"))
+    merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(tmp_path / "trained"))
 
 
-def test_an_output_that_stands_is_left_alone(pair: Path, tmp_path: Path) -> None:
+def test_an_output_that_exists_is_left_alone(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mine").write_text("keep")
     with pytest.raises(OutputError, match="exists"):
@@ -245,7 +245,7 @@ def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Pat
     shutil.copytree(pair / "out" / "lora", tmp_path / "lora")
     with pytest.raises(UsageError, match="original"):
         convert(tmp_path / "lora", pair / "trained", tmp_path / "plain")
-    convert(tmp_path / "lora", pair / "trained", tmp_path / "plain", base="me/model")
+    convert(tmp_path / "lora", pair / "trained", tmp_path / "plain", model="me/model")
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/model"
 

@@ -21,8 +21,9 @@ from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.export.convert import convert
 from milora_init.export.merge import MERGED, merge
-from milora_init.export.merge_shard import MergeShard, merged_weight
+from milora_init.export.merge_weight import merged_weight
 from milora_init.manifest import WORK_FOLDER, Manifest
+from milora_init.run.shard import ShardWriter
 from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
@@ -44,7 +45,7 @@ def test_the_merged_model_computes_what_the_trained_pair_computes(
     trained = train(out, tmp_path / "trained")
     inputs = digests(source, out, trained)
 
-    merged = merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+    merged = merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
 
     assert digests(source, out, trained) == inputs
     assert set(model(tmp_path / "merged")) == {n for n in contents(source) if n != "README.md"}
@@ -94,7 +95,7 @@ def test_an_adapter_of_another_dtype_is_summed_as_exactly(
     weights = load_file(trained / "adapter_model.safetensors")
     factors = {key: (factor * 1.25).to(dtype) for key, factor in weights.items()}
     save_file(factors, trained / "adapter_model.safetensors", metadata={"format": "pt"})
-    merge(str(tmp_path / "out"), str(tmp_path / "merged"), trained=str(trained))
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(trained))
     base, merged = tensors(tmp_path / "out"), tensors(tmp_path / "merged")
     for record in manifest.weights:
         B, A = (factors[f"base_model.model.{record.module}.lora_{name}.weight"].double() for name in "BA")
@@ -118,17 +119,17 @@ def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
     start(checkpoint("llama"))
     out, merged = tmp_path / "out", tmp_path / "merged"
     merge(str(out), str(tmp_path / "straight"))
-    whole, real = model(tmp_path / "straight"), MergeShard.finish
+    whole, real = model(tmp_path / "straight"), ShardWriter.finish
     made: list[str] = []
     plug = 2  # pulled after so many files
 
-    def cut_off(shard: MergeShard) -> int:
+    def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
         if len(made) == plug:
             raise KeyboardInterrupt
         made.append(shard.name)
         return real(shard)
 
-    monkeypatch.setattr(MergeShard, "finish", cut_off)
+    monkeypatch.setattr(ShardWriter, "finish", cut_off)
     with pytest.raises(KeyboardInterrupt):
         merge(str(out), str(merged))
     assert not (merged / "config.json").exists()
@@ -227,7 +228,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_left(
     shutil.copytree(out / "lora", trained)
     damage(out, trained)
     with pytest.raises(error, match=words):
-        merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+        merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
     assert not (tmp_path / "merged").exists()
 
 
@@ -264,15 +265,15 @@ def test_a_finished_merge_is_left_alone_and_another_request_is_refused(
     assert merge(str(out), str(merged)) == dataclasses.replace(first, unchanged=True)
     assert {path: path.stat().st_mtime_ns for path in merged.iterdir()} == before
     with pytest.raises(OutputError, match="the output of another request: adapter was") as caught:
-        merge(str(out), str(merged), trained=str(trained))
+        merge(str(out), str(merged), adapter=str(trained))
     assert "--overwrite" in caught.value.hint
     assert {path: path.stat().st_mtime_ns for path in merged.iterdir()} == before
-    second = merge(str(out), str(merged), trained=str(trained), overwrite=True)
+    second = merge(str(out), str(merged), adapter=str(trained), overwrite=True)
     assert second.fingerprint != first.fingerprint
     torch.testing.assert_close(logits(load(merged)), logits(load(out, trained)), rtol=1e-4, atol=1e-4)
     (merged / "tokenizer.json").unlink()
     with pytest.raises(OutputError, match=r"tokenizer\.json has since been changed or removed"):
-        merge(str(out), str(merged), trained=str(trained))
+        merge(str(out), str(merged), adapter=str(trained))
 
 
 def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,10 +298,10 @@ def test_what_comes_back_to_the_bit_is_counted(
     source, out, to = checkpoint("llama", "bfloat16"), str(tmp_path / "out"), tmp_path / "merged"
     manifest = start(source)
     with pytest.raises(CheckpointError, match="another model, or another commit"):
-        merge(out, str(to), against=str(checkpoint("llama")))
+        merge(out, str(to), model=str(checkpoint("llama")))
     assert not to.exists()
     assert merge(out, str(to)).bit_equal is None
-    said = merge(out, str(to), against=str(source))
+    said = merge(out, str(to), model=str(source))
     before, after = tensors(source), tensors(to)
     equal = [before[r.tensor].view(torch.int16) == after[r.tensor].view(torch.int16) for r in manifest.weights]
     assert (said.bit_equal, said.entries) == (sum(int(e.sum()) for e in equal), sum(e.numel() for e in equal))
@@ -311,6 +312,29 @@ def test_what_comes_back_to_the_bit_is_counted(
         f"{said.bit_equal / said.entries:.4%} of the {said.entries:,} entries of the merged weights"
         in capsys.readouterr().out
     )
+
+
+def test_a_source_with_an_adapter_over_it_is_nothing_to_compare_with(own: Built, start: Start, tmp_path: Path) -> None:
+    source, out, to = own("llama"), str(tmp_path / "out"), tmp_path / "merged"
+    start(source)
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="transformers would load this adapter"):
+        merge(out, str(to), model=str(source))
+    assert not to.exists()
+    with pytest.raises(CheckpointError, match="transformers would load this adapter"):
+        verify(out, model=str(source))
+
+
+def test_a_source_whose_index_names_too_much_goes_there_and_back(own: Built, start: Start, tmp_path: Path) -> None:
+    source, out, to = own("llama"), str(tmp_path / "out"), tmp_path / "merged"
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    right = dict(index["weight_map"])
+    index["weight_map"]["mtp.fc.weight"] = max(right.values())
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    start(source)
+    assert verify(out, model=str(source), all_components=True).differences == ()
+    assert merge(out, str(to), model=str(source)).bit_equal is not None
+    assert json.loads((to / "model.safetensors.index.json").read_text())["weight_map"] == right
 
 
 def test_a_source_of_several_dtypes_comes_back_with_its_own_config(
@@ -335,9 +359,9 @@ def test_no_output_where_it_would_be_lost_or_mistaken(checkpoint: Built, start: 
     with pytest.raises(UsageError, match="--out is empty"):
         merge(str(out), "")
     with pytest.raises(UsageError, match="--adapter is empty"):  # and not: the one in OUT
-        merge(str(out), str(tmp_path / "merged"), trained="")
+        merge(str(out), str(tmp_path / "merged"), adapter="")
     with pytest.raises(OutputError, match="lies inside"):
-        merge(str(out), str(trained / "merged"), trained=str(trained))
+        merge(str(out), str(trained / "merged"), adapter=str(trained))
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OutputError, match="a link to what is not there"):
         merge(str(out), str(tmp_path / "link"))
@@ -460,17 +484,17 @@ def test_a_file_of_a_merge_whose_bytes_changed_is_made_again(
     checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(checkpoint("llama"))
-    out, merged, real = tmp_path / "out", tmp_path / "merged", MergeShard.finish
+    out, merged, real = tmp_path / "out", tmp_path / "merged", ShardWriter.finish
     merge(str(out), str(tmp_path / "straight"))
     made: list[str] = []
 
-    def cut_off(shard: MergeShard) -> int:
+    def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(shard.name)
         return real(shard)
 
-    monkeypatch.setattr(MergeShard, "finish", cut_off)
+    monkeypatch.setattr(ShardWriter, "finish", cut_off)
     with pytest.raises(KeyboardInterrupt):
         merge(str(out), str(merged))
     monkeypatch.undo()

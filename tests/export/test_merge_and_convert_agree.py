@@ -35,7 +35,7 @@ def test_after_training_all_four_agree(name: str, options: Any, tmp_path: Path) 
     family = FAMILIES[name]
     source, out, _ = start(name, tmp_path, "float32", **options(family))
     trained = train(family, out, tmp_path / "trained")
-    merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+    merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
     convert(out / "lora", trained, tmp_path / "plain")
 
     pair = answer(family, load(family, out, trained))
@@ -54,7 +54,7 @@ def test_in_bfloat16_the_merged_weights_are_the_sum_rounded_once(name: str, tmp_
     family = FAMILIES[name]
     source, out, manifest = start(name, tmp_path, "bfloat16", **patterned(family))
     trained = train(family, out, tmp_path / "trained")
-    merge(str(out), str(tmp_path / "merged"), trained=str(trained))
+    merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
 
     exact = dict(load(family, out, trained).merge_and_unload().named_parameters())  # in float32
     plain = dict(load(family, tmp_path / "merged").named_parameters())
@@ -143,7 +143,7 @@ def test_an_adapter_of_a_sibling_base_is_named_by_the_base_in_its_config(tmp_pat
     )  # no help here
     assert verify(str(out), adapter=str(trained)).code == "foreign_adapter"
     for back in (
-        lambda: merge(str(out), str(tmp_path / "merged"), trained=str(trained)),
+        lambda: merge(str(out), str(tmp_path / "merged"), adapter=str(trained)),
         lambda: convert(out / "lora", trained, tmp_path / "plain"),
     ):
         with pytest.raises(PlanError, match="another residual base"):
@@ -155,6 +155,6 @@ def test_an_adapter_of_experts_away_from_its_manifest_is_refused_with_the_reason
     _, out, _ = start("mixtral", tmp_path, "float32")
     trained = train(FAMILIES["mixtral"], out, tmp_path / "trained")
     (out / "lora").rename(tmp_path / "initial")
-    with pytest.raises(Exception, match="only the manifest of the base says"):
-        convert(tmp_path / "initial", trained, tmp_path / "plain", base="original")
+    with pytest.raises(Exception, match="only the manifest of the base says which experts"):
+        convert(tmp_path / "initial", trained, tmp_path / "plain", model="original")
     assert not (tmp_path / "plain").exists()

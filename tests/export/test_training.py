@@ -28,7 +28,9 @@ from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- run by tests/test_training\.py: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL))
+BLOCKS = dict(
+    re.findall(r"<!-- run by tests/export/test_training\.py: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
+)
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(57))]
 NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -84,7 +86,7 @@ def take_back(folder: Path) -> None:
     pair = logits(load(folder / "svd_init", folder / "trained"))
     assert float((pair - logits(load(folder / "own"))).norm() / pair.norm()) > 0.01, "the training moved nothing"
     assert verify("svd_init", adapter="trained").code == "trained_pair"
-    merge("svd_init", "merged", trained="trained")
+    merge("svd_init", "merged", adapter="trained")
     convert(Path("svd_init/lora"), Path("trained"), Path("plain"))
     torch.testing.assert_close(logits(load(folder / "merged")), pair, **NEAR)
     torch.testing.assert_close(logits(load(folder / "own", folder / "plain")), pair, **NEAR)

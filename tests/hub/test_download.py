@@ -130,14 +130,32 @@ REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] =
         "tiny/llama is gated", "accept its terms",
     ),
     "wrong revision": (lambda _: None, ("--revision", "nope"), "tiny/llama has no revision 'nope'", "name a branch"),
-    "rate limited": (lambda h: setattr(h, "fault", lambda *_: 429), (), "limits our rate", "wait a few minutes"),
+    "rate limited": (lambda h: setattr(h, "fault", lambda *_: 429), (), "limits the rate", "wait a few minutes"),
     "forbidden": (
         lambda h: setattr(h, "fault", lambda _, path: 403 if ".safetensors" in path else None), (),
-        "does not let this token at tiny/llama (status 403)", "hf auth login",
+        "refuses this token for tiny/llama (status 403)", "hf auth login",
     ),
     "no weights": (
         lambda h: h.repositories["tiny/llama"].commit({"config.json": b"{}", "pytorch_model.gguf": b""}), (),
         "no weights: neither model.safetensors nor", "converted to safetensors",
+    ),
+    "a residual": (
+        lambda h: h.repositories["tiny/llama"].commit(
+            {**h.repositories["tiny/llama"].files, "milora_init.json": b'{"source": {"model": "tiny/original"}}'}
+        ), (),
+        "holds milora_init.json: it is a residual base", "--model tiny/original",
+    ),
+    "an adapter beside the weights": (
+        lambda h: h.repositories["tiny/llama"].commit(
+            {**h.repositories["tiny/llama"].files, "adapter_config.json": b"{}"}
+        ), (),
+        "transformers would load this adapter", "merge it first",
+    ),
+    "no index": (
+        lambda h: h.repositories["tiny/llama"].commit(
+            {n: c for n, c in h.repositories["tiny/llama"].files.items() if "index" not in n}
+        ), (),
+        "tiny/llama: shards such as model-00001-of-00010.safetensors, but no model.safetensors.index.json", "fetch",
     ),
     "a shard is missing": (
         lambda h: h.repositories["tiny/llama"].commit(

@@ -94,7 +94,7 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing_the_next_time(
     hub.fault = lambda method, _: 400 if method == "PUT" and len(hub.stored) >= 6 else None
     first = milora("push", "out", "me/tiny")
     assert first.returncode == 1
-    assert "the Hub failed over me/tiny" in first.stderr
+    assert "the Hub failed for me/tiny" in first.stderr
     assert "Traceback" not in first.stderr
     assert set(hub.repositories["me/tiny"].files) == {".gitattributes"}  # nobody sees half of a model
     sent = dict(hub.uploads)
@@ -336,7 +336,7 @@ print(manifest.out, manifest.fingerprint)
 def test_python_pushes_what_it_was_told_to_push(
     through: list[str], hub: Hub, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hub_server.RUN", API)
+    monkeypatch.setattr("support.hub_server.RUN", API)
     run = client(hub, tmp_path)
     for _ in range(2):
         done = run(str(checkpoint("llama")), *through)
@@ -373,7 +373,7 @@ def test_a_push_shows_bars_to_people_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start(checkpoint("llama"))
-    monkeypatch.setattr("hub_server.RUN", BARS)
+    monkeypatch.setattr("support.hub_server.RUN", BARS)
     done = client(hub, tmp_path)("push", "out", "me/bars", *words)
     assert done.returncode == 0, done.stderr
     assert done.stderr.endswith(f"bars {bars}\n")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import matrices
 import pytest
 import torch
+from support import matrices
 
 from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 

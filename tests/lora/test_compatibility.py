@@ -172,9 +172,9 @@ def test_verify_merge_and_convert_give_one_judgement(pair: Path, tmp_path: Path)
     (tmp_path / "lone").mkdir()
     lone = shutil.copytree(pair / "out" / "lora", tmp_path / "lone" / "lora")  # no manifest beside it
     for back in (
-        lambda: merge(str(pair / "out"), str(tmp_path / "merged"), trained=str(spoilt)),
+        lambda: merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(spoilt)),
         lambda: convert(pair / "out" / "lora", spoilt, tmp_path / "plain"),
-        lambda: convert(lone, spoilt, tmp_path / "plain", base="org/model"),
+        lambda: convert(lone, spoilt, tmp_path / "plain", model="org/model"),
     ):
         with pytest.raises(PlanError, match=rf"in 1 of its weights: model\.{ONE} \(cosine"):
             back()
@@ -237,7 +237,7 @@ def test_what_an_adapter_stores_beside_its_factors_is_a_note(resized: Path, pair
         assert named in notes
     assert notes.count("merge and convert refuse this adapter because of") == 2
     with pytest.raises(PlanError, match="modules_to_save"):
-        merge(str(pair / "out"), str(tmp_path / "merged"), trained=str(resized))
+        merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(resized))
     edit_json(resized / "adapter_config.json", modules_to_save=None)
     with pytest.raises(PlanError, match=r"lm_head\.base_layer\.weight is not a factor"):
         convert(pair / "out" / "lora", resized, tmp_path / "plain")

@@ -22,7 +22,7 @@ from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import describe, make_plan
 from milora_init.run.initialize import initialize
-from milora_init.run.shard import OpenShard
+from milora_init.run.shard import ShardWriter
 from milora_init.verify.verify import verify
 
 RANK = 4
@@ -167,7 +167,7 @@ def test_a_run_with_experts_goes_on_where_it_stopped(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, straight, _ = made("mixtral")
-    real = OpenShard.finish
+    real = ShardWriter.finish
     finished: list[Any] = []
 
     def stop(self: Any) -> Any:
@@ -179,10 +179,10 @@ def test_a_run_with_experts_goes_on_where_it_stopped(
     options = InitOptions(
         model=str(source), out=str(tmp_path / "out"), rank=RANK, target=FAMILIES["mixtral"].targets, device=("cpu",)
     )
-    monkeypatch.setattr(OpenShard, "finish", stop)
+    monkeypatch.setattr(ShardWriter, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         initialize(options)
-    monkeypatch.setattr(OpenShard, "finish", real)
+    monkeypatch.setattr(ShardWriter, "finish", real)
     initialize(options)
     for file in ("model-00003-of-*.safetensors", "lora/adapter_model.safetensors"):
         (one,), (other,) = (list(folder.glob(file)) for folder in (straight, tmp_path / "out"))

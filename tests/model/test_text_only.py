@@ -156,7 +156,7 @@ def test_an_adapter_trained_on_the_other_class_is_told_as_that(text_only: bool, 
     assert told.replace("\\", "") in difference.what
     assert repair in difference.hint
     for way_back in (
-        lambda: merge(str(out), str(tmp_path / "merged"), trained=str(tmp_path / "trained")),
+        lambda: merge(str(out), str(tmp_path / "merged"), adapter=str(tmp_path / "trained")),
         lambda: convert(out / "lora", tmp_path / "trained", tmp_path / "plain"),
     ):
         with pytest.raises(PlanError, match=told) as caught:
@@ -171,7 +171,7 @@ def test_a_text_only_pair_is_trained_and_taken_back(name: str, made: Made, tmp_p
     pair = logits(train("AutoModelForCausalLM", out, tmp_path / "trained"))
     assert relative(pair, logits(load("AutoModelForCausalLM", source))) > 0.001, "the training moved nothing"
     assert verify(str(out), adapter=str(tmp_path / "trained")).code == "trained_pair"
-    merge(str(out), str(tmp_path / "merged"), trained=str(tmp_path / "trained"))
+    merge(str(out), str(tmp_path / "merged"), adapter=str(tmp_path / "trained"))
     convert(out / "lora", tmp_path / "trained", tmp_path / "plain")
     assert relative(logits(load("AutoModelForCausalLM", tmp_path / "merged")), pair) < 1e-4
     assert relative(logits(load("AutoModelForCausalLM", source, tmp_path / "plain")), pair) < 1e-4

@@ -266,8 +266,8 @@ def test_the_manifest_says_what_was_done(start: Start, checkpoint: Built, tmp_pa
         assert (record.rank, record.source_dtype, record.dtype) == (3, "bfloat16", "float32")
         assert record.device == "cpu"
         assert 0 < record.s_last <= record.s_first < record.s_max
-        assert record.energy == pytest.approx(record.rounding["component"] ** 2)
-        assert record.rounding["leak"] < record.rounding["leak_if"]["bfloat16"]
+        assert record.energy == pytest.approx(record.rounding.component**2)
+        assert record.rounding.leak < (record.rounding.leak_if["bfloat16"] or 0)
         assert record.untrainable == 0
         assert min(record.read_s, record.elapsed_s, record.write_s) >= 0
 

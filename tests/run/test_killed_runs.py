@@ -6,13 +6,11 @@ The runs themselves are in killed_runs.py, which also checks what each kill left
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import fork_server, killed_runs
 from support.interruptions import shards
 
 Built = Callable[..., Path]
@@ -21,12 +19,7 @@ JOURNAL_LINE = 3  # before it, in the middle of it, after it
 
 
 def killed(source: Path, folder: Path, *kinds: str) -> dict[str, dict[str, int]]:
-    here = Path(__file__).parents[1] / "support"
-    command = [sys.executable, str(here / "killed_runs.py"), str(source), str(folder), *kinds]
-    path = os.pathsep.join([str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
-    # A fork has one thread: OpenMP must not count on those of its parent.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = fork_server.run(killed_runs.main, source, folder, kinds, timeout=1800)
     assert done.returncode == 0, done.stderr
     said: dict[str, dict[str, int]] = json.loads(done.stdout)
     return said

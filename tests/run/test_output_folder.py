@@ -1,4 +1,4 @@
-"""output: what is not ours is never touched, and what is ours is finished, resumable, or gone."""
+"""output_folder: files of others are never touched, and ours are finished, resumable, or removed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from milora_init.options import InitOptions
 from milora_init.plan import plan
 from milora_init.plan.plan import make_plan
 from milora_init.run.output_folder import OutputFolder
-from milora_init.run.progress import Silent
+from milora_init.run.progress import Progress
 from milora_init.verify.verify import verify
 
 Built = Callable[..., Path]
@@ -278,7 +278,7 @@ def test_a_resumed_run_needs_room_only_for_the_rest(
     assert start(source).files
 
 
-class Meanwhile(Silent):
+class Meanwhile(Progress):
     """Does something once, when the first shard is done."""
 
     def __init__(self, act: Callable[[], None]) -> None:

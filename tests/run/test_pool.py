@@ -1,11 +1,12 @@
-"""workers: one solves while another reads, no more than that at once, and the first error ends it."""
+"""pool: one thread solves while another reads, no more than that at once, and the first error ends it."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,14 @@ from milora_init.errors import UsageError
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.manifest import MANIFEST
 from milora_init.modes import Mode
-from milora_init.run import devices, pool
+from milora_init.run import devices
 from milora_init.run import initialize as initializing
 from milora_init.run.devices import multiply_rate, resolve_devices, weights_at_once
-from milora_init.run.pool import SolverPool, one_ahead
+from milora_init.run.pool import DeviceLock, HashPool, SolverPool, one_ahead
+from milora_init.run.progress import Progress
 
 CPU = torch.device("cpu")
 PATIENCE_S = 20  # for what happens at once, on a machine that is busy with something else
-
-Turn = AbstractContextManager[Any]
 
 
 def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_the_rate_of_this_machine_is_a_rate() -> None:
 def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 28 < devices.memory_bytes() < 1 << 50
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(pool, "memory_bytes", lambda: 4000)
+    monkeypatch.setattr(devices, "memory_bytes", lambda: 4000)
     assert weights_at_once([10] * 9) == 4  # a core each
     assert weights_at_once([10, 10]) == 2
     assert weights_at_once([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
@@ -90,7 +90,7 @@ def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypat
 def test_every_job_is_done_once_and_its_result_is_its_own(count: int) -> None:
     done: list[int] = []
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> tuple[int, str]:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> tuple[int, str]:
         done.append(job)
         return job, device.type
 
@@ -101,12 +101,12 @@ def test_every_job_is_done_once_and_its_result_is_its_own(count: int) -> None:
 
 
 def test_one_job_of_a_device_solves_while_another_reads() -> None:
-    """The second job gets as far as its turn while the first one has it, and not into it."""
+    """The second job waits for the lock while the first one holds it."""
     second_waits, first_left = threading.Event(), threading.Event()
     solving: list[int] = []
     together: list[int] = []
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> bool:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> bool:
         if job == 1:
             second_waits.set()
         with device_lock:
@@ -128,45 +128,45 @@ def test_one_job_of_a_device_solves_while_another_reads() -> None:
 def test_devices_solve_at_the_same_time() -> None:
     together = threading.Barrier(3, timeout=PATIENCE_S)
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> int:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> int:
         with device_lock:
             return together.wait()
 
     with SolverPool([CPU] * 3) as pool:
-        # Each hand meets the barrier inside its turn: three at once are three devices.
+        # Each thread waits at the barrier with its lock: three at once are three devices.
         assert sorted(f.result(PATIENCE_S) for f in [pool.submit(work, job) for job in range(3)]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_no_more_jobs_are_begun_than_there_are_hands(count: int) -> None:
+def test_no_more_jobs_are_started_than_there_are_threads(count: int) -> None:
     """What bounds the memory: a job that no thread has holds no tensor."""
     threads_per_device = count * SolverPool.THREADS_PER_DEVICE
     release = threading.Event()
-    all_hands = threading.Barrier(threads_per_device + 1, timeout=PATIENCE_S)
-    begun: list[int] = []
+    all_threads = threading.Barrier(threads_per_device + 1, timeout=PATIENCE_S)
+    running: list[int] = []
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> bool:
-        begun.append(job)
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> bool:
+        running.append(job)
         if job < threads_per_device:
-            all_hands.wait()
+            all_threads.wait()
         return release.wait(PATIENCE_S)
 
     with SolverPool([CPU] * count) as pool:
         futures = [pool.submit(work, job) for job in range(50)]
-        all_hands.wait()
-        assert sorted(begun) == list(range(threads_per_device))
+        all_threads.wait()
+        assert sorted(running) == list(range(threads_per_device))
         release.set()
         assert all(future.result(PATIENCE_S) for future in futures)
-    assert len(begun) == 50
+    assert len(running) == 50
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> None:
     release = threading.Event()
-    begun: list[int] = []
+    running: list[int] = []
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> None:
-        begun.append(job)
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> None:
+        running.append(job)
         if job == 0:
             raise KeyError("the first")
         release.wait(PATIENCE_S)
@@ -180,7 +180,7 @@ def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> N
     with pytest.raises(KeyError, match="the first"):
         fail()
     release.set()
-    assert len(begun) <= 1 + count * SolverPool.THREADS_PER_DEVICE
+    assert len(running) <= 1 + count * SolverPool.THREADS_PER_DEVICE
     with pytest.raises(CancelledError):
         futures[-1].result(PATIENCE_S)
 
@@ -189,7 +189,7 @@ def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
     """A LAPACK call cannot be interrupted; whoever pressed Ctrl-C does not sit it out."""
     solving, release, finished = threading.Event(), threading.Event(), threading.Event()
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> None:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> None:
         with device_lock:
             solving.set()
             release.wait(PATIENCE_S)
@@ -212,7 +212,7 @@ def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads:
     """Else it would write into the next run's files, and give it threads that are not its own."""
     solving, release = threading.Event(), threading.Event()
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> None:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> None:
         with device_lock:
             solving.set()
             release.wait(PATIENCE_S)
@@ -232,7 +232,7 @@ def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads:
     assert torch.get_num_threads() == 2
 
 
-def test_a_finished_crew_leaves_no_thread() -> None:
+def test_a_finished_pool_leaves_no_thread() -> None:
     with SolverPool([CPU] * 2) as pool:
         names = [pool.submit(lambda *_: threading.current_thread().name, job).result(PATIENCE_S) for job in range(4)]
     assert all(name.startswith("milora") for name in names)
@@ -261,10 +261,10 @@ def test_the_number_of_threads_is_given_back(count: int, fails: bool, two_thread
     assert inside == [1]
 
 
-def test_every_hand_computes_on_one_thread_whenever_it_came(two_threads: None) -> None:
+def test_every_thread_of_a_pool_computes_on_one_cpu_thread(two_threads: None) -> None:
     """The sums of a product, and so the last bits, would follow the number of threads."""
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> int:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> int:
         torch.ones(2).add(1)  # what reading a weight does: the first touch of torch in this thread
         with device_lock:
             return torch.get_num_threads()
@@ -283,20 +283,20 @@ def test_every_hand_computes_on_one_thread_whenever_it_came(two_threads: None) -
     ],
     ids=str,
 )
-def test_a_solve_has_the_same_bits_whatever_the_cores_of_its_crew(
+def test_a_solve_has_the_same_bits_whatever_the_cores_of_its_pool(
     shape: tuple[int, int], mode: Mode, path: str, two_threads: None
 ) -> None:
     W = matrices.language_model_like(*shape)
 
-    def work(job: int, device: torch.device, device_lock: Turn) -> Triplets:
+    def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> Triplets:
         with device_lock:
             return singular_triplets(W, 10, mode=mode)
 
     results = []
-    for threads, seats in ((1, 1), (2, 1), (2, 2), (3, 3)):
+    for threads, copies in ((1, 1), (2, 1), (2, 2), (3, 3)):
         torch.set_num_threads(threads)
-        with SolverPool([CPU] * seats) as pool:
-            results += [future.result() for future in [pool.submit(work, job) for job in range(seats)]]
+        with SolverPool([CPU] * copies) as pool:
+            results += [future.result() for future in [pool.submit(work, job) for job in range(copies)]]
         assert torch.get_num_threads() == threads
     assert results[0].certificate.path == path
     for other in results[1:]:
@@ -319,7 +319,7 @@ def test_several_devices_make_the_same_bytes_as_one(
         monkeypatch.chdir(tmp_path / str(count))
         monkeypatch.setattr(
             initializing,
-            "seats",
+            "solver_devices",
             lambda _, count=count, threads_per_device=threads_per_device: ((CPU,) * count, threads_per_device),
         )
         start(checkpoint("llama", "bfloat16"), out="out", mode=mode)
@@ -329,15 +329,41 @@ def test_several_devices_make_the_same_bytes_as_one(
     assert {"lora/adapter_model.safetensors", "model.safetensors.index.json"} < made[0].keys()
 
 
-def test_each_comes_once_the_next_was_begun_and_none_is_lost() -> None:
+def test_each_item_comes_after_the_next_was_produced_and_none_is_lost() -> None:
     events: list[str] = []
 
-    def begun(count: int) -> Iterator[int]:
+    def produced(count: int) -> Iterator[int]:
         for number in range(count):
-            events.append(f"begin {number}")
+            events.append(f"produce {number}")
             yield number
 
-    assert list(one_ahead(begun(0))) == []
-    for number in one_ahead(begun(3)):
+    assert list(one_ahead(produced(0))) == []
+    for number in one_ahead(produced(3)):
         events.append(f"take {number}")
-    assert events == ["begin 0", "begin 1", "take 0", "begin 2", "take 1", "take 2"]
+    assert events == ["produce 0", "produce 1", "take 0", "produce 2", "take 1", "take 2"]
+
+
+def test_hashes_are_cancelled_after_a_failure_and_what_is_submitted_is_waited_for(tmp_path: Path) -> None:
+    """An interruption does not wait for the hash of a source, but a finished shard is still recorded."""
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 38)  # a sparse file, which takes minutes to hash
+    recorded: list[int] = []
+
+    def fail() -> None:
+        with HashPool() as pool:
+            futures.append(pool.sha256(tmp_path / "large"))
+            pool.submit(lambda: recorded.append(1))
+            raise KeyboardInterrupt
+
+    futures: list[Future[str]] = []
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert recorded == [1]
+    with pytest.raises(CancelledError):
+        futures[0].result(PATIENCE_S)
+
+
+def test_a_hash_is_that_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x" * 3_000_000)
+    with HashPool() as pool:
+        assert pool.sha256(tmp_path / "x").result(PATIENCE_S) == hashlib.sha256(b"x" * 3_000_000).hexdigest()

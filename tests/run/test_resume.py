@@ -1,4 +1,4 @@
-"""A run that was cut off: the same command takes it up, and the bytes are those of a straight run."""
+"""A run that was interrupted: the same command resumes it, and the bytes are those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.tiny_models import contents
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, read_manifest
 from milora_init.run import initialize as initializing
-from milora_init.run.output_folder import OutputFolder
+from milora_init.run.journal import Entry, Head, Journal
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -74,8 +74,8 @@ def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
 ) -> None:
     """Shards that other threads complete after the failure are not in the journal; they must not bar the way."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr(initializing, "resolve_devices", lambda _: (cpu,) * 3)
-    monkeypatch.setattr(OutputFolder, "record", _record_only_the_first)
+    monkeypatch.setattr(initializing, "solver_devices", lambda _: ((cpu,) * 3, 2))
+    monkeypatch.setattr(Journal, "append", _append_only_the_head)
     with pytest.raises(PulledPlugError):
         start(checkpoint("llama"))
     monkeypatch.undo()
@@ -83,11 +83,11 @@ def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
     assert read_manifest(tmp_path / "out") is not None
 
 
-def _record_only_the_first(self: OutputFolder[Any], line: dict[str, Any]) -> None:
-    if "shard" in line:
+def _append_only_the_head(self: Journal, line: Head | Entry) -> None:
+    if isinstance(line, Entry):
         raise PulledPlugError
-    with self.journal.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with self.path.open("a") as file:
+        file.write(json.dumps(line.to_json()) + "\n")
 
 
 def test_what_was_done_before_is_counted_in_bytes_of_the_source(start: Start, checkpoint: Built) -> None:
@@ -151,7 +151,7 @@ def test_a_damaged_journal_is_an_error_that_names_it(
 
 
 def test_what_a_killed_run_left_is_taken_up_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    """A kill runs no cleaning code: the partial file of the shard at work still stands."""
+    """A kill runs no cleaning code: the partial file of the current shard is still there."""
     source = checkpoint("llama")
     for options in ({}, {"rank": 3, "overwrite": True}):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -169,7 +169,7 @@ def damage(path: Path) -> None:
 
 
 class Remade(Count):
-    """Remembers too what was told to be made again."""
+    """Also remembers the shards that were reported as made again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Remade(Count):
         self.again.append(name)
 
 
-@pytest.mark.parametrize("piece", [False, True])
+@pytest.mark.parametrize("part", [False, True])
 def test_a_shard_whose_bytes_or_factors_changed_is_made_again(
     part: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ def test_any_number_of_threads_makes_the_same_bytes_of_shards_and_adapter(
     monkeypatch.chdir(tmp_path / "1")
     assert torch.get_num_threads() == 1
     manifest = start(tmp_path / "model", out="out", rank=8, target=("q_proj", "k_proj", "up_proj"))
-    assert {(record.shape, record.certificate["path"]) for record in manifest.weights} == {
+    assert {(record.shape, record.certificate.path) for record in manifest.weights} == {
         ((512, 512), "lanczos"),
         ((1024, 512), "lanczos"),
         ((256, 512), "eigh"),

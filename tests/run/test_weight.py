@@ -1,4 +1,4 @@
-"""weight_job: a job is a value, a device that is too small is helped out, and a late write goes nowhere."""
+"""weight: a job is a value, a device without memory is replaced by the CPU, and a late write changes no file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from milora_init.model.adaptable import Adaptable
 from milora_init.plan.weights import WeightPlan
 from milora_init.run import weight as weight_run
 from milora_init.run.adapter_file import part_header, part_key
+from milora_init.run.progress import Progress
 from milora_init.run.weight import WeightJob, run
 
 CPU = torch.device("cpu")
 MODULE, TENSOR, SHAPE, RANK = "layers.0.q_proj", "layers.0.q_proj.weight", (12, 20), 3
 
 
-class Desk:
-    """One weight on disk, and the files that its parts belong into."""
+class Files:
+    """One weight on disk, and the files that its parts are written to."""
 
     def __init__(self, folder: Path, *, fan_in_fan_out: bool = False, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
@@ -49,36 +50,36 @@ class Desk:
         self.job = WeightJob(
             plan=plan,
             source=source.locate(TENSOR),
-            residual=self.base.place(TENSOR),
-            A=self.factors.place(part_key(MODULE, "A")),
-            B=self.factors.place(part_key(MODULE, "B")),
+            residual=self.base.target(TENSOR),
+            A=self.factors.target(part_key(MODULE, "A")),
+            B=self.factors.target(part_key(MODULE, "B")),
             mode="min",
         )
 
-    def do(self, job: WeightJob | None = None) -> WeightRecord:
+    def run(self, job: WeightJob | None = None) -> WeightRecord:
         """Do the job and give the files their names."""
         with self.base, self.factors:
-            record = run(job or self.job, CPU, nullcontext())
-            self.base.written(TENSOR)
+            record = run(job or self.job, CPU, nullcontext(), Progress())
+            self.base.mark_written(TENSOR)
             for factor in "AB":
-                self.factors.written(part_key(MODULE, factor))
+                self.factors.mark_written(part_key(MODULE, factor))
             self.factors.finish()
             self.base.finish()
         return record
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Residual, B and A as they stand on disk."""
+        """Residual, B and A as they are on disk."""
         factors = load_file(self.folder / "factors.safetensors")
         residual = load_file(self.folder / "base.safetensors")[TENSOR]
         return residual, factors[part_key(MODULE, "B")], factors[part_key(MODULE, "A")]
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
-def test_the_parts_stand_where_they_belong(fan_in_fan_out: bool, tmp_path: Path) -> None:
-    desk = Desk(tmp_path, fan_in_fan_out=fan_in_fan_out)
-    record = desk.do()
-    expected = split(desk.W, RANK, scale=2.0, mode="min", dtype=torch.float32, seed=7)
-    residual, B, A = desk.parts()
+def test_the_parts_are_written_where_they_belong(fan_in_fan_out: bool, tmp_path: Path) -> None:
+    files = Files(tmp_path, fan_in_fan_out=fan_in_fan_out)
+    record = files.run()
+    expected = split(files.W, RANK, scale=2.0, mode="min", dtype=torch.float32, seed=7)
+    residual, B, A = files.parts()
     assert same_bytes(residual.mT.contiguous() if fan_in_fan_out else residual, expected.residual)
     assert same_bytes(B, expected.B)
     assert same_bytes(A, expected.A)
@@ -90,10 +91,10 @@ def test_the_parts_stand_where_they_belong(fan_in_fan_out: bool, tmp_path: Path)
 def test_a_job_and_its_record_survive_the_way_to_another_machine(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-    here, there = Desk(tmp_path / "here"), Desk(tmp_path / "there")
+    here, there = Files(tmp_path / "here"), Files(tmp_path / "there")
     travelled = pickle.loads(pickle.dumps(there.job))
     assert travelled == there.job
-    record, other = here.do(), there.do(travelled)
+    record, other = here.run(), there.run(travelled)
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
     assert pickle.loads(pickle.dumps(other)) == other
     assert {f.name for f in dataclasses.fields(record) if getattr(record, f.name) != getattr(other, f.name)} <= {
@@ -105,14 +106,14 @@ def test_a_job_and_its_record_survive_the_way_to_another_machine(tmp_path: Path)
 
 def test_a_job_is_made_of_names_and_numbers(tmp_path: Path) -> None:
     """Tensors in it would be what the memory bound forbids; an open file could not travel."""
-    job = Desk(tmp_path).job
+    job = Files(tmp_path).job
     assert len(pickle.dumps(job)) < 2000
     with pytest.raises(dataclasses.FrozenInstanceError):
         job.mode = "max"  # type: ignore[misc]
 
 
 class TooSmall:
-    """A device without room for the first so many attempts."""
+    """A device that runs out of memory in the first attempts."""
 
     def __init__(self, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left, self.attempts = times, 0
@@ -132,90 +133,90 @@ def test_a_device_that_runs_out_of_memory_is_tried_again_then_left_and_the_recor
 ) -> None:
     for name in ("straight", "short"):
         (tmp_path / name).mkdir()
-    straight = Desk(tmp_path / "straight")
-    straight.do()
+    straight = Files(tmp_path / "straight")
+    straight.run()
     small = TooSmall(times, monkeypatch)
-    short = Desk(tmp_path / "short")
-    record = short.do()
+    short = Files(tmp_path / "short")
+    record = short.run()
     assert small.attempts == times + 1
     assert record.device == device
     assert contents(tmp_path / "short") == contents(tmp_path / "straight")
 
 
-def test_a_weight_that_does_not_fit_beside_the_other_hands_one_waits_for_its_turn(
+def test_a_weight_that_does_not_fit_beside_the_other_threads_one_waits_for_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A weight is copied to its device before its turn; where the room is lacking, it is copied within it."""
-    desk = Desk(tmp_path)
-    real, mine = torch.Tensor.to, [False]
+    """A weight is copied to its device without the lock. If memory is lacking, it is copied again with the lock."""
+    files = Files(tmp_path)
+    real, locked = torch.Tensor.to, [False]
 
-    class Turn:
+    class Lock:
         def __enter__(self) -> None:
-            mine[0] = True
+            locked[0] = True
 
         def __exit__(self, *_: object) -> None:
-            mine[0] = False
+            locked[0] = False
 
     def to(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        if arguments == (CPU,) and not mine[0]:
+        if arguments == (CPU,) and not locked[0]:
             refused.append(self.shape)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, *arguments, **options)
 
     refused: list[torch.Size] = []
-    with desk.base, desk.factors:
+    with files.base, files.factors:
         monkeypatch.setattr(torch.Tensor, "to", to)
-        assert run(desk.job, CPU, Turn()).device == "cpu"
+        assert run(files.job, CPU, Lock(), Progress()).device == "cpu"
     assert refused == [SHAPE]
 
 
 def test_an_out_of_memory_that_stays_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk, small = Desk(tmp_path), TooSmall(9, monkeypatch)
+    files, small = Files(tmp_path), TooSmall(9, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
-        desk.do()
+        files.run()
     assert small.attempts == 3
     assert list(contents(tmp_path)) == ["source.safetensors"]
 
 
 def test_a_weight_that_cannot_be_split_is_named_with_its_file(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
+    files = Files(tmp_path)
     path = tmp_path / "source.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-4] + b"\x00\x00\xc0\x7f")  # a NaN
     with pytest.raises(SolveError, match=rf"{TENSOR} in {path}.*NaN") as caught:
-        desk.do()
+        files.run()
     assert "--exclude" in caught.value.hint
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 def test_a_read_error_names_the_file_and_the_tensor(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(tmp_path)
+    files = Files(tmp_path)
 
     def fail(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(CheckpointError) as caught:
-        desk.do()
+        files.run()
     for part in (str(tmp_path / "source.safetensors"), TENSOR, os.strerror(code)):
         assert part in caught.value.message
     assert list(contents(tmp_path)) == ["source.safetensors"]
 
 
 def test_a_source_cut_short_names_the_file_and_the_tensor(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
+    files = Files(tmp_path)
     path = tmp_path / "source.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CheckpointError, match=rf"{path} ended inside {TENSOR}"):
-        desk.do()
+        files.run()
 
 
 def test_a_weight_of_several_reads_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux moves at most 2 GiB in one call, and a signal may cut any call short."""
-    desk = Desk(tmp_path)
+    files = Files(tmp_path)
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, views, at: real(file, [views[0][:7]], at))
-    assert same_bytes(desk.job.source.read(), desk.W)
+    assert same_bytes(files.job.source.read(), files.W)
 
 
 def test_an_empty_tensor_is_read(tmp_path: Path) -> None:
@@ -225,12 +226,12 @@ def test_an_empty_tensor_is_read(tmp_path: Path) -> None:
     assert shard.read("x").shape == (0, 4)
 
 
-def test_a_late_write_of_a_failed_run_goes_nowhere(tmp_path: Path) -> None:
+def test_a_late_write_of_a_failed_run_changes_no_file(tmp_path: Path) -> None:
     """The solve of a failed run cannot be stopped; the next run has its file under the same name by then."""
     header = plan_header([("w", "F32", (4,))])
     path = tmp_path / "x.safetensors"
     with SafetensorsWriter(path, header) as failed:
-        late = failed.place("w").opened()
+        late = failed.target("w").opened()
         write = late.__enter__()
     with SafetensorsWriter(path, header) as following:
         write(torch.full((4,), 13.0))
@@ -244,7 +245,7 @@ def test_a_late_write_of_a_failed_run_goes_nowhere(tmp_path: Path) -> None:
 
 def test_a_place_in_a_file_that_is_gone_is_an_output_error(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", plan_header([("w", "F32", (4,))])) as failed:
-        place = failed.place("w")
+        place = failed.target("w")
     with pytest.raises(OutputError, match=r"x\.safetensors\.partial"), place.opened():
         pass
     assert contents(tmp_path) == {}
@@ -255,11 +256,11 @@ def test_places_of_one_file_do_not_touch_each_other(tmp_path: Path) -> None:
     given = {"a": torch.tensor([1.0, 2, 3]), "b": torch.arange(5).bfloat16(), "c": torch.tensor(4.0)}
     path = tmp_path / "x.safetensors"
     with SafetensorsWriter(path, header) as writer:
-        places = {name: pickle.loads(pickle.dumps(writer.place(name))) for name in ("b", "c", "a")}
+        places = {name: pickle.loads(pickle.dumps(writer.target(name))) for name in ("b", "c", "a")}
         for name, place in places.items():
             with place.opened() as write:
                 write(given[name])
-            writer.written(name)
+            writer.mark_written(name)
         writer.finish()
     assert read_header(path) == header
     assert all(same_bytes(tensor, given[name]) for name, tensor in load_file(path).items())

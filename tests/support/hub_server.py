@@ -9,10 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,9 +21,11 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from support import fork_server
+from support.fork_server import Done
+
 LARGE = (".safetensors", ".bin")
-RUN = "from milora_init.cli.main import main; main()"
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Command = Callable[..., Done]
 Answer = tuple[int, dict[str, str], bytes]
 
 
@@ -280,9 +279,8 @@ def _error(status: int, code: str = "") -> Answer:
 def client(hub: Hub, folder: Path) -> Command:
     """run(*arguments, **environment) runs the command line in a folder, with that Hub, and an empty cache there."""
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {
-            **os.environ,
+    def run(*arguments: str, **environment: str) -> Done:
+        environment = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(folder / "home"),
             "HF_HUB_OFFLINE": "0",
@@ -291,7 +289,6 @@ def client(hub: Hub, folder: Path) -> Command:
             "HF_TOKEN": hub.token,
             **environment,
         }
-        command = [sys.executable, "-c", RUN, *arguments]
-        return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        return fork_server.milora(*arguments, environment=environment, cwd=folder)
 
     return run

@@ -1,4 +1,4 @@
-"""What cuts a run off in a test, and what watches one being taken up again."""
+"""Interrupt a run in a test, and watch one that is resumed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from milora_init.manifest import WORK_FOLDER, Manifest
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.plan import Plan
-from milora_init.run.progress import ShardResult, Silent
+from milora_init.run.progress import Progress, ShardResult
 
 
 class PulledPlugError(Exception):
-    """What stands for a cut-off run."""
+    """Raised to interrupt a run."""
 
 
-class PullThePlug(Silent):
+class PullThePlug(Progress):
     """Raises when a given shard begins (0 is the first), or when it is done."""
 
     def __init__(self, at: int, *, when: str) -> None:
@@ -33,7 +33,7 @@ class PullThePlug(Silent):
         self.seen += 1
 
 
-class Count(Silent):
+class Count(Progress):
     """Remembers which shards were made, and how much an earlier run had done."""
 
     def __init__(self) -> None:

@@ -1,11 +1,6 @@
-"""Runs that are killed, taken up again and compared: a process of its own, for test_killed_runs.
+"""Runs that are killed, resumed and compared: what test_killed_runs calls in a process of its own.
 
-    python killed_runs.py SOURCE FOLDER [journal] [steps:STRIDE] [overwrites:STRIDE] [moments:COUNT]
-                                        [merges:STRIDE] [merge-moments:COUNT]
-
-Imports and the plan are paid for once: every run is a fork of this process, which by then has no other thread.
-Prints one JSON object: for each kind of killing how many runs there were, how many of them were cut short, and how
-many came through.
+Imports and the plan are paid for once: every run is a fork of that process, which by then has no other thread.
 """
 
 from __future__ import annotations
@@ -18,20 +13,18 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from milora_init.export.merge import MERGED, merge
 from milora_init.manifest import MANIFEST, WORK_FOLDER, read_manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
 from milora_init.run.initialize import run_plan
-from milora_init.run.output_folder import OutputFolder
+from milora_init.run.journal import Entry, Head, Journal
 from support.tiny_models import contents
 
 # What Python tells an audit hook when it is about to change a name or open a file.
@@ -89,11 +82,11 @@ class Killed:
         work()
         return self._files()
 
-    def told(self) -> dict[str, int]:
-        """What was counted since the last time."""
-        told = {"runs": self.runs, "cut_short": self.cut_short, "whole": self.whole}
+    def counts(self) -> dict[str, int]:
+        """The counts since the last call."""
+        counts = {"runs": self.runs, "cut_short": self.cut_short, "whole": self.whole}
         self.runs = self.whole = self.cut_short = 0
-        return told
+        return counts
 
     def _fork(self, work: Work, prepare: Callable[[], None], after_s: float | None = None) -> None:
         child = os.fork()
@@ -157,24 +150,24 @@ def die() -> None:
 
 
 def at_journal_line(number: int, when: str) -> Callable[[], None]:
-    """Die at a line of the journal: before it, when half of it stands, or after it."""
+    """Die at a line of the journal: before it, when half of it is written, or after it."""
 
     def prepare() -> None:
-        real, seen = OutputFolder.record, [0]
+        real, seen = Journal.append, [0]
 
-        def record(self: OutputFolder[Any], line: dict[str, Any]) -> None:
+        def append(self: Journal, line: Head | Entry) -> None:
             if seen[0] == number and when == "before":
                 die()
             if seen[0] == number and when == "half":
-                with self.journal.open("ab") as file:
-                    file.write(json.dumps(line).encode()[:40])
+                with self.path.open("ab") as file:
+                    file.write(json.dumps(line.to_json()).encode()[:40])
                 die()
             real(self, line)
             if seen[0] == number:
                 die()
             seen[0] += 1
 
-        OutputFolder.record = record  # type: ignore[method-assign]
+        Journal.append = append  # type: ignore[method-assign]
 
     return prepare
 
@@ -196,8 +189,14 @@ def at_step(number: int) -> Callable[[], None]:
     return prepare
 
 
-def main(source: Path, folder: Path, wanted: list[str]) -> None:
-    torch.set_num_threads(1)
+def main(source: Path, folder: Path, wanted: Sequence[str]) -> None:
+    """Print one JSON object: for each kind of killing the number of runs, of those cut short, and of those completed.
+
+    Args:
+        source: The model.
+        folder: To work in, as `Killed` does.
+        wanted: Of journal, steps:STRIDE, overwrites:STRIDE, moments:COUNT, merges:STRIDE, merge-moments:COUNT.
+    """
     options = InitOptions(model=str(source), out="out", rank=4, device=("cpu",), mode="random")
     plan, earlier, over_it = (
         make_plan(o, source) for o in (options, replace(options, rank=3), replace(options, overwrite=True))
@@ -232,9 +231,5 @@ def main(source: Path, folder: Path, wanted: list[str]) -> None:
             else:
                 while not killed.whole:
                     killed.run(at_step(killed.runs * int(amount)))
-        said[kind] = killed.told()
+        said[kind] = killed.counts()
     print(json.dumps(said))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

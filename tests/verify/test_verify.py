@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
+from support import fork_server
 from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_inputs, edit_json, tensors
 
 from milora_init.checkpoint.hashing import sha256
@@ -25,7 +25,7 @@ from milora_init.errors import CheckpointError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.initialize import initialize
-from milora_init.run.progress import ShardResult, Silent
+from milora_init.run.progress import Progress, ShardResult
 from milora_init.verify.verdict import TEXTS, Code, Verdict
 from milora_init.verify.verify import verify
 
@@ -145,7 +145,7 @@ def test_the_manifest_has_the_hash_of_every_file(out: Path) -> None:
 
 
 def test_a_resumed_run_has_the_hashes_of_what_was_done_before(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    class CutOff(Silent):
+    class CutOff(Progress):
         def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
             if finished == 2:
                 raise KeyboardInterrupt
@@ -432,6 +432,10 @@ def test_without_a_manifest_a_named_adapter_tells_an_original(
     assert verify(str(checkpoint("llama")), adapter=str(pristine() / "lora")).code == "original_with_adapter"
 
 
+def print_statuses(commands: list[list[str]]) -> None:
+    print(*map(run, commands), file=sys.stderr)
+
+
 @pytest.mark.parametrize(
     "name", [MANIFEST, "config.json", "lora/adapter_config.json", "tokenizer.json", ".milora-init"]
 )
@@ -455,13 +459,7 @@ def test_a_pipe_or_a_device_in_the_place_of_a_file_is_an_error_and_is_never_read
     if name == ".milora-init":  # which only the main job reads
         commands = [["-m", str(tmp_path / "source"), "-o", str(out), "-r", "4", "--overwrite"]]
         shutil.copytree(out, tmp_path / "source", ignore=shutil.ignore_patterns(MANIFEST, ".milora-init", "lora"))
-    code = (
-        "import json, sys; from milora_init.cli.main import run; "
-        "print(*map(run, json.loads(sys.argv[1])), file=sys.stderr)"
-    )
-    process = subprocess.run(  # in a process of its own, which can be ended
-        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, check=False, timeout=120
-    )
+    process = fork_server.run(print_statuses, commands)  # in a process of its own, which can be ended
     only_read_the_manifest = ["report"] if name != MANIFEST else []
     statuses = [0 if command[0] in only_read_the_manifest else 1 for command in commands]
     assert process.stderr.splitlines()[-1] == " ".join(map(str, statuses))

@@ -1,0 +1,187 @@
+"""Processes that need no second for their imports: forks of one server, which has imported torch and transformers.
+
+The server is that of the standard library (`multiprocessing`, start method "forkserver"): one for each pytest worker,
+started by the first test that needs it, gone when the worker is. It has one thread: OMP_NUM_THREADS is 1 there.
+
+Modules that read the environment when they are imported are imported anew in every fork: huggingface_hub here, and
+milora_init, which the server has not imported.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+NULL = Path(os.devnull)
+READ_THE_ENVIRONMENT = ("huggingface_hub", "milora_init")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "torch", "transformers", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+        "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2", "safetensors.torch",
+        "transformers.models.auto.tokenization_auto", "transformers.models.bloom.modeling_bloom", "httpx", "pytest",
+        "rich.console", "rich.progress", "rich.table", "tokenizers", "typer.rich_utils", "yaml",
+    ]
+)  # fmt: skip
+
+
+class Fork:
+    """A process that calls a function, as `subprocess.Popen` starts a program; stdout and stderr go to files.
+
+    Args:
+        function: Of a module that can be imported. Its exceptions are a traceback on stderr and the status 1.
+        arguments: Of the function; whatever can be pickled, connections of `multiprocessing` too.
+        cwd: The folder it starts in.
+        environment: Variables that differ from this process's.
+        stdout: A file to write to in place of a temporary one; None closes the descriptor. The same for stderr.
+        stdin: A file to read from; None closes the descriptor.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., object],
+        *arguments: Any,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        stdin: Path | None = NULL,
+        stdout: Path | str | None = "",
+        stderr: Path | str | None = "",
+    ) -> None:
+        self._temporary = tempfile.TemporaryDirectory()
+        folder = Path(self._temporary.name)
+        self._stdout, self._stderr = folder / "stdout", folder / "stderr"
+        files = (stdin, self._stdout if stdout == "" else stdout, self._stderr if stderr == "" else stderr)
+        # The function is not unpickled, and so its module not imported, before the environment is the test's.
+        self._process = _context.Process(
+            target=_child,
+            args=(
+                {**os.environ, **(environment or {})}, str(cwd or Path.cwd()), [f and str(f) for f in files],
+                pickle.dumps(function), arguments,
+            ),
+        )  # fmt: skip
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, a signal as a negative number, or None while it runs."""
+        return self._process.exitcode
+
+    @property
+    def stdout(self) -> str:
+        """What was written so far."""
+        return _text(self._stdout)
+
+    @property
+    def stderr(self) -> str:
+        """What was written so far."""
+        return _text(self._stderr)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float) -> int:
+        """The exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: It still runs after this many seconds.
+        """
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(f"the fork {self.pid}", timeout, self.stdout, self.stderr)
+        return self.returncode
+
+    def __enter__(self) -> Fork:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._process.join()
+        self._process.close()
+        self._temporary.cleanup()
+
+
+def run(function: Callable[..., object], *arguments: Any, timeout: float = 120, **options: Any) -> Done:
+    """Call a function in a fork, wait for its end, and return what it left, as `subprocess.run` does."""
+    with Fork(function, *arguments, **options) as fork:
+        status = fork.wait(timeout)
+        return subprocess.CompletedProcess([*map(str, arguments)], status, fork.stdout, fork.stderr)
+
+
+Done = subprocess.CompletedProcess[str]
+
+
+def milora(*arguments: object, **options: Any) -> Done:
+    """Run a command line of `milora-init`. Its options are those of `Fork`, and `timeout` in seconds."""
+    return run(command_line, *map(str, arguments), **options)
+
+
+def command_line(*arguments: str) -> None:
+    """What the installed command does."""
+    from milora_init.cli.main import main
+
+    sys.argv = ["milora-init", *arguments]
+    main()
+
+
+def _child(
+    environment: dict[str, str], cwd: str, files: list[str | None], function: bytes, arguments: tuple[Any, ...]
+) -> None:
+    """Make this fork look like a process that has just been started, and call the function."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, file in enumerate(files):
+        _connect(number, file)
+    # Both of each, as the interpreter does: a stream closes its buffer when the last reference to it goes.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = _stream(number)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    # Also where the tests themselves were started with SIGINT ignored, in the background say.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    time.tzset()
+    for name in list(sys.modules):
+        if name.partition(".")[0] in READ_THE_ENVIRONMENT:
+            del sys.modules[name]
+    pickle.loads(function)(*arguments)
+
+
+def _connect(number: int, file: str | None) -> None:
+    if file is None:
+        os.close(number)
+        return
+    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY, 0o600)
+    os.dup2(opened, number)
+    os.close(opened)
+
+
+def _stream(number: int) -> TextIO | None:
+    """A standard stream as the interpreter makes it: there is none where the descriptor is closed."""
+    try:
+        os.fstat(number)
+    except OSError:
+        return None
+    errors = "backslashreplace" if number == 2 else "strict"
+    return open(number, "w" if number else "r", encoding="utf-8", errors=errors, closefd=False)
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
