@@ -22,7 +22,7 @@ import torch
 
 from milora_init import __version__
 from milora_init.checkpoint.files import file_mode, read_chunks, source_file
-from milora_init.checkpoint.folder import SAFETENSORS_INDEX
+from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import drop_from_page_cache, sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.errors import OutputError
@@ -271,7 +271,8 @@ def _assemble(
     uploaded = {name: entry.files[name] for name, entry in entries.items() if entry.pushed is not None}
     _require_complete(plan, out, set(records), uploaded)
     if plan.index is not None:
-        out.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(source / "config.json"))
+        index = source / (PICKLE_INDEX if plan.checkpoint.is_pickle else SAFETENSORS_INDEX)
+        out.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(index))
     out.write("config.json", plan.config_bytes, mode=file_mode(source / "config.json"))
     hashes = {name: entry.hashes[name] for name, entry in entries.items()}
     options = plan.options

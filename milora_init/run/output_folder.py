@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -295,10 +296,10 @@ class OutputFolder(Generic[Record]):
 
     def _require_no_links(self, names: Iterable[str]) -> None:
         """Raise OutputError where one of our names is a link that leads out of the folder."""
-        for folder, folders, files in os.walk(self.work):
-            for path in (Path(folder), *(Path(folder, name) for name in (*folders, *files))):
-                if path.is_symlink():
-                    raise OutputError(f"{path} is a link", hint="remove it, or choose another --out")
+        below = (Path(folder, name) for folder, *names_in in os.walk(self.work) for name in chain(*names_in))
+        for path in chain([self.work], below):
+            if path.is_symlink():
+                raise OutputError(f"{path} is a link", hint="remove it, or choose another --out")
         for name in (*names, self._record_name):
             self._path_of(name)
 

@@ -153,7 +153,11 @@ def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained
         add(missing, f"missing in {path}")
     if unexpected:
         parsed = parse_lora_key(unexpected[0])
-        of = f"{parsed[0]}, which is not adapted in this base" if parsed else "no module, as PEFT names its factors"
+        of = (
+            f"{parsed[0]}, which is not adapted in this base"
+            if parsed
+            else "no module: its name is not one that PEFT gives a factor"
+        )
         add(unexpected, f"in {path} belongs to {of}")
     if resized:
         add(resized, f"is {list(tensors[resized[0]].shape)}, expected {list(wanted[resized[0]])}")
