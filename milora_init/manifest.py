@@ -17,7 +17,7 @@ from typing import Any
 
 from milora_init.accuracy import Certificate, Rounding
 from milora_init.errors import OutputError
-from milora_init.experts import ExpertSlot
+from milora_init.expert_slot import ExpertSlot
 from milora_init.untrusted import path_inside, plain_names, relative_name
 
 MANIFEST = "milora_init.json"

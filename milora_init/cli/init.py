@@ -196,8 +196,9 @@ def _initialize(options: InitOptions, *, dry_run: bool, as_json: bool, quiet: bo
     from milora_init.plan.peft_check import require_loadable
     from milora_init.plan.plan import describe, make_plan
     from milora_init.report import summary
-    from milora_init.run.devices import multiply_rate, solver_devices
+    from milora_init.run.devices import multiply_rate
     from milora_init.run.initialize import carry_out
+    from milora_init.run.pool import solver_devices
 
     output.hide_the_hubs_bars()
     with waiting("reading headers and names", quiet=quiet):

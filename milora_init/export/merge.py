@@ -54,10 +54,9 @@ from milora_init.manifest import (
 )
 from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
-from milora_init.run.devices import weights_at_once
 from milora_init.run.journal import Entry
 from milora_init.run.output_folder import OutputFolder, require_outside
-from milora_init.run.pool import HashPool, SolverPool, one_ahead
+from milora_init.run.pool import HashPool, SolverPool, one_ahead, weights_at_once
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.run.shard import ShardWriter
 from milora_init.verify.files import check_weight_records

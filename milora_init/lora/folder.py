@@ -21,7 +21,7 @@ from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header, read_header
 from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import CheckpointError, PlanError
-from milora_init.experts import ExpertSlot
+from milora_init.expert_slot import ExpertSlot
 from milora_init.lora.config import lora_scale, match_pattern
 from milora_init.lora.tensor_layout import factor_shapes, lora_key, parse_lora_key, weight_factors
 from milora_init.manifest import WeightRecord

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from milora_init.checkpoint.header import Header, plan_header
-from milora_init.experts import ExpertSlot
+from milora_init.expert_slot import ExpertSlot
 from milora_init.model.adaptable import Adaptable
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch import nn
 
 from milora_init.checkpoint.header import REFETCH
 from milora_init.errors import CheckpointError
-from milora_init.experts import ExpertSlot
+from milora_init.expert_slot import ExpertSlot
 from milora_init.model import meta_model
 from milora_init.model.meta_model import ParameterSource
 

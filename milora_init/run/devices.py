@@ -6,14 +6,11 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from milora_init.errors import UsageError
-from milora_init.plan.plan import Plan
-from milora_init.run.pool import SolverPool
 
 
 def resolve_devices(names: Sequence[str]) -> tuple[torch.device, ...]:
@@ -47,17 +44,6 @@ def multiply_rate(device: torch.device) -> float:
     return rate
 
 
-def weights_at_once(needs_bytes: Sequence[int]) -> int:
-    """How many weights the CPU solves at a time, each on one thread: one a core, within half of the machine's memory.
-
-    Args:
-        needs_bytes: Memory for each weight of the run.
-    """
-    largest = sorted(needs_bytes, reverse=True)[: torch.get_num_threads()]
-    fitting = sum(total <= memory_bytes() // 2 for total in accumulate(largest))
-    return max(1, fitting)
-
-
 def memory_bytes() -> int:
     """The machine's memory, or the limit of the container if that is lower."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -65,20 +51,3 @@ def memory_bytes() -> int:
         with suppress(OSError, ValueError):  # no such file; or it says "max", which is no limit
             memory = min(memory, int(Path(limit).read_text()))
     return memory
-
-
-def solver_devices(plan: Plan) -> tuple[tuple[torch.device, ...], int]:
-    """The devices that solve, and the number of threads for each.
-
-    The CPU is listed once for each weight that it solves at a time.
-
-    Raises:
-        UsageError: A device that this machine does not have.
-    """
-    devices = resolve_devices(plan.options.device)
-    if [device.type for device in devices] != ["cpu"]:
-        return devices, SolverPool.THREADS_PER_DEVICE
-    count = weights_at_once([plan.memory_bytes(w) for w in plan.weights])
-    # Where several threads solve, one that reads or writes leaves its core to the others: a second thread for each
-    # would only need memory.
-    return devices * count, 1 if count > 1 else SolverPool.THREADS_PER_DEVICE

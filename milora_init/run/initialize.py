@@ -35,10 +35,10 @@ from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import Plan, make_plan
 from milora_init.run import weight
 from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
-from milora_init.run.devices import memory_bytes, solver_devices
+from milora_init.run.devices import memory_bytes
 from milora_init.run.journal import Entry
 from milora_init.run.output_folder import OutputFolder
-from milora_init.run.pool import HashPool, SolverPool, one_ahead
+from milora_init.run.pool import HashPool, SolverPool, one_ahead, solver_devices
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.run.shard import ShardWriter

@@ -1,4 +1,4 @@
-"""Thread pools of a run: one solves weights on the CPU or on GPUs, one hashes files."""
+"""Thread pools of a run: one solves weights on the CPU or on GPUs, as many at a time as fit; one hashes files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 
 from milora_init.checkpoint.hashing import sha256
+from milora_init.plan.plan import Plan
+from milora_init.run.devices import memory_bytes, resolve_devices
 from milora_init.run.progress import Progress
 
 T = TypeVar("T")
@@ -135,3 +138,31 @@ class HashPool:
         if kind is not None:
             self._cancelled.set()
         self._pool.shutdown()
+
+
+def weights_at_once(needs_bytes: Sequence[int]) -> int:
+    """How many weights the CPU solves at a time, each on one thread: one a core, within half of the machine's memory.
+
+    Args:
+        needs_bytes: Memory for each weight of the run.
+    """
+    largest = sorted(needs_bytes, reverse=True)[: torch.get_num_threads()]
+    fitting = sum(total <= memory_bytes() // 2 for total in accumulate(largest))
+    return max(1, fitting)
+
+
+def solver_devices(plan: Plan) -> tuple[tuple[torch.device, ...], int]:
+    """The devices that solve, and the number of threads for each.
+
+    The CPU is listed once for each weight that it solves at a time.
+
+    Raises:
+        UsageError: A device that this machine does not have.
+    """
+    devices = resolve_devices(plan.options.device)
+    if [device.type for device in devices] != ["cpu"]:
+        return devices, SolverPool.THREADS_PER_DEVICE
+    count = weights_at_once([plan.memory_bytes(w) for w in plan.weights])
+    # Where several threads solve, one that reads or writes leaves its core to the others: a second thread for each
+    # would only need memory.
+    return devices * count, 1 if count > 1 else SolverPool.THREADS_PER_DEVICE

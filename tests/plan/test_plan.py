@@ -23,7 +23,7 @@ from milora_init.errors import CheckpointError, PlanError
 from milora_init.export.merge import merge
 from milora_init.options import InitOptions
 from milora_init.plan.plan import Plan, describe, make_plan
-from milora_init.run.devices import solver_devices
+from milora_init.run.pool import solver_devices
 
 Built = Callable[..., Path]
 

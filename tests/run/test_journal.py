@@ -10,7 +10,7 @@ import pytest
 
 from milora_init.accuracy import Certificate, Rounding
 from milora_init.errors import OutputError
-from milora_init.experts import ExpertSlot
+from milora_init.expert_slot import ExpertSlot
 from milora_init.manifest import WeightRecord
 from milora_init.run.journal import Entry, Head, Journal
 

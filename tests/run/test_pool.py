@@ -21,7 +21,8 @@ from milora_init.manifest import MANIFEST
 from milora_init.modes import Mode
 from milora_init.run import devices
 from milora_init.run import initialize as initializing
-from milora_init.run.devices import multiply_rate, resolve_devices, weights_at_once
+from milora_init.run import pool as pools
+from milora_init.run.devices import multiply_rate, resolve_devices
 from milora_init.run.pool import DeviceLock, HashPool, SolverPool, one_ahead
 from milora_init.run.progress import Progress
 
@@ -79,11 +80,11 @@ def test_the_rate_of_this_machine_is_a_rate() -> None:
 def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 28 < devices.memory_bytes() < 1 << 50
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(devices, "memory_bytes", lambda: 4000)
-    assert weights_at_once([10] * 9) == 4  # a core each
-    assert weights_at_once([10, 10]) == 2
-    assert weights_at_once([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
-    assert weights_at_once([5000, 1]) == 1  # one there must be
+    monkeypatch.setattr(pools, "memory_bytes", lambda: 4000)
+    assert pools.weights_at_once([10] * 9) == 4  # a core each
+    assert pools.weights_at_once([10, 10]) == 2
+    assert pools.weights_at_once([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
+    assert pools.weights_at_once([5000, 1]) == 1  # one there must be
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
