@@ -129,7 +129,7 @@ def timed(solve: Callable[[Tensor, int, Mode], Factors], W: Tensor, r: int, mode
     return time.perf_counter() - start, result
 
 
-def peak_extra(solver: str, m: int, n: int, r: int, mode: Mode, device: str, threads: int) -> int:
+def peak_extra(solver: str, m: int, n: int, r: int, mode: Mode, device: str, threads: int) -> int:  # noqa: PLR0913  the columns of the table
     """Bytes that a solve takes at its peak beyond the weight; on the CPU, in a process of its own."""
     torch.set_num_threads(threads)
     W = weight(m, n, device=torch.device(device))

@@ -179,7 +179,7 @@ def read_merged(folder: Path) -> MergeResult | None:
         ) from error
 
 
-def merge(
+def merge(  # noqa: PLR0913  the options of the command
     pair: str,
     out: str,
     *,

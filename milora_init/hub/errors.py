@@ -42,8 +42,6 @@ def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> It
         ) from error
     except hub.HfHubHTTPError as error:
         raise _refused(model, _status(error), error) from error
-    except HubError:
-        raise
     except hub.OfflineModeIsEnabled as error:
         if pushing:
             raise HubError(f"{model} cannot be written to: HF_HUB_OFFLINE is set", hint="unset it") from error

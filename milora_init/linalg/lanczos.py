@@ -62,7 +62,7 @@ class RitzPairs:
     steps: int
 
 
-def largest_eigenpairs(
+def largest_eigenpairs(  # noqa: PLR0913  the parameters of the method
     apply: Operator,
     q: int,
     r: int,

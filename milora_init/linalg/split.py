@@ -45,7 +45,7 @@ class Split:
     rounding: Rounding
 
 
-def split(
+def split(  # noqa: PLR0913  the parameters of the method
     W: Tensor,
     r: int,
     *,

@@ -72,7 +72,7 @@ def rank_and_alpha_patterns(
     return rank_pattern, alpha_pattern
 
 
-def make_adapter_config(
+def make_adapter_config(  # noqa: PLR0913  the fields of the file
     *,
     base: str,
     rank: int,

@@ -97,7 +97,7 @@ class ModelStructure:
     other_class: str = ""
 
 
-def read_structure(
+def read_structure(  # noqa: PLR0913  what is known of a checkpoint
     folder: Path,
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],

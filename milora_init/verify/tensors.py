@@ -155,7 +155,7 @@ def count_bit_equal(merged: Checkpoint, model: Checkpoint, manifest: Manifest) -
     return count
 
 
-def _check_weight(
+def _check_weight(  # noqa: PLR0913  both sides of a comparison
     W: Tensor, R: Tensor, B: Tensor, A: Tensor, record: WeightRecord, manifest: Manifest, *, solve: bool
 ) -> Iterator[Finding]:
     """One weight's residual; with `solve` its component too."""

@@ -37,7 +37,7 @@ from milora_init.verify.without_manifest import verify_without_manifest
 _MOST_RECORDS = 20  # that differ and are listed
 
 
-def verify(
+def verify(  # noqa: PLR0913  the options of the command
     pair: str,
     *,
     model: str | None = None,
