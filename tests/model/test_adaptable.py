@@ -71,7 +71,7 @@ def test_what_is_no_linear_layer_is_called_what_it_is(name: str, what: str, tmp_
 
 
 def test_a_module_without_a_weight_is_no_linear_layer(checkpoint: Built) -> None:
-    with pytest.raises(PlanError, match=r"model\.layers\.0\.self_attn is no linear layer"):
+    with pytest.raises(PlanError, match=r"model\.layers\.0\.self_attn is not a linear layer"):
         select(names_of(checkpoint("llama")), ["self_attn"])
 
 

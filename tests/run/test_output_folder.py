@@ -513,7 +513,7 @@ def test_a_clean_up_that_fails_does_not_hide_why_the_run_failed(
     def no_more(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(OutputFolder, "_clear", no_more)
+    monkeypatch.setattr(OutputFolder, "_remove", no_more)
     with pytest.raises(PulledPlugError):
         start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
     monkeypatch.undo()
