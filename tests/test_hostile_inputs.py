@@ -92,6 +92,21 @@ def test_a_direction_that_became_zero_is_no_training(
     assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0, 5.0, 1000.0])
+def test_the_initial_factors_times_a_number_are_no_training(
+    factor: float, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    torch.manual_seed(0)
+    adapter = trained(
+        tmp_path / "out",
+        tmp_path / "trained",
+        lambda _, tensor: factor * (tensor + 0.01 * tensor.abs().mean() * torch.randn_like(tensor)),
+    )
+    with pytest.raises(PlanError, match=r"times"):
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
+
+
 def test_a_manifest_cannot_switch_the_judgement_of_an_adapter_off(
     start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from milora_init.manifest import Manifest, read_manifest
 # Limits of `modules_not_trained_from`.
 _LEAST_COSINE = 0.5
 _LEAST_SHARE, _MOST_SHARE = 0.1, 30
+_SAME_DIRECTION, _MOST_SCALED = 0.99, 2.5
 _MOST_NAMES = 3  # in one message
 OTHER_BASE_HINT = "name the base that it was trained on"
 
@@ -173,6 +174,7 @@ def modules_not_trained_from(initial: Path, trained: Path, weights: Sequence[Ada
 
     - P has the direction of P0: cos(P, P0) > 0.5, and the share of P0 in P, <P, P0> / |P0|^2, is between 0.1 and 30.
       For unrelated factors the cosine is about 1 / sqrt(m n), and 1 / sqrt(m r) if one of the two factors is right.
+      Training that makes P larger also turns it: with a cosine above 0.99 the share must be between 0.4 and 2.5.
     - A and B each keep their start. The smallest components are so small that what training adds is soon many times as
       large, and the cosine of the products falls to that of unrelated factors; the cosine of each factor does so later.
       What is added has no reason to cancel A0, so <A, A0> / |A0|^2 stays near 1: at least sqrt(0.1) is required. And
@@ -225,6 +227,8 @@ def _not_trained_from(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, weight: Adap
     if not norm:
         return "it is zero"
     cosine, share = inner / norm / norm0, inner / norm0**2
+    if cosine > _SAME_DIRECTION and not 1 / _MOST_SCALED <= share <= _MOST_SCALED:
+        return f"it is the initial component times {share:.2g}"
     if cosine > _LEAST_COSINE or share > _MOST_SHARE:
         return "" if _LEAST_SHARE <= share <= _MOST_SHARE else f"{norm / norm0:.2g} times as large"
     own, own0 = initial_block(B, A, weight.rank, weight.expert), initial_block(B0, A0, weight.rank, weight.expert)
