@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_init.checkpoint.folder import Checkpoint
+from milora_init.checkpoint.header import safetensors_name
 from milora_init.errors import PlanError
 from milora_init.lora.config import lora_scale, make_adapter_config, stacked_alpha
 from milora_init.lora.targets import PeftTargets, matching, names_fused, peft_targets, select
 from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.options import InitOptions
 
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _SOLVABLE = ("F64", "F32", "BF16", "F16")
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32")
@@ -139,7 +139,7 @@ def _plan_weight(
     return WeightPlan(
         weight=weight,
         source_dtype=dtype,
-        dtype=dtype if options.dtype == "auto" else _STORED[options.dtype],
+        dtype=dtype if options.dtype == "auto" else safetensors_name(options.dtype),
         rank=rank,
         scale=lora_scale(rank, alpha, rslora=options.rslora),
         key=targets.keys[weight.target],
