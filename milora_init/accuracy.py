@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SolverPath = Literal["lanczos", "eigh", "svd"]
+SolverPath = Literal["mixed", "lanczos", "eigh", "svd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Certificate:
     """What is known about a solution, measured against W in float64. Plain values, as JSON has them.
 
     Attributes:
-        path: The algorithm: "lanczos", "eigh" or "svd".
+        path: The algorithm: "mixed", "lanczos", "eigh" or "svd".
         reason: Why this one.
         residual: The maximum over the triplets of max(||X v - s u||, ||X^T u - s v||), divided by s_max.
         orthogonality: max(||U^T U - I||_max, ||V^T V - I||_max).

@@ -1,14 +1,14 @@
 """Mathematics on tensors: which singular triplets of a weight, how exactly, and what is left of the weight.
 
-Nothing here knows a file, an option or a model. This module imports nothing, so that `linalg.modes` and `linalg.cost`
+Nothing here knows a file, an option or a model. This module imports nothing, so that `linalg.cost`
 can be read without torch. The front doors are `linalg.split.split` and `linalg.svd.singular_triplets`.
 
-    modes            the names of the parts of a spectrum
     cost             operations and memory of a solve, from sizes alone
     arithmetic       which algorithm a device gets for QR, for an inverse, and in which block sizes
     blocked_matrix   the weight, read in float64 one block of rows at a time
     cholesky         factor and inverse of the Gram matrix
     lanczos          the largest eigenpairs of a symmetric operator
+    mixed_precision  the smallest triplets by float32 work, corrected in float64
     certificate      how far a computed solution is from the weight's own
     svd              the solver
     rounding         one rounding to a short dtype

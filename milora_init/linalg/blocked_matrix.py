@@ -10,7 +10,7 @@ product. Every product reads the weight once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,24 +44,35 @@ class BlockedMatrix:
         p, q = self.stored.shape
         return p, q
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, most_rows: int = 1 << 60) -> Iterator[tuple[slice, Tensor]]:
         """Each block of rows: which rows, and the block (rows, q) in float64."""
         p, q = self.shape
-        step = max(1, self.arithmetic.row_block_bytes // (8 * q))
+        step = max(1, min(most_rows, self.arithmetic.row_block_bytes // (8 * q)))
         for start in range(0, p, step):
             rows = slice(start, min(p, start + step))
-            block = self._upcast(rows)
+            block = self._convert(rows, torch.float64)
             if self.exponent:
                 # Two factors, because 2^1074 is not a float64.
                 half = self.exponent // 2
                 block.mul_(math.ldexp(1.0, -half)).mul_(math.ldexp(1.0, half - self.exponent))
             yield rows, block
 
-    def _upcast(self, rows: slice) -> Tensor:
+    def float32_blocks(self) -> Iterator[Tensor]:
+        """Each block of rows (rows, q), rounded to float32 where that is shorter than the weight's dtype."""
+        p, q = self.shape
+        if self.exponent:
+            for _, block in self.blocks(self.arithmetic.float32_rows):
+                yield block.to(torch.float32)
+            return
+        step = max(1, min(self.arithmetic.float32_rows, self.arithmetic.row_block_bytes // (4 * q)))
+        for start in range(0, p, step):
+            yield self._convert(slice(start, min(p, start + step)), torch.float32)
+
+    def _convert(self, rows: slice, dtype: torch.dtype) -> Tensor:
         block = self.stored[rows]
         if block.stride(0) < block.stride(1):  # the transpose of a wide weight: convert in the order of its memory
-            return block.mT.to(torch.float64, copy=True).mT
-        return block.to(torch.float64, copy=True)
+            return block.mT.to(dtype, copy=True).mT
+        return block.to(dtype, copy=True)
 
     def times(self, V: Tensor) -> Tensor:
         """X V (p, k) for V (q, k)."""
@@ -78,6 +89,17 @@ class BlockedMatrix:
         for rows, block in self.blocks():
             out.addmm_(block.mT, padded[rows])
         return out[:, : U.shape[1]].contiguous()
+
+    def times_and_back(self, V: Tensor) -> tuple[Tensor, Tensor]:
+        """X V (p, k) and X^T X V (q, k) for V (q, k), reading X once."""
+        padded = _pad(V)
+        out = V.new_empty(self.shape[0], padded.shape[1])
+        back = V.new_zeros(self.shape[1], padded.shape[1])
+        for rows, block in self.blocks():
+            torch.mm(block, padded, out=out[rows])
+            back.addmm_(block.mT, out[rows])
+        k = V.shape[1]
+        return out[:, :k], back[:, :k]
 
     def to_float64(self) -> Tensor:
         """X itself (p, q), all of it."""
@@ -108,6 +130,23 @@ class BlockedMatrix:
         for _, block in self.blocks():
             _add_gram(G, block, self.arithmetic.gram_columns)
         return G
+
+    def float32_gram(self) -> Tensor:
+        """The same in float32."""
+        return gram_of_blocks(self.float32_blocks(), self.shape[1], self.arithmetic)
+
+
+def gram_of_blocks(blocks: Iterable[Tensor], q: int, arithmetic: DeviceArithmetic) -> Tensor:
+    """The lower triangle of the Gram matrix (q, q) of float32 blocks of rows (rows, q), of which there is one at least.
+
+    What lies above it has no meaning.
+    """
+    G: Tensor | None = None
+    for block in blocks:
+        G = torch.zeros(q, q, dtype=block.dtype, device=block.device) if G is None else G
+        _add_gram(G, block, arithmetic.gram_columns)
+    assert G is not None
+    return G
 
 
 def _add_gram(G: Tensor, block: Tensor, whole_columns: int) -> None:

@@ -87,7 +87,7 @@ def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
     residual = X.transposed_times(solution.left) - right * s
     b = residual.norm(dim=0)
     identity = torch.eye(s.numel(), dtype=s.dtype, device=s.device)
-    orthogonality = max(float((Q.mT @ Q - identity).abs().max()) for Q in (solution.left, right))
+    skew = [(Q.mT @ Q - identity).abs().max() for Q in (solution.left, right)]
     scale = max(solution.s_max, _TINY)
     larger = torch.maximum(s, gaps.nearest).clamp_min(_TINY)
     per_residual = (s / gaps.distance.clamp_min(_TINY)).clamp_min(1.0)
@@ -97,15 +97,22 @@ def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
         weighted = (outside * solution.inverse(outside)).sum(dim=0).clamp_min(0).sqrt()
         factor = gaps.nearest * torch.hypot(gaps.nearest, s) / (gaps.distance * (gaps.nearest + s)).clamp_min(_TINY)
         change_by_b = torch.minimum(change_by_b, s * weighted * factor)
-    change = float(torch.hypot(a * per_residual, change_by_b).norm())
+    # Read at once, because each reading waits for the device.
+    figures = [
+        torch.hypot(a * per_residual, change_by_b).norm(),
+        s.norm(),
+        (gaps.distance / larger).min(),
+        torch.maximum(a, b).max(),
+        *skew,
+    ]
+    change, component_norm, gap, worst, left_skew, right_skew = torch.stack(figures).tolist()
     resolution = X.shape[1] * EPS * scale * math.sqrt(s.numel())
-    error = change / max(float(s.norm()), resolution)
-    gap = float((gaps.distance / larger).min())
+    error = change / max(component_norm, resolution)
     return Certificate(
         path=solution.path,
         reason=solution.reason,
-        residual=float(torch.maximum(a, b).max()) / scale,
-        orthogonality=orthogonality,
+        residual=worst / scale,
+        orthogonality=max(left_skew, right_skew),
         gap=gap if math.isfinite(gap) else None,
         component_error=error if math.isfinite(error) else None,
         complete=solution.complete,

@@ -57,11 +57,18 @@ class CholeskyFactor:
         return self.L @ (self.L.mT @ B)
 
 
-def cholesky(G: Tensor, arithmetic: DeviceArithmetic) -> CholeskyFactor | None:
-    """Factor G (q, q), given by its lower triangle and overwritten. None if G is not positive definite."""
+def cholesky(G: Tensor, arithmetic: DeviceArithmetic, *, may_wait: bool = True) -> CholeskyFactor | None:
+    """Factor G (q, q), given by its lower triangle and overwritten. None if G is not positive definite.
+
+    Without `may_wait` the host does not wait for a GPU to know this: then the factor and its inverse are NaN.
+    """
     if arithmetic.inverse == "explicit":
         L, failed = torch.linalg.cholesky_ex(G)
-        return None if int(failed) else CholeskyFactor(L, [], torch.cholesky_inverse(L))
+        if not may_wait:
+            L = torch.where(failed == 0, L, torch.nan)
+        elif int(failed):
+            return None
+        return CholeskyFactor(L, [], torch.cholesky_inverse(L))
     inverses = []
     for block in _blocks(G.shape[0]):
         start, below = block.start, slice(block.stop, None)

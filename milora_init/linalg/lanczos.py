@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ PROBE_COLUMNS = 24
 _MOST_STEPS_UNTESTED = 8
 _PROBE_STEPS = 2
 _ESTIMATE_STEPS = 4
+_FLOAT32_CONDITION = 1e4  # of a block: beyond it a few digits of orthogonality are lost, which float32 work survives
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,9 @@ class RitzPairs:
     """Approximate eigenpairs of an operator (q, q).
 
     Attributes:
-        values: (r,), descending.
-        vectors: (q, r), an orthonormal basis of their eigenvectors.
-        next_value: The largest Ritz value below these.
+        values: (r + extra,), descending, on the CPU in float64.
+        vectors: (q, r + extra), an orthonormal basis of their eigenvectors, in float64.
+        next_value: The largest Ritz value below the r wanted ones.
         probe_value: The largest Ritz value of the probe.
         steps: Blocks in the basis.
     """
@@ -67,54 +69,62 @@ def largest_eigenpairs(  # noqa: PLR0913  the parameters of the method
     q: int,
     r: int,
     *,
+    extra: int = 0,
     block: int,
     max_basis: int,
     tolerance: float,
     arithmetic: DeviceArithmetic,
     device: torch.device,
+    dtype: torch.dtype = torch.float64,
 ) -> RitzPairs:
     """The r largest eigenpairs of the operator `apply` (q, q).
 
     Args:
-        apply: On a float64 block (q, b) on `device`.
+        apply: On a block (q, b) of `dtype` on `device`.
         q: The size of the operator.
         r: How many eigenpairs.
+        extra: How many more are returned, as they are. The tolerance is then that of the wanted space within the
+            returned one.
         block: Columns of a block.
         max_basis: Columns of the basis at which the search ends.
         tolerance: Of the estimated angle between the wanted space and the computed one, in radians, to first order.
         arithmetic: Orthonormalises the blocks.
         device: Of the basis. The start block is drawn on the CPU, the same for every device.
+        dtype: Of the basis, float64 or float32.
 
     Raises:
         NotConverged: The basis is full, or has entries that are not finite.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(q, block + PROBE_COLUMNS, generator=generator, dtype=torch.float64).to(device)
+    start = torch.randn(q, block + PROBE_COLUMNS, generator=generator, dtype=torch.float64).to(device, dtype)
     newest, _ = arithmetic.orthonormalise(start[:, :block])
     columns = max_basis + 2 * block
-    basis = torch.empty(columns, q, dtype=torch.float64, device=device).mT  # column-major: columns are appended
-    T = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+    basis = torch.empty(columns, q, dtype=dtype, device=device).mT  # column-major: columns are appended
+    T = torch.zeros(columns, columns, dtype=dtype, device=device)
     k, step, next_test = 0, 0, -(-3 * r // (2 * block)) + 4
     previous = (0, math.inf)
+    condition = math.inf if dtype == torch.float64 else _FLOAT32_CONDITION
     while True:
         basis[:, k : k + block] = newest
         k, step = k + block, step + 1
         K = basis[:, :k]
         image = apply(newest)
         first = K.mT @ image
-        image = image - K @ first
+        image = torch.addmm(image, K, first, alpha=-1)
         second = K.mT @ image
-        image -= K @ second
+        image.addmm_(K, second, alpha=-1)
         T[:k, k - block : k] = first + second
-        newest, factor = arithmetic.orthonormalise(image)
-        if k > r and (step >= next_test or k >= max_basis):
-            projected = T[:k, :k].triu()
-            projected = (projected + projected.triu(1).mT).cpu()
+        newest, factor = arithmetic.orthonormalise(image, condition=condition)
+        T[k : k + block, k - block : k] = factor
+        if k > r + extra and (step >= next_test or k >= max_basis):
+            on_host = T[: k + block, :k].cpu().to(torch.float64)
+            projected = on_host[:k].triu()
+            projected += projected.triu(1).mT
             if not bool(projected.isfinite().all()):
                 raise NotConverged(f"the Krylov space broke down after {step} steps")
             values, vectors = (x.flip(-1) for x in torch.linalg.eigh(projected))
-            residual = (factor.cpu() @ vectors[-block:, :r]).norm(dim=0)
-            angle = float((residual / (values[:r] - values[r]).clamp_min(1e-300)).norm())
+            residual = (on_host[k:, -block:] @ vectors[-block:, :r]).norm(dim=0)
+            angle = float((residual / (values[:r] - values[r + extra]).clamp_min(1e-300)).norm())
             if angle <= tolerance:
                 break
             if k >= max_basis:
@@ -123,17 +133,19 @@ def largest_eigenpairs(  # noqa: PLR0913  the parameters of the method
             previous = (step, angle)
 
     # One more application of the operator costs nothing: A (K y) = K y value + newest (factor y).
-    y = vectors[:, :r].to(device)
-    largest = values[:r].to(device)
-    improved, _ = arithmetic.orthonormalise(K @ y + newest @ (factor @ y[-block:]) / largest)
+    # In float64, because a float32 sum over the basis would leave ten times the rounding error of its vectors.
+    y = vectors[:, : r + extra].to(device)
+    largest = values[: r + extra].to(device)
+    improved = K.to(y.dtype) @ y + newest.to(y.dtype) @ (factor.to(y.dtype) @ y[-block:]) / largest
+    improved, _ = arithmetic.orthonormalise(improved, condition=math.inf if dtype == y.dtype else 10)
     probe_value = _largest_in_complement(apply, K, start[:, block:], arithmetic)
-    return RitzPairs(largest, improved, float(values[r]), probe_value, step)
+    return RitzPairs(values[: r + extra], improved, float(values[r]), probe_value, step)
 
 
-def estimate_largest_eigenvalue(
+def krylov_projection(
     apply: Operator, q: int, *, block: int, arithmetic: DeviceArithmetic, device: torch.device
-) -> float:
-    """The largest eigenvalue of a float32 operator (q, q), from below, to a few percent."""
+) -> Tensor:
+    """A float32 operator (q, q) projected on a small Krylov space: its largest eigenvalue, to a few percent."""
     generator = torch.Generator().manual_seed(1)
     newest = torch.randn(q, block, generator=generator, dtype=torch.float32).to(device)
     basis, _ = arithmetic.orthonormalise(newest)
@@ -142,8 +154,34 @@ def estimate_largest_eigenvalue(
         image = apply(newest)
         newest, _ = arithmetic.orthonormalise(image - basis @ (basis.mT @ image))
         basis = torch.cat([basis, newest], dim=1)
-    projected = (basis.mT @ apply(basis)).cpu()
-    return float(torch.linalg.eigh(projected)[0][-1])
+    projected: Tensor = basis.mT @ apply(basis)
+    return projected
+
+
+def power_projection(
+    apply: Operator, q: int, arithmetic: DeviceArithmetic, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """An operator (q, q) projected on a block that was applied twice: its largest eigenvalue, to a tenth or so."""
+    block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block = block.to(device, dtype)
+    for _ in range(2):
+        block, _ = arithmetic.orthonormalise(apply(block))
+    projected: Tensor = block.mT @ apply(block)
+    return projected
+
+
+def largest_eigenvalues(*projections: Tensor) -> list[float]:
+    """The largest eigenvalue of each small matrix, or nan. All are read from the device at once."""
+    on_host = torch.cat([projection.flatten() for projection in projections]).cpu()
+    parts = on_host.tensor_split(list(accumulate(projection.numel() for projection in projections))[:-1])
+    shaped = [part.view(projection.shape) for part, projection in zip(parts, projections, strict=True)]
+    return [float(torch.linalg.eigvalsh(x)[-1]) if bool(x.isfinite().all()) else math.nan for x in shaped]
+
+
+def round_down(x: float) -> float:
+    """A number down to five bits, so that it does not depend on the last bits of a float32."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(math.floor(32 * mantissa) / 32, exponent)
 
 
 def _steps_to_convergence(previous: tuple[int, float], now: tuple[int, float], tolerance: float) -> int:
@@ -156,12 +194,10 @@ def _steps_to_convergence(previous: tuple[int, float], now: tuple[int, float], t
 
 def _largest_in_complement(apply: Operator, K: Tensor, start: Tensor, arithmetic: DeviceArithmetic) -> float:
     """The largest Ritz value of the operator on the complement of K (q, k), from a block start (q, b)."""
-    block = start
-    value = torch.zeros((), dtype=start.dtype, device=start.device)
+    block = before = start
     for _ in range(_PROBE_STEPS):
         for _ in range(2):
-            block, _ = arithmetic.orthonormalise(block - K @ (K.mT @ block))
-        image = apply(block)
-        value = torch.linalg.matrix_norm(block.mT @ image, ord=2)
-        block = image
-    return float(value)
+            block = torch.addmm(block, K, K.mT @ block, alpha=-1)
+        block, _ = arithmetic.orthonormalise(block)
+        block, before = apply(block), block
+    return float(torch.linalg.matrix_norm((before.mT @ block).cpu(), ord=2))

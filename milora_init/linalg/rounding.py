@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 
 
-def round_once(R: Tensor, dtype: torch.dtype) -> Tensor:
-    """R (m, n), in float64, to the nearest value of dtype."""
-    return R.to(dtype) if dtype.itemsize > 2 else _to_16_bits(R.float(), lambda at: R[at], dtype)
+def round_once(R: Tensor, dtype: torch.dtype, *, search: bool = True) -> Tensor:
+    """R (m, n), in float64, to the nearest value of dtype.
+
+    Without `search` every entry is rounded to odd, and not only those that need it: a GPU has no need to look for them,
+    and the host would wait for what it found.
+    """
+    if dtype.itemsize > 2:
+        return R.to(dtype)
+    if not search:
+        return _round_to_odd(R).to(dtype)
+    return _to_16_bits(R.float(), lambda at: R[at], dtype)
 
 
 def add_once(R: Tensor, P: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,7 +50,9 @@ def _to_16_bits(nearest: Tensor, exact: Callable[[tuple[Tensor, ...]], Tensor], 
 
 def _round_to_odd(R: Tensor) -> Tensor:
     """R (float64) to float32; what that does not hold exactly goes to the neighbour whose last bit is odd."""
-    nearest = R.float()
+    nearest = R.to(torch.float32)
+    error = nearest - R  # exact
     bits = nearest.view(torch.int32)
-    odd = (bits - (nearest.double().abs() > R.abs()).int()) | 1
-    return torch.where(nearest.double() == R, bits, odd).view(torch.float32)
+    passed = (error > 0) ^ (bits < 0)  # by the nearest value, away from 0: then the other neighbour is one bit below
+    odd = torch.add(bits, passed, alpha=-1).bitwise_or_(1)
+    return torch.where(error == 0, bits, odd).view(torch.float32)

@@ -31,7 +31,8 @@ from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.modes import Mode
 
 _CANDIDATES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SAMPLE = 8  # one block of rows in so many is rounded to every candidate
+_SAMPLE = 8  # one row in so many is rounded to every candidate
+_SMALL = 1 << 18  # entries: a smaller weight is its own sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +85,25 @@ def _residual(
     """W - scale * B @ A (m, n) in dtype, for W (m, n), B (m, r), A (r, n), and the figures of its rounding."""
     m, n = W.shape
     exact = B.device  # W's, or the CPU where W's has no float64
-    A64 = scale * A.to(torch.float64)
+    B64, A64 = B.to(torch.float64), scale * A.to(torch.float64)
     residual = torch.empty(m, n, dtype=dtype, device=W.device)
-    # Squared norms of W, D and E; of D and of each candidate's E over the sample. On the device, and read once.
-    sums = torch.zeros(3, dtype=torch.float64, device=exact)
+    # Squared norms of W and E; of D and of each candidate's E over the sample. On the device, and read once.
+    sums = torch.zeros(2, dtype=torch.float64, device=exact)
     sample = torch.zeros(1 + len(_CANDIDATES), dtype=torch.float64, device=exact)
     rows = max(1, arithmetic.residual_block_bytes // (8 * n))
-    for number, top in enumerate(range(0, m, rows)):
+    step = _SAMPLE if m * n > _SMALL else 1
+    for top in range(0, m, rows):
         block = slice(top, top + rows)
-        w = W[block].to(exact, torch.float64)
-        D = B[block].to(torch.float64) @ A64
-        R = w - D
-        stored = round_once(R, dtype)
+        R = W[block].to(exact, torch.float64, copy=True)
+        W2 = torch.linalg.vector_norm(W[block], dtype=torch.float64).square().to(exact)
+        R.addmm_(B64[block], A64, alpha=-1)
+        stored = round_once(R, dtype, search=arithmetic.search_ties)
         residual[block] = stored
-        sums += _squares(w, D, stored.double() - R)
-        if number % _SAMPLE == 0:
-            sample += _squares(D, *(R.to(candidate).double() - R for candidate in _CANDIDATES.values()))
-    W2, D2, E2 = sums.tolist()
-    sampled_D2, *sampled_E2 = sample.tolist()
+        sums += torch.stack([W2, _square(R - stored.to(exact))])
+        D, R = B64[block][::step] @ A64, R[::step]
+        sample += torch.stack([_square(D), *(_square(R - R.to(candidate)) for candidate in _CANDIDATES.values())])
+    D2 = ((B64.mT @ B64) * (A64 @ A64.mT)).sum()  # ||B A||^2 = tr(B^T B A A^T)
+    D2, W2, E2, sampled_D2, *sampled_E2 = torch.cat([D2[None], sums, sample]).tolist()
     if not math.isfinite(E2):
         raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
     leak = _norm_ratio(E2, D2)
@@ -116,9 +118,10 @@ def _residual(
     )
 
 
-def _squares(*tensors: Tensor) -> Tensor:
-    """The squared Frobenius norm of each."""
-    return torch.stack([torch.dot(tensor.flatten(), tensor.flatten()) for tensor in tensors])
+def _square(x: Tensor) -> Tensor:
+    """The squared Frobenius norm of a matrix."""
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm.square()
 
 
 def _norm_ratio(squared: float, squared_whole: float) -> float:

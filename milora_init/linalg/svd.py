@@ -6,13 +6,14 @@ smallest ("min", what MiLoRA adapts), the largest ("max"), the middle ("mid"), o
 How. X is W or its transpose, with p rows >= q columns. The eigenvectors of the Gram matrix G = X^T X are the right
 singular vectors of X, and G is (q, q) whatever p is. For the largest triplets a Krylov space of G is built, applied as
 X^T (X v); for the smallest one of (G - shift I)^-1, by a Cholesky factor. Interior triplets, small matrices and large r
-take all the eigenvectors of G. One Rayleigh-Ritz step in X itself (a QR of X V and the SVD of its small factor) then
+take all the eigenvectors of G. On a GPU the smallest triplets are sought in float32 first and corrected in float64
+(mixed_precision.py). One Rayleigh-Ritz step in X itself (a QR of X V and the SVD of its small factor) then
 gives s and U from the weight, not from its square.
 
 Precision. float64: the upcast of a checkpoint's bfloat16, float16 or float32 is exact, and float64 has the digits that
 the squared condition number of G costs (s is good to about eps * s_max^2 / (2 s)). A float32 SVD is not accurate
 enough: its error is relative to the largest singular value, which in a language model is 10^4 to 10^6 times the
-smallest. float32 serves once, to place the shift, where any value below the spectrum does.
+smallest. float32 serves where its error does not reach the result: to place the shift, and to find a first guess.
 
 Cost. p q^2 operations for G and q^3 / 3 for its factor, then 4 q^2 for each of some hundreds of vectors; 9 q^3 where
 all eigenvectors are needed. 1.5 q^2 float64 numbers of memory and the Krylov basis; 3 q^2 for all eigenvectors. X is
@@ -22,8 +23,9 @@ Reproducibility. The same bits on the same processor with the same number of thr
 number, so the program solves each weight on one thread.
 
 Failure. Every solution is measured against W (certificate.py). One that is not accepted is refined by one more
-application of the operator; then the next algorithm is tried: all eigenvectors of G; then, where squaring lost the
-wanted end, a full float64 SVD, which holds a float64 copy of W. The certificate says which algorithm ran and why.
+application of the operator; then the next algorithm is tried: after mixed precision float64; then all eigenvectors of
+G; then, where squaring lost the wanted end, a full float64 SVD, which holds a float64 copy of W. The same happens when
+a library fails. The certificate says which algorithm ran and why.
 
 Sources: MiLoRA, https://arxiv.org/abs/2406.09044; the Krylov space: lanczos.py; the error bound: certificate.py.
 """
@@ -31,7 +33,8 @@ Sources: MiLoRA, https://arxiv.org/abs/2406.09044; the Krylov space: lanczos.py;
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,13 +53,19 @@ from milora_init.linalg.certificate import (
 )
 from milora_init.linalg.cholesky import CholeskyFactor, cholesky
 from milora_init.linalg.cost import uses_krylov
-from milora_init.linalg.lanczos import RitzPairs, estimate_largest_eigenvalue, largest_eigenpairs
+from milora_init.linalg.lanczos import (
+    RitzPairs,
+    krylov_projection,
+    largest_eigenpairs,
+    largest_eigenvalues,
+    power_projection,
+    round_down,
+)
+from milora_init.linalg.mixed_precision import smallest_triplets
 from milora_init.modes import MODES, Mode
 
-LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below
-_KRYLOV_BLOCK = 24  # columns; MKL is fastest on multiples of 24
 _SHIFT_BLOCK = 48  # columns, to estimate the smallest eigenvalue in a few steps
 _SHIFT = 0.95  # of the smallest eigenvalue of X^T X
 _ANGLES = (4.0, 0.04)  # times the tolerance: where the Krylov loop stops, and where the second attempt does
@@ -114,7 +123,7 @@ def singular_triplets(
     arithmetic = arithmetic or arithmetic_of(W.device)
     if W.device.type == "mps":
         W = W.cpu()
-    low, high = (float(x) for x in torch.aminmax(W))
+    low, high = torch.stack(torch.aminmax(W)).tolist()
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError(f"W of shape {tuple(W.shape)} has NaN or Inf entries")
     wanted = wanted_indices(q, r, mode, seed).to(W.device)
@@ -157,12 +166,19 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
     """The triplets of X at the indices `wanted` (r,), by the first algorithm whose solution is accepted."""
     q, r = X.shape[1], wanted.numel()
     if uses_krylov(q, r, mode):
-        try:
-            return _by_lanczos(X, r, mode, tolerance)
-        except NotConverged as failure:
-            reason = failure.reason
-        except LinAlgError as error:
-            reason = f"lanczos failed: {_first_line(error)}"
+        attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: _by_lanczos(X, r, mode, tolerance)]
+        if mode == "min" and X.arithmetic.mixed_precision:
+            attempts.insert(0, lambda: smallest_triplets(X, r, tolerance))
+        failures: list[str] = []
+        for attempt in attempts:
+            try:
+                solution, certificate = attempt()
+                return solution, replace(certificate, reason="; ".join([*failures, certificate.reason]))
+            except NotConverged as failure:
+                failures.append(failure.reason)
+            except LinAlgError as error:
+                failures.append(_first_line(error))
+        reason = "; ".join(failures)
     elif mode in ("min", "max"):
         reason = f"r = {r} of q = {q} is beyond a Krylov space"
     else:
@@ -196,6 +212,7 @@ def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple
         NotConverged: No solution is accepted.
     """
     q, arithmetic = X.shape[1], X.arithmetic
+    block = arithmetic.krylov_block
     factor, shift = _shifted_factor(X) if mode == "min" else (None, 0.0)
     apply = X.gram_operator() if factor is None else factor.solve
     for angle in _ANGLES:
@@ -203,8 +220,8 @@ def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple
             apply,
             q,
             r,
-            block=_KRYLOV_BLOCK,
-            max_basis=min(q - 2 * _KRYLOV_BLOCK, 16 * r + 768),
+            block=block,
+            max_basis=min(q - 2 * block, 16 * r + 768),
             tolerance=angle * tolerance,
             arithmetic=arithmetic,
             device=X.stored.device,
@@ -213,7 +230,7 @@ def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple
             raise NotConverged("an independent block found what the Krylov space had missed")
         basis = pairs.vectors
         for refined in ("", ", refined"):
-            reason = f"r = {r} of q = {q}, {pairs.steps} steps of {_KRYLOV_BLOCK}{refined}"
+            reason = f"r = {r} of q = {q}, {pairs.steps} steps of {block}{refined}"
             solution, gaps = _from_basis(X, basis, pairs, factor, shift, reason)
             certificate = certify(X, solution, gaps)
             if is_accepted(solution, certificate, tolerance):
@@ -231,7 +248,7 @@ def _from_basis(
     factor is that of X^T X - shift I for the smallest triplets, None for the largest.
     """
     left, s, right, image = rayleigh_ritz(X, basis)
-    s_max = float(s[0]) if factor is None else math.sqrt(_estimate_largest(factor, X.arithmetic) + shift)
+    s_max = float(s[0]) if factor is None else math.sqrt(_largest(X, factor) + shift)
     next_eigenvalue = pairs.next_value if factor is None else shift + 1 / pairs.next_value
     nearest = torch.full_like(s, next_eigenvalue).sqrt()
     solution = Solution(
@@ -273,12 +290,10 @@ def _shifted_factor(X: BlockedMatrix) -> tuple[CholeskyFactor, float]:
     if 2 * p >= 3 * q:
         estimate = cholesky(G.to(torch.float32), arithmetic)
         if estimate is not None:
-            inverse = estimate_largest_eigenvalue(
-                estimate.solve, q, block=_SHIFT_BLOCK, arithmetic=arithmetic, device=G.device
+            (inverse,) = largest_eigenvalues(
+                krylov_projection(estimate.solve, q, block=_SHIFT_BLOCK, arithmetic=arithmetic, device=G.device)
             )
-            # Rounded to five bits, so that it does not depend on the last bits of a float32.
-            mantissa, exponent = math.frexp(_SHIFT / inverse)
-            shift = math.ldexp(math.floor(32 * mantissa) / 32, exponent)
+            shift = round_down(_SHIFT / inverse) if inverse > 0 else 0.0
             del estimate
             if shift > 0:
                 G.diagonal().sub_(shift)
@@ -292,14 +307,10 @@ def _shifted_factor(X: BlockedMatrix) -> tuple[CholeskyFactor, float]:
     return factor, 0.0
 
 
-def _estimate_largest(factor: CholeskyFactor, arithmetic: DeviceArithmetic) -> float:
-    """The largest eigenvalue of the factored matrix, from below, to a tenth or so: it is only a scale."""
-    q = factor.L.shape[0]
-    block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    block = block.to(factor.L.device)
-    for _ in range(2):
-        block, _ = arithmetic.orthonormalise(factor.times(block))
-    return float(torch.linalg.matrix_norm(block.mT @ factor.times(block), ord=2))
+def _largest(X: BlockedMatrix, factor: CholeskyFactor) -> float:
+    """An estimate of the largest eigenvalue of the factored matrix: it is only a scale."""
+    projection = power_projection(factor.times, X.shape[1], X.arithmetic, X.stored.device, torch.float64)
+    return largest_eigenvalues(projection)[0]
 
 
 def _by_eigh(X: BlockedMatrix, wanted: Tensor, seed: int, reason: str) -> tuple[Solution, Certificate]:

@@ -1,4 +1,4 @@
-"""Singular triplets against a full float64 SVD, by the arithmetic of a CPU and by that of a GPU."""
+"""Singular triplets against a full float64 SVD."""
 
 from __future__ import annotations
 
@@ -12,75 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import matrices
+from support.triplets import certified, check_component, check_properties, check_values, component
 from torch import Tensor
 
-from milora_init.linalg import lanczos, svd
+from milora_init.linalg import blocked_matrix, lanczos, mixed_precision, svd
 from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 from milora_init.linalg.certificate import NotConverged
 from milora_init.linalg.lanczos import RitzPairs
-from milora_init.linalg.svd import Triplets, singular_triplets, wanted_indices
+from milora_init.linalg.svd import singular_triplets, wanted_indices
 from milora_init.modes import MODES, Mode
 
 EPS = torch.finfo(torch.float64).eps
 ARITHMETIC = {"cpu": CPU, "gpu": GPU}
 SHAPES = [(64, 64), (65, 64), (192, 64), (64, 192), (1600, 32)]
-
-
-def component(t: Triplets) -> Tensor:
-    return (t.U * t.s) @ t.V.mT
-
-
-def certified(t: Triplets) -> float:
-    """The certified component error, inf where there is none."""
-    return math.inf if t.certificate.component_error is None else t.certificate.component_error
-
-
-def check_properties(W: Tensor, t: Triplets, r: int) -> None:
-    """What holds for every matrix, however hard."""
-    m, n = W.shape
-    q = min(m, n)
-    assert (t.U.shape, t.s.shape, t.V.shape) == ((m, r), (r,), (n, r))
-    assert t.U.dtype == t.s.dtype == t.V.dtype == torch.float64
-    assert bool((t.s[:-1] >= t.s[1:]).all())
-    assert bool((t.s >= 0).all())
-    eye = torch.eye(r, dtype=torch.float64)
-    assert float((t.U.mT @ t.U - eye).abs().max()) < 10 * q * EPS
-    assert float((t.V.mT @ t.V - eye).abs().max()) < 10 * q * EPS
-    scale = float(W.double().abs().max()) or 1.0
-    X, s, s_max = W.double() / scale, t.s / scale, t.s_max / scale
-    residual = max(
-        float((X @ t.V - t.U * s).norm(dim=0).max()),
-        float((X.mT @ t.U - t.V * s).norm(dim=0).max()),
-    )
-    assert residual <= t.certificate.residual * s_max * 1.5 + q * EPS * s_max
-    top = t.V.abs().max(dim=0)
-    assert bool((t.V.gather(0, top.indices.unsqueeze(0)) > -2e-6).all())
-    assert math.isfinite(t.certificate.residual)
-
-
-def check_values(W: Tensor, t: Triplets, r: int, mode: Mode) -> None:
-    """s against the truth: to the accuracy that the residual promises (Weyl), and never a wrong index."""
-    truth = torch.linalg.svdvals(W.double())
-    wanted = truth[wanted_indices(truth.numel(), r, mode, 0)]
-    q = truth.numel()
-    assert float((t.s - wanted).abs().max()) <= (10 * q * EPS + 2 * t.certificate.residual) * float(truth[0])
-    rough = mode == "min" and t.certificate.path == "lanczos"  # then s_max is an estimate from below
-    assert t.s_max == pytest.approx(float(truth[0]), rel=0.1 if rough else 1e-6, abs=1e-300)
-
-
-def check_component(W: Tensor, t: Triplets, r: int, mode: Mode) -> None:
-    """The component against the truth: within what the certificate says, and within the bar of 1e-7."""
-    scale = float(W.double().abs().max())
-    U, s, Vh = torch.linalg.svd(W.double() / scale, full_matrices=False)
-    wanted = wanted_indices(s.numel(), r, mode, 0)
-    truth = (U[:, wanted] * s[wanted]) @ Vh[wanted]
-    error = float((component(t) / scale - truth).norm() / truth.norm())
-    # The reference has an error of its own, q * eps * s_max in each vector over its gap.
-    others = torch.tensor([x for i, x in enumerate(s.tolist()) if i not in wanted.tolist()], dtype=s.dtype)
-    lean = (s[wanted] / (s[wanted].unsqueeze(1) - others).abs().amin(dim=1)).clamp_min(1).norm()
-    reference = s.numel() * EPS * float(s[0] * lean / truth.norm())
-    assert error <= 2 * certified(t) + reference
-    assert error <= max(1e-7, reference)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -160,13 +104,12 @@ KRYLOV_SHAPES = [(600, 600), (606, 600), (560, 1700), (2600, 520)]
 KRYLOV_NAMES = ["gaussian", "language_model_like", "flat", "power_law", "steep", "float16_near_overflow"]
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("shape", KRYLOV_SHAPES, ids=str)
 @pytest.mark.parametrize("name", KRYLOV_NAMES)
-def test_krylov_against_truth(name: str, shape: tuple[int, int], mode: Mode, arithmetic: str) -> None:
+def test_krylov_against_truth(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
-    t = singular_triplets(W, r, mode=mode, arithmetic=ARITHMETIC[arithmetic])
+    t = singular_triplets(W, r, mode=mode)
     if name in ("language_model_like", "power_law"):
         assert t.certificate.path == "lanczos", t.certificate.reason
     check_properties(W, t, r)
@@ -194,6 +137,69 @@ def test_unconverged_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     t = singular_triplets(W, 8)
     assert t.certificate.path == "eigh"
     assert "no convergence" in t.certificate.reason
+    check_component(W, t, 8, "min")
+
+
+@pytest.mark.parametrize("failing", [["eigh"], ["eigh", "svd"]], ids=str)
+def test_a_failure_of_the_library_is_the_next_algorithm_or_a_clear_error(
+    failing: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise svd.LinAlgError("did not converge\nand more")
+
+    W = matrices.gaussian(600, 560)
+    for name in failing:
+        monkeypatch.setattr(torch.linalg, name, fails)
+    if "svd" in failing:
+        with pytest.raises(ValueError, match="eigh failed: did not converge; svd failed: did not converge"):
+            singular_triplets(W, 8)
+        return
+    t = singular_triplets(W, 8)
+    assert t.certificate.path == "svd"
+    assert t.certificate.reason == "did not converge; eigh failed: did not converge"
+    check_component(W, t, 8, "min")
+
+
+@pytest.mark.parametrize("shape", [(600, 600), (560, 1700), (1700, 560)], ids=str)
+@pytest.mark.parametrize("name", ["gaussian", "language_model_like", "subnormal", "huge"])
+def test_mixed_precision_by_the_algorithms_of_a_cpu(name: str, shape: tuple[int, int]) -> None:
+    W, r = matrices.DISTINCT[name](*shape), 12
+    t = singular_triplets(W, r, arithmetic=replace(CPU, mixed_precision=True))
+    assert t.certificate.path == "mixed", t.certificate.reason
+    check_properties(W, t, r)
+    check_values(W, t, r, "min")
+    check_component(W, t, r, "min")
+
+
+def test_mixed_precision_gives_way_when_the_probe_finds_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corrections may converge to triplets of W that are not the smallest: only the probe can tell."""
+
+    def blind(*args: Any, **kwargs: Any) -> RitzPairs:
+        pairs = lanczos.largest_eigenpairs(*args, **kwargs)
+        return replace(pairs, probe_value=1.01 * float(pairs.values[7]))
+
+    W = matrices.gaussian(600, 560)
+    monkeypatch.setattr(mixed_precision, "largest_eigenpairs", blind)
+    t = singular_triplets(W, 8, arithmetic=replace(CPU, mixed_precision=True))
+    assert t.certificate.path == "lanczos"
+    assert "missed" in t.certificate.reason
+    check_component(W, t, 8, "min")
+
+
+@pytest.mark.parametrize("error", [1e-5, 1e-1])
+def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float32 inverse only guides the search: whatever is wrong in it, what is returned is certified."""
+    true_gram = blocked_matrix.gram_of_blocks
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        G = true_gram(*args, **kwargs)
+        G.diagonal().mul_(1 + error * torch.rand(len(G), generator=torch.Generator().manual_seed(5)))
+        return G
+
+    W = matrices.gaussian(600, 560)
+    monkeypatch.setattr(mixed_precision, "gram_of_blocks", wrong)
+    t = singular_triplets(W, 8, arithmetic=replace(CPU, mixed_precision=True))
+    assert certified(t) <= 5e-8
     check_component(W, t, 8, "min")
 
 
@@ -302,5 +308,5 @@ def test_several_blocks_of_rows_give_what_one_gives(arithmetic: str) -> None:
     whole = singular_triplets(W, 10, arithmetic=one_block)
     for X in (W, W.mT.contiguous().mT):
         t = singular_triplets(X, 10, arithmetic=replace(one_block, row_block_bytes=100 * 600 * 8))
-        assert t.certificate.path == "lanczos"
+        assert t.certificate.path == whole.certificate.path != "eigh"
         assert float((component(t) - component(whole)).norm() / whole.s.norm()) < 1e-8

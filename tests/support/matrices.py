@@ -42,6 +42,16 @@ def language_model_like(m: int, n: int, *, seed: int = 0) -> Tensor:
     return W.to(torch.bfloat16)
 
 
+def moderate_head(m: int, n: int, *, seed: int = 1) -> Tensor:
+    """A Gaussian bulk and 48 directions of up to four times its edge, bfloat16: what costs are counted on."""
+    generator = torch.Generator().manual_seed(seed)
+    k = min(48, m // 4, n // 4)
+    bulk = torch.randn(m, n, generator=generator).mul_(0.02)
+    sizes = 0.16 * (m * n) ** 0.25 * torch.arange(1, k + 1).float() ** -0.7
+    left, right = torch.randn(m, k, generator=generator) / m**0.5, torch.randn(n, k, generator=generator) / n**0.5
+    return bulk.addmm_(left * sizes, right.mT).to(torch.bfloat16)
+
+
 def flat(m: int, n: int) -> Tensor:
     return with_spectrum(torch.linspace(1.0, 0.9, min(m, n)), m, n)
 
