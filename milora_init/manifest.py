@@ -8,9 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,34 @@ from typing import Any
 from milora_init.accuracy import Certificate, Rounding
 from milora_init.errors import OutputError
 from milora_init.expert_slot import ExpertSlot
-from milora_init.untrusted import path_inside, plain_names, relative_name
+from milora_init.json_fields import (
+    Check,
+    all_of,
+    an_object,
+    anything,
+    at_least_1,
+    count,
+    each,
+    file_name,
+    flag,
+    non_empty,
+    number,
+    one_of,
+    or_absent,
+    or_none,
+    positive,
+    read_object,
+    require_fields,
+    sha256_text,
+    text,
+)
+from milora_init.modes import MODES
+from milora_init.untrusted import path_inside, plain_names
 
 MANIFEST = "milora_init.json"
 WORK_FOLDER = ".milora-init"
 FORMAT = 1
-_MOST_BYTES = 1 << 29  # a record takes some 1,300, and the largest models have 10^5 weights
-_MOST = 2**63
-Check = Callable[[Any], bool]
+MOST_MANIFEST_BYTES = 1 << 29  # a record takes some 1,300, and the largest models have 10^5 weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +165,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        content = read_object(path)
+        content = read_object(path, most_bytes=MOST_MANIFEST_BYTES)
         if content is None:
             return None
         number = content.pop("format", None)
@@ -184,120 +203,8 @@ def require_inside(folder: Path, names: Iterable[str]) -> None:
             raise OutputError(str(error), hint="put the file itself in its place, or fetch the output again") from error
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, its numbers finite; None where there is no file.
-
-    Raises:
-        OSError, ValueError, RecursionError: It is something else, or too large.
-    """
-    try:
-        size_bytes = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if not path.is_file() or size_bytes > _MOST_BYTES:
-        raise ValueError("no file, or a very large one")
-    text = path.read_text(encoding="utf-8")
-    content = json.loads(text, parse_float=_finite, parse_constant=_finite, parse_int=_whole)
-    if not isinstance(content, dict):
-        raise ValueError(f"a {type(content).__name__}")
-    return content
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is no number")
-    return number
-
-
-def _whole(text: str) -> int:
-    if len(text) > 20 or not -_MOST < (number := int(text)) < _MOST:
-        raise ValueError(f"{text[:20]}... is too large a number")
-    return number
-
-
-def require_fields(content: Any, fields: Mapping[str, Check], where: str) -> None:
-    """See that an object has fields of the kinds that they should be of.
-
-    Raises:
-        ValueError: One is not, or is missing. It is named.
-    """
-    if not isinstance(content, dict):
-        raise ValueError(f"{where.rstrip('.')} is no object")
-    for name, check in fields.items():
-        if name not in content and not check(...):
-            raise ValueError(f"{where}{name} is missing")
-        if name in content and not check(content[name]):
-            raise ValueError(f"{where}{name} is {str(content[name])[:60]!r}")
-
-
-def text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-
-
-def sha256_text(value: Any) -> bool:
-    return text(value) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def or_absent(check: Check) -> Check:
-    return lambda value: value is ... or check(value)
-
-
-def each(key: Check, check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(key(k) and check(v) for k, v in value.items())
-
-
-def all_of(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def one_of(*values: str) -> Check:
-    return lambda value: isinstance(value, str) and value in values
-
-
-def file_name(value: Any) -> bool:
-    if any(part.startswith(".") for part in relative_name(value).split("/")):  # its ValueError tells more
-        raise ValueError(f"{value!r} is hidden")
-    return True
-
-
-def _name(value: Any) -> bool:
-    return text(value) and bool(value)
-
-
-def _at_least_1(value: Any) -> bool:
-    return count(value) and value >= 1
-
-
 def _shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_at_least_1, value))
-
-
-def _positive(value: Any) -> bool:
-    return number(value) and value > 0
-
-
-def _anything(value: Any) -> bool:
-    return value is not ...
-
-
-def _object(value: Any) -> bool:
-    return isinstance(value, dict)
+    return isinstance(value, list) and len(value) == 2 and all(map(at_least_1, value))
 
 
 def _targets(value: Any) -> bool:
@@ -305,14 +212,14 @@ def _targets(value: Any) -> bool:
 
 
 def _pattern(value: Any) -> bool:
-    return isinstance(value, dict) and all(bool(plain_names(k)) and _positive(v) for k, v in value.items())
+    return isinstance(value, dict) and all(bool(plain_names(k)) and positive(v) for k, v in value.items())
 
 
 _DTYPE = one_of("float64", "float32", "bfloat16", "float16")
 _MANIFEST: Mapping[str, Check] = {
-    "source": _object, "out": text, "fingerprint": sha256_text, "inputs": _object,
+    "source": an_object, "out": text, "fingerprint": sha256_text, "inputs": an_object,
     "versions": lambda value: each(text, text)(value) and "milora_init" in value,
-    "adapter": _object, "files": each(file_name, count), "notices": all_of(text),
+    "adapter": an_object, "files": each(file_name, count), "notices": all_of(text),
     "weights": lambda value: isinstance(value, list) and bool(value), "elapsed_s": number,
     "checked_with": or_absent(text), "hashes": or_absent(each(file_name, sha256_text)),
 }  # fmt: skip
@@ -322,24 +229,24 @@ _SOURCE: Mapping[str, Check] = {
 }  # fmt: skip
 _INPUTS: Mapping[str, Check] = {
     "version": text, "source": lambda value: each(text, text)(value) and "config.json" in value,
-    "side_files": each(file_name, sha256_text), "rank": _at_least_1, "mode": one_of("min", "max", "mid", "random"),
-    "alpha": _at_least_1, "rslora": flag, "seed": count, "text_only": or_absent(flag),
+    "side_files": each(file_name, sha256_text), "rank": at_least_1, "mode": one_of(*MODES),
+    "alpha": at_least_1, "rslora": flag, "seed": count, "text_only": or_absent(flag),
 }  # fmt: skip
 _ADAPTER: Mapping[str, Check] = {
-    "peft_type": one_of("LORA"), "task_type": or_none(text), "base_model_name_or_path": text, "r": _at_least_1,
-    "lora_alpha": _positive, "lora_dropout": number, "bias": text, "target_modules": _targets,
-    "target_parameters": or_absent(all_of(text)), "init_lora_weights": _anything, "fan_in_fan_out": flag,
+    "peft_type": one_of("LORA"), "task_type": or_none(text), "base_model_name_or_path": text, "r": at_least_1,
+    "lora_alpha": positive, "lora_dropout": number, "bias": text, "target_modules": _targets,
+    "target_parameters": or_absent(all_of(text)), "init_lora_weights": anything, "fan_in_fan_out": flag,
     "use_rslora": flag, "rank_pattern": _pattern, "alpha_pattern": _pattern, "revision": or_absent(or_none(text)),
 }  # fmt: skip
 _RECORD: Mapping[str, Check] = {
-    "module": _name, "tensor": _name, "shape": _shape, "transposed": flag, "row": or_none(count),
-    "expert": or_none(_object), "key": _name, "source_dtype": _DTYPE, "dtype": _DTYPE, "rank": _at_least_1,
-    "scale": _positive, "s_first": number, "s_last": number, "s_max": number, "energy": number, "untrainable": count,
-    "certificate": _object, "rounding": _object, "device": text, "elapsed_s": number, "read_s": number,
+    "module": non_empty, "tensor": non_empty, "shape": _shape, "transposed": flag, "row": or_none(count),
+    "expert": or_none(an_object), "key": non_empty, "source_dtype": _DTYPE, "dtype": _DTYPE, "rank": at_least_1,
+    "scale": positive, "s_first": number, "s_last": number, "s_max": number, "energy": number, "untrainable": count,
+    "certificate": an_object, "rounding": an_object, "device": text, "elapsed_s": number, "read_s": number,
     "write_s": number,
 }  # fmt: skip
 _EXPERT: Mapping[str, Check] = {
-    "parameter": _name, "index": count, "count": _at_least_1, "part": count, "parts": _at_least_1,
+    "parameter": non_empty, "index": count, "count": at_least_1, "part": count, "parts": at_least_1,
 }  # fmt: skip
 _CERTIFICATE: Mapping[str, Check] = {
     "path": text, "reason": text, "residual": or_none(number), "orthogonality": or_none(number),

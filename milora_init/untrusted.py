@@ -12,6 +12,7 @@ import re
 import stat
 from pathlib import Path, PurePosixPath
 
+MOST_JSON_BYTES = 100_000_000
 _COMMAND = re.compile(r"^(\s*)::")
 _NAMES = re.compile(r"(?:[\w.-]|\\[^\w|\\]|\\_)+(?:\|(?:[\w.-]|\\[^\w|\\]|\\_)+)*")
 
@@ -57,6 +58,19 @@ def plain_file(path: Path) -> Path:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "no plain file", str(path))
     return path
+
+
+def read_text(path: Path, *, most_bytes: int = MOST_JSON_BYTES) -> str:
+    """The text of a small file, such as a JSON file.
+
+    Raises:
+        OSError: There is none, it is no plain file, or it is larger than `most_bytes`.
+        ValueError: It is not UTF-8.
+    """
+    size_bytes = plain_file(path).stat().st_size
+    if size_bytes > most_bytes:
+        raise OSError(errno.EFBIG, f"{size_bytes} bytes, which no file of its kind has", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def plain_names(pattern: object) -> list[str]:

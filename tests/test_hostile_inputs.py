@@ -120,6 +120,16 @@ def test_a_manifest_cannot_switch_the_judgement_of_an_adapter_off(
         merge(str(out), str(tmp_path / "merged"), adapter=str(adapter))
 
 
+def test_an_adapter_config_without_an_end_is_not_read(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    adapter = trained(tmp_path / "out", tmp_path / "trained", lambda _, tensor: tensor * 1.01)
+    with (adapter / "adapter_config.json").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse: it takes no room
+    with pytest.raises(CheckpointError, match=f"{1 << 40} bytes, which no file of its kind has"):
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
+    assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok
+
+
 def test_more_layers_than_tensors_are_not_built(own: Built) -> None:
     source = own("llama")
     edit_json(source / "config.json", num_hidden_layers=10**8)

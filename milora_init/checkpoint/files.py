@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from milora_init.checkpoint.header import MAX_HEADER_BYTES
 from milora_init.errors import CheckpointError
-from milora_init.untrusted import path_inside
+from milora_init.untrusted import path_inside, read_text
 
 _CHUNK_BYTES = 1 << 20
 Stamp = tuple[int, int]
@@ -75,9 +74,7 @@ def source_file(folder: Path, name: str) -> Path:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises CheckpointError."""
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, which no file of its kind has")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

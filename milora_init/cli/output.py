@@ -39,7 +39,7 @@ class _Console(Console):
 
 def print_error(message: str, hint: str) -> None:
     """An error and its repair, on stderr, never wrapped: paths and commands must survive a copy."""
-    console = _stderr()
+    console = stderr_console()
     console.print(Text("error:", "bold red"), message)
     if hint:
         console.print()
@@ -49,7 +49,7 @@ def print_error(message: str, hint: str) -> None:
 def print_traceback(error: BaseException) -> None:
     """Where an error happened, on stderr."""
     for line in "".join(traceback.format_exception(error)).splitlines():
-        _stderr().print(line)
+        stderr_console().print(line)
 
 
 def annotate(message: str, hint: str) -> None:
@@ -75,7 +75,7 @@ def print_version(version: str) -> None:
     print(f"milora-init {version}")
 
 
-def _weights(some: Sequence[object]) -> str:
+def count_weights(some: Sequence[object]) -> str:
     return f"{len(some)} weight{'s' if len(some) != 1 else ''}"
 
 
@@ -102,7 +102,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     console.print(f"time     about {duration(estimate_s)} of solving here, and the copying")
     for job in plan.jobs:
         becomes = "" if job.target == job.source.name else f" -> {job.target}"
-        console.print(f"  {job.source.name}{becomes}  ({_weights(job.splits)})")
+        console.print(f"  {job.source.name}{becomes}  ({count_weights(job.splits)})")
     _print_warnings(plan.notices)
     console.print("nothing was written")
 
@@ -161,7 +161,7 @@ def print_verdict(verdict: Verdict) -> None:
     console.print(f"{verdict.folder}: {verdict.text}")
     if verdict.ok:
         console.print(f"compared: {_checked(verdict.checked)}")
-    console = _stderr()
+    console = stderr_console()
     for difference in verdict.differences[:_DIFFERENCES]:
         console.print(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
         console.print(Text("   hint:", "bold cyan"), difference.hint)
@@ -183,7 +183,7 @@ def _checked(checked: Mapping[str, Any]) -> str:
 
 
 def _print_warnings(lines: tuple[str, ...] | list[str]) -> None:
-    console = _stderr()
+    console = stderr_console()
     for line in lines:
         console.print(Text("warning:", "bold yellow"), line)
 
@@ -209,7 +209,7 @@ def _stdout() -> Console:
     return _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
-def _stderr(quiet: bool = False) -> Console:
+def stderr_console(quiet: bool = False) -> Console:
     return _Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
 
 

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from milora_init.cli.output import _stderr, _weights
+from milora_init.cli.output import count_weights, stderr_console
 from milora_init.report import component_error, duration, size
 from milora_init.run.progress import Progress as RunProgress
 
@@ -44,7 +44,7 @@ class _Words(ProgressColumn):
 @contextmanager
 def waiting(what: str, *, quiet: bool) -> Iterator[None]:
     """A spinner on a terminal, nothing elsewhere."""
-    console = _stderr(quiet)
+    console = stderr_console(quiet)
     if console.is_terminal:
         spinner = "dots" if console.encoding.startswith("utf") else "line"
         with console.status(console.render_str(what), spinner=spinner):
@@ -56,7 +56,7 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
 @contextmanager
 def by_files(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar by bytes on a terminal, a line a file elsewhere. Yields whom to tell: file, bytes done, all bytes."""
-    console = _stderr(quiet)
+    console = stderr_console(quiet)
     columns = (_Words("what"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None, what=what)
@@ -82,7 +82,7 @@ class Bar(RunProgress):
         self.began = False
         self._at: dict[str, str] = {}  # device -> module
         self._lock = threading.Lock()  # tensors are reported from the workers' threads
-        self._console = _stderr(quiet)
+        self._console = stderr_console(quiet)
         self._verbose = verbose
         wide: tuple[ProgressColumn, ...] = (
             _Words("what"),
@@ -172,5 +172,7 @@ class Bar(RunProgress):
                 )
         if self._verbose or not self._console.is_terminal:
             left = f", {self._time_left()}" if finished < of else ""
-            line = f"[{finished}/{of}] {result.shard}: {_weights(result.records)} split, {duration(elapsed_s)}{left}"
+            line = (
+                f"[{finished}/{of}] {result.shard}: {count_weights(result.records)} split, {duration(elapsed_s)}{left}"
+            )
             self._console.print(line)

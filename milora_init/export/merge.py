@@ -33,25 +33,20 @@ from milora_init.errors import CheckpointError, OutputError, PlanError, UsageErr
 from milora_init.export import merge_weight
 from milora_init.export.merge_weight import MergeJob
 from milora_init.hub.source import fetch_original
-from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
-from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
-from milora_init.manifest import (
-    MANIFEST,
-    Manifest,
-    WeightRecord,
+from milora_init.json_fields import (
     count,
     each,
     file_name,
-    fingerprint,
     number,
     or_none,
     read_object,
     require_fields,
-    require_inside,
-    require_manifest,
     sha256_text,
     text,
 )
+from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
+from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside, require_manifest
 from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
 from milora_init.run.journal import Entry

@@ -28,7 +28,7 @@ from milora_init.hub.download import download
 from milora_init.hub.errors import hub_errors
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
-from milora_init.untrusted import relative_name
+from milora_init.untrusted import read_text, relative_name
 
 _HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -111,10 +111,8 @@ def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(
-            {relative_name(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        )
-    except (ValueError, KeyError, AttributeError, TypeError):
+        return sorted({relative_name(name) for name in json.loads(read_text(index))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return []  # a broken index is named where checkpoints are opened
 
 
@@ -179,7 +177,7 @@ def fetch_model(options: InitOptions) -> Path:
     """The folder of the model with all weight files; missing ones are downloaded."""
     folder, remote = locate_model(options)
     for name in remote.absent if remote else ():
-        _fetch(options, remote, name, None)
+        fetch_file(options, remote, name, None)
     return folder
 
 
@@ -190,7 +188,7 @@ def fetch_original(manifest: Manifest, options: InitOptions) -> Path:
     return fetch_model(options)
 
 
-def _fetch(options: InitOptions, remote: RemoteFiles | None, name: str, into: Path | None) -> Path:
+def fetch_file(options: InitOptions, remote: RemoteFiles | None, name: str, into: Path | None) -> Path:
     assert remote is not None
     return download(remote, name, cache_dir=options.cache_dir, token=options.token, into=into)
 

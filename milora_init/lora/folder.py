@@ -25,7 +25,7 @@ from milora_init.expert_slot import ExpertSlot
 from milora_init.lora.config import lora_scale, match_pattern
 from milora_init.lora.tensor_layout import factor_shapes, lora_key, parse_lora_key, weight_factors
 from milora_init.manifest import WeightRecord
-from milora_init.untrusted import plain_file
+from milora_init.untrusted import read_text
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -201,7 +201,7 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
 def read_config(path: Path) -> dict[str, Any]:
     """Content of an adapter_config.json. Raises CheckpointError where it is not a readable JSON object."""
     try:
-        config = json.loads(plain_file(path).read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
         if not isinstance(config, dict):
             raise ValueError(f"a {type(config).__name__}")
     except OSError as error:

@@ -30,13 +30,13 @@ from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
 from milora_init.lora.tensor_layout import adapter_header
-from milora_init.manifest import MANIFEST, fingerprint
+from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.plan.notices import plan_notices
 from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised
-from milora_init.untrusted import plain_file, printable
+from milora_init.untrusted import printable, read_text
 
 SHARDS_AT_ONCE = 4
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
@@ -230,7 +230,8 @@ def _refuse_residual(folder: Path) -> None:
     if found is None:
         return
     try:
-        original = json.loads(plain_file(folder / MANIFEST).read_bytes())["source"]["model"]
+        manifest = json.loads(read_text(folder / MANIFEST, most_bytes=MOST_MANIFEST_BYTES))
+        original = manifest["source"]["model"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         original = None
     hint = "name the original model that it was made from"

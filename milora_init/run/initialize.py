@@ -26,7 +26,7 @@ from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import drop_from_page_cache, sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.errors import OutputError
-from milora_init.hub.source import _fetch, locate_model
+from milora_init.hub.source import fetch_file, locate_model
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.options import InitOptions
@@ -242,7 +242,7 @@ def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest
 
     def fetch(name: str) -> Path:
         progress.fetching(name, plan.checkpoint.headers[name].file_bytes)
-        return _fetch(options, remote, name, folder)
+        return fetch_file(options, remote, name, folder)
 
     return Prefetcher(jobs, plan.checkpoint.headers, fetch, Path.unlink if folder else None)
 
