@@ -32,7 +32,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from milora_init.checkpoint.header import DTYPE_NAMES, plan_header
+from milora_init.checkpoint.dtypes import DTYPE_NAMES
+from milora_init.checkpoint.header import plan_header
 from milora_init.errors import MiloraError
 from milora_init.options import InitOptions
 from milora_init.plan.peft_check import require_loadable

@@ -19,10 +19,10 @@ import pytest
 import torch
 from hypothesis import settings
 from support import tiny_models
+from support.runs import initialize
 
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
 
 # A run that finds nothing today must not find something else tomorrow: examples follow from the test alone.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)

@@ -18,7 +18,7 @@ from milora_init.export.merge import merge
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]

@@ -23,13 +23,13 @@ FOLDERS = [
     "lora",
     "hub",
     "plan",
-    "verify",
+    "verification",
     "run",
     "export",
     "cli",
 ]
 STRANGERS = ("checkpoint", "linalg")  # files without mathematics, mathematics without files
-START = {"__init__.py", "__main__.py"}  # the ways in: they may name anything
+START = {"__init__.py", "__main__.py", "api.py", "result.py"}  # what users start from: these may import anything
 
 # Which folder or file alone may import a package.
 ONLY_IN = {"huggingface_hub": "hub", "typer": "cli", "rich": "cli", "yaml": "options.py"}
@@ -114,9 +114,12 @@ def test_what_the_command_line_starts_with_imports_no_torch(module: str) -> None
 
 
 def test_the_public_names_are_the_promised_ones() -> None:
-    import milora_init
-    from milora_init.options import InitOptions
-    from milora_init.run.initialize import initialize
-
-    assert milora_init.initialize is initialize
-    assert milora_init.InitOptions is InitOptions
+    code = """
+import milora_init
+for name in milora_init.__all__:
+    assert getattr(milora_init, name) is not None
+import milora_init.verification.verify
+assert dir(milora_init) == milora_init.__all__
+assert callable(milora_init.verify) and callable(milora_init.initialize)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

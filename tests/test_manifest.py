@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.family_training import start as start_family
+from support.runs import initialize
 from support.tiny_models import TARGETS, edit_inputs
 
 from milora_init.checkpoint.folder import open_checkpoint
@@ -23,10 +24,9 @@ from milora_init.export.merge import MERGED, merge, read_merged
 from milora_init.hub.model_card import card_data, card_text, step_summary
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
-from milora_init.report import summary
-from milora_init.run.initialize import initialize
-from milora_init.verify.files import check_weight_records
-from milora_init.verify.verify import verify
+from milora_init.report import report_json
+from milora_init.verification.files import check_weight_records
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Path_ = tuple[str | int, ...]
@@ -71,7 +71,7 @@ def changed(content: Any, at: Path_, value: Any) -> Any:
 
 def use(folder: Path, manifest: Manifest) -> None:
     """What the commands make of a manifest."""
-    json.dumps(summary(manifest, unchanged=False), allow_nan=False)
+    json.dumps(report_json(manifest), allow_nan=False)
     step_summary(manifest)
     card_text(manifest, "org/name")
     card_data(manifest)

@@ -18,10 +18,9 @@ from typing import Any
 
 from milora_init.checkpoint import hashing
 from milora_init.checkpoint.files import Stamp, read_bytes, read_json_object, source_file, stamp
-from milora_init.checkpoint.header import REFETCH, Header, TensorInfo
+from milora_init.checkpoint.header import REFETCH, Header, TensorInfo, read_header
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES, side_files
-from milora_init.checkpoint.tensor_file import open_shard
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, UsageError
 from milora_init.untrusted import relative_name
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -113,12 +112,11 @@ def open_checkpoint(folder: Path, remote: RemoteFiles | None = None) -> Checkpoi
         remote: For a snapshot of a model on the Hub, what the Hub knows of it.
 
     Raises:
-        CheckpointError: No folder, no config.json, no weights, a missing or broken shard, a wrong index.
+        UsageError: No folder.
+        CheckpointError: No config.json, no weights, a missing or broken shard, a wrong index.
     """
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder", hint="name a folder with a config.json, or a Hub id org/name"
-        )
+        raise UsageError(f"{folder}: no such folder", hint="name a folder with a config.json, or a Hub id org/name")
     if not os.path.lexists(folder / "config.json"):
         hint = "this is an adapter: name the base model" if (folder / "adapter_config.json").is_file() else ""
         raise CheckpointError(f"{folder}: no config.json", hint=hint or "name the folder that save_pretrained wrote")
@@ -207,6 +205,10 @@ def left_out(checkpoint: Checkpoint) -> list[str]:
 
 
 def _header_of(path: Path) -> Header:
+    if path.suffix != ".bin":
+        return read_header(path)
+    from milora_init.checkpoint.tensor_file import open_shard  # imports torch, which takes a second
+
     with open_shard(path) as shard:
         return shard.header
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from milora_init.lora.config import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
 from milora_init.manifest import Manifest
-from milora_init.report import duration, loading_lines, share, size, warnings, weight_groups
+from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
 _METHODS = {
@@ -88,11 +88,12 @@ dropout {plain(manifest.adapter["lora_dropout"])} for training.
 
 {table(manifest)}
 
-*energy*: the component's share of the weight's squared norm. *leak*: how much of it rounding leaves in the base.
-*error*: the certified error of the component. `milora_init.json` has the figures of every weight, and the SHA-256 of
+*energy*: the component's share of the weight's squared norm. *leak*: the part of the component that rounding leaves in
+the base. *step-0 error*: the distance of base and component from the weight, relative to the weight. *certified*: a
+proven bound of the component's relative error. `milora_init.json` has the figures of every weight, and the SHA-256 of
 every file; `milora-init verify` reads them.
 
-{"".join(f"- {sentence(warning)}{chr(10)}" for warning in warnings(manifest))}
+{"".join(f"- {sentence(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
 ## After training
 
 `milora-init merge` makes one plain model of this base and a trained adapter; `milora-init convert` makes a plain LoRA
@@ -123,7 +124,7 @@ def write_step_summary(manifest: Manifest) -> None:
 
 def step_summary(manifest: Manifest) -> str:
     """What a CI job shows of a run."""
-    notes = "".join(f"- {sentence(warning)}\n" for warning in warnings(manifest))
+    remarks = "".join(f"- {sentence(text)}\n" for text in [*warnings(manifest), *notes(manifest)])
     files = size(sum(manifest.files.values()))
     text = f"""### milora-init: {sentence(manifest.out)}
 
@@ -133,7 +134,7 @@ Fingerprint {code(manifest.fingerprint[:12])}.
 
 {table(manifest)}
 
-{notes}
+{remarks}
 ```python
 {loading_lines(manifest)}
 ```
@@ -143,10 +144,14 @@ Fingerprint {code(manifest.fingerprint[:12])}.
 
 def table(manifest: Manifest) -> str:
     """The figures, a line for each kind of weight."""
-    lines = ["| module | shape | weights | rank | energy | worst leak | worst error |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| module | shape | weights | rank | energy | leak | step-0 error | certified |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {plain(kind.suffix)} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} "
-        f"| {share(kind.energy)} | {kind.leak:.1e} | {kind.certificate:.0e} |"
+        f"| {percent(kind.energy)} | {percent(kind.leak)} | {percent(kind.rounding_error)} "
+        f"| {kind.certificate:.0e} |"
         for kind in weight_groups(manifest.weights)
     ]
     return "\n".join(lines)

@@ -22,26 +22,43 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
+from milora_init.envelope import Status, envelope
 from milora_init.errors import OutputError, PlanError
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.model_card import card_data, card_text
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
 from milora_init.manifest import MANIFEST, Manifest, require_inside, require_manifest
 from milora_init.options import clean_token, require_repository
+from milora_init.result import Result
 
 _FINISH = ("config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS)
 _BEGUN = "unfinished-by-milora-init"  # in a repository whose shards are pushed one by one
 _OF_THE_SOURCE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Published:
-    """Where an output went: the repository, its address, the commit, and how many of its files were new there."""
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class Published(Result):
+    """What was pushed.
+
+    Attributes:
+        repo, url: The repository and its address.
+        commit: The commit that has the output.
+        files: How many files were sent or removed.
+        unchanged: Whether the repository had the same output before.
+    """
 
     repo: str
     url: str
     commit: str
     files: int
+    unchanged: bool = False
+
+    def summary(self) -> Mapping[str, object]:
+        return {"status": "unchanged" if self.unchanged else "done", "url": self.url, "commit": self.commit[:12]}
+
+    def to_json(self) -> dict[str, Any]:
+        status: Status = "unchanged" if self.unchanged else "done"
+        return envelope("push", status, out=self.repo, url=self.url, commit=self.commit, files=self.files)
 
 
 class Repository:
@@ -77,7 +94,7 @@ class Repository:
             if others and MANIFEST not in others and _BEGUN not in others and not overwrite:
                 raise PlanError(
                     f"{self.repo} exists and is no output of milora-init: it holds {min(others)}",
-                    hint="choose another repository, or add --yes to replace its weights",
+                    hint="choose another repository, or add --overwrite to replace its weights",
                 )
 
     def files(self) -> set[str]:
@@ -197,7 +214,7 @@ class Repository:
 
 
 def push(
-    folder: str, repo: str, *, private: bool = True, revision: str | None = None, token: str | None = None,
+    folder: str, repo: str, *, private: bool = True, branch: str | None = None, token: str | None = None,
     overwrite: bool = False,
 ) -> Published:  # fmt: skip
     """Publish a finished output folder; see `Repository`.
@@ -212,7 +229,7 @@ def push(
     for name, size_bytes in manifest.files.items():
         if not (out / name).is_file() or (name != LORA_CONFIG and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
-    repository = Repository(repo, private=private, revision=revision, token=token)
+    repository = Repository(repo, private=private, revision=branch, token=token)
     repository.claim(overwrite=overwrite)
     return repository.push(out, manifest)
 

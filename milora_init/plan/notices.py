@@ -11,7 +11,7 @@ from milora_init.lora.config import PEFT_FOR_EXPERTS
 from milora_init.model.adaptable import ModelStructure
 from milora_init.options import InitOptions
 from milora_init.plan.output_files import config_dtypes
-from milora_init.plan.weights import WeightPlan, quantised
+from milora_init.plan.weights import WeightPlan, lacking_default_targets, quantised
 
 _LISTED = 8  # names in a notice
 
@@ -24,7 +24,7 @@ def plan_notices(
     adapter_config: Mapping[str, Any],
 ) -> list[str]:
     """One sentence for each thing that the user should know about a plan."""
-    notices = []
+    notices = _about_targets(options, structure)
     notices += _about_class(options, checkpoint, structure)
     if adapter_config.get("target_parameters"):
         notices.append(
@@ -48,6 +48,16 @@ def plan_notices(
                 f" will cast them on load; `--dtype {sorted(stored)[0]}` makes config.json agree"
             )
     return notices
+
+
+def _about_targets(options: InitOptions, structure: ModelStructure) -> list[str]:
+    """Whether the default targets were replaced."""
+    lacking = lacking_default_targets(structure) if options.target is None else []
+    if not lacking:
+        return []
+    return [
+        f"a {structure.architecture} has no {', '.join(lacking)}: all-linear is adapted instead of the default targets"
+    ]
 
 
 def _about_class(options: InitOptions, checkpoint: Checkpoint, structure: ModelStructure) -> list[str]:

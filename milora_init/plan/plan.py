@@ -26,6 +26,7 @@ from milora_init.checkpoint.folder import (
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import DTYPES, Header
 from milora_init.checkpoint.side_files import side_files
+from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
@@ -33,6 +34,7 @@ from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
+from milora_init.plan.finished import option_inputs
 from milora_init.plan.notices import plan_notices
 from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised
@@ -89,17 +91,11 @@ class Plan:
             "version": __version__,
             "source": dict(self.checkpoint.digest),
             "side_files": {name: sha256(self.source / name) for name in self.side_files},
-            "rank": options.rank,
-            "mode": options.mode,
-            "alpha": options.lora_alpha,
-            "rslora": options.rslora,
+            **option_inputs(options),
             "rank_pattern": self.adapter_config["rank_pattern"],
             "alpha_pattern": self.adapter_config["alpha_pattern"],
             "dropout": self.adapter_config["lora_dropout"],
             "task_type": self.adapter_config["task_type"],
-            "text_only": options.text_only,
-            "dtype": options.dtype,
-            "seed": options.seed,
             "modules": [w.weight.module for w in self.weights],
         }
 
@@ -244,27 +240,31 @@ def _refuse_residual(folder: Path) -> None:
     )
 
 
-def describe(plan: Plan, at_once: int) -> dict[str, Any]:
-    """The plan as JSON: what `--dry-run --json` prints. `at_once` weights are in work at a time."""
-    return {
-        "status": "planned",
-        "model": plan.options.model,
-        "out": plan.options.out,
-        "architecture": plan.structure.architecture,
-        "fingerprint": plan.fingerprint,
-        "mode": plan.options.mode,
-        "rank": plan.options.rank,
-        "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
-        "source_bytes": plan.source_bytes,
-        "download_bytes": sum(header.file_bytes for header in plan.absent.values()),
-        "base_bytes": plan.base_bytes,
-        "adapter_bytes": plan.adapter_bytes,
-        "peak_memory_bytes": plan.peak_memory_bytes(at_once),
-        "solve_flops": plan.solve_flops,
-        "adapter_config": plan.adapter_config,
-        "notices": list(plan.notices),
-        "files": [*plan.files, MANIFEST],
-        "shards": [
+def describe(plan: Plan, at_once: int, estimate_s: float) -> dict[str, Any]:
+    """What `--dry-run --json` prints. `at_once` weights are in work at a time; `estimate_s` is the time for solving."""
+    options, remote = plan.options, plan.checkpoint.remote
+    return envelope(
+        "init",
+        "planned",
+        out=options.out,
+        fingerprint=plan.fingerprint,
+        source={"model": options.model, "revision": remote.commit if remote else None},
+        warnings=plan.notices,
+        architecture=plan.structure.architecture,
+        mode=options.mode,
+        rank=options.rank,
+        alpha=options.lora_alpha,
+        estimate_s=round(estimate_s, 1),
+        source_bytes=plan.source_bytes,
+        download_bytes=sum(header.file_bytes for header in plan.absent.values()),
+        base_bytes=plan.base_bytes,
+        adapter_bytes=plan.adapter_bytes,
+        peak_memory_bytes=plan.peak_memory_bytes(at_once),
+        solve_flops=plan.solve_flops,
+        adapter_config=dict(plan.adapter_config),
+        weight_count=len(plan.weights),
+        files=[*plan.files, MANIFEST],
+        shards=[
             {
                 "source": job.source.name,
                 "target": job.target,
@@ -273,7 +273,7 @@ def describe(plan: Plan, at_once: int) -> dict[str, Any]:
             }
             for job in plan.jobs
         ],
-        "weights": [
+        weights=[
             {**asdict(w.weight), "rank": w.rank, "source_dtype": w.source_dtype, "dtype": w.dtype} for w in plan.weights
         ],
-    }
+    )

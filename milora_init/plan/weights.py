@@ -13,7 +13,7 @@ from milora_init.errors import PlanError
 from milora_init.lora.config import lora_scale, make_adapter_config, stacked_alpha
 from milora_init.lora.targets import PeftTargets, matching, names_fused, peft_targets, select
 from milora_init.model.adaptable import Adaptable, ModelStructure
-from milora_init.options import InitOptions
+from milora_init.options import DEFAULT_TARGET, InitOptions
 
 _WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _SOLVABLE = ("F64", "F32", "BF16", "F16")
@@ -50,12 +50,30 @@ def plan_weights(
         PlanError: The request does not fit the model.
     """
     _require_task(options.task_type, structure)
-    chosen = select(structure, options.target, options.exclude)
+    chosen = select(structure, _targets(options, structure), options.exclude)
     targets = peft_targets(chosen, structure)
     sizes = _sizes(chosen, options)
     weights = tuple(_plan_weight(weight, checkpoint, options, sizes[weight.target], targets) for weight in chosen)
     _require_rank(weights)
     return weights, _adapter_config(options, structure, targets, weights, sizes)
+
+
+def _targets(options: InitOptions, structure: ModelStructure) -> tuple[str, ...]:
+    """The targets that are asked for; without any, the default ones, or `all-linear` if the model lacks one of them."""
+    if options.target is not None:
+        return options.target
+    return ("all-linear",) if lacking_default_targets(structure) else DEFAULT_TARGET
+
+
+def lacking_default_targets(structure: ModelStructure) -> list[str]:
+    """The default targets that select no weight of the model."""
+    lacking = []
+    for name in DEFAULT_TARGET:
+        try:
+            select(structure, [name])
+        except PlanError:
+            lacking.append(name)
+    return lacking
 
 
 def _require_task(task: str | None, structure: ModelStructure) -> None:

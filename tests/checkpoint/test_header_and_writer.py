@@ -20,7 +20,8 @@ from support.raw_headers import entry, raw_file, written
 from support.reference import same_bytes
 from support.tiny_models import contents
 
-from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, Header, plan_header, read_header
+from milora_init.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from milora_init.checkpoint.header import DTYPES, Header, plan_header, read_header
 from milora_init.checkpoint.writer import SafetensorsWriter
 from milora_init.errors import CheckpointError, OutputError
 
@@ -34,7 +35,7 @@ def test_a_header_read_is_the_one_that_the_library_wrote(tmp_path: Path) -> None
     content = (tmp_path / "x.safetensors").read_bytes()
     assert content.startswith(header.raw)
     assert header.metadata == {"format": "pt"}
-    assert {n: (DTYPES[i.dtype], i.shape) for n, i in header.tensors.items()} == {
+    assert {n: (TORCH_DTYPES[i.dtype], i.shape) for n, i in header.tensors.items()} == {
         n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()
     }
     for name, info in header.tensors.items():

@@ -21,7 +21,7 @@ from milora_init import __version__
 from milora_init.cli.main import run
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
 from milora_init.run import weight as weight_run
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -522,7 +522,7 @@ def test_an_interruption_speaks_of_the_command_and_not_of_a_word(
     monkeypatch.setattr(weight_run, "split", interrupted)
     Path("verify").symlink_to(checkpoint("llama"))
     require_error(cli("verify"), 130, "run the same command to resume")
-    monkeypatch.setattr("milora_init.verify.verify.verify", interrupted)
+    monkeypatch.setattr("milora_init.verification.verify.verify", interrupted)
     require_error(raw(capsys, "verify", "out"), 130, "run the same command again")
 
 

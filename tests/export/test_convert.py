@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import TARGETS, contents
 from support.training import digests, load, logits, train
 
+from milora_init.api import convert
 from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError, UsageError
-from milora_init.export.convert import best_rank, convert
+from milora_init.export.convert import best_rank
 from milora_init.export.merge import merge
 from milora_init.manifest import Manifest
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -51,7 +52,7 @@ def test_converted_on_the_original_computes_what_the_trained_pair_computes(
     trained = train(out, tmp_path / "trained")
     inputs = digests(source, out, trained)
 
-    modules = convert(out / "lora", trained, tmp_path / "plain")
+    modules = convert(out / "lora", trained, tmp_path / "plain").modules
 
     assert digests(source, out, trained) == inputs
     assert {(m.rank, m.lost) for m in modules} == {(8, 0.0)}
@@ -93,7 +94,7 @@ def test_compression_is_the_best_of_its_rank_and_says_what_it_lost(
     start(source, out=str(out), rank=4, rslora=True)
     trained = train(out, tmp_path / "trained")
     convert(out / "lora", trained, tmp_path / "whole")
-    modules = convert(out / "lora", trained, tmp_path / "small", rank=3)
+    modules = convert(out / "lora", trained, tmp_path / "small", rank=3).modules
 
     origin = dict(load(source).named_parameters())
     whole = dict(load(source, tmp_path / "whole").merge_and_unload().named_parameters())
@@ -120,8 +121,9 @@ def test_best_rank_at_full_rank_is_the_product(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def pair(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `out` and `trained`, to be copied before it is damaged."""
+    from support.runs import initialize
+
     from milora_init.options import InitOptions
-    from milora_init.run.initialize import initialize
 
     folder = tmp_path_factory.mktemp("pair")
     out = folder / "out"

@@ -17,14 +17,14 @@ from support import tiny_models
 from support.tiny_models import TARGETS, contents, tensors
 from support.training import digests, load, logits, train
 
+from milora_init.api import convert
 from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
-from milora_init.export.convert import convert
 from milora_init.export.merge import MERGED, merge
 from milora_init.export.merge_weight import merged_weight
 from milora_init.manifest import WORK_FOLDER, Manifest
 from milora_init.run.shard import ShardWriter
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]

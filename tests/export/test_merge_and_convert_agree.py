@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from support import architectures
 from support.families import FAMILIES
 from support.family_training import answer, load, patterned, start, train
+from support.runs import initialize
 from support.tiny_models import tensors
 
+from milora_init.api import convert
 from milora_init.errors import PlanError
-from milora_init.export.convert import convert
 from milora_init.export.merge import merge
 from milora_init.lora.compatibility import require_trained_from
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "t5"]
 # With rsLoRA, a rank of its own for one target and an alpha of its own for another.
@@ -78,7 +78,7 @@ def test_compressed_to_less_than_twice_the_rank_it_says_what_was_lost(name: str,
     pair = answer(family, load(family, out, trained))
     off = {}
     for rank in (2, 5):
-        modules = convert(out / "lora", trained, tmp_path / f"plain-{rank}", rank=rank)
+        modules = convert(out / "lora", trained, tmp_path / f"plain-{rank}", rank=rank).modules
         assert all(0 < module.lost < 1 for module in modules)
         other = answer(family, load(family, source, tmp_path / f"plain-{rank}"))
         off[rank] = float((other - pair).norm() / pair.norm())
@@ -90,8 +90,8 @@ def test_a_rank_between_those_of_the_modules_cuts_only_who_has_more(name: str, t
     family = FAMILIES[name]
     source, out, _ = start(name, tmp_path, "float32", **patterned(family))
     trained = train(family, out, tmp_path / "trained")
-    whole = {m.module: m.rank for m in convert(out / "lora", trained, tmp_path / "whole")}
-    cut = convert(out / "lora", trained, tmp_path / "plain", rank=7)
+    whole = {m.module: m.rank for m in convert(out / "lora", trained, tmp_path / "whole").modules}
+    cut = convert(out / "lora", trained, tmp_path / "plain", rank=7).modules
     assert {m.module: m.rank for m in cut} == {module: min(7, rank) for module, rank in whole.items()}
     assert {6, 7} <= {m.rank for m in cut}
     assert all((m.lost > 1e-6) == (whole[m.module] > 7) for m in cut)

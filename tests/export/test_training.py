@@ -13,6 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
+from support.runs import initialize
 from support.training import load, logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl.trainer.dpo_config import DPOConfig
@@ -20,11 +21,10 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from milora_init.export.convert import convert
+from milora_init.api import convert
 from milora_init.export.merge import merge
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

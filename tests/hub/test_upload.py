@@ -18,7 +18,7 @@ from support.training import load, logits
 from milora_init import InitOptions, initialize
 from milora_init.cli.main import run
 from milora_init.manifest import Manifest
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]

@@ -12,19 +12,19 @@ from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
 from support.family_training import start as start_family
 from support.family_training import train as train_family
+from support.runs import initialize
 from support.tiny_models import edit_json
 from support.training import train
 from torch import Tensor
 
+from milora_init.api import convert
 from milora_init.errors import PlanError
-from milora_init.export.convert import convert
 from milora_init.export.merge import merge
 from milora_init.lora.compatibility import modules_not_trained_from
 from milora_init.manifest import require_manifest
 from milora_init.modes import Mode
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Tensors = dict[str, Tensor]
 WEIGHTS = "adapter_model.safetensors"

@@ -272,9 +272,9 @@ def test_a_vision_tower_is_adapted_only_where_a_target_names_it(name: str, tower
 @pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl"])
 def test_the_recipe_for_visual_instruction_takes_the_seven_linears_of_the_text_tower(name: str, tmp_path: Path) -> None:
     structure = family(name, tmp_path)
-    chosen = {
-        w.module for w in select(structure, InitOptions.from_recipe("visual-instruction", model="m", out="o").target)
-    }
+    target = InitOptions.from_recipe("visual-instruction", model="m", out="o").target
+    assert target is not None
+    chosen = {weight.module for weight in select(structure, target)}
     assert {m.rpartition(".")[2] for m in chosen} == {
         "q_proj",
         "k_proj",

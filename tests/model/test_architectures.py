@@ -15,15 +15,15 @@ import transformers
 from safetensors.torch import load_file
 from support import architectures
 from support.families import FAMILIES, Family
+from support.runs import initialize
 from support.tiny_models import as_pickles, tensors
 from torch import Tensor
 
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import describe, make_plan
-from milora_init.run.initialize import initialize
 from milora_init.run.shard import ShardWriter
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 RANK = 4
 Made = Callable[..., tuple[Path, Path, Manifest]]
@@ -192,10 +192,10 @@ def test_a_run_with_experts_goes_on_where_it_stopped(
 def test_a_model_with_experts_says_what_it_costs_and_what_it_needs(tmp_path: Path) -> None:
     source = architectures.save(tmp_path, FAMILIES["mixtral"], "bfloat16")
     options: dict[str, Any] = {"model": str(source), "out": "out", "rank": RANK}
-    left = describe(make_plan(InitOptions(**options, target=("q_proj",)), source), 1)
-    assert left["notices"] == ["the 24 matrices of the experts are left as they are; --target experts adapts them too"]
-    taken = describe(make_plan(InitOptions(**options, target=("q_proj", "experts")), source), 1)
-    (notice,) = taken["notices"]
+    left = describe(make_plan(InitOptions(**options, target=("q_proj",)), source), 1, 0.0)
+    assert left["warnings"] == ["the 24 matrices of the experts are left as they are; --target experts adapts them too"]
+    taken = describe(make_plan(InitOptions(**options, target=("q_proj", "experts")), source), 1, 0.0)
+    (notice,) = taken["warnings"]
     assert "training needs PEFT >= 0.19.1, and lora_dropout is 0 instead of 0.05" in notice
     assert len(taken["weights"]) == len(left["weights"]) + 24
     assert taken["solve_flops"] > left["solve_flops"]

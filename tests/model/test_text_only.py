@@ -16,20 +16,20 @@ import transformers
 from peft import PeftModel
 from support import architectures
 from support.families import FAMILIES
+from support.runs import initialize
 from support.tiny_models import edit_json
 from support.training import TOKENS, logits
 from torch import Tensor
 
+from milora_init.api import convert
 from milora_init.errors import PlanError
-from milora_init.export.convert import convert
 from milora_init.export.merge import merge
 from milora_init.lora.compatibility import explain_other_class
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import Plan, make_plan
-from milora_init.report import loading_lines, summary
-from milora_init.run.initialize import initialize
-from milora_init.verify.verify import verify
+from milora_init.report import loading_lines
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Made = Callable[[str, bool], tuple[Path, Path, Manifest]]
@@ -135,7 +135,7 @@ def test_the_pair_computes_the_source_in_the_class_it_was_made_for_and_says_whic
     assert manifest.source["architecture"] == (auto if text_only else own)
     assert manifest.source["other_class"] == (own if text_only else auto)
     assert f"from transformers import {cls}\n" in loading_lines(manifest)
-    (notice,) = (n for n in summary(manifest, unchanged=False)["warnings"] if "other names" in n)
+    (notice,) = (n for n in manifest.notices if "other names" in n)
     assert own in notice
     assert auto in notice
     assert ("--text-only" in notice) is not text_only

@@ -76,7 +76,7 @@ def test_the_fingerprint_changes_with_the_source(checkpoint: Built, own: Built) 
 
 def test_no_secret_is_written_anywhere(checkpoint: Built) -> None:
     made = plan(checkpoint("llama"), token="hf_secret")
-    assert "hf_secret" not in json.dumps(describe(made, 1)) + json.dumps(made.inputs) + repr(made.options)
+    assert "hf_secret" not in json.dumps(describe(made, 1, 0.0)) + json.dumps(made.inputs) + repr(made.options)
 
 
 def test_planning_writes_nothing(own: Built, tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_config_that_would_round_the_residuals_again_is_noticed(own: Built) ->
 
 def test_the_sizes_promised_are_the_sizes_made(start: Callable[..., Any], checkpoint: Built, tmp_path: Path) -> None:
     folder = checkpoint("llama", "bfloat16")
-    described = describe(plan(folder, dtype="float32", out=str(tmp_path / "out")), 1)
+    described = describe(plan(folder, dtype="float32", out=str(tmp_path / "out")), 1, 0.0)
     start(folder, dtype="float32")
     made = tiny_models.contents(tmp_path / "out")
     assert set(described["files"]) == set(made)

@@ -30,7 +30,7 @@ from milora_init.plan import plan
 from milora_init.plan.plan import make_plan
 from milora_init.run.output_folder import OutputFolder
 from milora_init.run.progress import Progress
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
 from support import architectures
 from support.families import FAMILIES, Family
+from support.runs import initialize
 
 NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "t5"]
 # With rsLoRA, a rank of its own for one target and an alpha of its own for another.

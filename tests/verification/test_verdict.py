@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from milora_init.verify.verdict import TEXTS, Code, Finding, Problem, Verdict, note, verdict_code
+from milora_init.verification.verdict import TEXTS, Code, Finding, Problem, Verdict, note, verdict_code
 
 CASES: list[tuple[tuple[Problem, ...], Code]] = [
     (("changed",), "damaged"),

@@ -14,7 +14,7 @@ from support.tiny_models import TARGETS
 from support.training import train
 
 from milora_init.manifest import MANIFEST
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 

@@ -28,7 +28,7 @@ from milora_init.lora.folder import open_factors
 from milora_init.lora.tensor_layout import initial_block
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.plan.weights import own_seed
-from milora_init.verify.verdict import Finding
+from milora_init.verification.verdict import Finding
 
 EPS32 = torch.finfo(torch.float32).eps
 _BLOCK_ELEMENTS = 1 << 20

@@ -16,6 +16,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
 from support import fork_server
+from support.runs import initialize
 from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_inputs, edit_json, tensors
 
 from milora_init.checkpoint.hashing import sha256
@@ -24,10 +25,9 @@ from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
 from milora_init.run.progress import Progress, ShardResult
-from milora_init.verify.verdict import TEXTS, Code, Verdict
-from milora_init.verify.verify import verify
+from milora_init.verification.verdict import TEXTS, Code, Verdict
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
