@@ -25,7 +25,7 @@ _METHOD, _LORA, _MODEL, _RUN, _HUB = "Method", "Adapter", "Model", "Run", "Hub"
 def init(
     model_argument: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="The original model: a folder or a Hub id.", show_default=False),
+        typer.Argument(metavar="MODEL", help="The original model: a folder or a Hub id.", show_default=False),
     ] = None,
     model: Model = None,
     out: Annotated[

@@ -43,7 +43,13 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Command(TyperCommand):
-    """A command that also accepts other spellings of its options."""
+    """A command that also accepts other spellings of its options, and whose help shows no type for flags."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, current_spelling(ctx.info_name or "", args))
@@ -159,7 +165,7 @@ def run(argv: list[str]) -> int:
         # Typer's own usage errors. Which package defines their class depends on its version.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             message = error.format_message() + _offending_value(argv, getattr(error, "param", None))
-            return _fail(argv, message, f"milora-init {_command_of(argv)} --help", error.exit_code, error)
+            return _fail(argv, message, _usage_hint(argv), error.exit_code, error)
         message, hint = explain(error) or (
             f"{type(error).__name__}: {error}",
             "please report this, with the output of `milora-init env`; MILORA_DEBUG=1 prints the traceback",
@@ -169,6 +175,14 @@ def run(argv: list[str]) -> int:
 
 def _command_of(argv: list[str]) -> str:
     return argv[0] if argv and argv[0] in COMMANDS else DEFAULT_COMMAND
+
+
+def _usage_hint(argv: list[str]) -> str:
+    """Where to read on after a usage error of typer's."""
+    later = next((word for word in argv if word in COMMANDS), None)
+    if later and argv[0].startswith("-"):
+        return f"options come after the command: milora-init {later} ...; see milora-init {later} --help"
+    return f"milora-init {_command_of(argv)} --help"
 
 
 def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseException | None = None) -> int:

@@ -14,7 +14,7 @@ from milora_init.options import DEFAULT_RECIPE, read_recipe, recipe_names, recip
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Print this recipe's YAML.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Print this recipe's YAML.", show_default=False)
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,

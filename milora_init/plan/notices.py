@@ -7,7 +7,7 @@ from typing import Any
 
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, left_out
 from milora_init.checkpoint.header import torch_name
-from milora_init.lora.config import PEFT_FOR_EXPERTS
+from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS
 from milora_init.model.adaptable import ModelStructure
 from milora_init.options import InitOptions
 from milora_init.plan.output_files import config_dtypes

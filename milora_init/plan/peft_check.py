@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from milora_init.errors import PlanError
-from milora_init.lora.config import PEFT_FOR_EXPERTS, lora_scale, match_pattern
+from milora_init.lora.config import lora_scale, match_pattern
+from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS
 from milora_init.lora.targets import resolve_target_modules
 from milora_init.lora.tensor_layout import lora_key, stacked_shapes
 from milora_init.model import meta_model
