@@ -61,7 +61,7 @@ def own_folders(file: Path) -> set[str]:
     return {parts[1] if (PACKAGE / parts[1]).is_dir() else "." for parts in names if len(parts) > 1}
 
 
-def test_every_folder_has_its_place_in_the_list() -> None:
+def test_every_folder_is_in_the_list() -> None:
     assert {folder_of(file) for file in FILES} == set(FOLDERS)
     assert {len(file.parts) for file in FILES} <= {1, 2}
 
@@ -73,7 +73,7 @@ def test_folders_import_only_downwards(folder: str) -> None:
     assert {file: folders for file, folders in wrong.items() if folders} == {}
 
 
-def test_the_mathematics_knows_no_files_and_the_files_no_mathematics() -> None:
+def test_linalg_and_checkpoint_do_not_import_each_other() -> None:
     for file in FILES:
         if folder_of(file) in STRANGERS:
             assert own_folders(file) & set(STRANGERS) <= {folder_of(file)}
@@ -84,7 +84,7 @@ def test_the_mathematics_knows_no_files_and_the_files_no_mathematics() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_packages_are_imported_only_where_they_belong(file: Path) -> None:
+def test_restricted_packages_are_imported_only_in_their_folder(file: Path) -> None:
     packages = {name.split(".")[0] for name in imports(file)}
     assert packages & NETWORK == set()
     assert packages & PICKLES == set()
@@ -92,7 +92,7 @@ def test_packages_are_imported_only_where_they_belong(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_no_file_runs_what_a_file_says(file: Path) -> None:
+def test_no_module_runs_code_from_a_file(file: Path) -> None:
     """torch.load only with weights_only=True; no eval, no exec; nobody's code is trusted unasked."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Call):
@@ -107,13 +107,13 @@ def test_no_file_runs_what_a_file_says(file: Path) -> None:
 @pytest.mark.parametrize(
     "module", ["milora_init", "milora_init.cli.main", "milora_init.options", "milora_init.cli.output"]
 )
-def test_what_the_command_line_starts_with_imports_no_torch(module: str) -> None:
+def test_the_modules_that_start_the_command_line_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'huggingface_hub'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_the_public_names_are_the_promised_ones() -> None:
+def test_the_public_names_are_the_documented_ones() -> None:
     import milora_init
     from milora_init.options import InitOptions
     from milora_init.run.initialize import initialize

@@ -137,7 +137,7 @@ BROKEN: dict[str, tuple[Path_, Any]] = {
 
 
 @pytest.mark.parametrize("says", BROKEN)
-def test_every_command_tells_what_is_broken(
+def test_every_command_refuses_a_broken_manifest(
     says: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: Built
 ) -> None:
     folder = Path(shutil.copytree(out, tmp_path / "out"))
@@ -164,13 +164,13 @@ def test_every_command_tells_what_is_broken(
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"format": true}', b"3", b"9" * 5000, b"\xff\xfe"])
-def test_what_is_no_manifest_at_all(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(OutputError, match="is not a manifest that this version reads"):
         read_manifest(tmp_path)
 
 
-def test_a_pipe_or_a_folder_of_that_name_is_no_manifest(tmp_path: Path) -> None:
+def test_a_pipe_or_a_folder_named_like_the_manifest_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / MANIFEST)
     (tmp_path / "other" / MANIFEST).mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "other"):
@@ -178,7 +178,7 @@ def test_a_pipe_or_a_folder_of_that_name_is_no_manifest(tmp_path: Path) -> None:
             read_manifest(folder)
 
 
-def test_a_record_of_a_merge_is_read_or_refused(tmp_path: Path, out: Path) -> None:
+def test_any_value_in_a_merge_record_is_read_or_refused(tmp_path: Path, out: Path) -> None:
     merge(str(out), str(tmp_path / "merged"))
     content = json.loads((tmp_path / "merged" / MERGED).read_text())
     for place in places(content):
@@ -192,7 +192,7 @@ def test_a_record_of_a_merge_is_read_or_refused(tmp_path: Path, out: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_weight_that_is_stored_the_other_way_round_is_told(kind: str, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_wrong_transposed_field_is_found(kind: str, checkpoint: Built, tmp_path: Path) -> None:
     """Of a square weight no shape tells it: the model does."""
     folder = tmp_path / "out"
     initialize(InitOptions(model=str(checkpoint(kind)), out=str(folder), rank=4, target=TARGETS[kind], device=("cpu",)))
@@ -221,7 +221,7 @@ def test_a_weight_that_is_stored_the_other_way_round_is_told(kind: str, checkpoi
         ("shape", [64, 32], r"\[64, 32\] by the manifest"),
     ],
 )
-def test_a_weight_that_the_base_has_otherwise_is_told(
+def test_a_weight_record_that_differs_from_the_base_is_found(
     field: str, value: Any, says: str, out: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(out, tmp_path / "out"))
@@ -233,7 +233,7 @@ def test_a_weight_that_the_base_has_otherwise_is_told(
         merge(str(folder), str(tmp_path / "merged"))
 
 
-def test_an_honest_manifest_with_other_inputs_reads(out: Path, tmp_path: Path) -> None:
+def test_a_valid_manifest_with_other_inputs_is_read(out: Path, tmp_path: Path) -> None:
     shutil.copy(out / MANIFEST, tmp_path)
     edit_inputs(tmp_path / MANIFEST, seed=5)
     read = read_manifest(tmp_path)

@@ -67,7 +67,7 @@ def manifest(*weights: WeightRecord, **values: Any) -> Manifest:
     return Manifest(**{**given, **values})
 
 
-def test_weights_of_one_name_and_shape_are_one_line() -> None:
+def test_weights_of_one_name_and_shape_are_one_group() -> None:
     found = weight_groups([
         record("a.0.q_proj", energy=0.2, leak=0.01, certificate=certificate(1e-12), elapsed_s=1.0),
         record("a.0.up_proj", shape=(48, 32)),
@@ -84,11 +84,11 @@ def test_weights_of_one_name_and_shape_are_one_line() -> None:
     assert (first.leak, first.certificate, first.elapsed_s) == (0.03, 1e-12, 3.5)  # the worst, the worst, the sum
 
 
-def test_a_small_leak_is_no_warning() -> None:
+def test_a_leak_at_the_limit_is_no_warning() -> None:
     assert warnings(manifest(record(leak=LEAK_LIMIT))) == []
 
 
-def test_a_large_leak_names_the_weight_and_the_dtypes_that_mend_it() -> None:
+def test_a_large_leak_names_the_weight_and_the_dtypes_that_help() -> None:
     (warning,) = warnings(manifest(record("a.q_proj", leak=0.2), record("b.q_proj", leak=0.48)))
     assert "leaves 48% of the component of b.q_proj in the base" in warning
     assert "and more than 10% in 1 more" in warning
@@ -97,7 +97,7 @@ def test_a_large_leak_names_the_weight_and_the_dtypes_that_mend_it() -> None:
     assert "--dtype bfloat16" not in warning
 
 
-def test_only_a_dtype_that_cures_every_weight_is_advised() -> None:
+def test_only_a_dtype_that_helps_every_weight_is_suggested() -> None:
     near = {"bfloat16": 0.4, "float16": 0.095, "float32": 1e-5}  # float16 is better, and hardly below the line
     (warning,) = warnings(manifest(record(leak=0.4, leak_if=near)))
     assert "--dtype float16" not in warning
@@ -110,7 +110,7 @@ def test_only_a_dtype_that_cures_every_weight_is_advised() -> None:
     assert "--dtype float16" not in warning  # the other one would end the run
 
 
-def test_a_dtype_that_overflows_or_is_no_better_is_not_advised() -> None:
+def test_a_dtype_that_overflows_or_is_no_better_is_not_suggested() -> None:
     leaks = {"bfloat16": 0.5, "float16": None, "float32": 1e-5}
     (warning,) = warnings(manifest(record(leak=0.5, leak_if=leaks)))
     assert "float16 (" not in warning.replace("bfloat16 (", "")
@@ -119,7 +119,7 @@ def test_a_dtype_that_overflows_or_is_no_better_is_not_advised() -> None:
     assert "instead" not in warning
 
 
-def test_directions_that_cannot_train_are_counted() -> None:
+def test_untrainable_directions_are_counted() -> None:
     (warning,) = warnings(manifest(record("a"), record("b", untrainable=3), record("c", untrainable=1)))
     assert "4 directions in 2 weights" in warning
     assert "b first" in warning
@@ -130,7 +130,7 @@ def test_notices_of_the_plan_are_warnings() -> None:
 
 
 @pytest.mark.parametrize("unchanged", [False, True])
-def test_the_json_is_the_manifest_and_what_follows_from_it(unchanged: bool) -> None:
+def test_the_json_summary_holds_the_manifest_warnings_and_loading_lines(unchanged: bool) -> None:
     made = manifest(record(leak=0.3))
     content = summary(made, unchanged=unchanged)
     assert content["status"] == ("unchanged" if unchanged else "done")
@@ -144,7 +144,7 @@ HOSTILE = "x\n::error::y\x1b]0;t\x07\u202e\u2028\x85##[z]|`b` <img src=e>[l](htt
 
 
 @pytest.mark.parametrize("field", ["model", "architecture", "module", "dtype", "notice", "out", "mode", "revision"])
-def test_no_name_out_of_a_manifest_brings_markup_or_a_command(field: str) -> None:
+def test_names_from_a_manifest_inject_no_markup_and_no_command(field: str) -> None:
     source = {"model": "m", "revision": "c" * 40, "architecture": "LlamaForCausalLM"}
     source |= {field: HOSTILE} if field in source else {}
     weight = record(leak=0.3, **{name: HOSTILE for name in ("module", "dtype") if name == field})
@@ -168,7 +168,7 @@ def test_no_name_out_of_a_manifest_brings_markup_or_a_command(field: str) -> Non
     ast.parse(loading_lines(made))
 
 
-def test_an_architecture_that_is_no_name_is_not_imported() -> None:
+def test_an_architecture_that_is_no_identifier_is_not_imported() -> None:
     source = {"model": "m", "revision": None, "architecture": "X; import os"}
     assert "import os" not in loading_lines(manifest(source=source, adapter={"task_type": None}))
 
@@ -197,7 +197,7 @@ def test_the_loading_lines_name_the_class(task: str | None, architecture: str, c
     ("size_bytes", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (13.5e9, "13.5 GB"), (2.69e9, "2.7 GB"), (3.2e12, "3.2 TB")],
 )
-def test_bytes_for_people(size_bytes: float, text: str) -> None:
+def test_sizes_are_printed_with_a_unit(size_bytes: float, text: str) -> None:
     assert size(size_bytes) == text
 
 
@@ -206,5 +206,5 @@ def test_bytes_for_people(size_bytes: float, text: str) -> None:
     [(0, "0.0 s"), (4.21, "4.2 s"), (60, "1 min 00 s"), (185, "3 min 05 s"), (3599.6, "1 h 00 min"),
      (3725, "1 h 02 min")],
 )  # fmt: skip
-def test_seconds_for_people(elapsed_s: float, text: str) -> None:
+def test_durations_are_printed_with_a_unit(elapsed_s: float, text: str) -> None:
     assert duration(elapsed_s) == text

@@ -84,7 +84,9 @@ def test_a_header_read_is_the_one_that_the_library_wrote(tmp_path: Path) -> None
         ),
     ],
 )
-def test_a_header_that_lies_is_refused_by_name(header: Any, data: bytes, message: str, tmp_path: Path) -> None:
+def test_an_invalid_header_is_refused_and_its_file_named(
+    header: Any, data: bytes, message: str, tmp_path: Path
+) -> None:
     path = written(tmp_path / "x.safetensors", raw_file(header, data))
     with pytest.raises(CheckpointError, match=message) as caught:
         read_header(path)
@@ -99,7 +101,7 @@ def test_a_truncated_file_is_refused(length: int, tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_a_header_of_a_claimed_size_is_not_read_into_memory(tmp_path: Path) -> None:
+def test_a_header_with_a_huge_stated_size_is_refused_without_reading_it(tmp_path: Path) -> None:
     path = written(tmp_path / "x.safetensors", (1 << 62).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match="truncated"):
         read_header(path)
@@ -110,7 +112,7 @@ def test_a_header_of_a_claimed_size_is_not_read_into_memory(tmp_path: Path) -> N
         read_header(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.safetensors"):
         with pytest.raises(CheckpointError, match=str(path)):
             read_header(path)
@@ -164,7 +166,7 @@ def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [None, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_copied_bytes_are_the_same_whatever_the_file_system_can(
+def test_copied_bytes_are_the_same_with_and_without_copy_file_range(
     code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source.safetensors"
@@ -183,7 +185,7 @@ def test_copied_bytes_are_the_same_whatever_the_file_system_can(
     assert (tmp_path / "copy.safetensors").read_bytes() == source.read_bytes()
 
 
-def test_a_source_that_shrinks_under_the_copy_is_an_error(tmp_path: Path) -> None:
+def test_a_source_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     source = written(tmp_path / "source", b"short")
     with (
         source.open("rb") as file,
@@ -194,7 +196,7 @@ def test_a_source_that_shrinks_under_the_copy_is_an_error(tmp_path: Path) -> Non
     assert list(contents(tmp_path)) == ["source"]
 
 
-def test_an_unfinished_file_never_gets_its_name(tmp_path: Path) -> None:
+def test_an_unfinished_file_never_gets_its_final_name(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", header_of(MIXED)) as writer:
         writer.write("odd", MIXED["odd"])
         with pytest.raises(OutputError, match="6 tensors were never written"):
@@ -240,7 +242,7 @@ def test_a_tensor_other_than_planned_is_refused(name: str, tensor: torch.Tensor,
         writer.write(name, tensor)
 
 
-def test_a_tensor_is_written_once(tmp_path: Path) -> None:
+def test_writing_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", header_of(MIXED)) as writer:
         writer.write("odd", MIXED["odd"])
         with pytest.raises(OutputError, match="odd was written twice"):
@@ -258,7 +260,7 @@ def test_a_file_has_the_permissions_that_the_umask_leaves(umask: int, tmp_path: 
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o666 & ~umask
 
 
-def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
+def test_a_missing_output_folder_is_an_output_error(tmp_path: Path) -> None:
     writer = SafetensorsWriter(tmp_path / "absent" / "x.safetensors", header_of({}))
     with pytest.raises(OutputError, match="cannot write") as caught, writer:
         pass

@@ -43,7 +43,7 @@ def with_patterns(lora: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_converted_on_the_original_computes_what_the_trained_pair_computes(
+def test_the_converted_adapter_on_the_original_computes_what_the_trained_pair_computes(
     kind: str, rslora: bool, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     source, out = checkpoint(kind), tmp_path / "out"
@@ -66,7 +66,7 @@ def test_converted_on_the_original_computes_what_the_trained_pair_computes(
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_patterns_double_with_the_rest(rslora: bool, checkpoint: Built, start: Start, tmp_path: Path) -> None:
+def test_an_adapter_with_patterns_is_converted(rslora: bool, checkpoint: Built, start: Start, tmp_path: Path) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
     start(source, out=str(out), rank=4, rslora=rslora)
     with_patterns(out / "lora")
@@ -86,7 +86,7 @@ def test_patterns_double_with_the_rest(rslora: bool, checkpoint: Built, start: S
         torch.testing.assert_close(value - origin[name], moved[name] - start_at[name], rtol=1e-4, atol=1e-5)
 
 
-def test_compression_is_the_best_of_its_rank_and_says_what_it_lost(
+def test_compression_is_the_best_of_its_rank_and_reports_the_loss(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
@@ -182,7 +182,7 @@ SLOW = "([a-z_.0-9]+)*!"
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules"])
-def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> None:
+def test_a_pattern_from_an_adapter_config_is_not_run(key: str, pair: Path, tmp_path: Path) -> None:
     """It would take for ever, in any of the ways; nobody's is run, so a harmless one is refused alike."""
     for number, pattern in enumerate((SLOW, r".*\.q_proj", "re:q_proj")):
         trained = Path(shutil.copytree(pair / "trained", tmp_path / f"trained-{number}"))
@@ -207,7 +207,7 @@ def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_what_does_not_belong_is_refused_and_nothing_is_left(name: str, pair: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(name: str, pair: Path, tmp_path: Path) -> None:
     shutil.copytree(pair / "trained", tmp_path / "trained")
     damage, error, says = DAMAGE[name]
     damage(tmp_path / "trained")
@@ -217,7 +217,7 @@ def test_what_does_not_belong_is_refused_and_nothing_is_left(name: str, pair: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
 
 
-def test_a_base_that_was_moved_or_pushed_is_the_same_base(pair: Path, tmp_path: Path) -> None:
+def test_conversion_does_not_depend_on_the_path_of_the_base(pair: Path, tmp_path: Path) -> None:
     """Trained where the base was then: the config names that place, the factors say whose they are."""
     shutil.copytree(pair / "trained", tmp_path / "trained")
     edit(tmp_path / "trained", base_model_name_or_path="org/pushed-since")
@@ -227,7 +227,7 @@ def test_a_base_that_was_moved_or_pushed_is_the_same_base(pair: Path, tmp_path: 
     merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(tmp_path / "trained"))
 
 
-def test_an_output_that_exists_is_left_alone(pair: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_refused_and_unchanged(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mine").write_text("keep")
     with pytest.raises(OutputError, match="exists"):
@@ -236,7 +236,7 @@ def test_an_output_that_exists_is_left_alone(pair: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("rank", [0, -1, 9])
-def test_a_rank_that_cannot_be(rank: int, pair: Path, tmp_path: Path) -> None:
+def test_an_impossible_rank_is_refused(rank: int, pair: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=f"rank {rank} "):
         convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain", rank=rank)
 
@@ -250,7 +250,7 @@ def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Pat
     assert config["base_model_name_or_path"] == "me/model"
 
 
-def test_what_lies_beside_the_output_stays_out_of_it(pair: Path, tmp_path: Path) -> None:
+def test_other_files_in_the_parent_folder_are_unchanged(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.partial").mkdir()
     (tmp_path / "plain.partial" / "mine.txt").write_bytes(b"mine")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
@@ -259,7 +259,7 @@ def test_what_lies_beside_the_output_stays_out_of_it(pair: Path, tmp_path: Path)
     assert not list(tmp_path.glob(".plain.*"))
 
 
-def test_a_link_to_an_empty_folder_stays_one(pair: Path, tmp_path: Path) -> None:
+def test_the_output_may_be_a_link_to_an_empty_folder(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "plain").symlink_to(tmp_path / "elsewhere")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
@@ -268,14 +268,16 @@ def test_a_link_to_an_empty_folder_stays_one(pair: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("inside", ["trained/plain", "out/lora/plain", "trained"])
-def test_the_inputs_are_no_place_for_the_output(inside: str, pair: Path) -> None:
+def test_an_output_inside_an_input_folder_is_refused(inside: str, pair: Path) -> None:
     before = digests(pair)
     with pytest.raises(OutputError):
         convert(pair / "out" / "lora", pair / "trained", pair / inside)
     assert digests(pair) == before
 
 
-def test_on_the_command_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_convert_command_prints_json_or_nothing_and_refuses_an_existing_output(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--init", str(pair / "out" / "lora"), "--trained", str(pair / "trained"), "--out", str(tmp_path / "plain")]
     assert run(["convert", *words, "--rank", "2", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -288,6 +290,6 @@ def test_on_the_command_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "exists" in capsys.readouterr().err
 
 
-def test_the_longest_name_that_a_file_system_takes(pair: Path, tmp_path: Path) -> None:
+def test_an_output_name_of_255_bytes_is_written(pair: Path, tmp_path: Path) -> None:
     convert(pair / "out" / "lora", pair / "trained", tmp_path / ("x" * 255))
     assert (tmp_path / ("x" * 255) / "adapter_config.json").is_file()

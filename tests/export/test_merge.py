@@ -60,7 +60,7 @@ def test_the_merged_model_computes_what_the_trained_pair_computes(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("residual", ["auto", "float32"])
-def test_the_untrained_adapter_gives_the_source_back(
+def test_merging_the_untrained_adapter_restores_the_source(
     dtype: str, residual: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     """To the rounding of the residual, which is an ulp of its own entries at most; all else to the byte."""
@@ -86,7 +86,7 @@ def test_the_untrained_adapter_gives_the_source_back(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_an_adapter_of_another_dtype_is_summed_as_exactly(
+def test_an_adapter_of_another_dtype_is_merged_with_the_same_accuracy(
     dtype: torch.dtype, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     """PEFT saves what it trained, and autocast_adapter_dtype=False trains in the base's dtype."""
@@ -113,7 +113,7 @@ def test_the_sum_is_rounded_once() -> None:
     assert float(merged_weight(residual, B[:, :1], A[:1], 1.0, torch.bfloat16)) == 1.0  # to even
 
 
-def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
+def test_an_interrupted_merge_is_resumed_by_the_same_command(
     checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(checkpoint("llama"))
@@ -219,7 +219,7 @@ def odd_parameters(out: Path, trained: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_does_not_belong_together_is_refused_and_nothing_is_left(
+def test_a_damaged_pair_or_adapter_is_refused_and_nothing_is_written(
     damage: Callable[[Path, Path], None], error: type[Exception], words: str,
     checkpoint: Built, start: Start, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -233,7 +233,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_left(
 
 
 @pytest.mark.parametrize("inside", ["config.json", "model-00001-of-00002.safetensors", "milora_init.json"])
-def test_an_output_that_holds_something_is_refused_and_kept(
+def test_an_output_folder_that_is_not_empty_is_refused_and_unchanged(
     inside: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -244,7 +244,7 @@ def test_an_output_that_holds_something_is_refused_and_kept(
     assert contents(tmp_path / "merged") == {inside: b"mine"}
 
 
-def test_the_base_itself_is_no_place_for_the_merge(checkpoint: Built, start: Start, tmp_path: Path) -> None:
+def test_an_output_at_or_inside_the_base_is_refused(checkpoint: Built, start: Start, tmp_path: Path) -> None:
     start(checkpoint("llama"))
     before = contents(tmp_path / "out")
     with pytest.raises(OutputError):
@@ -254,7 +254,7 @@ def test_the_base_itself_is_no_place_for_the_merge(checkpoint: Built, start: Sta
     assert contents(tmp_path / "out") == before
 
 
-def test_a_finished_merge_is_left_alone_and_another_request_is_refused(
+def test_a_finished_merge_is_unchanged_and_another_request_is_refused(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     source, out, merged = checkpoint("llama"), tmp_path / "out", tmp_path / "merged"
@@ -276,7 +276,9 @@ def test_a_finished_merge_is_left_alone_and_another_request_is_refused(
         merge(str(out), str(merged), adapter=str(trained))
 
 
-def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_merge_command_prints_json_progress_and_a_summary(
+    checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     start(checkpoint("llama"))
     assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged"), "--json"]) == 0
     answer, lines = capsys.readouterr()
@@ -292,7 +294,7 @@ def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytes
     assert "10 modules merged" in capsys.readouterr().out
 
 
-def test_what_comes_back_to_the_bit_is_counted(
+def test_merge_counts_the_entries_that_equal_the_original(
     checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out, to = checkpoint("llama", "bfloat16"), str(tmp_path / "out"), tmp_path / "merged"
@@ -314,7 +316,7 @@ def test_what_comes_back_to_the_bit_is_counted(
     )
 
 
-def test_a_source_with_an_adapter_over_it_is_nothing_to_compare_with(own: Built, start: Start, tmp_path: Path) -> None:
+def test_an_original_model_with_an_adapter_in_its_folder_is_refused(own: Built, start: Start, tmp_path: Path) -> None:
     source, out, to = own("llama"), str(tmp_path / "out"), tmp_path / "merged"
     start(source)
     (source / "adapter_config.json").write_text("{}")
@@ -325,7 +327,9 @@ def test_a_source_with_an_adapter_over_it_is_nothing_to_compare_with(own: Built,
         verify(out, model=str(source))
 
 
-def test_a_source_whose_index_names_too_much_goes_there_and_back(own: Built, start: Start, tmp_path: Path) -> None:
+def test_a_source_with_an_unfilled_index_entry_is_initialized_and_merged(
+    own: Built, start: Start, tmp_path: Path
+) -> None:
     source, out, to = own("llama"), str(tmp_path / "out"), tmp_path / "merged"
     index = json.loads((source / "model.safetensors.index.json").read_text())
     right = dict(index["weight_map"])
@@ -337,7 +341,7 @@ def test_a_source_whose_index_names_too_much_goes_there_and_back(own: Built, sta
     assert json.loads((to / "model.safetensors.index.json").read_text())["weight_map"] == right
 
 
-def test_a_source_of_several_dtypes_comes_back_with_its_own_config(
+def test_a_source_of_several_dtypes_is_restored_with_its_config(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(checkpoint("llama", "bfloat16"), tmp_path / "source"))
@@ -353,7 +357,7 @@ def test_a_source_of_several_dtypes_comes_back_with_its_own_config(
     assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
 
 
-def test_no_output_where_it_would_be_lost_or_mistaken(checkpoint: Built, start: Start, tmp_path: Path) -> None:
+def test_an_unsafe_output_path_is_refused(checkpoint: Built, start: Start, tmp_path: Path) -> None:
     start(checkpoint("llama"))
     out, trained = tmp_path / "out", shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
     with pytest.raises(UsageError, match="--out is empty"):
@@ -372,7 +376,7 @@ def test_no_output_where_it_would_be_lost_or_mistaken(checkpoint: Built, start: 
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_base_with_another_side_file_of_the_same_size_is_refused(
+def test_a_base_with_a_changed_side_file_of_the_same_size_is_refused(
     name: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -384,7 +388,7 @@ def test_a_base_with_another_side_file_of_the_same_size_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_with_another_bit_makes_no_model_until_it_is_mended(
+def test_a_base_with_a_flipped_bit_is_not_merged_until_it_is_restored(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -411,7 +415,7 @@ def name_a_file(out: Path, name: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["../mine", "a/../../mine", "{home}/mine", "..\\mine", "./tokenizer.json", ".bashrc",
                                   ".git/config"])  # fmt: skip
-def test_a_manifest_that_names_what_lies_outside_or_is_hidden_is_refused_by_every_command(
+def test_a_manifest_with_an_outside_or_hidden_path_is_refused_by_every_command(
     name: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -429,7 +433,7 @@ def test_a_manifest_that_names_what_lies_outside_or_is_hidden_is_refused_by_ever
 @pytest.mark.parametrize(
     "name", ["adapter_config.json", "model.safetensors", "lora/more.safetensors", "README.md", MERGED, "x.bin"]
 )
-def test_a_manifest_that_names_what_no_output_holds_is_not_merged(
+def test_a_manifest_with_an_unexpected_file_is_not_merged(
     name: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -445,7 +449,7 @@ def test_a_manifest_that_names_what_no_output_holds_is_not_merged(
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "lora", "lora/adapter_config.json", "shard"])
-def test_a_link_in_a_pair_that_leads_out_is_refused_by_merge_and_push_and_named_by_verify(
+def test_a_link_out_of_the_pair_is_refused_by_merge_and_push_and_named_by_verify(
     name: str, checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start(checkpoint("llama"))
@@ -480,7 +484,7 @@ def test_a_pair_in_the_cache_of_the_hub_is_merged(checkpoint: Built, start: Star
     assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
 
 
-def test_a_file_of_a_merge_whose_bytes_changed_is_made_again(
+def test_a_changed_file_of_an_interrupted_merge_is_written_again(
     checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(checkpoint("llama"))
@@ -506,7 +510,7 @@ def test_a_file_of_a_merge_whose_bytes_changed_is_made_again(
 
 
 @pytest.mark.parametrize("name", ["../mine", "/mine", ""])
-def test_a_record_of_a_merge_that_names_what_lies_outside_is_refused(
+def test_a_merge_record_with_an_outside_path_is_refused(
     name: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))

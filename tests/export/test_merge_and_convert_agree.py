@@ -71,7 +71,7 @@ def test_in_bfloat16_the_merged_weights_are_the_sum_rounded_once(name: str, tmp_
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_compressed_to_less_than_twice_the_rank_it_says_what_was_lost(name: str, tmp_path: Path) -> None:
+def test_compression_below_twice_the_rank_reports_the_loss(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source, out, _ = start(name, tmp_path, "float32")
     trained = train(family, out, tmp_path / "trained")
@@ -86,7 +86,7 @@ def test_compressed_to_less_than_twice_the_rank_it_says_what_was_lost(name: str,
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_rank_between_those_of_the_modules_cuts_only_who_has_more(name: str, tmp_path: Path) -> None:
+def test_a_rank_limit_reduces_only_the_modules_above_it(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source, out, _ = start(name, tmp_path, "float32", **patterned(family))
     trained = train(family, out, tmp_path / "trained")
@@ -102,9 +102,7 @@ def test_a_rank_between_those_of_the_modules_cuts_only_who_has_more(name: str, t
 
 @pytest.mark.parametrize("rank", [None, 5])
 @pytest.mark.parametrize("options", [lambda _: PLAIN, patterned], ids=["plain", "rsLoRA and patterns"])
-def test_a_server_that_knows_one_rank_and_one_alpha_serves_the_same(
-    rank: int | None, options: Any, tmp_path: Path
-) -> None:
+def test_a_server_without_patterns_computes_the_same(rank: int | None, options: Any, tmp_path: Path) -> None:
     """vLLM reads r, lora_alpha and use_rslora, and nothing of patterns; its ranks may not be above r."""
     family = FAMILIES["llama"]
     source, out, _ = start("llama", tmp_path, "float32", **options(family))
@@ -125,7 +123,7 @@ def test_a_server_that_knows_one_rank_and_one_alpha_serves_the_same(
     assert len(modules) == len(factors) / 2 > 0
 
 
-def test_an_adapter_of_a_sibling_base_is_named_by_the_base_in_its_config(tmp_path: Path) -> None:
+def test_an_adapter_of_a_similar_base_is_recognized_by_the_base_in_its_config(tmp_path: Path) -> None:
     """Their principal directions are nearly the same, as those of a model and of what was tuned from it."""
     family = FAMILIES["llama"]
     _, out, _ = start("llama", tmp_path / "one", "float32", mode="max")
@@ -151,7 +149,7 @@ def test_an_adapter_of_a_sibling_base_is_named_by_the_base_in_its_config(tmp_pat
     assert not {"merged", "plain"} & {path.name for path in tmp_path.iterdir()}
 
 
-def test_an_adapter_of_experts_away_from_its_manifest_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_an_expert_adapter_without_its_manifest_is_refused_with_the_reason(tmp_path: Path) -> None:
     _, out, _ = start("mixtral", tmp_path, "float32")
     trained = train(FAMILIES["mixtral"], out, tmp_path / "trained")
     (out / "lora").rename(tmp_path / "initial")

@@ -127,7 +127,7 @@ def preferences() -> Dataset:
     )
 
 
-def test_dpo_compares_with_the_original_model_given_or_not(workplace: Path) -> None:
+def test_the_dpo_reference_is_the_original_model_whether_given_or_not(workplace: Path) -> None:
     given = run("dpo", run("pair", {"preferences": preferences()}), DPOConfig=short(DPOConfig))
     take_back(workplace)
     names = run("pair", {})
@@ -148,7 +148,7 @@ def test_dpo_compares_with_the_original_model_given_or_not(workplace: Path) -> N
     torch.testing.assert_close(said(alone), original, **NEAR)  # its reference does not move with the training
 
 
-def test_grpo_compares_with_the_original_model(workplace: Path) -> None:
+def test_the_grpo_reference_is_the_original_model(workplace: Path) -> None:
     prompts = Dataset.from_dict({"prompt": [sentence(number, 4) for number in range(8)]})
 
     def reward(completions: list[str], **_: Any) -> list[float]:

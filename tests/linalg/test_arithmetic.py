@@ -26,7 +26,7 @@ def test_a_block_of_any_condition_becomes_orthonormal(
 
 
 @pytest.mark.parametrize("arithmetic", [CPU, GPU], ids=["householder", "cholesky"])
-def test_a_block_without_rank_gives_an_orthonormal_one_or_nan(arithmetic: DeviceArithmetic) -> None:
+def test_a_zero_block_gives_an_orthonormal_block_or_nan(arithmetic: DeviceArithmetic) -> None:
     """Never a finite block that only looks like an answer."""
     Y = torch.zeros(300, 8, dtype=torch.float64)
     Q, _ = arithmetic.orthonormalise(Y)

@@ -67,7 +67,7 @@ def test_the_smallest_triplets_are_found_in_mixed_precision(name: str, shape: tu
 
 
 @pytest.mark.parametrize("name", ["steep", "outlier"])
-def test_where_float32_does_not_resolve_the_wanted_end_float64_takes_over(name: str) -> None:
+def test_float64_is_used_if_float32_does_not_resolve_the_smallest_values(name: str) -> None:
     """And the certificate says why each of the three algorithms before it was left."""
     t = solved(HARD[name](640, 640), 10, "min")
     assert t.certificate.path == "svd"
@@ -99,7 +99,7 @@ def test_the_same_weight_gives_the_same_bytes_twice() -> None:
     [((2048, 2048), 580, 12, 3.2, 8), ((5632, 2048), 650, 13, 5.7, 14)],
     ids=str,
 )
-def test_a_weight_costs_no_more_than_this(
+def test_the_cost_of_a_weight_is_bounded(
     shape: tuple[int, int], launches: int, waits: int, gigabytes: float, float64_gflop: float
 ) -> None:
     """With float64 throughout and the blocks of a CPU, 2048 x 2048 took 1031 launches, 23 waits, 6.3 GB, 26 GFLOP."""
@@ -113,7 +113,7 @@ def test_a_weight_costs_no_more_than_this(
     assert counts.flops["float64"] <= float64_gflop * 1e9
 
 
-def test_tensors_of_two_devices_may_not_meet() -> None:
+def test_an_operation_on_two_devices_raises() -> None:
     with simulated_cuda.simulated():
         here, there, elsewhere = torch.ones(3), torch.ones(3).to("cuda:0"), torch.ones(3).to("cuda:1")
         for other in (here, elsewhere):
@@ -123,7 +123,7 @@ def test_tensors_of_two_devices_may_not_meet() -> None:
         assert str((there * torch.tensor(2.0)).device) == "cuda:0"
 
 
-def test_a_view_is_no_launch_and_a_value_is_a_wait() -> None:
+def test_a_view_counts_no_launch_and_reading_a_value_counts_a_wait() -> None:
     with simulated_cuda.simulated() as counts:
         x = torch.ones(4, 4).to("cuda:0")
         before = counts.launches.total()

@@ -42,7 +42,7 @@ def test_the_product_is_the_component_that_the_mode_names(mode: Mode, shape: str
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", [1.0, 2.0, 0.25, 16 / 5**0.5])
-def test_the_scale_moves_into_the_factors_and_not_into_the_component(mode: Mode, scale: float) -> None:
+def test_the_scale_changes_the_factors_and_not_the_component(mode: Mode, scale: float) -> None:
     W, r = weight(24, 40), 5
     made = split(W, r, mode=mode, scale=scale, dtype=torch.float32)
     D = product(made, scale)
@@ -51,7 +51,7 @@ def test_the_scale_moves_into_the_factors_and_not_into_the_component(mode: Mode,
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 16 / 5**0.5])
-def test_the_factors_share_the_spectrum_evenly(scale: float) -> None:
+def test_each_factor_carries_the_square_root_of_the_spectrum(scale: float) -> None:
     """B^T B = A A^T = diag(s / scale): orthogonal directions, and the square root of s on each side."""
     W, r = weight(24, 40), 5
     made = split(W, r, scale=scale, dtype=torch.float32)
@@ -91,7 +91,7 @@ def test_the_residual_is_rounded_once(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_figures_are_what_they_say(mode: Mode, dtype: str) -> None:
+def test_the_rounding_figures_match_their_definitions(mode: Mode, dtype: str) -> None:
     W = weight(32, 32)
     made = split(W, 4, mode=mode, dtype=DTYPES[dtype])
     D = product(made, 1.0)
@@ -104,7 +104,7 @@ def test_the_figures_are_what_they_say(mode: Mode, dtype: str) -> None:
     assert figures.leak_if[dtype] == pytest.approx(figures.leak, rel=close)
 
 
-def test_the_leak_of_every_other_dtype_is_the_one_it_would_have() -> None:
+def test_leak_if_is_the_leak_of_a_split_in_that_dtype() -> None:
     W = weight(32, 32)
     figures = split(W, 4, dtype=torch.float32).rounding
     for name, dtype in DTYPES.items():
@@ -122,7 +122,7 @@ def test_a_shorter_mantissa_leaks_more() -> None:
 
 
 @pytest.mark.parametrize("large", [7e4, 1e30])
-def test_a_residual_beyond_float16_is_refused_and_said_to_be(large: float) -> None:
+def test_a_residual_that_overflows_float16_is_refused_and_has_no_leak_figure(large: float) -> None:
     W = weight(16, 16)
     W[3, 5] = large
     with pytest.raises(ValueError, match="overflows float16"):
@@ -140,7 +140,7 @@ def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
         split(W, 2, dtype=torch.float32)
 
 
-def test_a_zero_weight_has_figures_and_no_division_by_zero() -> None:
+def test_a_zero_weight_has_zero_figures() -> None:
     made = split(torch.zeros(8, 12), 3, dtype=torch.bfloat16)
     assert made.rounding == Rounding(0.0, 0.0, 0.0, dict.fromkeys(("bfloat16", "float16", "float32"), 0.0))
     assert not made.residual.any()
@@ -148,7 +148,7 @@ def test_a_zero_weight_has_figures_and_no_division_by_zero() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_rank_as_large_as_the_weight_takes_everything(mode: Mode) -> None:
+def test_a_full_rank_component_is_the_whole_weight(mode: Mode) -> None:
     W = weight(6, 9)
     made = split(W, 6, mode=mode, dtype=torch.float32)
     truth = reference.spectrum(W)
@@ -164,7 +164,7 @@ def test_a_transposed_weight_gives_the_transposed_parts() -> None:
     assert torch.equal(view.A, copy.A)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_another_draw() -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_draw() -> None:
     W = weight(24, 40)
     one, again, other = (split(W, 4, mode="random", dtype=torch.bfloat16, seed=seed) for seed in (1, 1, 2))
     assert reference.same_bytes(one.B, again.B)
@@ -172,7 +172,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_another_draw() -> None:
     assert not torch.equal(one.triplets.s, other.triplets.s)
 
 
-def test_blocks_of_rows_leave_no_seam() -> None:
+def test_a_split_in_row_blocks_equals_the_whole_split() -> None:
     """A weight of more elements than one block: the parts must be those of the whole."""
     W = weight(700, 400)
     made = split(W, 3, mode="max", dtype=torch.bfloat16)

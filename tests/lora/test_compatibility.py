@@ -118,7 +118,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_one_module_that_was_not_trained_from_it_is_named(name: str, pair: Path, tmp_path: Path) -> None:
+def test_each_module_not_trained_from_the_initial_adapter_is_named(name: str, pair: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     change, modules = WRONG[name]
     found = judged(pair, changed(pair, tmp_path / "changed", change))
@@ -127,7 +127,7 @@ def test_one_module_that_was_not_trained_from_it_is_named(name: str, pair: Path,
         assert "times as large" in found[f"model.{ONE}"]
 
 
-def test_noise_passes_in_less_than_one_of_200_modules(pair: Path, tmp_path: Path) -> None:
+def test_noise_is_accepted_in_at_most_one_of_200_modules(pair: Path, tmp_path: Path) -> None:
     """At widths of 16 to 48, where chance is at its worst: A, B, or both are noise in all ten modules."""
     passed = 0
     for seed in range(20):
@@ -152,18 +152,22 @@ def test_noise_passes_in_less_than_one_of_200_modules(pair: Path, tmp_path: Path
         another_order,
     ],
 )
-def test_what_computes_the_same_is_a_match(change: Callable[[Tensors], object], pair: Path, tmp_path: Path) -> None:
+def test_factors_with_the_same_product_are_accepted(
+    change: Callable[[Tensors], object], pair: Path, tmp_path: Path
+) -> None:
     assert judged(pair, changed(pair, tmp_path / "changed", change)) == {}
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_long_training_is_a_match(mode: Mode, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_adapter_after_long_training_is_accepted(
+    mode: Mode, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     initialize(InitOptions(model=str(checkpoint("llama")), out=str(out), rank=4, mode=mode, device=("cpu",)))
     assert judged(tmp_path, train(out, tmp_path / "trained", steps=150)) == {}
 
 
-def test_verify_merge_and_convert_give_one_judgement(pair: Path, tmp_path: Path) -> None:
+def test_verify_merge_and_convert_reject_the_same_adapter(pair: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     spoilt = changed(pair, tmp_path / "spoilt", WRONG["noise"][0])
     verdict = verify(str(pair / "out"), adapter=str(spoilt))
@@ -202,7 +206,7 @@ def test_a_zero_weight_has_no_direction_and_stays_zero(own: Callable[..., Path],
     assert set(judged(tmp_path, trained)) == {"model.layers.0.self_attn.v_proj"}
 
 
-def test_one_expert_of_noise_is_named(tmp_path: Path) -> None:
+def test_one_expert_replaced_by_noise_is_named(tmp_path: Path) -> None:
     _, out, manifest = start_family("mixtral", tmp_path, "float32")
     trained = train_family(FAMILIES["mixtral"], out, tmp_path / "trained")
     assert judged(tmp_path, trained) == {}
@@ -229,7 +233,9 @@ def resized(pair: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_an_adapter_stores_beside_its_factors_is_a_note(resized: Path, pair: Path, tmp_path: Path) -> None:
+def test_extra_tensors_of_an_adapter_are_a_note_and_merge_and_convert_refuse_them(
+    resized: Path, pair: Path, tmp_path: Path
+) -> None:
     verdict = verify(str(pair / "out"), adapter=str(resized))
     assert (verdict.code, verdict.differences) == ("trained_pair", ())
     notes = "\n".join(verdict.notes)
@@ -244,7 +250,7 @@ def test_what_an_adapter_stores_beside_its_factors_is_a_note(resized: Path, pair
 
 
 @pytest.mark.parametrize("key", ["lora_magnitude_vector.weight", "lora_embedding_A"])
-def test_other_parts_of_a_lora_are_a_difference(key: str, pair: Path, tmp_path: Path) -> None:
+def test_dora_and_embedding_tensors_are_a_difference(key: str, pair: Path, tmp_path: Path) -> None:
     name = f"base_model.model.model.{ONE}.{key}"
     folder = changed(pair, tmp_path / "more", lambda t: t.update({name: torch.ones(48)}))
     assert [d.where for d in verify(str(pair / "out"), adapter=str(folder)).differences] == [name]

@@ -81,7 +81,7 @@ def test_target_modules_is_the_shortest_that_peft_reads_as_the_adapted_set(
 
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_every_set_of_layers_survives_peft(kind: str) -> None:
+def test_peft_adapts_exactly_any_given_set_of_layers(kind: str) -> None:
     """Whatever is adapted, PEFT adapts it from what the config says: every other linear, in turn."""
     model: Any = tiny_models.on_meta(kind)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -132,12 +132,12 @@ def test_peft_reads_back_what_the_config_says(values: dict[str, Any], tmp_path: 
     assert read.init_lora_weights is True  # "pissa" would run another SVD and change the base
 
 
-def test_the_paths_are_those_that_the_references_training_opens() -> None:
+def test_the_adapter_paths_are_those_of_the_reference_implementation() -> None:
     assert (LORA_CONFIG, LORA_WEIGHTS) == ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 16), (64, 16), (3, 7)])
-def test_the_scale_is_pefts(rank: int, alpha: int) -> None:
+def test_the_scale_follows_the_peft_formula(rank: int, alpha: int) -> None:
     assert lora_scale(rank, alpha, rslora=False) == alpha / rank
     assert lora_scale(rank, alpha, rslora=True) == alpha / math.sqrt(rank)
 
@@ -148,20 +148,20 @@ def test_stacked_matrices_keep_the_scale_that_each_has_by_itself(rslora: bool) -
     assert stacked == pytest.approx(lora_scale(8, 16, rslora=rslora), rel=4e-16)
 
 
-def test_a_model_with_parameters_to_adapt_has_no_dropout_and_says_so_to_peft() -> None:
+def test_target_parameters_set_the_dropout_to_zero() -> None:
     written = config(parameters=["model.layers.0.mlp.experts.down_proj"])
     assert written["target_parameters"] == ["model.layers.0.mlp.experts.down_proj"]
     assert (written["lora_dropout"], written["fan_in_fan_out"]) == (0.0, False)
 
 
-def test_patterns_are_full_names_with_one_set_of_keys_for_what_differs_only() -> None:
+def test_patterns_use_full_names_and_list_only_modules_that_differ() -> None:
     ranks, alphas = {Q0: 8, Q1: 4, "model.layers.0.mlp.up_proj": 8}, {Q0: 16, Q1: 16, "model.layers.0.mlp.up_proj": 2}
     written = config(ranks=ranks, alphas=alphas)
     assert written["rank_pattern"] == {Q1: 4, "model.layers.0.mlp.up_proj": 8}
     assert written["alpha_pattern"] == {Q1: 16, "model.layers.0.mlp.up_proj": 2}
 
 
-def test_a_pattern_that_peft_would_give_to_another_module_too_is_refused() -> None:
+def test_a_pattern_that_peft_would_also_apply_to_another_module_is_refused() -> None:
     with pytest.raises(PlanError, match=r"PEFT would give dotted\.inner\.q_proj the rank and alpha of another"):
         config(
             ranks={"inner.q_proj": 4, "dotted.inner.q_proj": 8}, alphas={"inner.q_proj": 4, "dotted.inner.q_proj": 16}

@@ -64,13 +64,13 @@ def test_an_embedding_is_refused_with_the_reason(kind: str, embedding: str, chec
 @pytest.mark.parametrize(
     ("name", "what"), [("conv1", "Conv1d"), ("layer_norm", "LayerNorm"), ("embed_positions", "Embedding")]
 )
-def test_what_is_no_linear_layer_is_called_what_it_is(name: str, what: str, tmp_path: Path) -> None:
+def test_a_module_that_is_not_linear_is_refused_with_its_class(name: str, what: str, tmp_path: Path) -> None:
     folder = architectures.save(tmp_path, FAMILIES["whisper"], "float32")
     with pytest.raises(PlanError, match=rf"{name} is an? \w*{what}, not a linear layer"):
         select(names_of(folder), [name])
 
 
-def test_a_module_without_a_weight_is_no_linear_layer(checkpoint: Built) -> None:
+def test_a_module_without_a_weight_is_refused(checkpoint: Built) -> None:
     with pytest.raises(PlanError, match=r"model\.layers\.0\.self_attn is not a linear layer"):
         select(names_of(checkpoint("llama")), ["self_attn"])
 
@@ -91,13 +91,13 @@ def test_tied_weights_are_never_adapted(kind: str, checkpoint: Built) -> None:
     ("kind", "task"),
     [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("bert", None), ("bert classifier", None), ("gemma", "CAUSAL_LM")],
 )
-def test_the_task_type_is_named_only_where_the_class_says_it(kind: str, task: str | None, checkpoint: Built) -> None:
+def test_the_task_type_follows_from_the_class(kind: str, task: str | None, checkpoint: Built) -> None:
     structure = names_of(checkpoint(kind))
     assert structure.task_type == task
     assert structure.architecture == tiny_models.KINDS[kind][0]
 
 
-def test_a_headless_checkpoint_finds_its_modules_in_the_class_with_a_head(own: Built) -> None:
+def test_a_checkpoint_without_a_head_maps_to_the_class_with_a_head(own: Built) -> None:
     """`layers.0...` on disk is `model.layers.0...` in LlamaForCausalLM."""
     folder = own("llama")
     tensors = {name.removeprefix("model."): tensor for name, tensor in tiny_models.tensors(folder).items()}

@@ -115,7 +115,7 @@ def test_a_training_step_moves_the_adapter_and_nothing_else(name: str, made: Mad
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_weight_that_was_split_is_the_sources_at_that_place(name: str, made: Made) -> None:
+def test_every_manifest_record_names_the_source_tensor_of_its_module(name: str, made: Made) -> None:
     """The module that a record names holds, in the loaded source, the tensor that the record names."""
     family = FAMILIES[name]
     source, _, manifest = made(name)
@@ -133,7 +133,7 @@ def test_every_weight_that_was_split_is_the_sources_at_that_place(name: str, mad
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_the_dtype_it_is_published_in_every_tensor_stands_up_to_the_source(name: str, made: Made) -> None:
+def test_in_the_published_dtype_the_output_passes_verify_against_its_source(name: str, made: Made) -> None:
     """Residuals within half a unit in the last place, every component solved anew, all else the same bytes."""
     source, out, manifest = made(name, FAMILIES[name].stored)
     assert {record.dtype for record in manifest.weights} == {FAMILIES[name].stored}
@@ -142,7 +142,7 @@ def test_in_the_dtype_it_is_published_in_every_tensor_stands_up_to_the_source(na
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_in_pickled_shards_and_in_another_dtype(name: str, tmp_path: Path) -> None:
+def test_experts_in_pickled_shards_are_initialized_in_another_dtype(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source = as_pickles(architectures.save(tmp_path / "plain", family, "bfloat16"), tmp_path / "source", shards=3)
     out = tmp_path / "out"
@@ -154,7 +154,7 @@ def test_experts_in_pickled_shards_and_in_another_dtype(name: str, tmp_path: Pat
     assert relative(answer(family, load_pair(family, out)), truth) < 100 * torch.finfo(torch.float32).eps
 
 
-def test_experts_of_one_layer_from_several_shards_are_put_together(made: Made) -> None:
+def test_the_experts_of_one_layer_are_in_several_shards(made: Made) -> None:
     source, _, manifest = made("mixtral")
     index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
     shards: dict[str, set[str]] = {}
@@ -163,7 +163,7 @@ def test_experts_of_one_layer_from_several_shards_are_put_together(made: Made) -
     assert any(len(files) > 1 for files in shards.values())  # and the tests above found each expert in its place
 
 
-def test_a_run_with_experts_goes_on_where_it_stopped(
+def test_an_interrupted_run_with_experts_is_resumed(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, straight, _ = made("mixtral")
@@ -189,7 +189,7 @@ def test_a_run_with_experts_goes_on_where_it_stopped(
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_model_with_experts_says_what_it_costs_and_what_it_needs(tmp_path: Path) -> None:
+def test_the_plan_of_a_model_with_experts_states_its_cost_and_requirements(tmp_path: Path) -> None:
     source = architectures.save(tmp_path, FAMILIES["mixtral"], "bfloat16")
     options: dict[str, Any] = {"model": str(source), "out": "out", "rank": RANK}
     left = describe(make_plan(InitOptions(**options, target=("q_proj",)), source), 1)

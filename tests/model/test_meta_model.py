@@ -39,7 +39,7 @@ def saved(cls: str, folder: Path, **sizes: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_public_api_puts_every_tensor_where_we_say(name: str, tmp_path: Path) -> None:
+def test_from_pretrained_maps_every_tensor_as_parameter_sources_does(name: str, tmp_path: Path) -> None:
     """`from_pretrained` of tensors without data says which it had no use for, and which parameters it missed."""
     family = FAMILIES[name]
     opened = open_checkpoint(architectures.save(tmp_path, family, "float32"))
@@ -62,7 +62,7 @@ def test_the_public_api_puts_every_tensor_where_we_say(name: str, tmp_path: Path
             assert parameters[home].shape == given[tensor].shape
 
 
-def test_a_weight_that_its_parent_reads_is_seen(tmp_path: Path) -> None:
+def test_a_linear_whose_weight_its_parent_reads_is_refused(tmp_path: Path) -> None:
     """Jamba's dt_proj is called by nobody: an adapter around it would be silently left out."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {
@@ -124,7 +124,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_what_is_never_called_is_told_of_modules_that_ran_only(breaks: bool) -> None:
+def test_only_children_of_modules_that_ran_are_reported_as_uncalled(breaks: bool) -> None:
     with torch.device("meta"):
         model = Model(breaks=breaks)
     for parameter in model.parameters():
@@ -135,7 +135,7 @@ def test_what_is_never_called_is_told_of_modules_that_ran_only(breaks: bool) -> 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_linear_of_a_common_architecture_is_thought_to_be_idle(name: str, tmp_path: Path) -> None:
+def test_no_linear_of_a_common_architecture_is_reported_as_uncalled(name: str, tmp_path: Path) -> None:
     opened = open_checkpoint(architectures.save(tmp_path, FAMILIES[name], "bfloat16"))
     model = meta_model.build_meta_model(tmp_path, opened.config)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -150,7 +150,7 @@ EXPERTS_DAMAGED: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 
 
 @pytest.mark.parametrize("what", EXPERTS_DAMAGED)
-def test_experts_that_are_not_all_there_are_not_adapted(what: str, tmp_path: Path) -> None:
+def test_an_incomplete_set_of_experts_is_not_adapted(what: str, tmp_path: Path) -> None:
     source = architectures.save(tmp_path / "source", FAMILIES["mixtral"], "float32")
     content = tensors(source)
     EXPERTS_DAMAGED[what](content)
@@ -195,7 +195,7 @@ def test_code_of_the_model_itself_is_not_run_unless_it_is_trusted(remote: Path) 
     assert len(select(structure, ["q_proj"])) == 2
 
 
-def test_a_name_that_transformers_has_is_transformers_own_unless_the_code_is_trusted(remote: Path) -> None:
+def test_a_class_that_transformers_has_is_used_instead_of_remote_code(remote: Path) -> None:
     """Falcon, Phi and others left an auto_map in their config: the class that transformers has is taken."""
     auto = json.loads((remote / "config.json").read_text())["auto_map"]
     (remote / "modeling_own.py").write_text(REMOTE.replace("OwnForCausalLM", "LlamaForCausalLM_"))
@@ -203,7 +203,7 @@ def test_a_name_that_transformers_has_is_transformers_own_unless_the_code_is_tru
     assert names_of(remote).architecture == "LlamaForCausalLM"
 
 
-def test_a_transformers_that_keeps_its_names_elsewhere_is_one_clear_error(
+def test_a_transformers_without_its_conversion_mapping_is_one_clear_error(
     checkpoint: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(import_module("transformers.conversion_mapping"), "get_model_conversion_mapping")
@@ -216,7 +216,9 @@ def test_a_transformers_that_keeps_its_names_elsewhere_is_one_clear_error(
 @pytest.mark.parametrize(
     "value", ["flash_attention_2", "somebody/kernel:forward", "nonsense", {"": "flash_attention_3"}, 5], ids=str
 )
-def test_the_attention_and_the_experts_of_the_config_are_not_needed(key: str, value: object, own: Built) -> None:
+def test_the_attention_and_experts_implementations_in_the_config_are_ignored(
+    key: str, value: object, own: Built
+) -> None:
     folder = own("llama")
     edit_json(folder / "config.json", **{key: value})
     before = (folder / "config.json").read_bytes()
@@ -224,7 +226,7 @@ def test_the_attention_and_the_experts_of_the_config_are_not_needed(key: str, va
     assert (folder / "config.json").read_bytes() == before
 
 
-def test_the_attention_of_a_part_is_not_needed_either(tmp_path: Path) -> None:
+def test_the_attention_implementation_of_a_sub_config_is_ignored(tmp_path: Path) -> None:
     family = FAMILIES["llava"]
     folder = architectures.save(tmp_path, family, "float32")
     expected = names_of(folder)
@@ -236,7 +238,7 @@ def test_the_attention_of_a_part_is_not_needed_either(tmp_path: Path) -> None:
     assert names_of(folder) == expected
 
 
-def test_nothing_is_fetched_while_a_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_a_model_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An old DETR names the repository of its backbone; the network of the tests would raise another error."""
     config = transformers.DetrConfig(architectures=["DetrForObjectDetection"]).to_dict()
     config |= {"backbone_config": None, "backbone": "somebody/backbone", "use_timm_backbone": False}
@@ -248,7 +250,7 @@ def test_nothing_is_fetched_while_a_model_is_built(tmp_path: Path, monkeypatch: 
     assert not import_module("huggingface_hub.constants").HF_HUB_OFFLINE
 
 
-def test_a_part_whose_code_is_elsewhere_is_not_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_code_of_a_sub_config_causes_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = architectures.save(tmp_path, FAMILIES["llava"], "float32")
     config = json.loads((folder / "config.json").read_text())
     reference = {"AutoModel": "somebody/code--modeling.Model", "AutoModelForCausalLM": "somebody/code--modeling.Model"}

@@ -91,7 +91,7 @@ def attempt(model_type: str, folder: Path, layers: int | None) -> ModelStructure
         return None
 
 
-def test_a_gate_of_something_else_that_has_as_many_outputs_as_there_are_experts_stays(tmp_path: Path) -> None:
+def test_a_gate_that_is_no_router_stays_adaptable_even_with_one_output_per_expert(tmp_path: Path) -> None:
     """Gemma 4's per_layer_input_gate stands in the layer of the experts."""
     config: Any = transformers.Gemma4TextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -108,7 +108,7 @@ def test_a_gate_of_something_else_that_has_as_many_outputs_as_there_are_experts_
 
 
 @pytest.mark.slow
-def test_no_router_of_any_type_that_transformers_has_is_adapted(tmp_path: Path) -> None:
+def test_no_router_of_any_transformers_model_type_is_adapted(tmp_path: Path) -> None:
     swept = 0
     for number, model_type in enumerate(sorted(transformers.CONFIG_MAPPING)):
         (folder := tmp_path / str(number)).mkdir()
@@ -186,7 +186,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_what_chooses_is_seen_by_what_becomes_of_its_outputs(breaks: bool) -> None:
+def test_a_router_is_found_by_the_use_of_its_outputs(breaks: bool) -> None:
     """Not a layer before it, nor one with as many outputs; and in all layers, though the first one breaks."""
     with torch.device("meta"):
         model = Model(breaks=breaks)

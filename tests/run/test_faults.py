@@ -74,7 +74,7 @@ os.system(f"cp -r {disk}/done {sys.argv[3]}")
 """
 
 
-def test_a_disk_that_fills_up_in_the_middle_is_an_error_and_the_run_resumed_once_there_is_room(
+def test_a_full_disk_is_an_error_and_the_run_is_resumed_once_there_is_space(
     start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     """A real ENOSPC: a small file system of its own, mounted where only the process that needs it sees it."""
@@ -105,9 +105,7 @@ def milora_with_small_files(largest_bytes: int, *arguments: str) -> None:
     fork_server.command_line(*arguments)
 
 
-def test_a_file_that_cannot_grow_is_an_error_of_the_command_and_the_run_resumed(
-    start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
+def test_a_file_size_limit_is_an_error_and_the_run_is_resumed(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     """The kernel's own refusal where no file system can be mounted: a limit on the size of files."""
     source, out = checkpoint("llama"), tmp_path / "out"
     largest = max((source / name).stat().st_size for name in shards(source))
@@ -182,7 +180,7 @@ def test_a_shard_that_changes_between_the_plan_and_the_run_is_named(
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=NAMES)
 @pytest.mark.parametrize(("when", "at"), [(AtFirstTensor, 0), (AfterFirstShard, 1), (AfterFirstShard, 3)])
-def test_a_shard_that_changes_during_the_run_is_named_and_the_run_resumed_when_it_is_back(
+def test_a_shard_that_changes_during_the_run_is_named_and_the_run_is_resumed_once_it_is_restored(
     when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
 ) -> None:
     source = own("llama")
@@ -199,7 +197,7 @@ def test_a_shard_that_changes_during_the_run_is_named_and_the_run_resumed_when_i
     assert weights(tmp_path / "out") == weights(tmp_path / "straight")
 
 
-def test_a_side_file_that_vanishes_during_the_run_is_named(own: Built, start: Start, tmp_path: Path) -> None:
+def test_a_side_file_deleted_during_the_run_is_named(own: Built, start: Start, tmp_path: Path) -> None:
     source = own("llama")
     with pytest.raises(CheckpointError, match=str(source / "LICENSE")):
         start(source, progress=AfterFirstShard((source / "LICENSE").unlink))
@@ -221,7 +219,7 @@ def failing(real: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("calls", [("preadv",), ("copy_file_range", "pread")], ids=["adapted", "copied"])
-def test_a_disk_that_cannot_be_read_is_an_error_that_names_the_file_and_the_tensor(
+def test_a_read_error_of_the_disk_names_the_file_and_the_tensor(
     calls: tuple[str, ...],
     after: int,
     start: Start,
@@ -243,7 +241,7 @@ def test_a_disk_that_cannot_be_read_is_an_error_that_names_the_file_and_the_tens
     assert start(source).files
 
 
-def test_a_disk_that_cannot_be_written_is_not_taken_for_one_that_cannot_be_read(
+def test_a_write_error_is_not_reported_as_a_read_error(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("copy_file_range", "pwrite"):
@@ -253,7 +251,7 @@ def test_a_disk_that_cannot_be_written_is_not_taken_for_one_that_cannot_be_read(
     require_unfinished(tmp_path / "out")
 
 
-def test_a_file_system_without_locks_is_named(
+def test_a_file_system_without_locks_is_refused(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:
@@ -276,7 +274,7 @@ def test_a_file_system_without_locks_is_named(
         (errno.EACCES, "permissions"),
     ],
 )
-def test_each_refusal_to_write_has_its_own_repair(
+def test_each_write_error_has_its_own_hint(
     number: int, part: str, start: Start, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("shape", [(600, 600), (560, 1700), (1700, 560), (200, 300)], ids=str)
 @pytest.mark.parametrize("mode", ["min", "max", "mid"])
-def test_the_component_is_the_one_that_the_cpu_finds(shape: tuple[int, int], mode: Mode) -> None:
+def test_the_component_on_a_gpu_is_that_of_the_cpu(shape: tuple[int, int], mode: Mode) -> None:
     W = matrices.language_model_like(*shape)
     here, there = singular_triplets(W, 10, mode=mode), singular_triplets(W.cuda(), 10, mode=mode)
     assert there.U.is_cuda
@@ -33,7 +33,7 @@ def test_the_component_is_the_one_that_the_cpu_finds(shape: tuple[int, int], mod
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_whole_job_on_a_gpu_makes_a_pair_and_the_same_bytes_twice(
+def test_a_run_on_a_gpu_makes_a_valid_pair_and_the_same_bytes_twice(
     kind: str, start: Callable[..., Manifest], checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     made = []

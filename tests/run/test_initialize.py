@@ -105,7 +105,7 @@ def test_every_tensor_is_what_the_method_says_and_the_rest_is_untouched(
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_pickles_are_split_as_their_safetensors_twins(
+def test_pickled_weights_are_split_like_safetensors(
     shards: int, dtype: str, start: Start, pickled: Built, checkpoint: Built, tmp_path: Path
 ) -> None:
     manifest = start(pickled(shards), dtype=dtype)
@@ -174,7 +174,7 @@ def test_a_pair_made_from_pickles_computes_what_the_source_computes(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_16_bit_pair_is_as_near_to_its_source_as_rounding_allows(
+def test_a_16_bit_pair_differs_from_its_source_only_by_rounding(
     dtype: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     """Half a unit in every residual entry, amplified by two layers: a few eps, and far below the component."""
@@ -188,7 +188,7 @@ def test_a_16_bit_pair_is_as_near_to_its_source_as_rounding_allows(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
-def test_training_starts_from_the_whole_adapter_and_leaves_the_base_alone(
+def test_training_starts_from_the_stored_adapter_and_changes_only_the_adapter(
     kind: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     manifest = start(checkpoint(kind), target=TARGETS[kind], dropout=0.0)
@@ -216,7 +216,7 @@ def test_the_lines_printed_load_the_pair(start: Start, checkpoint: Built) -> Non
     assert off(outputs(load_source(checkpoint("llama"), "llama")), outputs(scope["model"])) < 1e-5
 
 
-def test_a_new_dtype_is_the_one_that_transformers_loads(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_transformers_loads_the_requested_dtype(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     start(checkpoint("llama", "bfloat16"), dtype="float32")
     base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     written = tensors(tmp_path / "out")
@@ -252,7 +252,7 @@ def test_another_seed_draws_other_components(start: Start, checkpoint: Built, tm
     assert drawn[0] != drawn[1]
 
 
-def test_the_manifest_says_what_was_done(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_the_manifest_records_the_run(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     source = checkpoint("llama", "bfloat16")
     manifest = start(source, dtype="float32", rank=3)
     assert manifest.source == {
@@ -272,7 +272,7 @@ def test_the_manifest_says_what_was_done(start: Start, checkpoint: Built, tmp_pa
         assert min(record.read_s, record.elapsed_s, record.write_s) >= 0
 
 
-def test_directions_of_a_weight_that_lacks_them_are_counted(start: Start, own: Built) -> None:
+def test_untrainable_directions_of_a_rank_deficient_weight_are_counted(start: Start, own: Built) -> None:
     source = own("llama")
     content = tensors(source)
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -38,7 +38,7 @@ def test_a_run_killed_at_any_journal_line_or_step_or_moment_is_resumed_to_the_sa
     assert said["overwrites"]["cut_short"] >= 5
 
 
-def test_a_merge_killed_at_any_step_or_moment_is_taken_up_to_the_same_bytes(checkpoint: Built, tmp_path: Path) -> None:
+def test_a_merge_killed_at_any_step_or_moment_is_resumed_to_the_same_bytes(checkpoint: Built, tmp_path: Path) -> None:
     said = killed(checkpoint("llama", "bfloat16"), tmp_path / "runs", "merges:7", "merge-moments:8")
     assert said["merges"]["cut_short"] >= 5
     assert said["merges"]["whole"] == 1

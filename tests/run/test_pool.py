@@ -54,7 +54,7 @@ def two_threads() -> Any:
         (2, ["cuda:1", "cpu", "cuda"], ["cuda:1", "cpu", "cuda:0"]),
     ],
 )
-def test_devices_are_those_that_are_there(
+def test_device_names_resolve_to_the_available_devices(
     count: int, names: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(count, monkeypatch)
@@ -64,7 +64,7 @@ def test_devices_are_those_that_are_there(
 @pytest.mark.parametrize(
     ("count", "name"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2"), (2, "gpu"), (0, "meta"), (0, "")]
 )
-def test_a_device_that_is_not_there_is_a_usage_error_that_lists_those_that_are(
+def test_an_unavailable_device_is_a_usage_error_that_lists_the_available_ones(
     count: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(count, monkeypatch)
@@ -73,11 +73,11 @@ def test_a_device_that_is_not_there_is_a_usage_error_that_lists_those_that_are(
     assert caught.value.hint == "this machine has: " + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
 
 
-def test_the_rate_of_this_machine_is_a_rate() -> None:
+def test_the_measured_multiply_rate_is_plausible() -> None:
     assert 1e6 < multiply_rate(torch.device("cpu")) < 1e15
 
 
-def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_weights_at_once_is_limited_by_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 28 < devices.memory_bytes() < 1 << 50
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(pools, "memory_bytes", lambda: 4000)
@@ -88,7 +88,7 @@ def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypat
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_every_job_is_done_once_and_its_result_is_its_own(count: int) -> None:
+def test_every_job_runs_once_and_returns_its_own_result(count: int) -> None:
     done: list[int] = []
 
     def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> tuple[int, str]:
@@ -162,7 +162,7 @@ def test_no_more_jobs_are_started_than_there_are_threads(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> None:
+def test_an_error_is_raised_unchanged_and_cancels_the_queued_jobs(count: int) -> None:
     release = threading.Event()
     running: list[int] = []
 
@@ -186,7 +186,7 @@ def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> N
         futures[-1].result(PATIENCE_S)
 
 
-def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
+def test_a_failed_run_does_not_wait_for_a_running_solve() -> None:
     """A LAPACK call cannot be interrupted; whoever pressed Ctrl-C does not sit it out."""
     solving, release, finished = threading.Event(), threading.Event(), threading.Event()
 
@@ -209,7 +209,7 @@ def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
     assert finished.wait(PATIENCE_S)
 
 
-def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads: None) -> None:
+def test_the_next_pool_starts_after_the_running_solve_has_ended(two_threads: None) -> None:
     """Else it would write into the next run's files, and give it threads that are not its own."""
     solving, release = threading.Event(), threading.Event()
 
@@ -242,7 +242,7 @@ def test_a_finished_pool_leaves_no_thread() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_number_of_threads_is_given_back(count: int, fails: bool, two_threads: None) -> None:
+def test_the_number_of_threads_is_restored(count: int, fails: bool, two_threads: None) -> None:
     class FailureError(Exception):
         pass
 
@@ -284,7 +284,7 @@ def test_every_thread_of_a_pool_computes_on_one_cpu_thread(two_threads: None) ->
     ],
     ids=str,
 )
-def test_a_solve_has_the_same_bits_whatever_the_cores_of_its_pool(
+def test_a_solve_has_the_same_bits_for_any_number_of_cores(
     shape: tuple[int, int], mode: Mode, path: str, two_threads: None
 ) -> None:
     W = matrices.language_model_like(*shape)
@@ -330,7 +330,7 @@ def test_several_devices_make_the_same_bytes_as_one(
     assert {"lora/adapter_model.safetensors", "model.safetensors.index.json"} < made[0].keys()
 
 
-def test_each_item_comes_after_the_next_was_produced_and_none_is_lost() -> None:
+def test_one_ahead_yields_each_item_after_producing_the_next() -> None:
     events: list[str] = []
 
     def produced(count: int) -> Iterator[int]:
@@ -344,7 +344,7 @@ def test_each_item_comes_after_the_next_was_produced_and_none_is_lost() -> None:
     assert events == ["produce 0", "produce 1", "take 0", "produce 2", "take 1", "take 2"]
 
 
-def test_hashes_are_cancelled_after_a_failure_and_what_is_submitted_is_waited_for(tmp_path: Path) -> None:
+def test_after_a_failure_hashes_are_cancelled_and_submitted_jobs_are_finished(tmp_path: Path) -> None:
     """An interruption does not wait for the hash of a source, but a finished shard is still recorded."""
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", 1 << 38)  # a sparse file, which takes minutes to hash
@@ -364,7 +364,7 @@ def test_hashes_are_cancelled_after_a_failure_and_what_is_submitted_is_waited_fo
         futures[0].result(PATIENCE_S)
 
 
-def test_a_hash_is_that_of_the_file(tmp_path: Path) -> None:
+def test_the_hash_pool_returns_the_sha256_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x" * 3_000_000)
     with HashPool() as pool:
         assert pool.sha256(tmp_path / "x").result(PATIENCE_S) == hashlib.sha256(b"x" * 3_000_000).hexdigest()

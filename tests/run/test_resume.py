@@ -30,7 +30,7 @@ def weights_and_adapter(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("when", ["inside", "after"])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_run_cut_off_anywhere_and_resumed_makes_the_bytes_of_a_straight_one(
+def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_run(
     at: int, when: str, start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("straight", "resumed"):
@@ -90,7 +90,7 @@ def _append_only_the_head(self: Journal, line: Head | Entry) -> None:
         file.write(json.dumps(line.to_json()) + "\n")
 
 
-def test_what_was_done_before_is_counted_in_bytes_of_the_source(start: Start, checkpoint: Built) -> None:
+def test_finished_work_is_counted_in_bytes_of_the_source(start: Start, checkpoint: Built) -> None:
     """The output's are twice as many where a 16-bit weight becomes float32."""
     source = checkpoint("llama", "bfloat16")
     with pytest.raises(PulledPlugError):
@@ -101,9 +101,7 @@ def test_what_was_done_before_is_counted_in_bytes_of_the_source(start: Start, ch
     assert count.done_bytes == sum(tensor.nbytes for shard in done for tensor in shard.values())
 
 
-def test_a_journal_line_cut_off_in_the_middle_counts_for_nothing(
-    start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
+def test_an_incomplete_journal_line_is_ignored(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     journal = halfway(start, checkpoint("llama"), tmp_path / "out")
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
@@ -114,7 +112,7 @@ def test_a_journal_line_cut_off_in_the_middle_counts_for_nothing(
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
-def test_a_run_cut_off_in_the_middle_of_a_journal_line_may_be_cut_off_again(
+def test_a_run_with_an_incomplete_journal_line_may_be_interrupted_again(
     kept: int, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source = checkpoint("llama")
@@ -130,7 +128,7 @@ def test_a_run_cut_off_in_the_middle_of_a_journal_line_may_be_cut_off_again(
     assert count.made == shards(source)[max(kept - 1, 0) + 1 :]
 
 
-def test_a_shard_that_lost_its_file_is_made_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_written_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     halfway(start, checkpoint("llama"), tmp_path / "out")
     shard = tmp_path / "out" / shards(checkpoint("llama"))[1]
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -150,7 +148,7 @@ def test_a_damaged_journal_is_an_error_that_names_it(
     assert caught.value.hint
 
 
-def test_what_a_killed_run_left_is_taken_up_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_the_files_of_a_killed_run_are_resumed_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     """A kill runs no cleaning code: the partial file of the current shard is still there."""
     source = checkpoint("llama")
     for options in ({}, {"rank": 3, "overwrite": True}):
@@ -180,7 +178,7 @@ class Remade(Count):
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_a_shard_whose_bytes_or_factors_changed_is_made_again(
+def test_a_shard_whose_bytes_or_factors_changed_is_written_again(
     part: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
@@ -197,7 +195,7 @@ def test_a_shard_whose_bytes_or_factors_changed_is_made_again(
     assert {n: c for n, c in resumed.items() if n != own} == {n: c for n, c in straight.items() if n != own}
 
 
-def test_a_finished_shard_without_a_hash_is_made_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_finished_shard_without_a_hash_is_written_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     source = checkpoint("llama")
     journal = halfway(start, source, tmp_path / "out")
     head, *lines = (json.loads(line) for line in journal.read_text().splitlines())
@@ -212,7 +210,7 @@ def test_a_finished_shard_without_a_hash_is_made_again(start: Start, checkpoint:
 @pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../mine", "a\\mine", ""])
 @pytest.mark.parametrize("where", ["head", "files", "shard"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_journal_that_names_what_lies_outside_is_damaged(
+def test_a_journal_with_an_outside_path_is_damaged(
     name: object, where: str, overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     (tmp_path / "mine").write_bytes(b"mine")

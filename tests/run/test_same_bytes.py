@@ -25,7 +25,7 @@ initialize(options)
 """
 
 
-def test_any_number_of_threads_makes_the_same_bytes_of_shards_and_adapter(
+def test_any_number_of_threads_writes_the_same_bytes(
     start: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = transformers.LlamaConfig(

@@ -59,7 +59,7 @@ def milora_that_solves_for_minutes(solving: Connection, *arguments: str) -> None
 @pytest.mark.parametrize(
     ("number", "status", "message"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_signal_in_the_middle_of_a_long_solve_is_obeyed_at_once_and_the_run_resumed(
+def test_a_signal_during_a_long_solve_ends_the_run_at_once_and_it_is_resumed(
     number: signal.Signals, status: int, message: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"

@@ -75,7 +75,7 @@ class Files:
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
-def test_the_parts_are_written_where_they_belong(fan_in_fan_out: bool, tmp_path: Path) -> None:
+def test_the_residual_and_the_factors_are_written_to_their_files(fan_in_fan_out: bool, tmp_path: Path) -> None:
     files = Files(tmp_path, fan_in_fan_out=fan_in_fan_out)
     record = files.run()
     expected = split(files.W, RANK, scale=2.0, mode="min", dtype=torch.float32, seed=7)
@@ -88,7 +88,7 @@ def test_the_parts_are_written_where_they_belong(fan_in_fan_out: bool, tmp_path:
     assert record.s_first == expected.triplets.s.tolist()[0]
 
 
-def test_a_job_and_its_record_survive_the_way_to_another_machine(tmp_path: Path) -> None:
+def test_a_job_and_its_record_can_be_pickled(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     here, there = Files(tmp_path / "here"), Files(tmp_path / "there")
@@ -104,7 +104,7 @@ def test_a_job_and_its_record_survive_the_way_to_another_machine(tmp_path: Path)
     }
 
 
-def test_a_job_is_made_of_names_and_numbers(tmp_path: Path) -> None:
+def test_a_job_is_small_and_frozen(tmp_path: Path) -> None:
     """Tensors in it would be what the memory bound forbids; an open file could not travel."""
     job = Files(tmp_path).job
     assert len(pickle.dumps(job)) < 2000
@@ -128,7 +128,7 @@ class TooSmall:
 
 
 @pytest.mark.parametrize(("times", "device"), [(1, "cpu"), (2, "cpu, because cpu ran out of memory")])
-def test_a_device_that_runs_out_of_memory_is_tried_again_then_left_and_the_record_says_so(
+def test_a_device_out_of_memory_is_tried_again_then_replaced_by_the_cpu_and_recorded(
     times: int, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("straight", "short"):
@@ -143,7 +143,7 @@ def test_a_device_that_runs_out_of_memory_is_tried_again_then_left_and_the_recor
     assert contents(tmp_path / "short") == contents(tmp_path / "straight")
 
 
-def test_a_weight_that_does_not_fit_beside_the_other_threads_one_waits_for_the_lock(
+def test_a_weight_that_does_not_fit_with_another_one_is_copied_again_under_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight is copied to its device without the lock. If memory is lacking, it is copied again with the lock."""
@@ -170,7 +170,7 @@ def test_a_weight_that_does_not_fit_beside_the_other_threads_one_waits_for_the_l
     assert refused == [SHAPE]
 
 
-def test_an_out_of_memory_that_stays_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_permanent_lack_of_memory_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, small = Files(tmp_path), TooSmall(9, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         files.run()
@@ -203,7 +203,7 @@ def test_a_read_error_names_the_file_and_the_tensor(code: int, tmp_path: Path, m
     assert list(contents(tmp_path)) == ["source.safetensors"]
 
 
-def test_a_source_cut_short_names_the_file_and_the_tensor(tmp_path: Path) -> None:
+def test_a_truncated_source_names_the_file_and_the_tensor(tmp_path: Path) -> None:
     files = Files(tmp_path)
     path = tmp_path / "source.safetensors"
     os.truncate(path, path.stat().st_size - 1)
@@ -211,7 +211,7 @@ def test_a_source_cut_short_names_the_file_and_the_tensor(tmp_path: Path) -> Non
         files.run()
 
 
-def test_a_weight_of_several_reads_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_may_need_several_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux moves at most 2 GiB in one call, and a signal may cut any call short."""
     files = Files(tmp_path)
     real = os.preadv
@@ -243,7 +243,7 @@ def test_a_late_write_of_a_failed_run_changes_no_file(tmp_path: Path) -> None:
     assert list(contents(tmp_path)) == [path.name]
 
 
-def test_a_place_in_a_file_that_is_gone_is_an_output_error(tmp_path: Path) -> None:
+def test_a_write_target_in_a_deleted_file_is_an_output_error(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", plan_header([("w", "F32", (4,))])) as failed:
         place = failed.target("w")
     with pytest.raises(OutputError, match=r"x\.safetensors\.partial"), place.opened():
@@ -251,7 +251,7 @@ def test_a_place_in_a_file_that_is_gone_is_an_output_error(tmp_path: Path) -> No
     assert contents(tmp_path) == {}
 
 
-def test_places_of_one_file_do_not_touch_each_other(tmp_path: Path) -> None:
+def test_write_targets_of_one_file_do_not_overlap(tmp_path: Path) -> None:
     header = plan_header([("a", "F32", (3,)), ("b", "BF16", (5,)), ("c", "F32", ())])
     given = {"a": torch.tensor([1.0, 2, 3]), "b": torch.arange(5).bfloat16(), "c": torch.tensor(4.0)}
     path = tmp_path / "x.safetensors"
