@@ -1,4 +1,4 @@
-"""What a hostile tester found: inputs that somebody who means harm would make, each with the right outcome."""
+"""Malicious or damaged inputs: each is refused with a clear error, or has no effect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Start = Callable[..., Manifest]
 WEIGHTS = "adapter_model.safetensors"
 
 
-def trained(out: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+def changed_adapter(out: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
     """A copy of the initial adapter with every tensor changed."""
     to.mkdir()
     (to / "adapter_config.json").write_bytes((out / "lora" / "adapter_config.json").read_bytes())
@@ -86,7 +86,7 @@ def test_an_adapter_with_a_direction_set_to_zero_is_refused(
             tensor[(0,) if factor == "lora_A" else (slice(None), 0)] = 0
         return tensor
 
-    adapter = trained(tmp_path / "out", tmp_path / "trained", zeroed)
+    adapter = changed_adapter(tmp_path / "out", tmp_path / "trained", zeroed)
     with pytest.raises(PlanError, match="directions are zero"):
         merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
     assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok
@@ -98,7 +98,7 @@ def test_the_initial_adapter_multiplied_by_a_number_is_refused(
 ) -> None:
     start(checkpoint("llama"))
     torch.manual_seed(0)
-    adapter = trained(
+    adapter = changed_adapter(
         tmp_path / "out",
         tmp_path / "trained",
         lambda _, tensor: factor * (tensor + 0.01 * tensor.abs().mean() * torch.randn_like(tensor)),
@@ -115,16 +115,16 @@ def test_a_manifest_cannot_disable_the_check_of_a_trained_adapter(
     weights = json.loads((out / MANIFEST).read_text())["weights"]
     edit_json(out / MANIFEST, weights=[weight | {"untrainable": weight["rank"]} for weight in weights])
     torch.manual_seed(0)
-    adapter = trained(out, tmp_path / "trained", lambda _, tensor: torch.randn_like(tensor))
+    adapter = changed_adapter(out, tmp_path / "trained", lambda _, tensor: torch.randn_like(tensor))
     with pytest.raises(PlanError, match=r"unrelated|trained"):
         merge(str(out), str(tmp_path / "merged"), adapter=str(adapter))
 
 
 def test_a_huge_adapter_config_is_refused_without_reading_it(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     start(checkpoint("llama"))
-    adapter = trained(tmp_path / "out", tmp_path / "trained", lambda _, tensor: tensor * 1.01)
+    adapter = changed_adapter(tmp_path / "out", tmp_path / "trained", lambda _, tensor: tensor * 1.01)
     with (adapter / "adapter_config.json").open("r+b") as file:
-        file.truncate(1 << 40)  # sparse: it takes no room
+        file.truncate(1 << 40)  # a sparse file: it takes no space
     with pytest.raises(CheckpointError, match=f"{1 << 40} bytes, which no file of its kind has"):
         merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
     assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok

@@ -1,4 +1,4 @@
-"""report: what a person reads follows from the manifest."""
+"""report: warnings, tables and loading lines are computed from the manifest."""
 
 from __future__ import annotations
 
@@ -81,7 +81,11 @@ def test_weights_of_one_name_and_shape_are_one_group() -> None:
     ]
     first = found[0]
     assert first.energy == pytest.approx(0.3)  # the mean
-    assert (first.leak, first.certificate, first.elapsed_s) == (0.03, 1e-12, 3.5)  # the worst, the worst, the sum
+    assert (first.leak, first.certificate, first.elapsed_s) == (
+        0.03,
+        1e-12,
+        3.5,
+    )  # leak and certificate: the worst; time: the sum
 
 
 def test_a_leak_at_the_limit_is_no_warning() -> None:
@@ -98,16 +102,16 @@ def test_a_large_leak_names_the_weight_and_the_dtypes_that_help() -> None:
 
 
 def test_only_a_dtype_that_helps_every_weight_is_suggested() -> None:
-    near = {"bfloat16": 0.4, "float16": 0.095, "float32": 1e-5}  # float16 is better, and hardly below the line
+    near = {"bfloat16": 0.4, "float16": 0.095, "float32": 1e-5}  # float16 is only just below the limit
     (warning,) = warnings(manifest(record(leak=0.4, leak_if=near)))
     assert "--dtype float16" not in warning
     assert "--dtype float32 (1.0e-05)" in warning
     half = {"bfloat16": 0.5, "float16": 0.2, "float32": 1e-5}
     (warning,) = warnings(manifest(record("a", leak=0.6), record("b", leak=0.5, leak_if=half)))
-    assert "--dtype float16" not in warning  # the worst weight alone would be cured
+    assert "--dtype float16" not in warning  # it helps only the worst weight
     overflows = {"bfloat16": 0.01, "float16": None, "float32": 1e-5}
     (warning,) = warnings(manifest(record("a", leak=0.6), record("b", leak_if=overflows)))
-    assert "--dtype float16" not in warning  # the other one would end the run
+    assert "--dtype float16" not in warning  # float16 would overflow in the other weight
 
 
 def test_a_dtype_that_overflows_or_is_no_better_is_not_suggested() -> None:

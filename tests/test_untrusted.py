@@ -1,4 +1,4 @@
-"""Names and text out of somebody's file."""
+"""untrusted: file names and text from files that the program did not write."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_link_to_the_blobs_of_the_same_repository_is_allowed_and_no_other(tmp_
         with pytest.raises(ValueError, match="leads out"):
             path_inside(snapshot, name)
     blobs.rename(tmp_path / "secret")
-    blobs.symlink_to(tmp_path / "secret")  # a repository that brings its own `blobs`
+    blobs.symlink_to(tmp_path / "secret")  # a repository whose `blobs` is itself a link
     with pytest.raises(ValueError, match="leads out"):
         path_inside(snapshot, "file")
 

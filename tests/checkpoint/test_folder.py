@@ -1,4 +1,4 @@
-"""checkpoint: a folder is read as transformers reads it, and nothing in it is trusted."""
+"""folder: a checkpoint is read as transformers reads it; invalid or malicious content is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(params=["sharded", "single", "pickle", "sharded pickle"])
 def form(request: pytest.FixtureRequest, checkpoint: Built, pickled: Built, tmp_path: Path) -> Path:
-    """The tiny llama in each form that a folder can have."""
+    """The tiny llama in each file format of a checkpoint."""
     if request.param == "sharded":
         return checkpoint("llama")
     if request.param == "single":
@@ -199,7 +199,7 @@ def test_shards_without_their_index_are_refused(form: str, own: Built, pickled: 
 def test_a_huge_json_file_is_refused_without_reading_it(name: str, own: Built) -> None:
     folder = own("llama")
     with (folder / name).open("r+b") as file:
-        file.truncate(1 << 40)  # sparse: it takes no room
+        file.truncate(1 << 40)  # a sparse file: it takes no space
     with pytest.raises(CheckpointError, match=rf"{name}: {1 << 40} bytes"):
         open_checkpoint(folder)
 
@@ -242,8 +242,8 @@ def test_a_tensor_in_two_shards_is_refused(own: Built) -> None:
         open_checkpoint(folder)
 
 
-class Trap:
-    """Unpickling this would create a file."""
+class CreatesFileWhenUnpickled:
+    """Unpickling this creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -254,7 +254,7 @@ class Trap:
 
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(pickled: Built, tmp_path: Path) -> None:
     shutil.copytree(pickled(1), tmp_path / "model")
-    torch.save({"w": Trap(tmp_path / "ran")}, tmp_path / "model" / "pytorch_model.bin")
+    torch.save({"w": CreatesFileWhenUnpickled(tmp_path / "ran")}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: torch\.load\(weights_only=True"):
         open_checkpoint(tmp_path / "model")
     assert not (tmp_path / "ran").exists()
@@ -301,16 +301,16 @@ def test_the_digest_changes_with_the_weights_and_with_the_config(own: Built) -> 
 
 def test_side_files_of_the_model_are_copied_and_other_files_are_not(own: Built) -> None:
     folder = own("llama")
-    stays = ["adapter_config.json", "model.onnx", "model.gguf", "tf_model.h5", ".gitattributes", "README.fr.md"]
-    goes = ["modeling_own.py", "chat_template.jinja", "vocab.txt", "special_tokens_map.json"]
-    for name in (*stays, *goes):
+    not_copied = ["adapter_config.json", "model.onnx", "model.gguf", "tf_model.h5", ".gitattributes", "README.fr.md"]
+    copied = ["modeling_own.py", "chat_template.jinja", "vocab.txt", "special_tokens_map.json"]
+    for name in (*not_copied, *copied):
         (folder / name).write_bytes(b"x")
     (folder / "runs").mkdir()
     (folder / "runs" / "log").write_bytes(b"x")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_bytes(b"x")
     given = {"LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert set(side_files(folder)) == given | set(goes) | {"additional_chat_templates/tool.jinja"}
+    assert set(side_files(folder)) == given | set(copied) | {"additional_chat_templates/tool.jinja"}
 
 
 def test_the_modules_of_a_sentence_transformer_are_copied(own: Built) -> None:

@@ -1,4 +1,4 @@
-"""A trained pair, turned into a plain LoRA: on the original model it computes what the pair computes."""
+"""convert: a trained pair becomes a plain LoRA adapter; on the original model it computes the same function."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def with_patterns(lora: Path) -> None:
-    """Give one module half of the rank, in the form that PEFT saves; its scale stays."""
+    """Halve the rank of one module, in the form that PEFT saves; its scale does not change."""
     weights = load_file(lora / "adapter_model.safetensors")
     key = min(name for name in weights if name.endswith(".lora_A.weight"))
     module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -59,7 +59,7 @@ def test_the_converted_adapter_on_the_original_computes_what_the_trained_pair_co
     assert config["base_model_name_or_path"] == str(source)
     pair = logits(load(out, trained))
     plain = load(source, tmp_path / "plain")
-    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training moved nothing"
+    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training changed nothing"
     torch.testing.assert_close(logits(plain), pair, rtol=1e-4, atol=1e-4)
     merged = load(out, trained).merge_and_unload()
     torch.testing.assert_close(logits(plain), logits(merged), rtol=1e-4, atol=1e-4)
@@ -71,12 +71,12 @@ def test_an_adapter_with_patterns_is_converted(rslora: bool, checkpoint: Built, 
     start(source, out=str(out), rank=4, rslora=rslora)
     with_patterns(out / "lora")
     trained = train(out, tmp_path / "trained")
-    initial = shutil.copytree(out / "lora", tmp_path / "initial")  # the manifest knows another one
+    initial = shutil.copytree(out / "lora", tmp_path / "initial")  # the manifest records another adapter
     with pytest.raises(PlanError, match="is not the adapter that its base was made with"):
         convert(out / "lora", trained, tmp_path / "plain")
     convert(initial, trained, tmp_path / "plain", model=str(source))
 
-    # The base was not made for the shortened factors, so the truth is theirs: residual + s (B A - B0 A0) on both sides.
+    # The base does not match the shortened factors, so only the changes s (B A - B0 A0) are compared.
     before, after = load(out, out / "lora").merge_and_unload(), load(out, trained).merge_and_unload()
     original = load(source)
     plain = load(source, tmp_path / "plain").merge_and_unload()
@@ -119,7 +119,7 @@ def test_best_rank_at_full_rank_is_the_product(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `out` and `trained`, to be copied before it is damaged."""
+    """A folder with `out` and `trained`; tests must copy it before they change it."""
     from milora_init.options import InitOptions
     from milora_init.run.initialize import initialize
 
@@ -146,7 +146,7 @@ def _add(trained: Path) -> None:
 
 
 def _another(trained: Path) -> None:
-    """Of the same shapes, as one trained on another base is; its config does not tell."""
+    """Replace the factors by noise of the same shapes, like an adapter of another base with the same config."""
     torch.manual_seed(9)
     weights = load_file(trained / "adapter_model.safetensors")
     save_file({k: torch.randn_like(v) for k, v in weights.items()}, trained / "adapter_model.safetensors")
@@ -183,7 +183,7 @@ SLOW = "([a-z_.0-9]+)*!"
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules"])
 def test_a_pattern_from_an_adapter_config_is_not_run(key: str, pair: Path, tmp_path: Path) -> None:
-    """It would take for ever, in any of the ways; nobody's is run, so a harmless one is refused alike."""
+    """The first pattern would take too long to match. No pattern is run, so harmless ones are refused too."""
     for number, pattern in enumerate((SLOW, r".*\.q_proj", "re:q_proj")):
         trained = Path(shutil.copytree(pair / "trained", tmp_path / f"trained-{number}"))
         out = Path(shutil.copytree(pair / "out", tmp_path / f"out-{number}"))
@@ -193,7 +193,7 @@ def test_a_pattern_from_an_adapter_config_is_not_run(key: str, pair: Path, tmp_p
         assert [d.what for d in found if key in d.what and repr(pattern)[1:-1] in d.what]
         edit(out / "lora", **{key: value})
         assert key in "".join(d.what for d in verify(str(out)).differences)
-        if key != "target_modules":  # which merge and convert do not ask: they go by the tensors' names
+        if key != "target_modules":  # merge and convert use the tensor names and not target_modules
             with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
                 merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(trained))
             with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
@@ -218,7 +218,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(name: st
 
 
 def test_conversion_does_not_depend_on_the_path_of_the_base(pair: Path, tmp_path: Path) -> None:
-    """Trained where the base was then: the config names that place, the factors say whose they are."""
+    """The config names the path of the base during training; the factors identify the base."""
     shutil.copytree(pair / "trained", tmp_path / "trained")
     edit(tmp_path / "trained", base_model_name_or_path="org/pushed-since")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "one")

@@ -1,4 +1,4 @@
-"""merge: the base and its adapter as one plain model, which computes what the pair computes."""
+"""merge: base and adapter become one plain model that computes what the pair computes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 
 
-def model(folder: Path) -> dict[str, bytes]:
-    """Every file of a merge but its record, which holds names and seconds."""
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Every file of a merge except its record, which holds paths and times."""
     return {name: content for name, content in contents(folder).items() if name != MERGED}
 
 
@@ -48,10 +48,10 @@ def test_the_merged_model_computes_what_the_trained_pair_computes(
     merged = merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
 
     assert digests(source, out, trained) == inputs
-    assert set(model(tmp_path / "merged")) == {n for n in contents(source) if n != "README.md"}
-    assert merged.files == {name: len(content) for name, content in model(tmp_path / "merged").items()}
+    assert set(model_files(tmp_path / "merged")) == {n for n in contents(source) if n != "README.md"}
+    assert merged.files == {name: len(content) for name, content in model_files(tmp_path / "merged").items()}
     pair, plain = logits(load(out, trained)), logits(load(tmp_path / "merged"))
-    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training moved nothing"
+    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training changed nothing"
     torch.testing.assert_close(plain, pair, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(plain, logits(load(out, trained).merge_and_unload()), rtol=1e-4, atol=1e-4)
     convert(out / "lora", trained, tmp_path / "plain")
@@ -63,7 +63,7 @@ def test_the_merged_model_computes_what_the_trained_pair_computes(
 def test_merging_the_untrained_adapter_restores_the_source(
     dtype: str, residual: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
-    """To the rounding of the residual, which is an ulp of its own entries at most; all else to the byte."""
+    """Adapted weights up to the rounding of the residual, at most one ulp; all other tensors byte for byte."""
     source = checkpoint("llama", dtype)
     manifest = start(source, dtype=residual)
     merge(str(tmp_path / "out"), str(tmp_path / "merged"))
@@ -78,7 +78,7 @@ def test_merging_the_untrained_adapter_restores_the_source(
         eps = torch.finfo(tensor.dtype).eps
         torch.testing.assert_close(after[name], tensor, rtol=eps, atol=eps * float(tensor.abs().max()))
         if residual == "float32" and dtype != "float32":
-            assert torch.equal(after[name], tensor)  # the residual kept all that a 16-bit sum needs
+            assert torch.equal(after[name], tensor)  # a float32 residual keeps enough bits for a 16-bit sum
     read = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert read == json.loads((source / "config.json").read_text())
     total = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
@@ -89,7 +89,7 @@ def test_merging_the_untrained_adapter_restores_the_source(
 def test_an_adapter_of_another_dtype_is_merged_with_the_same_accuracy(
     dtype: torch.dtype, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
-    """PEFT saves what it trained, and autocast_adapter_dtype=False trains in the base's dtype."""
+    """PEFT saves adapters in the dtype of the training; with autocast_adapter_dtype=False that is the base's dtype."""
     manifest = start(checkpoint("llama", "bfloat16"))
     trained = shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
     weights = load_file(trained / "adapter_model.safetensors")
@@ -106,7 +106,7 @@ def test_an_adapter_of_another_dtype_is_merged_with_the_same_accuracy(
 
 
 def test_the_sum_is_rounded_once() -> None:
-    """Against exact integers: 1 + 2^-8 is half way between two bfloat16, and 2^-30 above it decides."""
+    """1 + 2^-8 is the midpoint of two bfloat16 values, and 2^-30 more must round up. All sums are exact."""
     residual, B, A = torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 2), torch.tensor([[2.0**-8], [2.0**-30]])
     merged = merged_weight(residual, B, A, 1.0, torch.bfloat16)
     assert float(merged) == 1 + 2.0**-7
@@ -118,13 +118,13 @@ def test_an_interrupted_merge_is_resumed_by_the_same_command(
 ) -> None:
     start(checkpoint("llama"))
     out, merged = tmp_path / "out", tmp_path / "merged"
-    merge(str(out), str(tmp_path / "straight"))
-    whole, real = model(tmp_path / "straight"), ShardWriter.finish
+    merge(str(out), str(tmp_path / "uninterrupted"))
+    whole, real = model_files(tmp_path / "uninterrupted"), ShardWriter.finish
     made: list[str] = []
-    plug = 2  # pulled after so many files
+    interrupt_at = 2  # finished files
 
     def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
-        if len(made) == plug:
+        if len(made) == interrupt_at:
             raise KeyboardInterrupt
         made.append(shard.name)
         return real(shard)
@@ -135,10 +135,10 @@ def test_an_interrupted_merge_is_resumed_by_the_same_command(
     assert not (merged / "config.json").exists()
     assert not (merged / "model.safetensors.index.json").exists()
     assert (merged / WORK_FOLDER).is_dir()
-    plug = len(whole)
+    interrupt_at = len(whole)
     merge(str(out), str(merged))
-    assert model(merged) == whole
-    assert len(made) == len(set(made)), "a file was made twice"
+    assert model_files(merged) == whole
+    assert len(made) == len(set(made)), "a file was written twice"
 
 
 def no_shard(out: Path, trained: Path) -> None:
@@ -362,7 +362,7 @@ def test_an_unsafe_output_path_is_refused(checkpoint: Built, start: Start, tmp_p
     out, trained = tmp_path / "out", shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
     with pytest.raises(UsageError, match="--out is empty"):
         merge(str(out), "")
-    with pytest.raises(UsageError, match="--adapter is empty"):  # and not: the one in OUT
+    with pytest.raises(UsageError, match="--adapter is empty"):  # an empty value does not mean the adapter in OUT
         merge(str(out), str(tmp_path / "merged"), adapter="")
     with pytest.raises(OutputError, match="lies inside"):
         merge(str(out), str(trained / "merged"), adapter=str(trained))
@@ -392,7 +392,7 @@ def test_a_base_with_a_flipped_bit_is_not_merged_until_it_is_restored(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
-    merge(str(tmp_path / "out"), str(tmp_path / "straight"))
+    merge(str(tmp_path / "out"), str(tmp_path / "uninterrupted"))
     path = tmp_path / "out" / "model-00002-of-00010.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -402,11 +402,11 @@ def test_a_base_with_a_flipped_bit_is_not_merged_until_it_is_restored(
     assert not (tmp_path / "merged" / "config.json").exists()
     path.write_bytes(content)
     merge(str(tmp_path / "out"), str(tmp_path / "merged"))
-    assert model(tmp_path / "merged") == model(tmp_path / "straight")
+    assert model_files(tmp_path / "merged") == model_files(tmp_path / "uninterrupted")
 
 
 def name_a_file(out: Path, name: str, content: bytes) -> None:
-    """Let the manifest say that the output has a file of that name, of the right size and hash."""
+    """Add a file to the manifest, with its right size and hash."""
     manifest = json.loads((out / "milora_init.json").read_text())
     manifest["files"][name] = len(content)
     manifest["hashes"][name] = hashlib.sha256(content).hexdigest()
@@ -439,7 +439,7 @@ def test_a_manifest_with_an_unexpected_file_is_not_merged(
     start(checkpoint("llama"))
     (tmp_path / "out" / name).write_bytes(b"theirs")
     name_a_file(tmp_path / "out", name, b"theirs")
-    if name == "model.safetensors":  # would be read as the weights
+    if name == "model.safetensors":  # it would be read as the weights
         (tmp_path / "out" / name).rename(tmp_path / "out" / "more.safetensors")
         name_a_file(tmp_path / "out", "more.safetensors", b"theirs")
     with pytest.raises(CheckpointError) as caught:
@@ -469,7 +469,7 @@ def test_a_link_out_of_the_pair_is_refused_by_merge_and_push_and_named_by_verify
 
 def test_a_pair_in_the_cache_of_the_hub_is_merged(checkpoint: Built, start: Start, tmp_path: Path) -> None:
     start(checkpoint("llama"))
-    merge(str(tmp_path / "out"), str(tmp_path / "straight"))
+    merge(str(tmp_path / "out"), str(tmp_path / "uninterrupted"))
     repository = tmp_path / "models--me--pair"
     snapshot = repository / "snapshots" / "0123"
     (repository / "blobs").mkdir(parents=True)
@@ -480,7 +480,7 @@ def test_a_pair_in_the_cache_of_the_hub_is_merged(checkpoint: Built, start: Star
         link.symlink_to(os.path.relpath(repository / "blobs" / str(number), link.parent))
     assert verify(str(snapshot)).ok
     merge(str(snapshot), str(tmp_path / "merged"))
-    assert model(tmp_path / "merged") == model(tmp_path / "straight")
+    assert model_files(tmp_path / "merged") == model_files(tmp_path / "uninterrupted")
     assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
 
 
@@ -489,7 +489,7 @@ def test_a_changed_file_of_an_interrupted_merge_is_written_again(
 ) -> None:
     start(checkpoint("llama"))
     out, merged, real = tmp_path / "out", tmp_path / "merged", ShardWriter.finish
-    merge(str(out), str(tmp_path / "straight"))
+    merge(str(out), str(tmp_path / "uninterrupted"))
     made: list[str] = []
 
     def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
@@ -506,7 +506,7 @@ def test_a_changed_file_of_an_interrupted_merge_is_written_again(
     raw[-1] ^= 1
     (merged / made[0]).write_bytes(raw)
     merge(str(out), str(merged))
-    assert model(merged) == model(tmp_path / "straight")
+    assert model_files(merged) == model_files(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("name", ["../mine", "/mine", ""])

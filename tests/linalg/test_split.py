@@ -1,4 +1,4 @@
-"""split: W is taken apart exactly, against the paper's method in float64. Every tolerance follows from an eps."""
+"""split: factors and residual against the paper's method in float64. Every tolerance follows from an eps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def product(made: Split, scale: float) -> Tensor:
     return scale * (made.B.double() @ made.A.double())
 
 
-def taken(W: Tensor, D: Tensor, r: int, mode: Mode) -> tuple[reference.Spectrum, list[int]]:
+def true_spectrum(W: Tensor, D: Tensor, r: int, mode: Mode) -> tuple[reference.Spectrum, list[int]]:
     truth = reference.spectrum(W)
     return truth, reference.drawn(truth, D, r) if mode == "random" else reference.wanted(len(truth.s), r, mode)
 
@@ -35,7 +35,7 @@ def test_the_product_is_the_component_that_the_mode_names(mode: Mode, shape: str
     W, r = weight(*SHAPES[shape], DTYPES[source]), 5
     made = split(W, r, mode=mode, dtype=torch.float32)
     D = product(made, 1.0)
-    truth, indices = taken(W, D, r, mode)
+    truth, indices = true_spectrum(W, D, r, mode)
     assert (D - truth.component(indices)).norm() <= truth.tolerance(indices)
     assert torch.allclose(made.triplets.s, truth.s[indices], rtol=1e-10)
 
@@ -46,17 +46,17 @@ def test_the_scale_changes_the_factors_and_not_the_component(mode: Mode, scale: 
     W, r = weight(24, 40), 5
     made = split(W, r, mode=mode, scale=scale, dtype=torch.float32)
     D = product(made, scale)
-    truth, indices = taken(W, D, r, mode)
+    truth, indices = true_spectrum(W, D, r, mode)
     assert (D - truth.component(indices)).norm() <= truth.tolerance(indices)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 16 / 5**0.5])
 def test_each_factor_carries_the_square_root_of_the_spectrum(scale: float) -> None:
-    """B^T B = A A^T = diag(s / scale): orthogonal directions, and the square root of s on each side."""
+    """B^T B = A A^T = diag(s / scale): orthogonal directions with norms sqrt(s / scale)."""
     W, r = weight(24, 40), 5
     made = split(W, r, scale=scale, dtype=torch.float32)
     expected = torch.diag(reference.spectrum(W).s[-r:] / scale)
-    # Each entry of a Gram matrix of float32 roundings is off by at most eps of the norms it is a product of.
+    # Float32 rounding changes each entry of a Gram matrix by at most eps times the product of the two norms.
     tolerance = 2 * reference.EPS32 * expected.max()
     assert (made.B.double().T @ made.B.double() - expected).abs().max() <= tolerance
     assert (made.A.double() @ made.A.double().T - expected).abs().max() <= tolerance
@@ -70,7 +70,7 @@ def test_weight_and_pair_agree_to_half_a_unit_in_the_last_place(mode: Mode, dtyp
     W = weight(*SHAPES[shape])
     made = split(W, 5, mode=mode, scale=0.5, dtype=DTYPES[dtype])
     exact = W.double() - product(made, 0.5)
-    # The product here and there may differ by the order of its float64 sums.
+    # The float64 product in the test may sum in another order.
     noise = 8 * reference.EPS64 * W.abs().max()
     off = (exact - made.residual.double()).abs()
     assert made.residual.dtype == DTYPES[dtype]
@@ -79,12 +79,12 @@ def test_weight_and_pair_agree_to_half_a_unit_in_the_last_place(mode: Mode, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_residual_is_rounded_once(dtype: str) -> None:
-    """By way of float32, a value just beside the middle of two neighbours would fall to the wrong side."""
+    """Rounding through float32 would round a value near the midpoint of two neighbours to the wrong one."""
     info = torch.finfo(DTYPES[dtype])
     W = torch.ones(8, 8, dtype=torch.float64)
-    W[0, 0] = 1 + info.eps / 2 + 2.0**-45  # a little above the middle of 1 and its neighbour
-    W[1, 1] = 1 + 3 * info.eps / 2 - 2.0**-45  # a little below the next one
-    made = split(W, 1, dtype=DTYPES[dtype])  # rank 3 at most: the minor component is nothing but noise
+    W[0, 0] = 1 + info.eps / 2 + 2.0**-45  # just above the midpoint of 1 and its neighbour
+    W[1, 1] = 1 + 3 * info.eps / 2 - 2.0**-45  # just below the next midpoint
+    made = split(W, 1, dtype=DTYPES[dtype])  # W has rank 3 at most, so the minor component is only noise
     exact = W - product(made, 1.0)
     assert torch.equal(made.residual, reference.round_once(exact, DTYPES[dtype]))
 
@@ -112,7 +112,7 @@ def test_leak_if_is_the_leak_of_a_split_in_that_dtype() -> None:
 
 
 def test_a_shorter_mantissa_leaks_more() -> None:
-    """bfloat16 keeps 8 bits, float16 11, float32 24: a factor of 8 and of 2**13 between them, but for luck."""
+    """bfloat16 keeps 8 bits, float16 11, float32 24: so the ratios are about 2**3 and 2**13."""
     leak = split(weight(32, 32), 4, dtype=torch.bfloat16).rounding.leak_if
     assert leak["bfloat16"] is not None
     assert leak["float16"] is not None
@@ -156,7 +156,7 @@ def test_a_full_rank_component_is_the_whole_weight(mode: Mode) -> None:
 
 
 def test_a_transposed_weight_gives_the_transposed_parts() -> None:
-    """GPT-2 stores (in, out): a view that is not contiguous must do as well as a copy."""
+    """GPT-2 stores (in, out): a view that is not contiguous gives the same result as a copy."""
     W = weight(40, 24)
     view, copy = split(W.T, 4, dtype=torch.bfloat16), split(W.T.contiguous(), 4, dtype=torch.bfloat16)
     assert torch.equal(view.residual, copy.residual)
@@ -173,7 +173,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_draw() -> N
 
 
 def test_a_split_in_row_blocks_equals_the_whole_split() -> None:
-    """A weight of more elements than one block: the parts must be those of the whole."""
+    """The weight has more elements than one row block."""
     W = weight(700, 400)
     made = split(W, 3, mode="max", dtype=torch.bfloat16)
     assert torch.equal(made.residual, reference.round_once(W.double() - product(made, 1.0), torch.bfloat16))

@@ -48,7 +48,7 @@ def test_equal_or_zero_singular_values_give_accurate_triplets(name: str, shape: 
     t = singular_triplets(W, r, mode=mode)
     check_properties(W, t, r)
     check_values(W, t, r, mode)
-    # The component is not unique, so it is judged by what defines it: exact triplets of W.
+    # The component is not unique, so the test checks only that the triplets are accurate.
     assert t.certificate.residual <= 1e-10
 
 
@@ -172,14 +172,14 @@ def test_mixed_precision_works_with_the_arithmetic_of_a_cpu(name: str, shape: tu
 
 
 def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Corrections may converge to triplets of W that are not the smallest: only the probe can tell."""
+    """The corrections may converge to triplets that are not the smallest; only the probe detects this."""
 
-    def blind(*args: Any, **kwargs: Any) -> RitzPairs:
+    def with_missed_triplet(*args: Any, **kwargs: Any) -> RitzPairs:
         pairs = lanczos.largest_eigenpairs(*args, **kwargs)
         return replace(pairs, probe_value=1.01 * float(pairs.values[7]))
 
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(mixed_precision, "largest_eigenpairs", blind)
+    monkeypatch.setattr(mixed_precision, "largest_eigenpairs", with_missed_triplet)
     t = singular_triplets(W, 8, arithmetic=replace(CPU, mixed_precision=True))
     assert t.certificate.path == "lanczos"
     assert "missed" in t.certificate.reason
@@ -188,7 +188,7 @@ def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(monkeypa
 
 @pytest.mark.parametrize("error", [1e-5, 1e-1])
 def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The float32 inverse only guides the search: whatever is wrong in it, what is returned is certified."""
+    """The float32 inverse only guides the search. Even if it is wrong, the result is certified."""
     true_gram = blocked_matrix.gram_of_blocks
 
     def wrong(*args: Any, **kwargs: Any) -> Tensor:
@@ -205,7 +205,7 @@ def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkey
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-3, 1.0])
 def test_a_wrong_basis_is_corrected_or_refused(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
-    """A basis that is slightly or wholly wrong does not reach the caller."""
+    """A wrong basis is refined, or another algorithm is used."""
 
     def corrupted(*args: Any, **kwargs: Any) -> RitzPairs:
         pairs = lanczos.largest_eigenpairs(*args, **kwargs)
@@ -224,7 +224,7 @@ def test_a_wrong_basis_is_corrected_or_refused(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("s_min", [1e-3, 1e-4])
 def test_one_tiny_singular_value_causes_no_fallback(s_min: float) -> None:
-    """It stretches the spectrum of the inverse Gram matrix over eight to ten orders of magnitude."""
+    """The spectrum of the inverse Gram matrix then spans eight to ten orders of magnitude."""
     s = torch.cat([torch.linspace(30, 0.1, 599, dtype=torch.float64), torch.tensor([s_min], dtype=torch.float64)])
     W, r = matrices.with_spectrum(s, 600, 600), 32
     t = singular_triplets(W, r)
@@ -235,8 +235,8 @@ def test_one_tiny_singular_value_causes_no_fallback(s_min: float) -> None:
 
 
 def test_the_probe_finds_a_missed_triplet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exact triplets, but not the smallest: every residual is perfect, and only the probe can tell."""
-    monkeypatch.setattr(torch, "randn", _blind_randn(560))
+    """The triplets are exact but not the smallest. Every residual is small, so only the probe detects it."""
+    monkeypatch.setattr(torch, "randn", _randn_without_last_coordinate(560))
     spectrum = torch.linspace(2.0, 1.0, 560, dtype=torch.float64)
     spectrum[-9:] = torch.linspace(0.3, 0.2, 9, dtype=torch.float64)
     W = torch.zeros(600, 560, dtype=torch.float64)
@@ -247,8 +247,8 @@ def test_the_probe_finds_a_missed_triplet(monkeypatch: pytest.MonkeyPatch) -> No
     check_component(W, t, 8, "min")
 
 
-def _blind_randn(q: int) -> Callable[..., Tensor]:
-    """torch.randn with a Krylov start that is zero along the last coordinate; the probe's part is not."""
+def _randn_without_last_coordinate(q: int) -> Callable[..., Tensor]:
+    """torch.randn whose Krylov start block is zero in the last coordinate; the probe columns are unchanged."""
     true_randn = torch.randn
 
     def randn(*size: int, **options: Any) -> Tensor:

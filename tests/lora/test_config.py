@@ -1,4 +1,4 @@
-"""adapter: target_modules and keys are PEFT's, and adapter_config.json is one that every PEFT since 0.13 reads."""
+"""config: target_modules and keys as PEFT reads them, and an adapter_config.json that every PEFT since 0.13 reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from milora_init.model.adaptable import Adaptable
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
-# design note "names", adapter_config.json: the keys that PEFT 0.13 and today's both take.
+# The keys that both PEFT 0.13 and the installed PEFT accept.
 SAFE_KEYS = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
     "init_lora_weights", "inference_mode", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -60,14 +60,14 @@ def names(model: nn.Module) -> list[str]:
     ("build", "adapted", "expected"),
     [
         pytest.param(lambda: tiny_models.on_meta("llama"), [Q0, Q1], ["q_proj"], id="a suffix"),
-        pytest.param(lambda: tiny_models.on_meta("llama"), [Q1], [Q1], id="a suffix that hits too much"),
+        pytest.param(lambda: tiny_models.on_meta("llama"), [Q1], [Q1], id="a suffix that matches too much"),
         pytest.param(
             lambda: tiny_models.on_meta("bert"),
             ["encoder.layer.0.output.dense", "encoder.layer.1.output.dense"],
             ["encoder.layer.0.output.dense", "encoder.layer.1.output.dense"],
             id="a suffix that other layers share",
         ),
-        pytest.param(Nested, ["q_proj"], r"q_proj", id="a full name that is another's end"),
+        pytest.param(Nested, ["q_proj"], r"q_proj", id="a full name that is the end of another"),
         pytest.param(Nested, ["q_proj", "inner.q_proj"], r"inner\.q_proj|q_proj", id="two such names"),
         pytest.param(Nested, ["dotted.inner.k_proj"], ["k_proj"], id="a suffix that only one layer has"),
     ],
@@ -82,7 +82,7 @@ def test_target_modules_is_the_shortest_that_peft_reads_as_the_adapted_set(
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
 def test_peft_adapts_exactly_any_given_set_of_layers(kind: str) -> None:
-    """Whatever is adapted, PEFT adapts it from what the config says: every other linear, in turn."""
+    """All linears, every second one, the first one, the last three."""
     model: Any = tiny_models.on_meta(kind)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
@@ -129,7 +129,7 @@ def test_peft_reads_back_what_the_config_says(values: dict[str, Any], tmp_path: 
     for key, value in written.items():
         found = getattr(read, key)
         assert (sorted(found) if isinstance(found, set) else found) == value, key
-    assert read.init_lora_weights is True  # "pissa" would run another SVD and change the base
+    assert read.init_lora_weights is True  # "pissa" would make PEFT run another SVD and change the base
 
 
 def test_the_adapter_paths_are_those_of_the_reference_implementation() -> None:

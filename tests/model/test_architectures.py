@@ -1,4 +1,4 @@
-"""Every architecture of the README's table: the pair loads as its users load it, computes the source, and trains."""
+"""Every architecture of the README's table: the pair loads with its Auto class, computes the source, and trains."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def load(family: Family, folder: Path) -> Any:
 
 def load_pair(family: Family, out: Path) -> Any:
     with warnings.catch_warnings():
-        # PEFT looks up the patterns of fused parameters, and still says that they match no module.
+        # PEFT uses the patterns of fused parameters, but warns that they match no module.
         warnings.filterwarnings("ignore", "The following .*_pattern keys did not match any targeted module")
         return peft.PeftModel.from_pretrained(load(family, out), str(out), subfolder="lora", is_trainable=True)
 
 
-def answer(family: Family, model: Any) -> Tensor:
+def model_output(family: Family, model: Any) -> Tensor:
     with torch.no_grad():
-        said: Tensor = model.eval()(**architectures.feed(family))[0]
+        said: Tensor = model.eval()(**architectures.model_inputs(family))[0]
     return said.double()
 
 
@@ -74,13 +74,13 @@ def relative(a: Tensor, b: Tensor) -> float:
 def test_the_pair_computes_what_the_source_computes(name: str, made: Made) -> None:
     family = FAMILIES[name]
     source, out, _ = made(name)
-    truth = answer(family, load(family, source))
+    truth = model_output(family, load(family, source))
     pair = load_pair(family, out)
     with pair.disable_adapter():
-        without = relative(answer(family, pair), truth)
+        without = relative(model_output(family, pair), truth)
     eps = torch.finfo(torch.float32).eps
-    assert relative(answer(family, pair), truth) < 100 * eps
-    assert without > 1000 * eps  # else the comparison would say nothing of the adapter
+    assert relative(model_output(family, pair), truth) < 100 * eps
+    assert without > 1000 * eps  # otherwise the comparison would not test the adapter
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,18 +105,18 @@ def test_a_training_step_moves_the_adapter_and_nothing_else(name: str, made: Mad
     before = {key: p.detach().clone() for key, p in pair.named_parameters()}
     torch.manual_seed(0)
     optimizer = torch.optim.SGD([p for p in pair.parameters() if p.requires_grad], lr=1.0)
-    pair(**architectures.feed(family))[0].square().mean().backward()
+    pair(**architectures.model_inputs(family))[0].square().mean().backward()
     optimizer.step()
     moved = {key for key, p in pair.named_parameters() if not torch.equal(p, before[key])}
     assert moved
     assert all("lora_" in key for key in moved)
-    resting = {key for key, p in pair.named_parameters() if p.requires_grad} - moved
-    assert not resting, "no gradient reaches them"
+    unchanged = {key for key, p in pair.named_parameters() if p.requires_grad} - moved
+    assert not unchanged, "these received no gradient"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_manifest_record_names_the_source_tensor_of_its_module(name: str, made: Made) -> None:
-    """The module that a record names holds, in the loaded source, the tensor that the record names."""
+    """In the loaded source, the module of a record holds the tensor that the record names."""
     family = FAMILIES[name]
     source, _, manifest = made(name)
     disk = tensors(source)
@@ -134,7 +134,7 @@ def test_every_manifest_record_names_the_source_tensor_of_its_module(name: str, 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_the_published_dtype_the_output_passes_verify_against_its_source(name: str, made: Made) -> None:
-    """Residuals within half a unit in the last place, every component solved anew, all else the same bytes."""
+    """verify checks residuals to half a unit in the last place, solves every component again, and compares the rest."""
     source, out, manifest = made(name, FAMILIES[name].stored)
     assert {record.dtype for record in manifest.weights} == {FAMILIES[name].stored}
     verdict = verify(str(out), model=str(source), all_components=True)
@@ -150,8 +150,8 @@ def test_experts_in_pickled_shards_are_initialized_in_another_dtype(name: str, t
         InitOptions(model=str(source), out=str(out), rank=RANK, target=family.targets, dtype="float32", device=("cpu",))
     )
     assert verify(str(out), model=str(source), all_components=True).ok
-    truth = answer(family, load(family, source))
-    assert relative(answer(family, load_pair(family, out)), truth) < 100 * torch.finfo(torch.float32).eps
+    truth = model_output(family, load(family, source))
+    assert relative(model_output(family, load_pair(family, out)), truth) < 100 * torch.finfo(torch.float32).eps
 
 
 def test_the_experts_of_one_layer_are_in_several_shards(made: Made) -> None:
@@ -160,13 +160,13 @@ def test_the_experts_of_one_layer_are_in_several_shards(made: Made) -> None:
     shards: dict[str, set[str]] = {}
     for record in manifest.weights:
         shards.setdefault(record.key, set()).add(index[record.tensor])
-    assert any(len(files) > 1 for files in shards.values())  # and the tests above found each expert in its place
+    assert any(len(files) > 1 for files in shards.values())  # the tests above check each expert's values
 
 
 def test_an_interrupted_run_with_experts_is_resumed(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, straight, _ = made("mixtral")
+    source, uninterrupted, _ = made("mixtral")
     real = ShardWriter.finish
     finished: list[Any] = []
 
@@ -185,7 +185,7 @@ def test_an_interrupted_run_with_experts_is_resumed(
     monkeypatch.setattr(ShardWriter, "finish", real)
     initialize(options)
     for file in ("model-00003-of-*.safetensors", "lora/adapter_model.safetensors"):
-        (one,), (other,) = (list(folder.glob(file)) for folder in (straight, tmp_path / "out"))
+        (one,), (other,) = (list(folder.glob(file)) for folder in (uninterrupted, tmp_path / "out"))
         assert one.read_bytes() == other.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The class that loads a pair: of some models AutoModelForCausalLM builds one whose modules have other names."""
+"""The class that loads a pair: for some models AutoModelForCausalLM builds a class with other module names."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_pair_computes_the_source_in_its_class_and_the_manifest_names_the_cl
     assert own in notice
     assert auto in notice
     assert ("--text-only" in notice) is not text_only
-    assert notice in plan(source, text_only=text_only, target=MODELS[name][2]).notices  # of a dry run
+    assert notice in plan(source, text_only=text_only, target=MODELS[name][2]).notices  # a dry run shows the notice too
     assert verify(str(out), model=str(source), all_components=True).code == "pair"
 
 
@@ -150,19 +150,19 @@ def test_an_adapter_trained_on_the_other_class_is_refused_with_that_reason(
     _, out, _ = made("qwen3_5", text_only)
     own, auto, _ = MODELS["qwen3_5"]
     train(own if text_only else "AutoModelForCausalLM", out, tmp_path / "trained")
-    told = rf"trained on another class \({own if text_only else auto}"
+    reason = rf"trained on another class \({own if text_only else auto}"
     repair = "load the base with AutoModelForCausalLM" if text_only else f"load the base as a {own}"
     verdict = verify(str(out), adapter=str(tmp_path / "trained"))
     assert verdict.code == "adapter_misfit"
     (difference,) = verdict.differences
-    assert told.replace("\\", "") in difference.what
+    assert reason.replace("\\", "") in difference.what
     assert repair in difference.hint
-    for way_back in (
+    for export in (
         lambda: merge(str(out), str(tmp_path / "merged"), adapter=str(tmp_path / "trained")),
         lambda: convert(out / "lora", tmp_path / "trained", tmp_path / "plain"),
     ):
-        with pytest.raises(PlanError, match=told) as caught:
-            way_back()
+        with pytest.raises(PlanError, match=reason) as caught:
+            export()
         assert repair in caught.value.hint
     assert {path.name for path in tmp_path.iterdir()} == {"trained"}
 
@@ -171,13 +171,13 @@ def test_an_adapter_trained_on_the_other_class_is_refused_with_that_reason(
 def test_a_text_only_pair_can_be_trained_merged_and_converted(name: str, made: Made, tmp_path: Path) -> None:
     source, out, _ = made(name, True)
     pair = logits(train("AutoModelForCausalLM", out, tmp_path / "trained"))
-    assert relative(pair, logits(load("AutoModelForCausalLM", source))) > 0.001, "the training moved nothing"
+    assert relative(pair, logits(load("AutoModelForCausalLM", source))) > 0.001, "the training changed nothing"
     assert verify(str(out), adapter=str(tmp_path / "trained")).code == "trained_pair"
     merge(str(out), str(tmp_path / "merged"), adapter=str(tmp_path / "trained"))
     convert(out / "lora", tmp_path / "trained", tmp_path / "plain")
     assert relative(logits(load("AutoModelForCausalLM", tmp_path / "merged")), pair) < 1e-4
     assert relative(logits(load("AutoModelForCausalLM", source, tmp_path / "plain")), pair) < 1e-4
-    load(MODELS[name][0], tmp_path / "merged")  # the towers are still there
+    load(MODELS[name][0], tmp_path / "merged")  # the weights of the vision tower are still there
 
 
 def test_verify_recognizes_a_text_only_pair_without_its_manifest(made: Made, tmp_path: Path) -> None:
@@ -224,8 +224,8 @@ def test_the_task_type_does_not_change_the_class_in_the_loading_lines(made: Made
     source, _, manifest = made("qwen3_5", False)
     config = plan(source, task_type="CAUSAL_LM", target=("q_proj",)).adapter_config
     assert config["task_type"] == "CAUSAL_LM"
-    told = replace(manifest, adapter=config)
-    assert f"from transformers import {MODELS['qwen3_5'][0]}\n" in loading_lines(told)
+    changed = replace(manifest, adapter=config)
+    assert f"from transformers import {MODELS['qwen3_5'][0]}\n" in loading_lines(changed)
 
 
 OWN = {"model.language_model.layers.0.q_proj", "model.language_model.layers.1.q_proj", "lm_head"}
@@ -250,7 +250,7 @@ def test_only_a_different_prefix_means_another_class(other: set[str], is_so: boo
 
 
 def test_a_manifest_without_text_only_is_still_read(made: Made, tmp_path: Path) -> None:
-    """Without `text_only` among its inputs it is of the class that config.json names."""
+    """Older manifests have no `text_only` input; the class is then the one that config.json names."""
     _, out, manifest = made("qwen3_5", False)
     for path in out.rglob("*"):
         if path.is_file():

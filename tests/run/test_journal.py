@@ -1,4 +1,4 @@
-"""journal: what is appended is read again, and a journal of another form is an error that names it."""
+"""journal: appended lines are read back, and an invalid journal is an error that names it."""
 
 from __future__ import annotations
 

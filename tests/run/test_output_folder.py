@@ -1,4 +1,4 @@
-"""output_folder: files of others are never touched, and ours are finished, resumable, or removed."""
+"""output_folder: other files are never changed; files of a run are complete, resumable or removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from support import tiny_models
-from support.interruptions import Count, PulledPlugError, PullThePlug, halfway, shards
+from support.interruptions import InterruptAt, InterruptedRunError, ShardLog, interrupt_after_two_shards, shards
 from support.tiny_models import contents
 
 from milora_init.checkpoint.files import read_chunks
@@ -73,8 +73,8 @@ def test_a_folder_with_other_model_files_is_refused_and_unchanged(
 def test_unrelated_files_in_the_output_folder_are_kept(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_bytes(b"mine")
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(0, when="inside"))
     assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
     start(checkpoint("llama"))
     start(checkpoint("llama"), rank=3, overwrite=True)
@@ -84,7 +84,7 @@ def test_unrelated_files_in_the_output_folder_are_kept(start: Start, checkpoint:
 def test_a_finished_output_is_unchanged(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     first = start(checkpoint("llama"))
     before = states(tmp_path / "out")
-    count = Count()
+    count = ShardLog()
     assert start(checkpoint("llama"), progress=count) == first
     assert states(tmp_path / "out") == before
     assert (count.made, count.done_bytes) == ([], -1)
@@ -112,8 +112,8 @@ def test_another_request_is_refused_and_the_difference_named(
 
 
 def test_another_source_is_refused_in_an_unfinished_output(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(1, when="inside"))
     before = states(tmp_path / "out")
     with pytest.raises(OutputError, match="the source's files differ"):
         start(checkpoint("llama", "float16"))
@@ -162,9 +162,9 @@ def test_overwrite_removes_only_the_files_of_the_earlier_output(
 
 
 def test_overwrite_of_an_unfinished_output_starts_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
-    count = Count()
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(1, when="inside"))
+    count = ShardLog()
     start(checkpoint("llama"), rank=3, overwrite=True, progress=count)
     assert count.made == shards(checkpoint("llama"))
     assert not (tmp_path / "out" / WORK_FOLDER).exists()
@@ -186,7 +186,7 @@ def test_overwrite_removes_nothing_outside_the_output_whatever_its_manifest_list
 
 
 def test_a_refused_overwrite_deletes_nothing(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    """Weights of someone else beside ours would win over our index; the earlier output must survive the refusal."""
+    """transformers would load another model.safetensors instead of our index. The earlier output must be kept."""
     start(checkpoint("llama"))
     (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")
     before = states(tmp_path / "out")
@@ -269,15 +269,15 @@ def test_a_resumed_run_needs_space_only_for_the_rest(
     source = checkpoint("llama")
     planned = make_plan(InitOptions(model=str(source), out="out", rank=4), source)
     needed = planned.base_bytes + 2 * planned.adapter_bytes
-    halfway(start, source, tmp_path / "out")
+    interrupt_after_two_shards(start, source, tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, needed - 1))
     with pytest.raises(OutputError, match="needs"):
         start(source, out=str(tmp_path / "another"))
     assert start(source).files
 
 
-class Meanwhile(Progress):
-    """Does something once, when the first shard is done."""
+class CallAfterFirstShard(Progress):
+    """Calls `act` once, when the first shard is finished."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self.acts = [act]
@@ -299,7 +299,7 @@ class Meanwhile(Progress):
 def test_a_second_run_at_the_same_time_is_refused_and_does_not_disturb_the_first(
     options: dict[str, Any], message: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    start(checkpoint("llama"), out=str(tmp_path / "straight"))
+    start(checkpoint("llama"), out=str(tmp_path / "uninterrupted"))
 
     def second() -> None:
         before = states(tmp_path / "out")
@@ -309,19 +309,19 @@ def test_a_second_run_at_the_same_time_is_refused_and_does_not_disturb_the_first
         assert states(tmp_path / "out").keys() >= before.keys()
 
     refused: list[str] = []
-    start(checkpoint("llama"), progress=Meanwhile(second))
+    start(checkpoint("llama"), progress=CallAfterFirstShard(second))
     assert len(refused) == 1
     assert "--out" in refused[0]
-    straight, out = contents(tmp_path / "straight"), contents(tmp_path / "out")
-    assert straight.keys() == out.keys()
-    own = {MANIFEST, "lora/adapter_config.json"}  # the one holds seconds, both the name of the folder
-    assert {n: c for n, c in out.items() if n not in own} == {n: c for n, c in straight.items() if n not in own}
+    uninterrupted, out = contents(tmp_path / "uninterrupted"), contents(tmp_path / "out")
+    assert uninterrupted.keys() == out.keys()
+    own = {MANIFEST, "lora/adapter_config.json"}  # the manifest holds times, and both hold the folder's path
+    assert {n: c for n, c in out.items() if n not in own} == {n: c for n, c in uninterrupted.items() if n not in own}
 
 
 def test_a_run_is_refused_if_another_one_wrote_between_its_check_and_its_lock(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its look at the folder and its lock another run began and ended."""
+    """Another run starts and ends between the check of the folder and the lock."""
     real = OutputFolder._take_lock
 
     def late(self: OutputFolder[Any]) -> None:
@@ -341,7 +341,7 @@ def test_a_run_is_refused_if_another_one_wrote_between_its_check_and_its_lock(
 def test_a_lock_on_a_deleted_file_is_refused(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opened while the other run was at it, locked when that one had removed it: a third may hold the new one."""
+    """The lock file is deleted between open and flock: a third run may hold the lock on the new file."""
 
     def removed_meanwhile(file: int, _: int) -> None:
         (tmp_path / "out" / WORK_FOLDER / "lock").unlink()
@@ -375,7 +375,9 @@ def test_work_files_of_a_run_killed_after_its_manifest_are_removed(
     adapter_parts.mkdir()
     (adapter_parts / "model-00001-of-00004.safetensors.adapter").write_bytes(b"half")
     before = contents(tmp_path / "out")
-    with (tmp_path / "out" / WORK_FOLDER / "lock").open("w") as lock:  # not while another run is at it
+    with (tmp_path / "out" / WORK_FOLDER / "lock").open(
+        "w"
+    ) as lock:  # while another run holds the lock, nothing is removed
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert start(checkpoint("llama")) == made
         assert contents(tmp_path / "out").keys() > before.keys()
@@ -390,7 +392,7 @@ def test_work_files_of_a_run_killed_after_its_manifest_are_removed(
 def test_a_link_instead_of_the_journal_is_refused_and_its_target_is_unchanged(
     name: str, finished: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    """`--overwrite` empties the journal's folder; through a link that would be anybody's."""
+    """`--overwrite` empties the journal's folder; through a link it would empty another folder."""
     out, home = tmp_path / "out", tmp_path / "home"
     if finished:
         start(checkpoint("llama"))
@@ -423,7 +425,7 @@ def test_a_link_instead_of_an_unfinished_file_is_not_followed(
     name: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source, out, mine = checkpoint("llama"), tmp_path / "out", tmp_path / "mine"
-    halfway(start, source, out)
+    interrupt_after_two_shards(start, source, out)
     mine.write_bytes(b"mine")
     path = out / f"{shards(source)[2] if name == 'shard' else name}.partial"
     path.parent.mkdir(exist_ok=True)
@@ -484,8 +486,8 @@ def test_file_names_of_up_to_255_bytes_are_written_resumed_and_cleared(
     index["weight_map"] = {tensor: long[name] for tensor, name in index["weight_map"].items()}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     (source / ("é" * ((length - 4) // 2) + ".txt")).write_bytes(b"x")
-    halfway(start, source, tmp_path / "out")
-    count = Count()
+    interrupt_after_two_shards(start, source, tmp_path / "out")
+    count = ShardLog()
     made = start(source, progress=count)
     assert count.made == shards(source)[2:]
     assert made.files == {n: len(c) for n, c in contents(tmp_path / "out").items() if n != MANIFEST}
@@ -512,7 +514,7 @@ def test_a_clean_up_that_fails_does_not_hide_why_the_run_failed(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(OutputFolder, "_remove", no_more)
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(0, when="inside"))
     monkeypatch.undo()
     assert start(checkpoint("llama")).files  # the lock is gone too

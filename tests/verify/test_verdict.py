@@ -1,4 +1,4 @@
-"""The verdict follows from the findings: the most specific one, whatever the order of the checks."""
+"""verdict: the most specific finding decides the code, in any order of the checks."""
 
 from __future__ import annotations
 

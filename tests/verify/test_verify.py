@@ -1,4 +1,4 @@
-"""verify: every kind of damage to a finished output is named with its repair, and an intact one passes."""
+"""verify: every kind of damage to a finished output is named with a hint, and an intact output passes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ set_peft_model_state_dict(model, state)
 
 @pytest.fixture(scope="module")
 def pristine(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """pristine(**options) is an output made from the tiny llama; never write into it."""
+    """pristine(**options) is an output made from the tiny llama; tests must not write into it."""
     built: dict[str, Path] = {}
 
     def get(kind: str = "llama", source: Path | None = None, **options: Any) -> Path:
@@ -65,7 +65,7 @@ def pristine(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Bui
 
 @pytest.fixture
 def out(pristine: Built, tmp_path: Path) -> Path:
-    """A copy of an output at another place: base_model_name_or_path still names where it was made."""
+    """A copy of an output in another folder; base_model_name_or_path still names the first one."""
     return Path(shutil.copytree(pristine(), tmp_path / "out"))
 
 
@@ -83,7 +83,7 @@ def shard_of(folder: Path, name: str) -> Path:
 
 
 def require(verdict: Verdict, code: Code, *wheres: str) -> None:
-    """The verdict is this one, names all of these places, and has a repair for everything it names."""
+    """The verdict has this code, names all of these places, and has a hint for every difference."""
     assert verdict.code == code
     assert not verdict.ok
     found = [difference.where + ": " + difference.what for difference in verdict.differences]
@@ -376,9 +376,9 @@ def test_the_verify_command_prints_the_verdict_and_sets_the_exit_status(
 ) -> None:
     assert run(["verify", str(out), "--against", str(checkpoint("llama")), "--all"]) == 0
     captured = capsys.readouterr()
-    rests_on = f"21 tensors and all components with {checkpoint('llama')}\n"
+    compared = f"21 tensors and all components with {checkpoint('llama')}\n"
     assert captured.out.startswith(f"{out}: {TEXTS['pair']}\ncompared: ")
-    assert captured.out.endswith(rests_on)
+    assert captured.out.endswith(compared)
     assert captured.err.startswith("note: ")
     shutil.rmtree(out / "lora")
     assert run(["verify", str(out)]) == 1
@@ -421,7 +421,7 @@ def test_the_hint_for_a_trained_adapter_that_does_not_fit_is_to_train_again(
 def test_a_new_head_in_the_adapter_is_a_note(
     kind: str, pristine: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT saves `modules_to_save` with the adapter: classifier and score, of which the model has one."""
+    """PEFT saves `modules_to_save` with the adapter: classifier and score, of which the model has only score."""
     (tmp_path / "svd_init").symlink_to(pristine(kind))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -451,7 +451,7 @@ def print_statuses(commands: list[list[str]]) -> None:
 def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
     kind: str, name: str, out: Path, tmp_path: Path
 ) -> None:
-    """Read, the one never answers and the other never ends."""
+    """Reading the pipe would block; reading the device would never end."""
     path = out / name
     if name == ".milora-init":
         path.mkdir()
@@ -464,10 +464,10 @@ def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
     trained = ["--adapter", str(out / "lora")]
     commands = [["verify", str(out)], ["verify", str(out), *trained], ["report", str(out)]]
     commands += [["merge", str(out), "--out", str(tmp_path / "merged")], ["push", str(out), "me/pair"]]
-    if name == ".milora-init":  # which only the main job reads
+    if name == ".milora-init":  # only the initialisation reads it
         commands = [["-m", str(tmp_path / "source"), "-o", str(out), "-r", "4", "--overwrite"]]
         shutil.copytree(out, tmp_path / "source", ignore=shutil.ignore_patterns(MANIFEST, ".milora-init", "lora"))
-    process = fork_server.run(print_statuses, commands)  # in a process of its own, which can be ended
+    process = fork_server.run(print_statuses, commands)  # in a separate process, which a timeout can end
     only_read_the_manifest = ["report"] if name != MANIFEST else []
     statuses = [0 if command[0] in only_read_the_manifest else 1 for command in commands]
     assert process.stderr.splitlines()[-1] == " ".join(map(str, statuses))

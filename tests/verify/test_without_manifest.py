@@ -1,4 +1,4 @@
-"""A folder without a manifest: the weights show what its adapter belongs to."""
+"""A folder without a manifest: its weights show whether the adapter belongs to it."""
 
 from __future__ import annotations
 
