@@ -63,8 +63,8 @@ def test_an_incomplete_line_is_ignored_and_does_not_damage_the_next(journal: Jou
 @pytest.mark.parametrize(
     "change",
     [
-        {"records": 3}, {"records": [{}]}, {"records": [{"module": "a"}]}, {"files": ["a"]}, {"hashes": 3},
-        {"shard": "../a"}, {"files": {"/a": 1}},
+        {"records": 3}, {"records": [{}]}, {"records": [{"module": "a"}]}, {"files": 3}, {"files": ["a"]},
+        {"hashes": 3}, {"hashes": ["a"]}, {"shard": "../a"}, {"files": {"/a": 1}},
     ],
     ids=str,
 )  # fmt: skip

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -227,15 +226,3 @@ def test_a_journal_with_an_outside_path_is_damaged(
     with pytest.raises(OutputError, match=r"journal\.jsonl is damaged"):
         start(checkpoint("llama"), overwrite=overwrite)
     assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("line", [{"files": 3}, {"files": ["a"]}, {"hashes": 3}, {"hashes": ["a"]}])
-def test_a_journal_of_the_wrong_types_is_damaged(
-    line: dict[str, Any], start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
-    journal = interrupt_after_two_shards(start, checkpoint("llama"), tmp_path / "out")
-    lines = [json.loads(text) for text in journal.read_text().splitlines()]
-    lines[1] |= line
-    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(OutputError, match=r"journal\.jsonl is damaged"):
-        start(checkpoint("llama"))
