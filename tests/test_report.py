@@ -1,4 +1,4 @@
-"""report: what a person reads follows from the manifest."""
+"""report: warnings, tables and loading lines are computed from the manifest."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def manifest(*weights: WeightRecord, **values: Any) -> Manifest:
     return Manifest(**{**given, **values})
 
 
-def test_weights_of_one_name_and_shape_are_one_line() -> None:
+def test_weights_of_one_name_and_shape_are_one_group() -> None:
     found = weight_groups([
         record("a.0.q_proj", energy=0.2, leak=0.01, certificate=certificate(1e-12), elapsed_s=1.0),
         record("a.0.up_proj", shape=(48, 32)),
@@ -91,7 +91,11 @@ def test_weights_of_one_name_and_shape_are_one_line() -> None:
     ]
     first = found[0]
     assert first.energy == pytest.approx(0.3)  # the mean
-    assert (first.leak, first.certificate, first.elapsed_s) == (0.03, 1e-12, 3.5)  # the worst, the worst, the sum
+    assert (first.leak, first.certificate, first.elapsed_s) == (
+        0.03,
+        1e-12,
+        3.5,
+    )  # leak and certificate: the worst; time: the sum
 
 
 def test_a_leak_is_never_a_warning_and_a_large_one_is_a_note() -> None:
@@ -123,7 +127,7 @@ def test_only_a_dtype_that_is_enough_for_every_weight_is_advised() -> None:
     assert "--dtype float16" not in note  # the other weight would end the run
 
 
-def test_a_dtype_that_overflows_or_is_no_better_is_not_advised() -> None:
+def test_a_dtype_that_overflows_or_is_no_better_is_not_suggested() -> None:
     leaks = {"bfloat16": 0.5, "float16": None, "float32": 1e-5}
     (note,) = notes(manifest(record(leak=0.5, leak_if=leaks)))
     assert "float16 (" not in note.replace("bfloat16 (", "")
@@ -150,7 +154,7 @@ def test_a_share_is_always_in_percent(part: float, text: str) -> None:
     assert percent(part) == text
 
 
-def test_directions_that_cannot_train_are_counted() -> None:
+def test_untrainable_directions_are_counted() -> None:
     (warning,) = warnings(manifest(record("a"), record("b", untrainable=3), record("c", untrainable=1)))
     assert "4 directions in 2 weights" in warning
     assert "b first" in warning
@@ -176,7 +180,7 @@ HOSTILE = "x\n::error::y\x1b]0;t\x07\u202e\u2028\x85##[z]|`b` <img src=e>[l](htt
 
 
 @pytest.mark.parametrize("field", ["model", "architecture", "module", "dtype", "notice", "out", "mode", "revision"])
-def test_no_name_out_of_a_manifest_brings_markup_or_a_command(field: str) -> None:
+def test_names_from_a_manifest_inject_no_markup_and_no_command(field: str) -> None:
     source = {"model": "m", "revision": "c" * 40, "architecture": "LlamaForCausalLM"}
     source |= {field: HOSTILE} if field in source else {}
     weight = record(leak=0.3, **{name: HOSTILE for name in ("module", "dtype") if name == field})
@@ -200,7 +204,7 @@ def test_no_name_out_of_a_manifest_brings_markup_or_a_command(field: str) -> Non
     ast.parse(loading_lines(made))
 
 
-def test_an_architecture_that_is_no_name_is_not_imported() -> None:
+def test_an_architecture_that_is_no_identifier_is_not_imported() -> None:
     source = {"model": "m", "revision": None, "architecture": "X; import os"}
     assert "import os" not in loading_lines(manifest(source=source, adapter={"task_type": None}))
 
@@ -229,7 +233,7 @@ def test_the_loading_lines_name_the_class(task: str | None, architecture: str, c
     ("size_bytes", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (13.5e9, "13.5 GB"), (2.69e9, "2.7 GB"), (3.2e12, "3.2 TB")],
 )
-def test_bytes_for_people(size_bytes: float, text: str) -> None:
+def test_sizes_are_printed_with_a_unit(size_bytes: float, text: str) -> None:
     assert size(size_bytes) == text
 
 
@@ -238,5 +242,5 @@ def test_bytes_for_people(size_bytes: float, text: str) -> None:
     [(0, "0.0 s"), (4.21, "4.2 s"), (60, "1 min 00 s"), (185, "3 min 05 s"), (3599.6, "1 h 00 min"),
      (3725, "1 h 02 min")],
 )  # fmt: skip
-def test_seconds_for_people(elapsed_s: float, text: str) -> None:
+def test_durations_are_printed_with_a_unit(elapsed_s: float, text: str) -> None:
     assert duration(elapsed_s) == text

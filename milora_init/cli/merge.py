@@ -27,8 +27,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its residual base: one plain model.
 
-    It is written in the original's dtype. Without --adapter the initial adapter is merged, which gives the original model again. With --model the entries
-    that equal the original's are counted.
+    It is written in the original's dtype. Without --adapter the initial adapter is merged, which gives the original
+    model again. With --model the entries that equal the original's are counted.
 
     [bold]Examples[/bold]
 

@@ -29,7 +29,8 @@ def push(
 ) -> None:
     """Push a finished output to the Hub, with a model card.
 
-    Pairs, merged models and converted adapters can be pushed. All files appear in one commit. A push that was interrupted sends only the missing files when it is repeated.
+    Pairs, merged models and converted adapters can be pushed. All files appear in one commit. A push that was
+    interrupted sends only the missing files when it is repeated.
 
     [bold]Example[/bold]
 
