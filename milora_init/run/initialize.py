@@ -138,7 +138,7 @@ def run_plan(
     if uploader:
         out.discard(plan.files)
     else:
-        out.finish(manifest)
+        out.finish(manifest.to_json())
     return manifest, "done"
 
 

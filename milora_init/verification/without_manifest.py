@@ -29,7 +29,7 @@ _SAMPLE = 5  # modules
 BaseWeights = Literal["original", "residual", "other"]
 
 
-def verify_without_manifest(given: str, folder: Path, adapter: str | None, *, trust_remote_code: bool) -> Verdict:
+def verify_without_manifest(given: str, folder: Path, adapter: Path | None, *, trust_remote_code: bool) -> Verdict:
     """The verdict on a folder without a manifest.
 
     Args:
@@ -40,13 +40,13 @@ def verify_without_manifest(given: str, folder: Path, adapter: str | None, *, tr
     """
     checked = {"files": 0}
     if (folder / WORK_FOLDER).is_dir():
-        what = "missing: a run writes it last, so this run has not finished"
-        missing = Finding(MANIFEST, what, "run the same command again: it resumes")
+        what = "its record is missing, which is written last: the run has not finished"
+        missing = Finding(given, what, "run the same command again: it resumes")
         return Verdict(given, "unfinished", (missing,), checked)
     hint = "if milora-init made this folder, copy milora_init.json from where it was made"
     missing = Finding(MANIFEST, "missing: nothing says what was written", hint)
     lora_folder = folder / LORA_FOLDER if (folder / LORA_CONFIG).is_file() else folder
-    lora_folder = Path(adapter).expanduser() if adapter else lora_folder
+    lora_folder = adapter or lora_folder
     weights: BaseWeights = "other"
     with suppress(MiloraError):  # a folder that cannot be read is unknown
         base = open_checkpoint(folder)
