@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, metadata_load
+from huggingface_hub.hf_api import RepoFile
 
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
 from milora_init.envelope import Status, envelope
-from milora_init.errors import OutputError, PlanError
+from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
-from milora_init.hub.model_card import card_data, card_text
+from milora_init.hub.publication import Publication, as_published, publication
+from milora_init.json_fields import read_object
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
-from milora_init.manifest import MANIFEST, Manifest, require_inside, require_manifest
+from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, Manifest, require_inside, require_manifest
 from milora_init.options import clean_token, require_repository
+from milora_init.records import RECORDS, Output, require_output
 from milora_init.result import Result
 
 _FINISH = ("config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS)
@@ -91,7 +93,7 @@ class Repository:
             if self._revision:
                 self._api.create_branch(self.repo, branch=self._revision, exist_ok=True)
             others = self.files() - {".gitattributes"}
-            if others and MANIFEST not in others and _BEGUN not in others and not overwrite:
+            if others and not others & {*RECORDS, _BEGUN} and not overwrite:
                 raise PlanError(
                     f"{self.repo} exists and is no output of milora-init: it holds {min(others)}",
                     hint="choose another repository, or add --overwrite to replace its weights",
@@ -104,7 +106,7 @@ class Repository:
     def manifest_fingerprint(self) -> str:
         """The fingerprint of the finished output in it, empty where there is none."""
         with hub_errors(self.repo, self._revision, pushing=True):
-            return str(self._manifest().get("fingerprint", ""))
+            return str(self._record(MANIFEST).get("fingerprint", ""))
 
     def manifest(self) -> Manifest:
         """The manifest of the finished output in it. Raises OutputError, HubError."""
@@ -112,54 +114,74 @@ class Repository:
             path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
         return require_manifest(Path(path).parent)
 
-    def _manifest(self) -> dict[str, Any]:
-        """The manifest of the output of ours that stands in it, empty where there is none."""
-        if MANIFEST not in self.files():
+    def _record(self, name: str) -> dict[str, Any]:
+        """The record of that name in it, empty where there is none that can be read."""
+        if name not in self.files():
             return {}
-        path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
+        path = self._api.hf_hub_download(self.repo, name, revision=self._revision)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):  # somebody's: it tells nothing of what is ours there
+            content = read_object(Path(path), most_bytes=MOST_MANIFEST_BYTES)
+        except (OSError, ValueError, RecursionError):  # somebody's: it tells nothing of what is ours there
             content = None
-        return content if isinstance(content, dict) and isinstance(content.get("files", {}), dict) else {}
+        return content if content is not None and isinstance(content.get("files", {}), dict) else {}
 
-    def push(self, folder: Path, manifest: Manifest, *, there: Collection[str] = ()) -> Published:
-        """Upload a finished output in one commit.
+    def push(self, folder: Path, output: Output, *, there: Collection[str] = ()) -> Published:
+        """Upload a finished output in one commit; none if the repository has the same output already.
+
+        The card is not compared: it may have been edited there.
 
         Args:
             folder: Where it lies.
-            manifest: Its manifest.
+            output: Its record.
             there: Files of it that were pushed before, one by one.
 
         Raises:
+            OutputError: A file was changed since the output was finished.
             HubError: See `claim`; the same push again sends only what is missing.
         """
         with hub_errors(self.repo, self._revision, pushing=True):
-            published = as_published(manifest, self.repo, self._revision)
-            contents = {
-                LORA_CONFIG: (json.dumps(published.adapter, indent=2) + "\n").encode(),
-                MANIFEST: (json.dumps(published.to_json(), indent=1) + "\n").encode(),
-                "README.md": self._card(manifest, published).encode(),
-            }
-            names = [name for name in manifest.files if name not in contents and name not in there]
+            plan = publication(folder, output, self.repo, self._revision)
+            contents = {**plan.contents, "README.md": self._card(plan).encode()}
+            names = [name for name in output.files if name not in contents and name not in there]
             require_inside(folder, names)
             paths = {name: folder / name for name in names}
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                CommitOperationAdd(name, content) for name, content in (contents | paths).items()
-            ]
-            for operation in operations:
-                name = operation.path_in_repo
-                hashed = operation.upload_info.sha256.hex() if isinstance(operation, CommitOperationAdd) else ""
-                if name in paths and hashed != manifest.hashes.get(name):
+            additions = [CommitOperationAdd(name, content) for name, content in (contents | paths).items()]
+            for addition in additions:
+                name = addition.path_in_repo
+                if name in paths and addition.upload_info.sha256.hex() != output.hashes.get(name):
                     raise OutputError(f"{folder}: {name} was changed", hint=f"milora-init verify {folder}")
-            former = self._manifest().get("files", {})
-            stale = self.files() - manifest.files.keys() - contents.keys()
-            operations += [
+            files = self.files()
+            former = {name for record in RECORDS for name in (record, *self._record(record).get("files", {}))}
+            stale = files - output.files.keys() - contents.keys()
+            deletions = [
                 CommitOperationDelete(name) for name in sorted(stale) if name in former or _would_be_loaded(name)
             ]
-            info = self._commit(operations, "A residual base and its adapter, by milora-init")
-        self.published = Published(self.repo, f"{self._api.endpoint}/{self.repo}", info, len(operations))
+            if not deletions and _BEGUN not in files and self._has(plan, additions):
+                commit, count = str(self._api.repo_info(self.repo, revision=self._revision).sha), 0
+            else:
+                operations = [*additions, *deletions]
+                commit, count = self._commit(operations, plan.message), len(operations)
+        self.published = Published(
+            self.repo, f"{self._api.endpoint}/{self.repo}", commit, count, unchanged=count == 0
+        )  # fmt: skip
         return self.published
+
+    def _has(self, plan: Publication, additions: Sequence[CommitOperationAdd]) -> bool:
+        """Whether the repository has the same output: its record, and every file with its hash."""
+        record = self._record(plan.record)
+        for name in ("fingerprint", "files", "hashes"):
+            if record.get(name) != getattr(plan.output, name):
+                return False
+        infos = self._api.get_paths_info(self.repo, list(plan.output.files), revision=self._revision)
+        found = {info.path: info for info in infos if isinstance(info, RepoFile)}
+        small = {addition.path_in_repo: addition for addition in additions}
+        for name, digest in plan.output.hashes.items():
+            info = found.get(name)
+            if info is None or (info.lfs and info.lfs.sha256 != digest):
+                return False
+            if not info.lfs and (name not in small or info.blob_id != _git_hash(small[name])):
+                return False
+        return True
 
     def shown(self, manifest: Manifest) -> Manifest:
         """The manifest as it stands here, where the output is."""
@@ -196,13 +218,12 @@ class Repository:
         info = self._api.create_commit(self.repo, operations, commit_message=message, revision=self._revision)
         return str(info.oid)
 
-    def _card(self, manifest: Manifest, published: Manifest) -> str:
-        data = ModelCardData(**card_data(manifest), **self._of_the_source(manifest))
-        return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{card_text(published, self.repo)}"))
+    def _card(self, plan: Publication) -> str:
+        data = ModelCardData(**plan.card_data, **self._of_the_source(plan.model, plan.revision))
+        return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{plan.card_text}"))
 
-    def _of_the_source(self, manifest: Manifest) -> dict[str, Any]:
+    def _of_the_source(self, model: str, revision: str | None) -> dict[str, Any]:
         """Licence and language, from the source's own card, where it has one."""
-        model, revision = str(manifest.source["model"]), manifest.source["revision"]
         path: Path | str = Path(model).expanduser() / "README.md"
         try:
             if revision is not None:
@@ -217,40 +238,34 @@ def push(
     folder: str, repo: str, *, private: bool = True, branch: str | None = None, token: str | None = None,
     overwrite: bool = False,
 ) -> Published:  # fmt: skip
-    """Publish a finished output folder; see `Repository`.
+    """Publish a finished output: a pair, a merged model or a converted adapter; see `Repository`.
 
     Raises:
+        UsageError: A folder that is not there.
         OutputError: The folder is no finished output, or a file of it was changed.
         HubError, PlanError: See `Repository.claim`.
     """
     out = Path(folder).expanduser()
-    manifest = require_manifest(out)
-    require_inside(out, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
-    for name, size_bytes in manifest.files.items():
+    if not folder:  # such as an unset variable of a shell
+        raise UsageError("PAIR is empty", hint="name a folder")
+    if not out.is_dir():
+        raise UsageError(f"{folder}: no such folder", hint="name a folder that milora-init wrote")
+    output = require_output(out, folder)
+    required = (LORA_CONFIG, LORA_WEIGHTS) if isinstance(output, Manifest) else ()
+    require_inside(out, (*output.files, *required))
+    for name, size_bytes in output.files.items():
         if not (out / name).is_file() or (name != LORA_CONFIG and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
     repository = Repository(repo, private=private, revision=branch, token=token)
     repository.claim(overwrite=overwrite)
-    return repository.push(out, manifest)
+    return repository.push(out, output)
 
 
-def as_published(manifest: Manifest, repo: str, branch: str | None = None) -> Manifest:
-    """The manifest as it stands in the repository, which is where the pair is now, and not in somebody's folder."""
-    adapter_config = {**manifest.adapter, "base_model_name_or_path": repo}
-    if branch:
-        adapter_config["revision"] = branch
-    encoded = (json.dumps(adapter_config, indent=2) + "\n").encode()
-    source = dict(manifest.source)
-    if source["revision"] is None:
-        source["model"] = Path(source["model"]).name
-    return dataclasses.replace(
-        manifest,
-        source=source,
-        out=repo,
-        adapter=adapter_config,
-        files={**manifest.files, LORA_CONFIG: len(encoded)},
-        hashes={**manifest.hashes, LORA_CONFIG: hashlib.sha256(encoded).hexdigest()},
-    )
+def _git_hash(addition: CommitOperationAdd) -> str:
+    """The name that git gives to a file's content."""
+    with addition.as_file() as file:
+        content = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _would_be_loaded(name: str) -> bool:

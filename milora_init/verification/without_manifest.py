@@ -21,6 +21,7 @@ from milora_init.errors import MiloraError
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LoraAdapter, read_lora
 from milora_init.manifest import MANIFEST, WORK_FOLDER
 from milora_init.model.adaptable import ModelStructure, read_structure
+from milora_init.records import MERGED
 from milora_init.verification.tensors import open_tensors
 from milora_init.verification.verdict import Finding, Verdict, note
 
@@ -40,7 +41,7 @@ def verify_without_manifest(given: str, folder: Path, adapter: Path | None, *, t
     """
     checked = {"files": 0}
     if (folder / WORK_FOLDER).is_dir():
-        what = "its record is missing, which is written last: the run has not finished"
+        what = f"neither {MANIFEST} nor {MERGED}: the record is written last, so this run has not finished"
         missing = Finding(given, what, "run the same command again: it resumes")
         return Verdict(given, "unfinished", (missing,), checked)
     hint = "if milora-init made this folder, copy milora_init.json from where it was made"
