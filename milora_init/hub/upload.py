@@ -157,7 +157,7 @@ class Repository:
                 CommitOperationDelete(name) for name in sorted(stale) if name in former or _would_be_loaded(name)
             ]
             if not deletions and _BEGUN not in files and self._has(plan, additions):
-                commit, count = str(self._api.repo_info(self.repo, revision=self._revision).sha), 0
+                commit, count = str(self._api.repo_info(self.repo, revision=self._revision or "main").sha), 0
             else:
                 operations = [*additions, *deletions]
                 commit, count = self._commit(operations, plan.message), len(operations)
