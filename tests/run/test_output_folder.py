@@ -460,9 +460,9 @@ def test_nobody_may_read_a_copy_who_may_not_read_the_source(
 def test_side_files_count_in_the_room_that_is_needed(start: Start, own: Built, tmp_path: Path) -> None:
     source = own("llama")
     options = InitOptions(model=str(source), out="out", rank=4)
-    before = make_plan(options, source).room_bytes
+    before = make_plan(options, source).required_disk_bytes
     (source / "vocab.txt").write_bytes(bytes(100_000))
-    assert make_plan(options, source).room_bytes == before + 100_000
+    assert make_plan(options, source).required_disk_bytes == before + 100_000
 
 
 def test_a_side_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
