@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "initialize": "api", "verify": "api", "merge": "api", "convert": "api", "push": "api",
-    "InitOptions": "options", "InitResult": "result", "Verdict": "verify.verdict", "MergeResult": "export.merge",
+    "InitOptions": "options", "InitResult": "result", "Verdict": "verification.verdict", "MergeResult": "export.merge",
     "ConvertResult": "export.convert", "Published": "hub.upload", "Manifest": "manifest", "Progress": "run.progress",
     "MiloraError": "errors", "UsageError": "errors", "CheckpointError": "errors", "PlanError": "errors",
     "OutputError": "errors", "SolveError": "errors", "HubError": "errors",

@@ -138,7 +138,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     options = plan.options
     rows = [
         (suffix, f"{m} x {n}", torch_name(dtype), str(count), str(rank))
-        for (suffix, (m, n), dtype, rank), count in plan.kinds().items()
+        for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
     download = sum(header.file_bytes for header in plan.absent.values())

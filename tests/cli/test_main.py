@@ -306,7 +306,7 @@ def test_a_missing_folder_is_named(cli: Cli) -> None:
 
 def test_an_id_that_is_nowhere_is_named(cli: Cli, tmp_path: Path) -> None:
     said = cli("no-such-org/no-such-model", "--cache-dir", tmp_path / "cache")
-    require_error(said, 1, "no-such-org/no-such-model", "neither a folder here nor")
+    require_error(said, 1, "no-such-org/no-such-model", "neither a local folder nor")
 
 
 def test_a_bad_weight_in_a_later_shard_keeps_the_done_ones_and_looks_unfinished(cli: Cli, own: Built) -> None:

@@ -458,9 +458,9 @@ def test_a_copy_is_not_more_readable_than_its_source(mode: int, start: Start, ow
 def test_side_files_count_in_the_needed_space(start: Start, own: Built, tmp_path: Path) -> None:
     source = own("llama")
     options = InitOptions(model=str(source), out="out", rank=4)
-    before = make_plan(options, source).room_bytes
+    before = make_plan(options, source).required_disk_bytes
     (source / "vocab.txt").write_bytes(bytes(100_000))
-    assert make_plan(options, source).room_bytes == before + 100_000
+    assert make_plan(options, source).required_disk_bytes == before + 100_000
 
 
 def test_a_large_side_file_is_copied_in_chunks(tmp_path: Path) -> None:
