@@ -106,7 +106,8 @@ def notes(manifest: Manifest) -> list[str]:
 
 
 def _and_more(weights: list[WeightRecord]) -> str:
-    return f", and {len(weights) - 1} more weights" if len(weights) > 1 else ""
+    more = len(weights) - 1
+    return f", and {more} more weight{'s' if more > 1 else ''}" if more else ""
 
 
 def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
