@@ -20,7 +20,7 @@ from support.reference import same_bytes
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model, unloaded_weights
 from milora_init.checkpoint.side_files import side_files
 from milora_init.checkpoint.tensor_file import open_shard
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, UsageError
 
 Built = Callable[..., Path]
 
@@ -90,7 +90,7 @@ def test_safetensors_are_preferred_to_pickles(own: Built) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent: no such folder"):
+    with pytest.raises(UsageError, match=r"absent: no such folder"):
         open_checkpoint(tmp_path / "absent")
 
 
