@@ -72,7 +72,7 @@ def component_error(weight: WeightRecord) -> float:
 def warnings(manifest: Manifest) -> list[str]:
     """What can hurt the training or the use of a pair: the notices of the plan, and figures out of range."""
     found = list(manifest.notices)
-    inexact = [weight for weight in manifest.weights if weight.rounding.error > _UNIT_ROUNDOFF[weight.dtype]]
+    inexact = [weight for weight in manifest.weights if weight.rounding.error > _UNIT_ROUNDOFF.get(weight.dtype, 0.0)]
     if inexact:
         worst = max(inexact, key=lambda weight: weight.rounding.error)
         found.append(
@@ -106,7 +106,8 @@ def notes(manifest: Manifest) -> list[str]:
 
 
 def _and_more(weights: list[WeightRecord]) -> str:
-    return f", and {len(weights) - 1} more weights" if len(weights) > 1 else ""
+    more = len(weights) - 1
+    return f", and {more} more weight{'s' if more > 1 else ''}" if more else ""
 
 
 def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
@@ -154,6 +155,7 @@ def run_fields(manifest: Manifest) -> dict[str, Any]:
         "worst_leak": max(weight.rounding.leak for weight in manifest.weights),
         "worst_step_0_error": max(weight.rounding.error for weight in manifest.weights),
         "groups": [_group_json(group) for group in weight_groups(manifest.weights)],
+        "adapter_config": dict(manifest.adapter),
         "versions": dict(manifest.versions),
         "load": loading_lines(manifest),
     }
@@ -169,7 +171,7 @@ def _group_json(group: WeightGroup) -> dict[str, Any]:
 def report_json(manifest: Manifest) -> dict[str, Any]:
     """The object that `report --json` prints: that of `init`, and the manifest with every weight."""
     content = manifest.to_json()
-    return envelope("report", "done", **run_fields(manifest), adapter=content["adapter"], weights=content["weights"])
+    return envelope("report", "done", **run_fields(manifest), weights=content["weights"])
 
 
 def percent(part: float) -> str:

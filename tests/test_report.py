@@ -106,7 +106,7 @@ def test_a_leak_is_never_a_warning_and_a_large_one_is_a_note() -> None:
 
 def test_a_note_says_what_the_leak_means_and_names_the_dtypes_that_make_it_smaller() -> None:
     (note,) = notes(manifest(record("a.q_proj", leak=0.2), record("b.q_proj", leak=0.48)))
-    assert "leaves up to 48% of a component in the base (b.q_proj, and 1 more weights)" in note
+    assert "leaves up to 48% of a component in the base (b.q_proj, and 1 more weight)" in note
     assert "does not change the training" in note
     assert "within 0.1% a weight" in note  # Rounding.error of the records
     assert "--dtype float16" in note

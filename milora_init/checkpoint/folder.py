@@ -57,7 +57,7 @@ class Checkpoint:
         headers: Header of each file of weights, by file name, in order.
         stamps: Size and time of each of those files when its header was read; without those that are not there yet.
         index: The index file's content, None for a single file.
-        unfilled: Tensors that the index names and that are in no shard. Whether the model needs them is not known here.
+        missing_tensors: Names that are in the index and in no shard. `read_structure` checks if the model needs them.
         is_pickle: Whether the files are `.bin`.
         remote: What the Hub knows of it; None for a folder that is not from the Hub.
     """
@@ -68,7 +68,7 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     is_pickle: bool
     remote: RemoteFiles | None = None
-    unfilled: tuple[str, ...] = ()
+    missing_tensors: tuple[str, ...] = ()
 
     @cached_property
     def config_bytes(self) -> bytes:
@@ -147,16 +147,16 @@ def open_checkpoint(folder: Path, remote: RemoteFiles | None = None) -> Checkpoi
             if name in file_of:
                 raise CheckpointError(f"{folder}: {name} is in {file_of[name]} and again in {file}")
             file_of[name] = file
-    unfilled = []
+    missing_tensors = []
     for name, file in (index or {}).get("weight_map", {}).items():
         if name not in file_of:
-            unfilled.append(name)
+            missing_tensors.append(name)
         elif file_of[name] != file:
             raise CheckpointError(
                 f"{folder}: the index puts {name} into {file}, it is in {file_of[name]}", hint=REFETCH
             )
     checkpoint = Checkpoint(
-        folder, headers, stamps, index, files[0].endswith(".bin"), remote=remote, unfilled=tuple(unfilled)
+        folder, headers, stamps, index, files[0].endswith(".bin"), remote=remote, missing_tensors=tuple(missing_tensors)
     )
     _ = checkpoint.config  # a broken config.json is found here, not after the planning
     return checkpoint
@@ -188,7 +188,7 @@ def require_no_lone_shard(where: str, names: Iterable[str]) -> None:
             )
 
 
-def left_out(checkpoint: Checkpoint) -> list[str]:
+def unloaded_weights(checkpoint: Checkpoint) -> list[str]:
     """Weights in the folder that transformers does not load: files, and subfolders with such files."""
     used = {*checkpoint.headers, *(name.partition("/")[0] for name in side_files(checkpoint.folder))}
     found = []

@@ -74,7 +74,7 @@ def with_command(words: list[str]) -> list[str]:
         return words
     first = words[0]
     close = get_close_matches(first, COMMANDS, n=1, cutoff=0.7)
-    if close and not Path(first).exists():
+    if close and not first.startswith("-") and not Path(first).exists():
         raise UsageError(f"no command {first!r}", hint=f"did you mean `milora-init {close[0]}`?")
     return [DEFAULT_COMMAND, *words]
 

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from milora_init.verification.verdict import Verdict
 
 _MOST_DIFFERENCES = 20  # of a verdict; the rest is counted
-_LEGEND = (
-    "energy: the component's share of the weight's squared norm. leak: the part of the component that rounding leaves "
-    "in the base. step-0 error: distance of base and component from the weight, relative to the weight. certified: "
-    "proven bound of the component's relative error."
-)
+_LEGEND = {  # what the columns of the summary mean
+    "energy": "the component's share of the weight's squared norm",
+    "leak": "the part of the component that rounding leaves in the base",
+    "step-0 error": "distance of base and component from the weight, relative to the weight",
+    "certified": "proven bound of the component's relative error",
+}
 
 
 class _Console(Console):
@@ -137,7 +138,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     options = plan.options
     rows = [
         (suffix, f"{m} x {n}", torch_name(dtype), str(count), str(rank))
-        for (suffix, (m, n), dtype, rank), count in plan.kinds().items()
+        for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
     download = sum(header.file_bytes for header in plan.absent.values())
@@ -216,14 +217,15 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
         for group in weight_groups(manifest.weights)
     ]
     spare = ("solving", "certified", "energy", "rank", "weights")
-    _print_table(console, columns, rows, spare=spare)
-    console.print(Text(_LEGEND, "dim"), soft_wrap=False)
+    shown = _print_table(console, columns, rows, spare=spare)
+    legend = " ".join(f"{name}: {meaning}." for name, meaning in _LEGEND.items() if name in shown)
+    console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     total = size(sum(manifest.files.values()))
     end = "already done, nothing to do" if elapsed_s is None else f"done in {duration(elapsed_s)}"
     console.print(f"{manifest.out}: {count_weights(manifest.weights)}, {total}, {end}")
     print_warnings(warnings(manifest))
     for note in notes(manifest):
-        stderr_console().print(Text("note:", "bold"), note)
+        _print_sentence(Text("note:", "bold"), note)
     for line in ("", "Load the pair, for training or inference:", "", *loading_lines(manifest).splitlines()):
         console.print(line)
 
@@ -272,14 +274,24 @@ def print_facts(facts: Mapping[str, object]) -> None:
 
 def print_warnings(lines: Sequence[str]) -> None:
     """Print warnings on stderr; under GitHub Actions, annotate the job with them too."""
-    console = stderr_console()
     for line in lines:
-        console.print(Text("warning:", "bold yellow"), line)
+        _print_sentence(Text("warning:", "bold yellow"), line)
         _annotate("warning", line)
 
 
-def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> None:
-    """Print a table. If the terminal is too narrow, the columns `spare` are left out, the first ones first."""
+def _print_sentence(label: Text, text: str) -> None:
+    """Print a sentence on stderr, with line breaks between words if it is a terminal."""
+    console = stderr_console()
+    console.print(label, text, soft_wrap=not console.is_terminal)
+
+
+def _print_table(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]
+) -> list[str]:
+    """Print a table; return the columns that it has.
+
+    If the terminal is too narrow, columns of `spare` are left out, the first ones first.
+    """
     kept = list(columns)
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -292,6 +304,7 @@ def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequen
             break
         kept.remove(column)
     console.print(table)
+    return kept
 
 
 def _stdout() -> Console:

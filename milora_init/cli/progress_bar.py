@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console, OverflowMethod
@@ -88,6 +88,7 @@ class Bar(RunProgress):
     FLOPS_PER_BYTE = 200  # so many multiply-adds take about the time of copying one byte
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
+        self._planning = ExitStack()  # the spinner that is shown until the run starts
         self._at: dict[str, str] = {}  # device -> module
         self._lock = threading.Lock()  # tensors are reported from the workers' threads
         self._console = stderr_console(quiet)
@@ -114,18 +115,15 @@ class Bar(RunProgress):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._planning.close()
         self._bar.stop()
 
     def planning(self, model: str) -> None:
         """The headers and module names of a model are being read."""
-        if _is_interactive(self._console):
-            self._bar.update(self._task, what="planning", current=f"reading {model}")
-            self._bar.start()
-        else:
-            self._console.print(f"reading headers and module names of {model}")
+        self._planning.enter_context(waiting(f"reading headers and module names of {model}", quiet=self._console.quiet))
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
-        self._bar.update(self._task, what="splitting", current="")
+        self._planning.close()
         self._bar.start()
         self._started = time.monotonic()
         self._flops = {w.weight.tensor: plan.flops(w) for w in plan.weights}  # of one weight in that tensor

@@ -101,7 +101,7 @@ class MergePlan:
         return [*self.headers, *index, *self.side_files, "config.json"]
 
     @property
-    def room_bytes(self) -> int:
+    def required_disk_bytes(self) -> int:
         return self.weights_bytes + sum(self.manifest.files[name] for name in self.side_files)
 
     @property

@@ -52,16 +52,16 @@ Status = Literal["done", "unchanged"]
 class ShardUploader(Protocol):
     """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
 
-    def begin(self) -> None:
+    def mark_unfinished(self) -> None:
         """Shards will be uploaded, the first ones or more of them."""
 
-    def holds(self, hashes: Mapping[str, str]) -> set[str]:
+    def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
         """The names of those files, given with their SHA-256, that are uploaded already."""
 
     def push_shard(self, path: Path, name: str) -> str:
         """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
 
-    def push(self, folder: Path, manifest: Manifest, *, there: Collection[str]) -> object:
+    def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str]) -> object:
         """Upload all other files: the output is finished."""
 
 
@@ -82,7 +82,7 @@ def carry_out(
     from milora_init.hub.upload import Repository
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.claim(overwrite=overwrite_repository)
+    repository.prepare(overwrite=overwrite_repository)
     if not options.low_disk:
         manifest, status = run_plan(plan, progress=progress)
         if progress:
@@ -91,7 +91,7 @@ def carry_out(
     if repository.manifest_fingerprint() == plan.fingerprint:
         return repository.manifest(), "unchanged", None
     manifest, _ = run_plan(plan, progress=progress, uploader=repository)
-    return repository.shown(manifest), "done", repository.published
+    return repository.published_manifest(manifest), "done", repository.published
 
 
 def run_plan(
@@ -111,26 +111,28 @@ def run_plan(
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     if finished := out.prepare(plan):
         if uploader:
-            uploader.push(out.path, finished, there=())
+            uploader.push(out.path, finished, pushed_before=())
         return finished, "unchanged"
     try:
         with (
             HashPool() as hashing,
             SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
         ):
-            entries = out.finished_shards(hashing, uploader.holds if uploader else None)
+            entries = out.finished_shards(hashing, uploader.pushed_shards if uploader else None)
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
             if uploader:
-                uploader.begin()
+                uploader.mark_unfinished()
             with _prefetcher(plan, todo, out, progress) as prefetcher:
                 loop = _ShardLoop(plan, out, progress, uploader, hashing, solvers, prefetcher, started)
                 entries |= loop.run(todo)
         manifest = _assemble(plan, out, entries, checked_with, started)
         if uploader:
             uploader.push(
-                out.path, manifest, there=[name for name, entry in entries.items() if entry.pushed is not None]
+                out.path,
+                manifest,
+                pushed_before=[name for name, entry in entries.items() if entry.pushed is not None],
             )
     except BaseException:
         out.abandon()

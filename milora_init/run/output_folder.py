@@ -57,7 +57,7 @@ class OutputPlan(Protocol):
         """Every file of the output except its record, by the path relative to the folder."""
 
     @property
-    def room_bytes(self) -> int:
+    def required_disk_bytes(self) -> int:
         """How much disk space the run needs at its peak."""
 
 
@@ -355,7 +355,7 @@ class OutputFolder(Generic[Record]):
         parent = require_writable(self.path)
         existing = earlier_files or [name for entry in self.journal.shards().values() for name in entry.files]
         existing_bytes = sum(path.stat().st_size for path in map(self._path_of, existing) if path.is_file())
-        needed = plan.room_bytes - existing_bytes
+        needed = plan.required_disk_bytes - existing_bytes
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(

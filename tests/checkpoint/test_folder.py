@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from support import tiny_models
 from support.reference import same_bytes
 
-from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, left_out, open_checkpoint, open_model
+from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model, unloaded_weights
 from milora_init.checkpoint.side_files import side_files
 from milora_init.checkpoint.tensor_file import open_shard
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, UsageError
 
 Built = Callable[..., Path]
 
@@ -90,7 +90,7 @@ def test_safetensors_are_preferred_to_pickles(own: Built) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent: no such folder"):
+    with pytest.raises(UsageError, match=r"absent: no such folder"):
         open_checkpoint(tmp_path / "absent")
 
 
@@ -181,7 +181,7 @@ def test_an_index_entry_without_a_tensor_is_unfilled(own: Built) -> None:
     file = next(folder.glob("*.safetensors")).name
     edit_index(folder, lambda content: content["weight_map"].update(invented=file))
     opened = open_checkpoint(folder)
-    assert opened.unfilled == ("invented",)
+    assert opened.missing_tensors == ("invented",)
     assert "invented" not in opened.tensors
 
 
@@ -215,13 +215,13 @@ def test_a_checkpoint_folder_with_an_adapter_is_refused(own: Built) -> None:
 
 def test_other_weight_files_are_listed_as_left_out(own: Built) -> None:
     folder = own("llama")
-    assert left_out(open_checkpoint(folder)) == []
+    assert unloaded_weights(open_checkpoint(folder)) == []
     out = ["consolidated.safetensors", "model-mtp.safetensors", "model.GGUF", "pytorch_model.bin", "zero/", "original/"]
     for name in ("original", "zero", "assets", ".cache"):
         (folder / name).mkdir()
     for name in (*out[:4], "zero/optimizer.pt", "original/consolidated.00.pth", "assets/a.png", ".cache/x.bin"):
         (folder / name).write_bytes(b"x")
-    assert left_out(open_checkpoint(folder)) == sorted(out)
+    assert unloaded_weights(open_checkpoint(folder)) == sorted(out)
 
 
 def test_a_module_of_a_sentence_transformer_is_not_left_out(own: Built) -> None:
@@ -229,7 +229,7 @@ def test_a_module_of_a_sentence_transformer_is_not_left_out(own: Built) -> None:
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"x")
     (folder / "modules.json").write_text(json.dumps([{"path": "2_Dense"}]))
-    assert left_out(open_checkpoint(folder)) == []
+    assert unloaded_weights(open_checkpoint(folder)) == []
 
 
 def test_a_tensor_in_two_shards_is_refused(own: Built) -> None:

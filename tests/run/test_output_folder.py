@@ -115,7 +115,7 @@ def test_another_source_is_refused_in_an_unfinished_output(start: Start, checkpo
     with pytest.raises(InterruptedRunError):
         start(checkpoint("llama"), progress=InterruptAt(1, when="inside"))
     before = states(tmp_path / "out")
-    with pytest.raises(OutputError, match="the source's files differ"):
+    with pytest.raises(OutputError, match="the model's files differ"):
         start(checkpoint("llama", "float16"))
     assert states(tmp_path / "out") == before
 
@@ -126,7 +126,7 @@ def test_a_changed_side_file_is_another_request(name: str, start: Start, own: Bu
     (source / "tokenizer.json").write_text("{}")
     start(source)
     (source / name).write_text((source / name).read_text() + " ")
-    with pytest.raises(OutputError, match=f"the source's files differ, {re.escape(name)} first"):
+    with pytest.raises(OutputError, match=f"the model's files differ, {re.escape(name)} first"):
         start(source)
     verdict = verify(str(tmp_path / "out"), model=str(source))
     assert [(d.where, d.what) for d in verdict.differences] == [
@@ -458,9 +458,9 @@ def test_a_copy_is_not_more_readable_than_its_source(mode: int, start: Start, ow
 def test_side_files_count_in_the_needed_space(start: Start, own: Built, tmp_path: Path) -> None:
     source = own("llama")
     options = InitOptions(model=str(source), out="out", rank=4)
-    before = make_plan(options, source).room_bytes
+    before = make_plan(options, source).required_disk_bytes
     (source / "vocab.txt").write_bytes(bytes(100_000))
-    assert make_plan(options, source).room_bytes == before + 100_000
+    assert make_plan(options, source).required_disk_bytes == before + 100_000
 
 
 def test_a_large_side_file_is_copied_in_chunks(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_input
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.cli.main import run
-from milora_init.errors import CheckpointError, UsageError
+from milora_init.errors import UsageError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.progress import Progress, ShardResult
