@@ -158,9 +158,9 @@ def merge(  # noqa: PLR0913  the options of the command
         original = _open_original(plan.manifest, options)
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
     require_outside(folder.path, plan.adapter.path, "./merged")
+    require_no_other_output(folder.path, MERGED)
     if (folder.path / "adapter_config.json").exists():
         raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
-    require_no_other_output(folder.path, MERGED)
     if finished := folder.prepare(plan):
         return _compared(replace(finished, unchanged=True), folder.path, original, plan.manifest)
     try:
