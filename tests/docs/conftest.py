@@ -1,0 +1,65 @@
+"""The folders that the documentation's examples use: a small Llama, its pair, a trained adapter, what is made of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from milora_init import api
+
+HUB_MODEL = "meta-llama/Llama-2-7b-hf"  # the id in the examples; as a relative path it is the small Llama
+RECIPE = "target: [q_proj, v_proj, down_proj]\nrank: 32\n"
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(60))]
+Files = Callable[[Path], None]
+
+
+@pytest.fixture(scope="session")
+def example_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """example_files(folder) copies ./my-model, ./svd_init, ./trained, ./merged, ./plain and ./mine.yaml into a folder."""
+    made = tmp_path_factory.mktemp("examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        _make_examples()
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+
+    return copy
+
+
+def _make_examples() -> None:
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    config: Any = transformers.LlamaConfig
+    cls: Any = transformers.LlamaForCausalLM
+    # Wide enough for the rank of the examples, 64.
+    model = cls(
+        config(
+            vocab_size=64, hidden_size=96, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer: Any = transformers.PreTrainedTokenizerFast
+    for name in ("my-model", HUB_MODEL):
+        model.to(torch.bfloat16).save_pretrained(name)
+        tokenizer(
+            tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        ).save_pretrained(name)
+    api.initialize(HUB_MODEL, "./svd_init", rank=64, progress=False)
+    shutil.copytree("svd_init/lora", "trained")
+    tensors = load_file("trained/adapter_model.safetensors")
+    moved = {name: tensor + 1e-3 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+    save_file(moved, "trained/adapter_model.safetensors", metadata={"format": "pt"})
+    api.merge("./svd_init", "./merged", adapter="./trained", progress=False)
+    api.convert("./svd_init", "./trained", "./plain")
+    Path("mine.yaml").write_text(RECIPE, encoding="utf-8")
