@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from milora_init import api
 
-HUB_MODEL = "meta-llama/Llama-2-7b-hf"  # the id in the examples; as a relative path it is the small Llama
+HUB_MODEL = "meta-llama/Llama-2-7b-hf"
+MODELS = ("my-model", HUB_MODEL, "HuggingFaceTB/SmolLM2-135M")  # each a folder with the small Llama
 RECIPE = "target: [q_proj, v_proj, down_proj]\nrank: 32\n"
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(60))]
 Files = Callable[[Path], None]
@@ -50,7 +51,7 @@ def _make_examples() -> None:
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer: Any = transformers.PreTrainedTokenizerFast
-    for name in ("my-model", HUB_MODEL):
+    for name in MODELS:
         model.to(torch.bfloat16).save_pretrained(name)
         tokenizer(
             tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
