@@ -36,7 +36,7 @@ CASES = [
     ("convert svd_init --adapter trained --out again", 0, "done"),
     ("convert svd_init --adapter trained --out again --rank 8", 0, "done"),
     ("convert ./svd_init --adapter ./trained --out ./plain", 0, "unchanged"),
-    ("push nothing me/nothing", 2, "failed"),
+    ("push nothing me/nothing", None, "failed"),
     ("recipes", 0, "done"),
     ("recipes math", 0, "done"),
     ("env", 0, "done"),
