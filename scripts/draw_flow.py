@@ -69,7 +69,7 @@ def svg() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _box(left: int, top: int, width: int, kind: str, title: str, text: str) -> list[str]:  # noqa: PLR0913
+def _box(left: int, top: int, width: int, kind: str, title: str, text: str) -> list[str]:
     middle = left + width // 2
     return [
         f'  <rect class="{kind}" x="{left}" y="{top}" width="{width}" height="{BOX_HEIGHT}" rx="7"/>',

@@ -151,7 +151,8 @@ def methods() -> str:
 
 def error_classes() -> str:
     """The classes of errors."""
-    classes = [cls for cls in (errors.MiloraError, *errors.MiloraError.__subclasses__()) if cls.__module__ == errors.__name__]
+    found: list[type[errors.MiloraError]] = [errors.MiloraError, *errors.MiloraError.__subclasses__()]
+    classes = [cls for cls in found if cls.__module__ == errors.__name__]
     rows = [(f"`{cls.__name__}`", str(cls.exit_code), inspect.getdoc(cls) or "") for cls in classes]
     return table(("class", "exit status", "meaning"), [(a, b, c.partition("\n")[0]) for a, b, c in rows])
 

@@ -82,7 +82,7 @@ def _require_task(task: str | None, structure: ModelStructure) -> None:
     if task in _WITH_A_HEAD:
         raise PlanError(
             f"task type {task}: PEFT wants the weights of the task's head in the adapter, and this one holds none",
-            hint="leave --task-type out; `A new head` in docs/trainers.md has the lines that train a head with the pair",
+            hint="leave --task-type out; `A new head` in docs/trainers.md has the lines that train a head",
         )
     why = ": AutoModel gives its modules other names" if task == "FEATURE_EXTRACTION" else ""
     raise PlanError(f"task type {task} does not fit a {structure.architecture}{why}", hint="leave --task-type out")

@@ -106,16 +106,16 @@ def test_the_actions_steps_make_a_verified_output_and_tell_the_next_step(checkpo
 
 def test_an_output_above_a_limit_fails_the_step_and_keeps_its_report(checkpoint: Built, tmp_path: Path) -> None:
     runner = Runner(tmp_path)
-    with pytest.raises(StepFailedError, match="(?s)Initialise: .*above --fail-on error"):
+    with pytest.raises(StepFailedError, match=r"(?s)Initialise: .*above --fail-on error"):
         runner.run(model=str(checkpoint("llama", "bfloat16")), rank="3", fail_on="error=1e-9")
     assert json.loads(Path(runner.outputs["init"]["result"]).read_text())["worst_step_0_error"] > 1e-9
 
 
-@pytest.mark.parametrize("options", ["--rank '3", "--rank 3 --no-such-option", "--rank 3; touch pwned", "$(touch pwned)"])
-def test_options_that_are_wrong_or_hostile_fail_the_first_step(
-    options: str, checkpoint: Built, tmp_path: Path
-) -> None:
-    with pytest.raises(StepFailedError, match="(?s)Plan: .*error"):
+@pytest.mark.parametrize(
+    "options", ["--rank '3", "--rank 3 --no-such-option", "--rank 3; touch pwned", "$(touch pwned)"]
+)
+def test_options_that_are_wrong_or_hostile_fail_the_first_step(options: str, checkpoint: Built, tmp_path: Path) -> None:
+    with pytest.raises(StepFailedError, match=r"(?s)Plan: .*error"):
         Runner(tmp_path).run(model=str(checkpoint("llama")), options=options)
     assert not (tmp_path / "pwned").exists()
     assert not (tmp_path / "svd_init").exists()

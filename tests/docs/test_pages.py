@@ -1,4 +1,4 @@
-"""The generated parts of the pages are those of the code, the picture that of its script, and all links lead somewhere."""
+"""The generated parts of the pages are those of the code, the picture that of its script; all links lead somewhere."""
 
 from __future__ import annotations
 

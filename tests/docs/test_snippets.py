@@ -24,7 +24,7 @@ Files = Callable[[Path], None]
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("bash", "python", "yaml", "json", "text", "bibtex")
-FENCE = re.compile(r"^(?:<!-- (?P<mark>(?:not )?run[^\n]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"^(?:<!-- (?P<mark>(?:not )?run.*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 SHELL_ONLY = set("|<>&;$`")  # a block with one of these needs a shell
 
 

@@ -1,9 +1,8 @@
-"""The folders that the documentation's examples use: a small Llama, its pair, a trained adapter, what is made of them."""
+"""The folders of the documentation's examples: a small Llama, its pair, a trained adapter, what is made of them."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,16 @@ HUB_MODEL = "meta-llama/Llama-2-7b-hf"
 MODELS = ("my-model", HUB_MODEL, "HuggingFaceTB/SmolLM2-135M")  # each a folder with the small Llama
 RECIPE = "target: [q_proj, v_proj, down_proj]\nrank: 32\n"
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(60))]
-Files = Callable[[Path], None]
 
 
-@pytest.fixture(scope="session")
-def example_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """example_files(folder) copies ./my-model, ./svd_init, ./trained, ./merged, ./plain and ./mine.yaml into a folder."""
-    made = tmp_path_factory.mktemp("examples")
+def make(folder: Path) -> None:
+    """Write ./my-model, ./svd_init, ./trained, ./merged, ./plain and ./mine.yaml into a folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(made)
-        _make_examples()
-
-    def copy(folder: Path) -> None:
-        shutil.copytree(made, folder, dirs_exist_ok=True)
-
-    return copy
+        patch.chdir(folder)
+        _make()
 
 
-def _make_examples() -> None:
+def _make() -> None:
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
     config: Any = transformers.LlamaConfig
