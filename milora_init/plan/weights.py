@@ -117,7 +117,7 @@ def _require_task_type(task_type: str | None, structure: ModelStructure) -> None
     if task_type in _TASKS_WITH_HEAD:
         raise PlanError(
             f"task type {task_type}: PEFT expects the head's weights in the adapter, but milora-init writes none",
-            hint="leave --task-type out; the README's section `A new head` shows how to train a head with the pair",
+            hint="leave --task-type out; `A new head` in docs/trainers.md shows how to train a head with the pair",
         )
     reason = ": AutoModel gives its modules other names" if task_type == "FEATURE_EXTRACTION" else ""
     raise PlanError(
