@@ -195,7 +195,7 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         checkpoint.config,
         shapes,
         packed=quantised(checkpoint),
-        unfilled=checkpoint.unfilled,
+        missing_tensors=checkpoint.unfilled,
         trust_remote_code=options.trust_remote_code,
         text_only=options.text_only,
     )

@@ -11,7 +11,7 @@ from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.header import safetensors_name
 from milora_init.errors import PlanError
 from milora_init.lora.config import lora_scale, make_adapter_config, stacked_alpha
-from milora_init.lora.targets import PeftTargets, matching, names_fused, peft_targets, select
+from milora_init.lora.targets import PeftTargets, matching, peft_targets, select, selects_experts
 from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.options import InitOptions
 
@@ -111,8 +111,8 @@ def _by_pattern(option: str, patterns: Mapping[str, int], chosen: Sequence[Adapt
     names = {name for w in chosen for name in (w.target, w.target.rpartition(".")[0])}
     for pattern, value in patterns.items():
         matches = matching([pattern], names)
-        fused = names_fused(pattern, matches)
-        hits = {w.target for w in chosen if (fused(w.target) if w.expert else w.target in matches)}
+        linears = {w.target for w in chosen if not w.expert and w.target in matches}
+        hits = linears | {w.target for w in chosen if w.expert and selects_experts(pattern, matches, w.target)}
         if not hits:
             raise PlanError(
                 f"{option} names {pattern!r}, which matches no weight that is adapted",

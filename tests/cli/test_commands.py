@@ -82,7 +82,7 @@ def test_a_report_shows_a_finished_run_again(
     assert run(["report", moved, "--markdown", "--json"]) == 2
     assert "contradict" in capsys.readouterr().err
     assert run(["report", str(tmp_path / "out")]) == 1
-    assert "it is no finished output of milora-init" in capsys.readouterr().err
+    assert "it is not a finished output of milora-init" in capsys.readouterr().err
 
 
 def test_without_a_word_the_help_is_shown_and_it_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:

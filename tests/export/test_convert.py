@@ -194,11 +194,11 @@ def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> N
         edit(out / "lora", **{key: value})
         assert key in "".join(d.what for d in verify(str(out)).differences)
         if key != "target_modules":  # which merge and convert do not ask: they go by the tensors' names
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(trained))
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 convert(pair / "out" / "lora", trained, tmp_path / "plain")
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 merge(str(out), str(tmp_path / "merged"))
     edit(trained, target_modules=[f"re:{SLOW}"], rank_pattern={}, alpha_pattern={})
     assert "target_modules misses" in "".join(

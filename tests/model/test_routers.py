@@ -192,4 +192,4 @@ def test_what_chooses_is_seen_by_what_becomes_of_its_outputs(breaks: bool) -> No
         model = Model(breaks=breaks)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    assert meta_model.choosing(model) == {"layers.0.decider.proj", "layers.1.decider.proj"}
+    assert meta_model.routing_modules(model) == {"layers.0.decider.proj", "layers.1.decider.proj"}
