@@ -15,7 +15,7 @@ from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.header import safetensors_name
 from milora_init.errors import PlanError
 from milora_init.lora.config import lora_scale, make_adapter_config, stacked_alpha
-from milora_init.lora.targets import PeftTargets, matching, names_fused, peft_targets, select
+from milora_init.lora.targets import PeftTargets, matching, peft_targets, select, selects_experts
 from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.options import DEFAULT_TARGET, InitOptions
 
@@ -152,8 +152,8 @@ def _values_by_target(option: str, patterns: Mapping[str, int], selected: Sequen
     names = {name for w in selected for name in (w.target, w.target.rpartition(".")[0])}
     for pattern, value in patterns.items():
         matched_names = matching([pattern], names)
-        matches_experts = names_fused(pattern, matched_names)
-        targets = {w.target for w in selected if (matches_experts(w.target) if w.expert else w.target in matched_names)}
+        targets = {w.target for w in selected if not w.expert and w.target in matched_names}
+        targets |= {w.target for w in selected if w.expert and selects_experts(pattern, matched_names, w.target)}
         if not targets:
             raise PlanError(
                 f"{option} names {pattern!r}, which matches no weight that is adapted",
