@@ -197,11 +197,11 @@ def test_a_pattern_from_an_adapter_config_is_not_run(key: str, pair: Path, tmp_p
         edit(out / "lora", **{key: value})
         assert key in "".join(d.what for d in verify(str(out)).differences)
         if key != "target_modules":  # merge and convert use the tensor names and not target_modules
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(trained))
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 convert(pair / "out" / "lora", trained, tmp_path / "plain")
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 merge(str(out), str(tmp_path / "merged"))
     edit(trained, target_modules=[f"re:{SLOW}"], rank_pattern={}, alpha_pattern={})
     assert "target_modules misses" in "".join(
