@@ -88,7 +88,7 @@ def judge(model_type: str) -> tuple[str, str]:
                 return "resolved", f"{architecture}: {plan(Path(folder))}"
             except MiloraError as error:
                 outcome = "refused", f"{architecture}: {error.message.replace(folder, '.')}"
-                if "does not build" not in error.message:
+                if "cannot be built from" not in error.message:
                     break
             except Exception as error:
                 return "FAILED", f"{architecture}: {_short(error)}"

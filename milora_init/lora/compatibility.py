@@ -153,7 +153,7 @@ def other_base_in_config(config: Mapping[str, Any], manifest: Manifest) -> str:
     path = config.get("base_model_name_or_path")
     other = None
     if isinstance(path, str) and path:
-        with suppress(MiloraError, OSError, ValueError):  # no readable folder of this machine
+        with suppress(MiloraError, OSError, ValueError):  # the path is not a readable output of milora-init here
             other = read_manifest(Path(path).expanduser())
     return str(path) if other and other.fingerprint != manifest.fingerprint else ""
 

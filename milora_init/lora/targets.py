@@ -214,7 +214,7 @@ def peft_targets(weights: Iterable[Adaptable], structure: ModelStructure) -> Pef
     if structure.legacy_expert_names and isinstance(targets, str):
         raise PlanError(
             "PEFT has no target_modules that select exactly these modules of a model with experts",
-            hint="give a --target that selects the modules of this name in all layers",
+            hint="give a --target that selects only modules whose names have the same last part",
         )
     return PeftTargets(targets, sorted(names[target] for target in (*as_parameters, *fused)), keys, names)
 

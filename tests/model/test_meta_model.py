@@ -52,14 +52,14 @@ def test_from_pretrained_maps_every_tensor_as_parameter_sources_does(name: str, 
     )  # fmt: skip
     assert not info["unexpected_keys"]
     assert not info["missing_keys"]
-    assert {tensor for parameter in sources.values() for tensor in parameter.tensors} == given.keys()
+    assert {tensor for source in sources.values() for tensor in source.tensors} == given.keys()
     parameters = dict(loaded.named_parameters(remove_duplicate=False)) | dict(loaded.named_buffers())
-    for parameter, entry in sources.items():
-        if entry.operations:
-            assert parameters[parameter].numel() == sum(given[tensor].numel() for tensor in entry.tensors)
+    for name, source in sources.items():
+        if source.operations:
+            assert parameters[name].numel() == sum(given[tensor].numel() for tensor in source.tensors)
         else:
-            (tensor,) = entry.tensors
-            assert parameters[parameter].shape == given[tensor].shape
+            (tensor,) = source.tensors
+            assert parameters[name].shape == given[tensor].shape
 
 
 def test_a_linear_whose_weight_its_parent_reads_is_refused(tmp_path: Path) -> None:
