@@ -35,6 +35,8 @@ class DeviceArithmetic:
         gram_columns: A Gram matrix of more columns is computed by halves, to save the upper triangle.
         krylov_block: Columns of a block of a Krylov space in float64.
         float32_krylov_block: The same in float32.
+        float32_space: How a space of eigenvectors is found in float32: "lanczos", with the fewest products; "filtered",
+            with the fewest calls.
         mixed_precision: Whether the smallest triplets are sought in float32 first.
         search_ties: Whether the entries that may be rounded wrong are searched for, or all are rounded with care.
         residual_block_bytes: Of the residual in float64, computed and rounded at a time.
@@ -47,6 +49,7 @@ class DeviceArithmetic:
     gram_columns: int
     krylov_block: int
     float32_krylov_block: int
+    float32_space: Literal["lanczos", "filtered"]
     mixed_precision: bool
     search_ties: bool
     residual_block_bytes: int
@@ -65,16 +68,34 @@ class DeviceArithmetic:
         passes = _passes(condition, Y.dtype)
         Q, R = Y.to(torch.float64), None
         for number in range(passes):
-            gram = Q.mT @ Q
-            if number == 0 and condition == math.inf:
-                gram.diagonal().add_(gram.diagonal().sum(), alpha=_SHIFT)
-            L, failed = torch.linalg.cholesky_ex(gram)
+            L, failed = _gram_factor(Q, shifted=number == 0 and condition == math.inf)
             if number == passes - 1:
                 L = torch.where(failed == 0, L, torch.nan)
             Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
             R = L.mT if R is None else L.mT @ R
         assert R is not None
         return Q.to(Y.dtype), R.to(Y.dtype)
+
+    def normalise(self, Y: Tensor) -> Tensor:
+        """A well-conditioned basis (q, b) of the columns of Y (q, b), for an iteration that does not need more.
+
+        It is orthonormal where Y's condition is at most 1e6. Cholesky-QR then takes one pass.
+        """
+        if self.qr == "householder":
+            Q: Tensor = torch.linalg.qr(Y).Q
+            return Q
+        Y64 = Y.to(torch.float64)
+        L, _ = _gram_factor(Y64, shifted=True)
+        return torch.linalg.solve_triangular(L.mT, Y64, upper=True, left=False).to(Y.dtype)
+
+
+def _gram_factor(Q: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of Q^T Q, and whether it failed; with a shift it succeeds for every finite Q but zero."""
+    gram = Q.mT @ Q
+    if shifted:
+        gram.diagonal().add_(gram.diagonal().sum(), alpha=_SHIFT)
+    L, failed = torch.linalg.cholesky_ex(gram)
+    return L, failed
 
 
 def _passes(condition: float, dtype: torch.dtype) -> int:
@@ -96,6 +117,7 @@ CPU = DeviceArithmetic(
     gram_columns=256,
     krylov_block=24,  # MKL is fastest on multiples of 24
     float32_krylov_block=48,
+    float32_space="lanczos",
     mixed_precision=False,  # at most 1.2 times faster on a CPU without matrix units, and slower on strong spectra
     search_ties=True,
     residual_block_bytes=2 << 20,
@@ -108,6 +130,7 @@ GPU = DeviceArithmetic(
     gram_columns=1024,
     krylov_block=24,
     float32_krylov_block=96,
+    float32_space="filtered",
     mixed_precision=True,
     search_ties=False,
     residual_block_bytes=512 << 20,

@@ -60,8 +60,9 @@ from milora_init.linalg.lanczos import (
     largest_eigenvalues,
     power_projection,
     round_down,
+    spectral_norm,
 )
-from milora_init.linalg.mixed_precision import smallest_triplets
+from milora_init.linalg.mixed_precision import extreme_triplets
 from milora_init.modes import MODES, Mode
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -167,8 +168,8 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
     q, r = X.shape[1], wanted.numel()
     if uses_krylov(q, r, mode):
         attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: _by_lanczos(X, r, mode, tolerance)]
-        if mode == "min" and X.arithmetic.mixed_precision:
-            attempts.insert(0, lambda: smallest_triplets(X, r, tolerance))
+        if X.arithmetic.mixed_precision:
+            attempts.insert(0, lambda: extreme_triplets(X, r, tolerance, largest=mode == "max"))
         failures: list[str] = []
         for attempt in attempts:
             try:
@@ -226,7 +227,7 @@ def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple
             arithmetic=arithmetic,
             device=X.stored.device,
         )
-        if not pairs.probe_value < float(pairs.values[-1]):
+        if not spectral_norm(pairs.probe.cpu()) < float(pairs.values[-1]):
             raise NotConverged("an independent block found what the Krylov space had missed")
         basis = pairs.vectors
         for refined in ("", ", refined"):

@@ -171,16 +171,20 @@ def test_mixed_precision_by_the_algorithms_of_a_cpu(name: str, shape: tuple[int,
     check_component(W, t, r, "min")
 
 
-def test_mixed_precision_gives_way_when_the_probe_finds_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arithmetic", [replace(CPU, mixed_precision=True), GPU], ids=["cpu", "gpu"])
+def test_mixed_precision_gives_way_when_the_probe_finds_more(
+    arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Corrections may converge to triplets of W that are not the smallest: only the probe can tell."""
+    true_space = mixed_precision.first_space
 
-    def blind(*args: Any, **kwargs: Any) -> RitzPairs:
-        pairs = lanczos.largest_eigenpairs(*args, **kwargs)
-        return replace(pairs, probe_value=1.01 * float(pairs.values[7]))
+    def blind(*args: Any) -> tuple[RitzPairs, str]:
+        pairs, how = true_space(*args)
+        return replace(pairs, probe=1.5 * float(pairs.values[7]) * torch.eye(2)), how
 
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(mixed_precision, "largest_eigenpairs", blind)
-    t = singular_triplets(W, 8, arithmetic=replace(CPU, mixed_precision=True))
+    monkeypatch.setattr(mixed_precision, "first_space", blind)
+    t = singular_triplets(W, 8, arithmetic=arithmetic)
     assert t.certificate.path == "lanczos"
     assert "missed" in t.certificate.reason
     check_component(W, t, 8, "min")
