@@ -86,7 +86,8 @@ class DeviceArithmetic:
             return Q
         Y64 = Y.to(torch.float64)
         L, _ = _gram_factor(Y64, shifted=True)
-        return torch.linalg.solve_triangular(L.mT, Y64, upper=True, left=False).to(Y.dtype)
+        Q = torch.linalg.solve_triangular(L.mT, Y64, upper=True, left=False).to(Y.dtype)
+        return Q
 
 
 def _gram_factor(Q: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:

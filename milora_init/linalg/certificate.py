@@ -98,7 +98,7 @@ def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
         figures.append((outside * solution.inverse(outside)).sum(dim=0))
     # Read at once, because each reading waits for the device.
     on_host = torch.cat([figure.flatten() for figure in figures]).cpu()
-    a, b, s, nearest, distance, *grams = on_host.split([r] * 5 + [r * r] * 2 + [r] * (len(figures) - 7))
+    a, b, s, nearest, distance, *grams = torch.split(on_host, [r] * 5 + [r * r] * 2 + [r] * (len(figures) - 7))
     scale = max(solution.s_max, _TINY)
     larger = torch.maximum(s, nearest).clamp_min(_TINY)
     per_residual = (s / distance.clamp_min(_TINY)).clamp_min(1.0)

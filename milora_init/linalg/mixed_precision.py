@@ -34,7 +34,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Protocol, TypeVar
 
@@ -42,7 +41,7 @@ import torch
 from torch import Tensor
 
 from milora_init.linalg.arithmetic import DeviceArithmetic
-from milora_init.linalg.blocked_matrix import BlockedMatrix, gram_of_blocks
+from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator, gram_of_blocks
 from milora_init.linalg.certificate import Certificate, Gaps, NotConverged, Solution, certify, is_accepted
 from milora_init.linalg.cholesky import CholeskyFactor, cholesky
 from milora_init.linalg.filtered_subspace import filtered_eigenpairs
@@ -106,8 +105,8 @@ class _End(Protocol):
     def estimate(self, theta: Tensor, weights: Tensor) -> _Estimate:
         """For the Ritz values theta (r + 1,), the first unwanted one last, and weights = R^T precondition(R)."""
 
-    def weigh(self, R: Tensor, estimate: _Estimate) -> Tensor | None:
-        """(X^T X - shift I)^-1 R (q, b) for the certificate, with an upper estimate of its error; None without one."""
+    def inverse(self, estimate: _Estimate) -> Operator | None:
+        """The product with (X^T X - shift I)^-1 in float64, rather too large than too small; None if not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +160,9 @@ class _SmallEnd:
         errors = (excess * weights).sqrt() * per_weight / float(s.norm().clamp_min(1e-300))
         return _Estimate(errors, nearest)
 
-    def weigh(self, R: Tensor, estimate: _Estimate) -> Tensor | None:
-        return self._excess(estimate.nearest**2) * self.apply(R.to(torch.float32)).to(torch.float64)
+    def inverse(self, estimate: _Estimate) -> Operator | None:
+        excess = self._excess(estimate.nearest**2)
+        return lambda B: excess * self.apply(B.to(torch.float32)).to(torch.float64)
 
     def _excess(self, next_eigenvalue: float) -> float:
         """The most by which an eigenvalue of M exceeds one of G that is at least `next_eigenvalue`, as a factor.
@@ -202,7 +202,7 @@ class _LargeEnd:
         errors = weights.sqrt() / (s - nearest).clamp_min(1e-300) / float(s.norm().clamp_min(1e-300))
         return _Estimate(errors, nearest)
 
-    def weigh(self, R: Tensor, estimate: _Estimate) -> Tensor | None:
+    def inverse(self, estimate: _Estimate) -> Operator | None:  # noqa: ARG002  the protocol's
         return None
 
 
@@ -253,7 +253,7 @@ def extreme_triplets(
                 path="mixed",
                 reason=f"r = {r} of q = {q}, {how}, {corrections} corrections",
                 complete="an independent block found nothing beyond the cut",
-                inverse=None if largest else partial(end.weigh, estimate=estimate),
+                inverse=end.inverse(estimate),
             )
             nearest = torch.full_like(s, estimate.nearest)
             certificate = certify(X, solution, Gaps(nearest, (s - nearest).abs()))
@@ -395,9 +395,7 @@ def _positive_definite(factor: CholeskyFactor | None) -> CholeskyFactor:
     return factor
 
 
-def _corrections(  # noqa: PLR0913  the terms of the equation
-    end: _End, basis: Tensor, solved: Tensor, sigma: Tensor, reach: float, reduction: float
-) -> Tensor:
+def _corrections(end: _End, basis: Tensor, solved: Tensor, sigma: Tensor, reach: float, reduction: float) -> Tensor:
     """t (q, b) with (I - K) t = solved, for K = sigma P A P, by Chebyshev's iteration in each column.
 
     P projects on the complement of the basis (q, k); solved (q, b) lies there; sigma (b,) are inverse eigenvalues. The
@@ -417,7 +415,8 @@ def _corrections(  # noqa: PLR0913  the terms of the equation
         [torch.stack([w / (1 - center), w * sigma / (1 - center), -w * center / (1 - center), 1 - w]) for w in weights]
     )
     (first, *_), *rest = table.to(solved.device, solved.dtype).unbind()
-    before, t = None, first * solved
+    before: Tensor | None = None
+    t: Tensor = first * solved
     for of_solved, of_image, of_t, of_before in rest:
         image = outside(basis, end.apply(t))
         new = torch.addcmul(torch.addcmul(of_solved * solved, of_image, image), of_t, t)

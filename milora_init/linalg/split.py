@@ -104,10 +104,10 @@ def _residual(
         sample = R[::step]
         norms.append(torch.linalg.vector_norm(B64[block][::step] @ A64))
         norms += [torch.linalg.vector_norm(sample - sample.to(candidate)) for candidate in others.values()]
-    D2 = ((B64.mT @ B64) * (A64 @ A64.mT)).sum()  # ||B A||^2 = tr(B^T B A A^T)
-    read = torch.stack([D2, *norms]).cpu()
-    W2, E2, sampled_D2, *sampled_E2 = read[1:].view(-1, 3 + len(others)).square().sum(dim=0).tolist()
-    D2 = float(read[0])
+    product = ((B64.mT @ B64) * (A64 @ A64.mT)).sum()  # ||B A||^2 = tr(B^T B A A^T)
+    D2, *of_blocks = torch.stack([product, *norms]).tolist()
+    sums = torch.tensor(of_blocks, dtype=torch.float64).view(-1, 3 + len(others)).square().sum(dim=0)
+    W2, E2, sampled_D2, *sampled_E2 = sums.tolist()
     if not math.isfinite(E2):
         raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
     leak = _norm_ratio(E2, D2)
@@ -119,7 +119,7 @@ def _residual(
         component=_norm_ratio(D2, W2),
         error=_norm_ratio(E2, W2),
         leak=leak,
-        leak_if={name: leaks[name] if name in leaks else leak for name in _CANDIDATES},
+        leak_if={name: leaks.get(name, leak) for name in _CANDIDATES},
     )
 
 

@@ -33,7 +33,9 @@ Sources: MiLoRA, https://arxiv.org/abs/2406.09044; the Krylov space: lanczos.py;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +68,8 @@ from milora_init.linalg.mixed_precision import extreme_triplets
 from milora_init.modes import MODES, Mode
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+_OF_A_LIBRARY = re.compile("CUSOLVER_|CUBLAS_|cusolver error|cublas error|MAGMA", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile("(CUSOLVER|CUBLAS)_STATUS_ALLOC_FAILED|CUDA error: out of memory")
 TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below
 _SHIFT_BLOCK = 48  # columns, to estimate the smallest eigenvalue in a few steps
 _SHIFT = 0.95  # of the smallest eigenvalue of X^T X
@@ -114,6 +118,7 @@ def singular_triplets(
     Raises:
         ValueError: W is not a floating-point matrix, has NaN or Inf entries, r is out of range; or no algorithm
             converges, not even the full SVD.
+        torch.OutOfMemoryError: The device's memory is too small.
     """
     if W.ndim != 2 or not W.is_floating_point():
         raise ValueError(f"W is {W.dtype} of shape {tuple(W.shape)}, expected a floating-point matrix")
@@ -173,32 +178,52 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
         failures: list[str] = []
         for attempt in attempts:
             try:
-                solution, certificate = attempt()
+                with _library_failures():
+                    solution, certificate = attempt()
                 return solution, replace(certificate, reason="; ".join([*failures, certificate.reason]))
-            except NotConverged as failure:
-                failures.append(failure.reason)
-            except LinAlgError as error:
-                failures.append(_first_line(error))
+            except (NotConverged, _LibraryFailure) as failure:
+                failures.append(str(failure))
         reason = "; ".join(failures)
     elif mode in ("min", "max"):
         reason = f"r = {r} of q = {q} is beyond a Krylov space"
     else:
         reason = f"mode {mode} needs interior triplets"
     try:
-        solution, certificate = _by_eigh(X, wanted, seed, reason)
+        with _library_failures():
+            solution, certificate = _by_eigh(X, wanted, seed, reason)
         if is_accepted(solution, certificate, tolerance):
             return solution, certificate
         reason = f"{reason}; {_too_far('eigh', certificate)}"
-    except LinAlgError as error:
-        reason = f"{reason}; eigh failed: {_first_line(error)}"
+    except _LibraryFailure as failure:
+        reason = f"{reason}; eigh failed: {failure}"
     try:
-        return _by_svd(X, wanted, reason)
-    except LinAlgError as error:
-        raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {_first_line(error)}") from error
+        with _library_failures():
+            return _by_svd(X, wanted, reason)
+    except _LibraryFailure as failure:
+        raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {failure}") from failure
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+class _LibraryFailure(Exception):  # noqa: N818  the next algorithm is tried
+    """LAPACK or a library of the device failed; the text is the first line of its own."""
+
+
+@contextmanager
+def _library_failures() -> Iterator[None]:
+    """Raise `_LibraryFailure` for what a library of linear algebra raises, and no other RuntimeError.
+
+    Where a library of a GPU lacks memory, torch may raise a plain RuntimeError: it becomes a torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if _OUT_OF_MEMORY.search(text):
+            raise torch.OutOfMemoryError(text) from error
+        if not (isinstance(error, LinAlgError) or _OF_A_LIBRARY.search(text)):
+            raise
+        raise _LibraryFailure(text.partition("\n")[0]) from error
 
 
 def _too_far(path: str, certificate: Certificate) -> str:

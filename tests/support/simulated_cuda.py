@@ -9,19 +9,24 @@ What the simulation adds:
 
     with simulated_cuda.simulated() as counts:
         result = split(W.to("cuda:0"), 64, dtype=torch.bfloat16)
-    assert counts.launches <= 450
+    assert counts.launches.total() <= 450
 
-It shows neither speed nor memory nor streams, nor the rounding and the failures of a GPU's libraries.
+`machine` pretends as much of `torch.cuda` as the whole job needs: several devices, streams, page-locked memory, and
+failures of memory or of a library where a test wants them.
+
+It shows neither speed nor the use of memory nor the order of streams, nor the rounding of a GPU's libraries.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -51,6 +56,30 @@ class Counts:
         )
 
 
+Fault = Callable[[str, torch.device], None]
+"""Called with the name of each call that computes on a device or copies to it; it may raise what torch would."""
+
+
+@dataclass
+class Machine:
+    """What the pretended `torch.cuda` was asked for.
+
+    Attributes:
+        streams: Of each thread, its device and its stream.
+        pinned: Entries of page-locked memory.
+        caches_emptied: Calls of torch.cuda.empty_cache.
+        fault: See `Fault`.
+        may_pin: Whether page-locked memory is to be had.
+    """
+
+    streams: dict[int, tuple[torch.device, object]] = field(default_factory=dict)
+    pinned: int = 0
+    caches_emptied: int = 0
+    fault: Fault | None = None
+    may_pin: bool = True
+
+
+_machines: list[Machine] = []
 _counts: list[Counts] = []  # of the simulations that are running, the innermost last
 
 
@@ -81,6 +110,46 @@ def simulated() -> Iterator[Counts]:
             yield _counts[-1]
     finally:
         _counts.pop()
+
+
+@contextmanager
+def machine(devices: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """While this runs, torch.cuda has so many devices, for every thread that chooses one of them."""
+    made = Machine()
+    _machines.append(made)
+
+    def set_device(device: torch.device) -> None:
+        assert device.index < devices
+        _Mode().__enter__()  # type: ignore[no-untyped-call]  # a mode is of one thread, and lasts as long as the thread does here
+        made.streams[threading.get_ident()] = (device, None)
+
+    def set_stream(stream: torch.device) -> None:
+        device, before = made.streams[threading.get_ident()]
+        assert before is None
+        made.streams[threading.get_ident()] = (device, stream)
+
+    def empty_cache() -> None:
+        made.caches_emptied += 1
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+    replaced = {
+        "is_available": lambda: devices > 0,
+        "device_count": lambda: devices,
+        "set_device": set_device,
+        "set_stream": set_stream,
+        "Stream": Stream,
+        "empty_cache": empty_cache,
+    }
+    try:
+        with monkeypatch.context() as patched:
+            for name, value in replaced.items():
+                patched.setattr(torch.cuda, name, value)
+            yield made
+    finally:
+        _machines.pop()
 
 
 class _Mode(TorchFunctionMode):
@@ -143,20 +212,32 @@ def _perform(func: Any, args: Any, kwargs: Any) -> Any:
             elif isinstance(value, torch.Tensor):
                 target = _device_of(value)
     elif name in ("cpu", "cuda"):
+        source = _device_of(args[0])
         target, func, args = _named_device(name), torch.Tensor.to, (args[0], CPU)
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+        _pin(args[0])
     if len(places) > 1 and name not in _MAY_MIX:
         shapes = [(tuple(x.shape), str(_device_of(x))) for x in tensors]
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} has {shapes}")
     result_device = there if target is None else target
     if name in ("copy_", "__setitem__"):
         result_device = _device_of(args[0])
+    if _machines and _machines[-1].fault and result_device != CPU and name not in _PROPERTIES:
+        _machines[-1].fault(name, result_device)
     out = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
     moved = name in ("to", "cpu", "cuda") and result_device != source
     if there != CPU or result_device != CPU:
-        _count(name, tensors, out, moved and result_device == CPU)
+        _count(name, tensors, out, result_device == CPU and (moved or name == "copy_"))
     if moved:
         out = _plain(out).clone()
     return tree_map(lambda x: _placed(x, result_device), out)
+
+
+def _pin(shape: Any) -> None:
+    if not _machines or not _machines[-1].may_pin:
+        raise RuntimeError("CUDA error: page-locked memory is exhausted")
+    _machines[-1].pinned += torch.Size(shape).numel()
 
 
 def _count(name: str, tensors: list[torch.Tensor], out: Any, to_host: bool) -> None:
