@@ -30,6 +30,7 @@ class DeviceArithmetic:
         qr: How a thin block is orthonormalised.
         inverse: How the inverse of a Cholesky factor is applied: "blocks", by products with the inverses of its
             diagonal blocks; "explicit", by one product with the inverse of the whole matrix.
+        crossing: Which rule of `cost.uses_krylov` decides between a Krylov space and all eigenvectors.
         row_block_bytes: Of the weight in float64, read at a time.
         float32_rows: Rows of the weight that are summed into a Gram matrix at a time in float32: fewer round less.
         gram_columns: A Gram matrix of more columns is computed by halves, to save the upper triangle.
@@ -44,6 +45,7 @@ class DeviceArithmetic:
 
     qr: Literal["householder", "cholesky"]
     inverse: Literal["blocks", "explicit"]
+    crossing: Literal["cpu", "gpu"]
     row_block_bytes: int
     float32_rows: int
     gram_columns: int
@@ -113,6 +115,7 @@ def _passes(condition: float, dtype: torch.dtype) -> int:
 CPU = DeviceArithmetic(
     qr="householder",
     inverse="blocks",
+    crossing="cpu",
     row_block_bytes=8 << 20,  # twice as fast as blocks that leave the cache
     float32_rows=512,
     gram_columns=256,
@@ -126,6 +129,7 @@ CPU = DeviceArithmetic(
 GPU = DeviceArithmetic(
     qr="cholesky",
     inverse="explicit",
+    crossing="gpu",
     row_block_bytes=512 << 20,
     float32_rows=1 << 20,
     gram_columns=1024,

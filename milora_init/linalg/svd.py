@@ -170,8 +170,8 @@ def wanted_indices(q: int, r: int, mode: Mode, seed: int) -> Tensor:
 
 def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: float) -> tuple[Solution, Certificate]:
     """The triplets of X at the indices `wanted` (r,), by the first algorithm whose solution is accepted."""
-    q, r = X.shape[1], wanted.numel()
-    if uses_krylov(q, r, mode):
+    (p, q), r = X.shape, wanted.numel()
+    if uses_krylov(p, q, r, mode, gpu=X.arithmetic.crossing == "gpu"):
         attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: _by_lanczos(X, r, mode, tolerance)]
         if X.arithmetic.mixed_precision:
             attempts.insert(0, lambda: extreme_triplets(X, r, tolerance, largest=mode == "max"))
@@ -185,7 +185,7 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
                 failures.append(str(failure))
         reason = "; ".join(failures)
     elif mode in ("min", "max"):
-        reason = f"r = {r} of q = {q} is beyond a Krylov space"
+        reason = f"all eigenvectors cost less for r = {r} of q = {q}"
     else:
         reason = f"mode {mode} needs interior triplets"
     try:
@@ -240,7 +240,7 @@ def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple
     q, arithmetic = X.shape[1], X.arithmetic
     block = arithmetic.krylov_block
     factor, shift = _shifted_factor(X) if mode == "min" else (None, 0.0)
-    apply = X.gram_operator() if factor is None else factor.solve
+    apply = X.gram_operator(8 * r) if factor is None else factor.solve
     for angle in _ANGLES:
         pairs = largest_eigenpairs(
             apply,
