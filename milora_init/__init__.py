@@ -1,9 +1,11 @@
-"""milora-init: initialise MiLoRA and its kin from a checkpoint, streamed.
+"""milora-init: initialise LoRA adapters from singular components of a model's weights (MiLoRA, PiSSA), streamed.
 
-    from milora_init import InitOptions, initialize
-    manifest = initialize(InitOptions(model="./my-model", out="./svd_init", rank=64))
+    import milora_init
+    result = milora_init.initialize("./my-model", "./svd_init", rank=64)
+    print(result.load)  # Python that loads the pair
 
-Nothing heavy is imported until a name is used.
+`initialize`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do. Every error is a
+`MiloraError`. Nothing heavy is imported until a name is used.
 """
 
 from __future__ import annotations
@@ -11,19 +13,68 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["InitOptions", "Manifest", "MiloraError", "__version__", "initialize"]
 
 if TYPE_CHECKING:
-    from milora_init.errors import MiloraError
+    from milora_init.api import convert, initialize, merge, push, verify
+    from milora_init.errors import (
+        CheckpointError,
+        HubError,
+        MiloraError,
+        OutputError,
+        PlanError,
+        SolveError,
+        UsageError,
+    )
+    from milora_init.export.convert import ConvertResult
+    from milora_init.export.merge import MergeResult
+    from milora_init.hub.upload import Published
     from milora_init.manifest import Manifest
     from milora_init.options import InitOptions
-    from milora_init.run.initialize import initialize
+    from milora_init.result import InitResult
+    from milora_init.run.progress import Progress
+    from milora_init.verification.verdict import Verdict
+
+_MODULE_OF = {
+    "initialize": "api", "verify": "api", "merge": "api", "convert": "api", "push": "api",
+    "InitOptions": "options", "InitResult": "result", "Verdict": "verification.verdict", "MergeResult": "export.merge",
+    "ConvertResult": "export.convert", "Published": "hub.upload", "Manifest": "manifest", "Progress": "run.progress",
+    "MiloraError": "errors", "UsageError": "errors", "CheckpointError": "errors", "PlanError": "errors",
+    "OutputError": "errors", "SolveError": "errors", "HubError": "errors",
+}  # fmt: skip
+__all__ = [
+    "CheckpointError",
+    "ConvertResult",
+    "HubError",
+    "InitOptions",
+    "InitResult",
+    "Manifest",
+    "MergeResult",
+    "MiloraError",
+    "OutputError",
+    "PlanError",
+    "Progress",
+    "Published",
+    "SolveError",
+    "UsageError",
+    "Verdict",
+    "__version__",
+    "convert",
+    "initialize",
+    "merge",
+    "push",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    homes = {"initialize": "run.initialize", "InitOptions": "options", "MiloraError": "errors", "Manifest": "manifest"}
-    if name not in homes:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{homes[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # `verify` is a folder of the package too: its import must not hide the function
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

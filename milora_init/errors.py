@@ -1,14 +1,14 @@
-"""Every error that milora-init raises on purpose.
+"""The errors that milora-init raises for bad input, a full disk, a missing network and the like.
 
     MiloraError                 exit status 1
-    ├── UsageError              exit status 2: an option or a recipe key that cannot be meant
-    ├── CheckpointError         the source cannot be read, or cannot be trusted
-    ├── PlanError               the source is sound, but the request does not fit it
-    ├── OutputError             the output folder cannot take, or must not take, this output
+    ├── UsageError              exit status 2: a wrong option, recipe key or path
+    ├── CheckpointError         a model or an adapter cannot be read, or cannot be trusted
+    ├── PlanError               the model can be read, but the options do not fit it
+    ├── OutputError             the output folder cannot be written, or must not be replaced
     ├── SolveError              a weight that cannot be decomposed or stored
-    └── HubError                the Hub, or the way to it
+    └── HubError                the Hub refused, or cannot be reached
 
-A message names the value and what was expected; the hint is the command or the edit that repairs it.
+The message names the value and what was expected. The hint is the command or the edit that repairs it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _REMEDIES = {
     errno.ELOOP: "look at the links on the way to it",
     errno.EIO: "look at the disk, which reports an error",
 }
-_EVERYWHERE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # another path does not help
+_NOT_OF_THE_PATH = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # another path does not help
 
 
 class MiloraError(Exception):
-    """Base of the tree.
+    """Base class of all errors of milora-init.
 
     Args:
         message: What is wrong, with the offending value.
-        hint: What repairs it, as a command or an edit; may be empty.
+        hint: The command or the edit that repairs it; may be empty.
     """
 
     exit_code = 1
@@ -48,7 +48,7 @@ class MiloraError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[object, ...]:
-        # The default would call the class with the message alone and lose the hint on the way between processes.
+        # The default calls the class with the message alone, and would lose the hint when an error is pickled.
         return _rebuild, (type(self), self.message, self.hint)
 
 
@@ -57,25 +57,25 @@ def _rebuild(cls: type[MiloraError], message: str, hint: str) -> MiloraError:
 
 
 class UsageError(MiloraError):
-    """An option, a recipe key or a combination of them that cannot be meant."""
+    """A wrong option, recipe key or path, or options that exclude each other."""
 
     exit_code = 2
 
 
 class CheckpointError(MiloraError):
-    """The source checkpoint cannot be read or cannot be trusted."""
+    """A model or an adapter cannot be read, or cannot be trusted."""
 
 
 class PlanError(MiloraError):
-    """A sound checkpoint and a request that does not fit it."""
+    """The model can be read, but the options do not fit it."""
 
 
 class OutputError(MiloraError):
-    """The output folder cannot take, or must not take, this output."""
+    """The output folder cannot be written, or holds something that must not be replaced."""
 
 
 class SolveError(MiloraError):
-    """A weight that cannot be decomposed, or whose residual cannot be stored."""
+    """A weight that cannot be decomposed, or whose residual does not fit its dtype."""
 
 
 class HubError(MiloraError):
@@ -83,25 +83,25 @@ class HubError(MiloraError):
 
 
 def remedy(error: OSError, instead: str = "") -> str:
-    """What repairs a refusal of the operating system's; `instead` is another way, where another path is one."""
+    """How to repair an error of the operating system. `instead` is offered too, where another path helps."""
     found = _REMEDIES.get(error.errno or 0, "look at the path, its permissions and its disk")
-    return f"{found}, or {instead}" if instead and error.errno not in _EVERYWHERE else found
+    return f"{found}, or {instead}" if instead and error.errno not in _NOT_OF_THE_PATH else found
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it is the machine's memory that an error is about, in whatever class it comes."""
+    """Whether an error of any class says that the machine has no memory left."""
     return isinstance(error, MemoryError) or any(part in str(error) for part in _NO_MEMORY)
 
 
 def explain(error: BaseException) -> tuple[str, str] | None:
-    """Message and repair of what the machine refused, wherever it happened; None for what may be a fault of ours."""
+    """Message and hint for an error that the machine or its installation causes; None for what may be our own fault."""
     text = " ".join(str(error).split())
     short = text[:300]
     if "can't start new thread" in text:
         return "no further thread can be started", "raise the limits on processes and memory: ulimit -u, ulimit -v"
     if out_of_memory(error):
-        message = f"the memory does not suffice{f': {short}' if short else ''}"
-        return message, "raise the limit on memory; --dry-run tells how much is needed"
+        message = f"not enough memory{f': {short}' if short else ''}"
+        return message, "raise the limit on memory; --dry-run shows how much is needed"
     if isinstance(error, OSError):
         return (f"{error.filename}: {error.strerror}" if error.filename else short), remedy(error)
     if isinstance(error, ImportError):
@@ -112,7 +112,7 @@ def explain(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object!a} has characters that {error.encoding} does not have", "set LC_ALL=C.UTF-8"
     if "embedded null" in text:
-        return "a path holds a NUL character", "name another path"
+        return "a path contains a NUL character", "name another path"
     if "home directory" in text:  # of Path.expanduser
         return "a path begins with ~ and no such user is known", "write the path without ~"
     return None

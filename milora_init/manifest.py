@@ -114,7 +114,7 @@ class WeightRecord:
         })  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Manifest:
     """The whole run.
 
@@ -132,6 +132,7 @@ class Manifest:
         elapsed_s: Seconds for the whole run; for a resumed run, those since it was resumed.
         checked_with: What confirmed that PEFT loads this adapter: PEFT's version, or the rules used without PEFT.
         hashes: SHA-256 of each of `files`.
+        request: The options as they were given, with which a finished run is recognised without the model class.
     """
 
     source: Mapping[str, Any]
@@ -146,6 +147,10 @@ class Manifest:
     elapsed_s: float
     checked_with: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Manifest(out={self.out!r}, weights={len(self.weights)}, fingerprint={self.fingerprint[:12]!r})"
 
     def to_json(self) -> dict[str, Any]:
         """The content of the file, as plain JSON values."""
@@ -222,6 +227,7 @@ _MANIFEST: Mapping[str, Check] = {
     "adapter": an_object, "files": each(file_name, count), "notices": all_of(text),
     "weights": lambda value: isinstance(value, list) and bool(value), "elapsed_s": number,
     "checked_with": or_absent(text), "hashes": or_absent(each(file_name, sha256_text)),
+    "request": or_absent(an_object),
 }  # fmt: skip
 _SOURCE: Mapping[str, Check] = {
     "model": text, "revision": or_none(text), "architecture": text, "config.json": or_absent(text),

@@ -1,14 +1,14 @@
-"""What was asked for: InitOptions, and the recipes that fill it.
+"""The options of a run (`InitOptions`), and the recipes that fill them.
 
-A recipe is a YAML file whose keys are the long options of the command line (`rank`, `target`, `task-type`, ...).
-The named ones live in configs/ and travel inside the wheel. Precedence: argument > recipe > default.
+A recipe is a YAML file whose keys are the long options of the command line (`rank`, `target`, `task-type`, ...). The
+recipes of the package are in configs/. An argument overrides the recipe, and the recipe overrides the default.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,43 +20,57 @@ from milora_init.errors import UsageError
 from milora_init.modes import MODES, Mode
 
 DEFAULT_RECIPE = "llm-adapters"
+DEFAULT_TARGET = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-_LIMIT = 2**63  # of every whole number
+_LIMIT = 2**63  # every whole number must be below it
+
+# Names that PEFT and trainers use for our options. A recipe, the Python functions and the command line accept them.
+SYNONYMS: Mapping[str, str] = {
+    "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
+    "target_modules": "target", "lora_target": "target", "lora_target_modules": "target", "exclude_modules": "exclude",
+    "output_dir": "out", "model_name_or_path": "model", "use_rslora": "rslora",
+}  # fmt: skip
+DTYPE_FLAGS: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_VALUE_SYNONYMS: Mapping[str, Mapping[str, str]] = {
+    "mode": {"milora": "min", "pissa": "max"},
+    "dtype": {**DTYPE_FLAGS, "half": "float16", "float": "float32"},
+}
+_TARGET_SYNONYMS: Mapping[str, str] = {"all": "all-linear"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitOptions:
-    """One request, checked when it is made.
+    """The options of one run. They are checked when the object is made.
 
     Args:
-        model: A local folder or a Hub id.
+        model: The original model: a local folder or a Hub id.
         out: The output folder. It is written into adapter_config.json as given, so it should be the path from
             which training will load it.
         rank: Number of singular triplets per weight.
-        mode: Which ones: `min` (MiLoRA), `max` (PiSSA), `mid` or `random`.
-        target: What to adapt, with PEFT's meaning: module suffixes, full module names, `all-linear`; and
-            `re:PATTERN`, a regular expression that a module's full name must match from end to end.
-        exclude: What to leave out of it, in the same language.
-        alpha: `lora_alpha`; None means rank, which makes the scale 1. B and A are divided by the square root of
-            the scale, so that scale * B @ A is the component whatever alpha is.
+        mode: Which triplets: `min` (MiLoRA), `max` (PiSSA), `mid` or `random`.
+        target: What to adapt, as in PEFT: module suffixes, full module names, `all-linear`; also `re:PATTERN`, a
+            regular expression that must match a module's full name. None is the five linear layers of the MiLoRA
+            paper, or `all-linear` for a model that lacks one of them.
+        exclude: What not to adapt, in the same form.
+        alpha: `lora_alpha`. None is the rank, which makes the scale 1. B and A are divided by the square root of
+            the scale, so that scale * B @ A is the component for every alpha.
         rslora: Use the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732).
         dropout: `lora_dropout` for training.
-        task_type: PEFT's task type; None derives it from the architecture.
-        text_only: Make the adapter for the class that AutoModelForCausalLM builds of a model with towers, its language
-            model alone, and not for the class that config.json names. For models of which it builds one.
-        dtype: Of the residual weights; `auto` keeps the source's.
+        task_type: PEFT's task type. None derives it from the architecture.
+        text_only: For a multimodal model: make the adapter for the text model that AutoModelForCausalLM builds, and
+            not for the class that config.json names. Only for models of which it builds one.
+        dtype: The dtype of the residual weights; `auto` keeps the model's.
         device: `auto` (every visible GPU, else the CPU), `cpu`, `cuda` or `cuda:N`; several share the work.
         seed: For `random`, and for the solver's start vectors.
-        rank_pattern, alpha_pattern: Ranks and alphas of their own for what a target names, in the language of
-            `target`; of several that name a module the last one counts. Where no alpha is given at all, a rank of its
-            own is its own alpha too.
+        rank_pattern, alpha_pattern: Other ranks and alphas for some targets, in the form of `target`. If several match
+            a module, the last one counts. Without any alpha, the alpha of a module is its rank.
         trust_remote_code: Run the code in the model's repository, if config.json names it.
         revision, cache_dir, token: As in huggingface_hub. The token is never written or printed.
-        low_disk: Keep only a few of the source's shards at a time, where they come from the Hub; and of the output's,
-            where it goes there.
-        push_to_hub: The repository that the output goes to; `private` if it is made now.
-        overwrite: Replace an earlier output of this program, finished or not.
+        low_disk: Keep only a few shards of a model from the Hub on the disk at a time; with `push_to_hub`, also of
+            the output.
+        push_to_hub: Push the output to this repository (`org/name`); `private` if it is created now.
+        overwrite: Replace an earlier output of milora-init, finished or not.
 
     Raises:
         UsageError: A value out of its range.
@@ -66,7 +80,7 @@ class InitOptions:
     out: str
     rank: int = 64
     mode: Mode = "min"
-    target: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    target: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     alpha: int | None = None
     rslora: bool = False
@@ -88,141 +102,199 @@ class InitOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        self._normalise()
+        self._check_text()
+        self._check_targets()
+        self._check_numbers()
+        for name in ("rslora", "text_only", "trust_remote_code", "low_disk", "private", "overwrite"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name} is {_short(value)}, expected true or false")
+        for name, choices in (("mode", MODES), ("dtype", DTYPES), ("task_type", (None, *TASK_TYPES))):
+            value = getattr(self, name)
+            known = [choice for choice in choices if choice is not None]
+            _require(value in choices, f"{name} is {_short(value)}", f"choose one of: {', '.join(known)}")
+
+    def _normalise(self) -> None:
+        """Convert paths to text and lists to tuples; replace synonyms of values."""
+        for name in ("model", "out", "revision", "cache_dir", "token", "push_to_hub"):
+            if isinstance(getattr(self, name), os.PathLike):
+                self._set(name, os.fspath(getattr(self, name)))
+        for name, synonyms in _VALUE_SYNONYMS.items():
+            value = str(getattr(self, name)).removeprefix("torch.")
+            if value in (*DTYPES, *synonyms):
+                self._set(name, synonyms.get(value, value))
         for name in ("target", "exclude", "device"):
             value = getattr(self, name)
             if isinstance(value, str):
-                raise UsageError(f"{name} is the string {value!r}", hint=f"give a list: {name}: [{value}]")
-            _require(isinstance(value, (list, tuple)), f"{name} is {value!r}, expected a list")
-            object.__setattr__(self, name, tuple(value))
-        for name in ("model", "out", "revision", "cache_dir", "token", "push_to_hub"):
-            if isinstance(getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(getattr(self, name)))
-            _require(isinstance(getattr(self, name), str | None), f"{name} is not text", "quote it in the recipe")
-            _require("\0" not in (getattr(self, name) or ""), f"{name} holds a NUL character", "write it without")
-        object.__setattr__(self, "token", clean_token(self.token))
-        if self.push_to_hub is not None:
-            require_repository(self.push_to_hub)
+                raise UsageError(f"{name} is the string {_short(value)}", hint=f"give a list: {name}: [{value}]")
+            if value is not None or name != "target":
+                _require(isinstance(value, list | tuple), f"{name} is {_short(value)}, expected a list")
+                self._set(name, tuple(_TARGET_SYNONYMS.get(item, item) if name == "target" else item for item in value))
+        self._set("token", clean_token(self.token))
+
+    def _check_text(self) -> None:
+        for name in ("model", "out", "revision", "cache_dir", "push_to_hub"):
+            value = getattr(self, name)
+            _require(isinstance(value, str | None), f"{name} is {_short(value)}, expected text", "quote it")
+            _require("\0" not in (value or ""), f"{name} contains a NUL character", "write it without")
         _require(bool(self.model), "--model is empty", "name a local folder or a Hub id")
         _require(bool(self.out), "--out is empty", "name the folder to write")
-        _require(
-            _is_int(self.rank) and 1 <= self.rank < _LIMIT,
-            f"rank is {_short(self.rank)}, expected a whole number of at least 1 and below 2^63",
-        )
-        _require(self.mode in MODES, f"mode is {self.mode!r}", f"choose one of: {', '.join(MODES)}")
-        _require(bool(self.target), "no target is named", "name at least one, e.g. --target q_proj")
-        for name in (*self.target, *self.exclude):
-            _require(isinstance(name, str) and bool(name), f"target {name!r} is not a module name")
-        _require(
-            self.alpha is None or (_is_int(self.alpha) and 1 <= self.alpha < _LIMIT),
-            f"alpha is {_short(self.alpha)}, expected a whole number of at least 1 and below 2^63",
-        )
-        for name in ("rank_pattern", "alpha_pattern"):
-            pattern = getattr(self, name)
+        if self.push_to_hub is not None:
+            require_repository(self.push_to_hub)
+
+    def _check_targets(self) -> None:
+        _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")
+        for name in (*(self.target or ()), *self.exclude):
+            _require(isinstance(name, str) and bool(name), f"target {_short(name)} is not a module name")
+        for option in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, option)
             ok = isinstance(pattern, Mapping) and all(
                 isinstance(key, str) and bool(key) and _is_int(value) and 1 <= value < _LIMIT
                 for key, value in pattern.items()
             )
-            _require(ok, f"{name} is {_short(pattern)}", "map targets to whole numbers of at least 1: {down_proj: 128}")
-        for name in ("rslora", "text_only", "trust_remote_code", "low_disk", "private"):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
-        _require(
-            isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
-            f"dropout is {_short(self.dropout)}, expected 0 <= dropout < 1",
-        )
-        _require(
-            self.task_type is None or self.task_type in TASK_TYPES,
-            f"task type is {self.task_type!r}",
-            f"choose one of: {', '.join(TASK_TYPES)}",
-        )
-        _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}", f"choose one of: {', '.join(DTYPES)}")
-        _require(
-            _is_int(self.seed) and 0 <= self.seed < _LIMIT, f"seed is {_short(self.seed)}, expected 0 <= seed < 2^63"
-        )
+            hint = "map targets to whole numbers of at least 1: {down_proj: 128}"
+            _require(ok, f"{option} is {_short(pattern)}", hint)
+
+    def _check_numbers(self) -> None:
+        at_least_1 = "expected a whole number of at least 1 and below 2^63"
+        _require(_is_int(self.rank) and 1 <= self.rank < _LIMIT, f"rank is {_short(self.rank)}, {at_least_1}")
+        alpha_ok = self.alpha is None or (_is_int(self.alpha) and 1 <= self.alpha < _LIMIT)
+        _require(alpha_ok, f"alpha is {_short(self.alpha)}, {at_least_1}")
+        dropout_ok = isinstance(self.dropout, int | float) and 0 <= self.dropout < 1
+        _require(dropout_ok, f"dropout is {_short(self.dropout)}, expected 0 <= dropout < 1")
+        seed_ok = _is_int(self.seed) and 0 <= self.seed < _LIMIT
+        _require(seed_ok, f"seed is {_short(self.seed)}, expected 0 <= seed < 2^63")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def lora_alpha(self) -> int:
         return self.rank if self.alpha is None else self.alpha
 
     @classmethod
-    def from_recipe(cls, recipe: str = DEFAULT_RECIPE, /, **overrides: Any) -> InitOptions:
-        """Options from a recipe, with keyword arguments laid over it.
+    def from_recipe(cls, recipe: str | None = None, /, **overrides: Any) -> InitOptions:
+        """Options from a recipe and keyword arguments, which override it.
 
         Args:
-            recipe: A name in configs/ or the path of a YAML file.
-            overrides: Fields of InitOptions; None means "as the recipe has it".
+            recipe: A name in configs/ or the path of a YAML file. None is the default recipe, whose targets are used
+                only for models that have all of them; see `target`.
+            overrides: Fields of InitOptions, or their `SYNONYMS`; None means the recipe's value.
 
         Raises:
             UsageError: No such recipe, not a mapping, an unknown key, or a value out of its range.
         """
-        values = read_recipe(recipe)
-        values |= {key: value for key, value in overrides.items() if value is not None}
+        values = read_recipe(DEFAULT_RECIPE if recipe is None else recipe)
+        if recipe is None:
+            del values["target"]
+        given = {key: value for key, value in overrides.items() if value is not None}
+        values |= canonical(given, "", known=_OPTIONS)
         missing = [name for name in ("model", "out") if name not in values]
-        _require(not missing, f"no --{' and no --'.join(missing)} given", "milora-init --model MODEL --out FOLDER")
+        _require(not missing, f"no --{' and no --'.join(missing)} given", "milora-init MODEL --out DIR")
         return cls(**values)
 
 
+_OPTIONS = frozenset(f.name for f in dataclasses.fields(InitOptions))
+_RECIPE_KEYS = _OPTIONS - {"token", "overwrite"}
+
+
+def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) -> dict[str, Any]:
+    """Options by their own names: `-` becomes `_`, and `SYNONYMS` are replaced.
+
+    Args:
+        values: Options by any of their names.
+        where: Names the recipe in messages; empty for arguments.
+        known: The options that are allowed.
+
+    Raises:
+        UsageError: An unknown name, or two names for one option.
+    """
+    known = sorted(known)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        word = str(key).replace("-", "_")
+        name = SYNONYMS.get(word, word)
+        if word in DTYPE_FLAGS:
+            if value is not True:
+                continue
+            name, value = "dtype", DTYPE_FLAGS[word]
+        if name not in known:
+            close = get_close_matches(name, [*known, *SYNONYMS], n=1)
+            hint = f"did you mean `{_dashed(close[0])}`?" if close else f"known keys: {', '.join(map(_dashed, known))}"
+            raise UsageError(f"{where}unknown key `{key}`" if where else f"no option `{key}`", hint=hint)
+        if name in found:
+            raise UsageError(f"{where}`{key}` is a second name of `{_dashed(name)}`, which is given too")
+        if name in ("target", "exclude", "device") and isinstance(value, str):
+            value = split_names(value)
+        found[name] = value
+    return found
+
+
+def split_names(text: str) -> list[str]:
+    """Names that are separated by commas; a `re:PATTERN` is one name, because patterns contain commas."""
+    return [text] if text.startswith("re:") else [name.strip() for name in text.split(",")]
+
+
 def clean_token(token: str | None) -> str | None:
-    """A Hub token without the line end that comes with a pasted secret. Raises UsageError, which does not name it."""
+    """A Hub token without the line end of a pasted secret. Raises UsageError, whose message does not show it."""
+    _require(isinstance(token, str | None), "the Hub token is not text")
     token = token.strip() if token else None
     ok = token is None or (token.isascii() and token.isprintable() and " " not in token)
-    _require(ok, "the Hub token has characters that no token has", "look at HF_TOKEN or --token, or `hf auth login`")
+    _require(ok, "the Hub token has characters that no token has", "check HF_TOKEN or --token, or run `hf auth login`")
     return token
 
 
 def require_repository(repo: str) -> None:
-    """Raise UsageError for what is no full name of a repository to write to."""
+    """Raise UsageError unless this is the full name of a repository, `org/name`."""
     owner, _, name = repo.partition("/")
-    _require(bool(owner and name) and "/" not in name, f"{repo!r} is no name of a repository", "name it org/name")
+    _require(bool(owner and name) and "/" not in name, f"{repo!r} is not the name of a repository", "name it org/name")
 
 
 def recipe_names() -> list[str]:
-    """The recipes that ship with the package."""
+    """The recipes of the package."""
     return sorted(path.stem for path in _configs().glob("*.yaml"))
 
 
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """Read a recipe into keyword arguments of InitOptions; see `InitOptions.from_recipe` for what it raises."""
-    _require("\0" not in recipe, f"the recipe {recipe!r} holds a NUL character", "name another path")
+def recipe_text(recipe: str) -> str:
+    """The YAML text of a recipe, by its name in configs/ or its path. Raises UsageError if there is none."""
+    _require("\0" not in recipe, f"the recipe {recipe!r} contains a NUL character", "name another path")
     named = _configs() / f"{recipe}.yaml"
     path = named if named.parent == _configs() and named.is_file() else Path(recipe)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError:
-        raise UsageError(
-            f"no recipe {recipe!r}",
-            hint=f"name one of {', '.join(recipe_names())}, or the path of a YAML file",
-        ) from None
+        hint = f"name one of {', '.join(recipe_names())}, or the path of a YAML file"
+        raise UsageError(f"no recipe {recipe!r}", hint=hint) from None
+    except ValueError as error:
+        raise UsageError(f"recipe {recipe} is not text: {error}") from None
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """Read a recipe into keyword arguments of InitOptions; see `InitOptions.from_recipe` for its errors."""
+    text = recipe_text(recipe)
+    try:
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"recipe {recipe} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"recipe {recipe} is not a mapping of options", hint="write lines like `rank: 64`")
-    known = {f.name for f in dataclasses.fields(InitOptions)} - {"token", "overwrite"}
-    options: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean `{close[0].replace('_', '-')}`?" if close else f"known keys: {_spelled(known)}"
-            raise UsageError(f"recipe {recipe} has an unknown key `{key}`", hint=hint)
-        if name in ("target", "exclude", "device") and isinstance(value, str):
-            value = [value]
-        options[name] = value
+    options = canonical(values, f"recipe {recipe}: ", known=_RECIPE_KEYS)
+    _require(options.get("target", ()) is not None, f"recipe {recipe}: target is empty", "name at least one target")
     return options
 
 
 def _configs() -> Path:
-    # In the wheel the recipes lie inside the package; in a checkout at the top level, where people look for them.
+    # In the wheel the recipes are inside the package; in a checkout they are at the top level.
     packaged = Path(__file__).parent / "configs"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def _spelled(names: set[str]) -> str:
-    return ", ".join(sorted(name.replace("_", "-") for name in names))
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _short(value: object) -> str:
-    """A value for a message, cut where it is long; some numbers are too long to be written out at all."""
+    """A value for a message, cut off if it is long; Python cannot even write out some numbers."""
     try:
         text = repr(value)
     except ValueError:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from milora_init.envelope import envelope
 from milora_init.manifest import Manifest, WeightRecord
 from milora_init.untrusted import printable
 
-LEAK_LIMIT = 0.1  # above it a warning is given; see `Rounding.leak`
-_LEAK_ELSEWHERE = 0.8 * LEAK_LIMIT  # for other dtypes, whose leak is measured on some of the rows only
+LEAK_LIMIT = 0.1  # above it a note is given; see `Rounding.leak`
+_LEAK_OF_OTHER_DTYPES = 0.8 * LEAK_LIMIT  # their leak is measured on a sample of the rows
+# The largest relative error of one rounding to a dtype: half of its machine epsilon.
+_UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class WeightGroup:
         suffix, shape, count, rank: The last part of the name, the shape (m, n), how many there are, and their rank.
         energy: Mean share of the component in the squared Frobenius norm.
         leak: The largest part of a component that rounding left in the base.
+        rounding_error: The largest distance of base and component from the weight, relative to the weight.
         certificate: The largest certified relative error of a component.
         elapsed_s: Seconds for solving all of them.
     """
@@ -33,6 +37,7 @@ class WeightGroup:
     rank: int
     energy: float
     leak: float
+    rounding_error: float
     certificate: float
     elapsed_s: float
 
@@ -50,6 +55,7 @@ def weight_groups(weights: Iterable[WeightRecord]) -> list[WeightGroup]:
             rank=rank,
             energy=sum(weight.energy for weight in group) / len(group),
             leak=max(weight.rounding.leak for weight in group),
+            rounding_error=max(weight.rounding.error for weight in group),
             certificate=max(component_error(weight) for weight in group),
             elapsed_s=sum(weight.elapsed_s for weight in group),
         )
@@ -64,18 +70,14 @@ def component_error(weight: WeightRecord) -> float:
 
 
 def warnings(manifest: Manifest) -> list[str]:
-    """The manifest's notices, and what should be known about the pair before training on it."""
+    """What can hurt the training or the use of a pair: the notices of the plan, and figures out of range."""
     found = list(manifest.notices)
-    worst = max(manifest.weights, key=lambda weight: weight.rounding.leak)
-    leak = worst.rounding.leak
-    if leak > LEAK_LIMIT:
-        leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in worst.rounding.leak_if}
-        options = [f"--dtype {dtype} ({value:.1e})" for dtype, value in leaks.items() if value < _LEAK_ELSEWHERE]
-        count = sum(weight.rounding.leak > LEAK_LIMIT for weight in manifest.weights)
-        others = f", and more than {LEAK_LIMIT:.0%} in {count - 1} more" if count > 1 else ""
+    inexact = [weight for weight in manifest.weights if weight.rounding.error > _UNIT_ROUNDOFF.get(weight.dtype, 0.0)]
+    if inexact:
+        worst = max(inexact, key=lambda weight: weight.rounding.error)
         found.append(
-            f"rounding to {worst.dtype} leaves {leak:.0%} of the component of {worst.module} in the base{others}"
-            + (f"; instead: {' or '.join(options)}" if options else "")
+            f"base and component of {worst.module} differ from the weight by {percent(worst.rounding.error)}, more "
+            f"than one rounding to {worst.dtype}{_and_more(inexact)}: initialise with --dtype float32"
         )
     affected = [weight for weight in manifest.weights if weight.untrainable]
     if affected:
@@ -84,6 +86,28 @@ def warnings(manifest: Manifest) -> list[str]:
             f"almost zero and can hardly train, {affected[0].module} first"
         )
     return found
+
+
+def notes(manifest: Manifest) -> list[str]:
+    """What is worth knowing and does not change the training: how much of the components stayed in the base."""
+    leaking = [weight for weight in manifest.weights if weight.rounding.leak > LEAK_LIMIT]
+    if not leaking:
+        return []
+    worst = max(leaking, key=lambda weight: weight.rounding.leak)
+    error = max(weight.rounding.error for weight in manifest.weights)
+    leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in worst.rounding.leak_if}
+    others = [f"--dtype {dtype} ({percent(leak)})" for dtype, leak in leaks.items() if leak < _LEAK_OF_OTHER_DTYPES]
+    return [
+        f"rounding to {worst.dtype} leaves up to {percent(worst.rounding.leak)} of a component in the base "
+        f"({worst.module}{_and_more(leaking)}); the base is frozen, so this does not change the training, and the pair "
+        f"computes the original's function within {percent(error)} a weight"
+        + (f"; smaller with {' or '.join(others)}" if others else "")
+    ]
+
+
+def _and_more(weights: list[WeightRecord]) -> str:
+    more = len(weights) - 1
+    return f", and {more} more weight{'s' if more > 1 else ''}" if more else ""
 
 
 def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
@@ -113,19 +137,51 @@ def loading_lines(manifest: Manifest) -> str:
     )
 
 
-def summary(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
-    """The object that `--json` prints: the manifest, its status, the warnings and the loading lines."""
+def run_fields(manifest: Manifest) -> dict[str, Any]:
+    """The fields of a run in the JSON of `init` and `report`; see `envelope`."""
+    inputs = manifest.inputs
     return {
-        "status": "unchanged" if unchanged else "done",
-        **manifest.to_json(),
+        "out": manifest.out,
+        "fingerprint": manifest.fingerprint,
+        "source": manifest.source,
         "warnings": warnings(manifest),
+        "notes": notes(manifest),
+        "mode": inputs["mode"],
+        "rank": inputs["rank"],
+        "alpha": inputs["alpha"],
+        "weight_count": len(manifest.weights),
+        "bytes": sum(manifest.files.values()),
+        "elapsed_s": manifest.elapsed_s,
+        "worst_leak": max(weight.rounding.leak for weight in manifest.weights),
+        "worst_step_0_error": max(weight.rounding.error for weight in manifest.weights),
+        "groups": [_group_json(group) for group in weight_groups(manifest.weights)],
+        "adapter_config": dict(manifest.adapter),
+        "versions": dict(manifest.versions),
         "load": loading_lines(manifest),
     }
 
 
-def share(part: float) -> str:
-    """A share as text: 12.16%, 2.1e-06."""
-    return f"{part:.2%}" if part > 1e-4 else f"{part:.1e}"
+def _group_json(group: WeightGroup) -> dict[str, Any]:
+    found = asdict(group)
+    found["certified"] = found.pop("certificate") if math.isfinite(group.certificate) else None
+    found.pop("certificate", None)
+    return {**found, "shape": list(group.shape)}
+
+
+def report_json(manifest: Manifest) -> dict[str, Any]:
+    """The object that `report --json` prints: that of `init`, and the manifest with every weight."""
+    content = manifest.to_json()
+    return envelope("report", "done", **run_fields(manifest), weights=content["weights"])
+
+
+def percent(part: float) -> str:
+    """A share as text, always in percent: 12%, 0.13%, 0.00021%, 4e-06%."""
+    value = 100 * part
+    if value == 0:
+        return "0%"
+    if value >= 9.5:
+        return f"{value:.0f}%"
+    return f"{value:.2g}%" if value >= 1e-4 else f"{value:.0e}%"
 
 
 def size(size_bytes: float) -> str:

@@ -1,18 +1,17 @@
-"""The whole job against the reference method and against a plain copy, in one run on one checkpoint.
+"""Time a whole run of milora-init against the reference method and against a file copy, on one checkpoint.
 
-    python scripts/bench_run.py                     a 160M checkpoint, made for it
-    python scripts/bench_run.py --size 1b           2 GB
+    python scripts/bench_run.py                     a generated 160M checkpoint
+    python scripts/bench_run.py --size 1b           a generated checkpoint of 2 GB
     python scripts/bench_run.py --model FOLDER --no-reference
 
-Each contender is a process of its own; its seconds and its peak memory are the operating system's account of it.
+Each command is a separate process. Its time is wall time; its peak memory is the operating system's figure.
 
     reference   what the MiLoRA authors' svd_init.py does: load the whole model, torch.linalg.svd in float32 of every
                 target, subtract, save_pretrained
     ours        milora-init, the same targets and rank
-    copy        cp -r, and sync: what writing the checkpoint costs at least
-    one module  milora-init with a single small target: how far the rest is from a copy
-
-    merge       milora-init merge of what ours made
+    copy        cp -r and sync: the least time in which the checkpoint can be written
+    one module  milora-init with one small target: the cost without the solver, to compare with a copy
+    merge       milora-init merge of the output of `ours`
 
 Copy, one module and merge run twice: with the checkpoint out of the page cache (cold) and in it (warm).
 """
@@ -49,17 +48,17 @@ with torch.no_grad():
             module.weight.data -= ((U[:, -r:] * root) @ (root[:, None] * Vh[-r:])).to(module.weight.dtype)
 model.save_pretrained(out)
 """
-PARTS = {"read": "read_s", "solve": "elapsed_s", "write": "write_s"}  # of a weight's record
+PARTS = {"read": "read_s", "solve": "elapsed_s", "write": "write_s"}  # keys of a weight's record in the manifest
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 def main() -> None:
-    """Run the contenders and print the table."""
+    """Run the commands and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a Llama-like checkpoint; made if not given")
-    parser.add_argument("--size", default="160m", help="of the one that is made: tiny, 160m, 1b, 7b")
+    parser.add_argument("--model", type=Path, help="a Llama-like checkpoint; generated if not given")
+    parser.add_argument("--size", default="160m", help="size of the generated checkpoint: tiny, 160m, 1b, 7b")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--no-reference", action="store_true", help="leave the reference method out")
+    parser.add_argument("--no-reference", action="store_true", help="do not run the reference method")
     parser.add_argument("--work", type=Path, help="where to write; a temporary folder if not given")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
@@ -69,7 +68,7 @@ def main() -> None:
         model = args.model
         if model is None:
             model = work / "model"
-            # In a process of its own: a child is charged for what its parent held when it was born.
+            # In a separate process: the peak memory of a child includes the memory of its parent at the fork.
             maker = Path(__file__).parent / "make_checkpoint.py"
             subprocess.run([sys.executable, str(maker), str(model), "--size", args.size], check=True)
         tool = [sys.executable, "-c", "from milora_init.cli.main import main; main()"]
@@ -79,7 +78,7 @@ def main() -> None:
         script = [sys.executable, "-c", REFERENCE, str(model), str(work / "reference"), str(args.rank), *TARGETS]
         copy = ["sh", "-c", 'cp -r "$0" "$1" && sync', str(model), str(work / "copy")]
         merge = [*tool, "merge", str(work / "ours"), "--quiet", "--out", str(work / "merged")]
-        contenders = {
+        commands = {
             "copy, cold": copy,
             "one module, cold": [*ours, *small, "--out", str(work / "one")],
             "copy": copy,
@@ -90,7 +89,7 @@ def main() -> None:
             **({} if args.no_reference else {"reference": script}),
         }
         figures = {}
-        for name, command in contenders.items():
+        for name, command in commands.items():
             cache(work / "ours" if name.startswith("merge") else model, keep=not name.endswith("cold"))
             figures[name] = measure(command)
             print(f"{name}: {figures[name]['elapsed_s']:.1f} s", file=sys.stderr)
@@ -98,7 +97,7 @@ def main() -> None:
                 manifest = json.loads((work / "ours" / "milora_init.json").read_text())
                 for part, key in PARTS.items():
                     figures[name][f"{part}_s"] = sum(weight[key] for weight in manifest["weights"])
-            if name != "ours":  # which is merged
+            if name != "ours":  # the merge commands need it
                 shutil.rmtree(Path(command[-1]) if name != "reference" else work / "reference", ignore_errors=True)
         report(figures, sum(path.stat().st_size for path in model.glob("*.safetensors")))
         if args.json:
@@ -121,11 +120,11 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def cache(model: Path, *, keep: bool) -> None:
-    """Bring the checkpoint into the page cache, or, where the platform can, out of it."""
+    """Read the checkpoint into the page cache, or drop it from there."""
     for path in model.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
             if not keep:
-                os.fsync(file.fileno())  # dirty pages would stay
+                os.fsync(file.fileno())  # dirty pages cannot be dropped
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while keep and file.read(1 << 24):
                 pass
@@ -148,7 +147,7 @@ def report(figures: dict[str, dict[str, float]], size_bytes: int) -> None:
         )
     Console().print(table)
     sums = ", ".join(f"{part} {figures['ours'][f'{part}_s']:.1f} s" for part in PARTS)
-    print(f"ours, summed over the weights, of which several are in work at a time: {sums}")
+    print(f"ours, summed over the weights (several run at a time): {sums}")
 
 
 if __name__ == "__main__":

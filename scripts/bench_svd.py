@@ -1,10 +1,10 @@
-"""Time the solver against what others use, in one run, on the layer shapes of known models.
+"""Time the solver against other methods, in one run, on the layer shapes of known models.
 
-For the minor end the rivals are the reference's method, a full `torch.linalg.svd` in float32, and a float64
-`eigh` of the Gram matrix; for the principal end also `torch.svd_lowrank` with niter=16.  The eigh result,
-after a Rayleigh-Ritz step in float64, is the truth that the others' components are measured against.
+For the minor components the other methods are a full `torch.linalg.svd` in float32, as in the reference implementation,
+and a float64 `eigh` of the Gram matrix; for the principal components also `torch.svd_lowrank` with niter=16. The eigh
+result, after a Rayleigh-Ritz step in float64, is the truth for the component errors.
 
-The weights are synthetic: a Gaussian bulk with a power-law head, in bfloat16, as trained weights look.
+The weights are synthetic, in bfloat16, with a Gaussian bulk and a power-law head, like the spectra of trained weights.
 
     python scripts/bench_svd.py                        # TinyLlama's layers, r = 64, under a minute
     python scripts/bench_svd.py --model llama-2-7b     # some minutes
@@ -29,7 +29,7 @@ from torch import Tensor
 from milora_init.linalg.svd import singular_triplets
 from milora_init.modes import Mode
 
-# Each model: how often a weight of that shape (out, in) occurs among the targeted ones of one layer.
+# For each model: how many target weights of one layer have this shape (out, in).
 MODELS: dict[str, dict[tuple[int, int], int]] = {
     "tinyllama": {(2048, 2048): 1, (256, 2048): 1, (5632, 2048): 1},
     "llama-2-7b": {(4096, 4096): 3, (11008, 4096): 1, (4096, 11008): 1},
@@ -43,7 +43,7 @@ Factors = tuple[Tensor, Tensor, Tensor]  # U (m, r), s (r,), V (n, r)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One solver on one weight; ratio is its time over ours, error that of the component."""
+    """One solver on one weight; `ratio` is its time over ours, `error` the relative error of the component."""
 
     model: str
     shape: tuple[int, int]
@@ -130,7 +130,7 @@ def timed(solve: Callable[[Tensor, int, Mode], Factors], W: Tensor, r: int, mode
 
 
 def peak_extra(solver: str, m: int, n: int, r: int, mode: Mode, device: str, threads: int) -> int:  # noqa: PLR0913  the columns of the table
-    """Bytes that a solve takes at its peak beyond the weight; on the CPU, in a process of its own."""
+    """Peak bytes of a solve beyond the weight, -1 if not measurable; on the CPU, call it in a separate process."""
     torch.set_num_threads(threads)
     W = weight(m, n, device=torch.device(device))
     if W.is_cuda:
@@ -138,7 +138,7 @@ def peak_extra(solver: str, m: int, n: int, r: int, mode: Mode, device: str, thr
         before = torch.cuda.memory_allocated()
         SOLVERS[solver](W, r, mode)
         return int(torch.cuda.max_memory_allocated()) - int(before)
-    # Making the weight took more than the weight, so the high-water mark of the process starts anew.
+    # Generating the weight needed more memory than the weight itself, so the peak is reset.
     clear = Path("/proc/self/clear_refs")
     try:
         clear.write_text("5")
@@ -163,7 +163,7 @@ def bench(args: argparse.Namespace) -> list[Row]:
     for model in args.model:
         for shape, count in MODELS[model].items():
             W = weight(*shape, device=device)
-            ours(W[:600, :600], 8, "min")  # the first call of a process pays for loading the libraries
+            ours(W[:600, :600], 8, "min")  # warm-up: the first call of a process loads libraries
             for mode in args.mode:
                 for r in args.rank:
                     names = [n for n in SOLVERS if mode == "max" or n not in PRINCIPAL_ONLY]
@@ -247,8 +247,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["tinyllama"])
     parser.add_argument("--rank", nargs="+", type=int, default=[64])
     parser.add_argument("--mode", nargs="+", choices=["min", "max"], default=["min", "max"])
-    parser.add_argument("--skip", nargs="+", choices=list(SOLVERS)[1:], default=[], help="leave rivals out")
-    parser.add_argument("--repeat", type=int, default=1, help="take the fastest of so many runs")
+    parser.add_argument("--skip", nargs="+", choices=list(SOLVERS)[1:], default=[], help="do not run these methods")
+    parser.add_argument("--repeat", type=int, default=1, help="number of runs; the fastest counts")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--full", action="store_true", help=f"every model, r = {RANKS}: hours on a CPU")

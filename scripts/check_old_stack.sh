@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Old stacks: does today's output load where people still are, and does the tool itself run on the oldest it admits?
+# Check that old versions of transformers and PEFT load the output, and that milora-init runs on the oldest supported.
 #
-#   scripts/check_old_stack.sh        `make test` or `make demo` first; builds .venv-old-* beside .venv
+#   scripts/check_old_stack.sh        needs .venv, from `make test` or `make demo`; builds .venv-old-*
 #
-# 4.46  what the MiLoRA authors pinned: transformers 4.46 with PEFT 0.13 loads what the tool wrote elsewhere
-# 5.0   the oldest that pyproject admits: the tool runs on it, and its output loads there
-# 5.1   the oldest that experts can be trained with: the same, for all weights of Mixtral
+# 4.46  the versions of the MiLoRA authors: transformers 4.46 with PEFT 0.13 loads an output of milora-init in .venv
+# 5.0   the oldest in pyproject.toml: milora-init runs on it, and the output loads there
+# 5.1   the oldest that can train experts: the same, with all weights of Mixtral
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# name, transformers, PEFT, whether the tool itself goes there
+# Arguments: name, transformers version, PEFT version, any text to install milora-init too
 build() {
     [ -x ".venv-old-$1/bin/python" ] && return
     "${PYTHON:-python3}" -m venv ".venv-old-$1"
@@ -23,7 +23,7 @@ build 5.1 5.1.0 0.19.1 tool
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# Small random models, made by the stack that is to load them and in several shards, so that the comparison is its own.
+# Small random models in several shards, saved by the versions that will load them.
 models() {
     mkdir -p "$work/$1"
     ".venv-old-$1/bin/python" - "$work/$1" <<'PYTHON'
@@ -44,7 +44,7 @@ PYTHON
 }
 
 status=0
-check() { # the venv that runs the tool, the stack that loads, the model, its targets
+check() { # arguments: the venv of milora-init, the name of the venv that loads the output, the model, its targets
     local tool=$1 stack=$2 model=$3 targets=() out
     shift 3
     for target in "$@"; do targets+=(--target "$target"); done

@@ -1,10 +1,10 @@
-"""Does the pair compute what the source computes? Load both with whatever transformers and PEFT are installed, and see.
+"""Check that a pair computes what its source computes, with the installed transformers and PEFT.
 
     python scripts/check_pair.py SOURCE OUT
 
-Both run in float32 on random token ids. Prints how far the pair and the base alone are from the source, relative to
-its output. Exit status 1 unless every adapter tensor was loaded and the pair is far closer than the base alone. Needs
-nothing of milora-init, so it also serves old stacks (transformers 4.46 with PEFT 0.13: scripts/check_old_stack.sh).
+Both run in float32 on random token ids. Prints the relative output error of the pair and of the base alone. The exit
+status is 1 unless every adapter tensor was loaded and the pair's error is below a tenth of the base's. Does not import
+milora-init, so it also runs with old versions (transformers 4.46 with PEFT 0.13: scripts/check_old_stack.sh).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 
 def main() -> int:
-    """Compare, print, judge."""
+    """Compare both models and print the errors; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
@@ -53,7 +53,7 @@ def load(folder: Path) -> Any:
     """The model of a folder in float32, by the class that its config.json names."""
     config = transformers.AutoConfig.from_pretrained(folder)
     cls = getattr(transformers, config.architectures[0])
-    # `dtype` was `torch_dtype` before transformers 4.56; a cast after loading serves both.
+    # `dtype` was `torch_dtype` before transformers 4.56; a cast after loading works with both.
     return cls.from_pretrained(folder).float().eval()
 
 

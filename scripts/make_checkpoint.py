@@ -1,9 +1,9 @@
-"""Write a Llama checkpoint of a given size with spectra like a language model's, one layer at a time.
+"""Write a random Llama checkpoint of a given size, one layer at a time, with spectra like a language model's.
 
     python scripts/make_checkpoint.py FOLDER --size 1b
 
-Every matrix is Gaussian noise plus a power-law head: a few strong directions far above a bulk that reaches down to
-zero, which is what a solver for the minor end meets in practice. One shard a layer; the same seed gives the same bytes.
+Every matrix is Gaussian noise plus a power-law head: a few large singular values, and a bulk that reaches down to zero.
+A solver for the smallest values meets such spectra in practice. One shard a layer; the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZES = {
     "1b": (2048, 5632, 22, 32, 4, 32000),
     "7b": (4096, 11008, 32, 32, 32, 32000),
 }
-HEAD = 48  # strong directions
+HEAD = 48  # number of large singular values
 
 
 def main() -> None:

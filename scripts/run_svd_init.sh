@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The authors' run_svd_init.sh in this program's terms: one residual base and adapter for each of their two recipes.
+# The counterpart of the MiLoRA authors' run_svd_init.sh: a residual base and an adapter for each of their two recipes.
 #
 #   scripts/run_svd_init.sh                                    Llama-2-7B, rank 64, min
 #   MODEL=./my-model RANK=32 MODE=max OUT=./bases scripts/run_svd_init.sh
 #
-# Run again after an interruption: what is finished is left as it is.
+# After an interruption run it again: finished outputs are kept.
 set -euo pipefail
 
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}

@@ -1,18 +1,18 @@
-"""Every model type of the installed transformers, names only: what would milora-init do with it?
+"""Plan every model type of the installed transformers, from names and shapes only.
 
     python scripts/sweep_architectures.py                     # all of them, some minutes
     python scripts/sweep_architectures.py llama mixtral       # these
     python scripts/sweep_architectures.py --json sweep.json
 
-Each type's default config, cut down to a few layers, is built on the meta device and written as a checkpoint that has
-names and shapes but no data. That is planned with `all-linear`, and `experts` where there are any, and PEFT is asked
-on meta whether it would load the adapter. One line a type:
+Each type's default config, reduced to a few layers, is built on the meta device and written as a checkpoint with names
+and shapes but no data. It is planned with `all-linear`, and with `experts` if it has any; PEFT checks on the meta
+device that it would load the adapter. Prints one line a type:
 
-    resolved   how many modules and experts' matrices
-    refused    by milora-init, with the reason that a user would read
-    not built  transformers itself cannot build it from its default config, or save it
+    resolved   the number of modules and of experts' matrices
+    refused    milora-init refuses it; the reason that a user would read
+    not built  transformers cannot build it from its default config, or cannot save it
     no model   the config of a part of other models
-    FAILED     anything else; the exit status is then 1
+    FAILED     any other error; the exit status is then 1
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from milora_init.checkpoint.header import DTYPE_NAMES, plan_header
+from milora_init.checkpoint.dtypes import DTYPE_NAMES
+from milora_init.checkpoint.header import plan_header
 from milora_init.errors import MiloraError
 from milora_init.options import InitOptions
 from milora_init.plan.peft_check import require_loadable
@@ -43,15 +44,15 @@ _LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
     "num_encoder_layers", "num_decoder_layers", "num_hidden_layers_vision",
 )  # fmt: skip
-# Most wanted first: what a user of that model would train.
+# In order of preference: the class that a user of the model would train.
 _HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSequenceClassification", "Model")
 
 
 def main() -> int:
-    """Sweep, print, count."""
+    """Plan the types and print a line for each and the counts; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; all of them if none is named")
-    parser.add_argument("--json", type=Path, help="write the lines there too")
+    parser.add_argument("--json", type=Path, help="also write the lines to this file")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
@@ -69,14 +70,14 @@ def main() -> int:
 
 
 def judge(model_type: str) -> tuple[str, str]:
-    """What becomes of a model type, and the details."""
+    """The outcome for a model type, and the details."""
     try:
         if model_class(transformers.CONFIG_MAPPING[model_type]) is None:
             return "no model", "a part of others"
     except Exception as error:
         return "not built", _short(error)
     outcome = "not built", ""
-    for layers in (LAYERS, None):  # some configs name their layers, and cannot be cut
+    for layers in (LAYERS, None):  # some configs list their layers and cannot be reduced
         with tempfile.TemporaryDirectory() as folder:
             try:
                 architecture = write_checkpoint(model_type, Path(folder), layers)
@@ -95,25 +96,25 @@ def judge(model_type: str) -> tuple[str, str]:
 
 
 def plan(folder: Path) -> str:
-    """Plan everything that can be adapted, and have PEFT asked."""
+    """Plan everything that can be adapted, and check that PEFT would load the adapter."""
     options: dict[str, Any] = {"model": str(folder), "out": str(folder / "out"), "rank": 1}
     made = make_plan(InitOptions(**options, target=("all-linear",)), folder)
     targets = ["all-linear", *(["experts"] if made.structure.experts else [])]
     made = make_plan(InitOptions(**options, target=tuple(targets)), folder)
-    who = require_loadable(made)
+    checked_by = require_loadable(made)
     experts = sum(w.weight.expert is not None for w in made.weights)
     reasons = Counter(
         reason.partition(",")[0] for reason in made.structure.refused.values() if "not a linear layer" not in reason
     )
-    said = f"{len(made.weights) - experts} modules" + (f", {experts} experts' matrices" if experts else "")
+    counts = f"{len(made.weights) - experts} modules" + (f", {experts} experts' matrices" if experts else "")
     left = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-    return f"{said}, by {who}" + (f" (left out: {left})" if left else "")
+    return f"{counts}, by {checked_by}" + (f" (left out: {left})" if left else "")
 
 
 def write_checkpoint(
     model_type: str, folder: Path, layers: int | None, *, change: Callable[[Any], object] = lambda _: None
 ) -> str:
-    """A checkpoint of that type without data: config.json, and headers over a hole. Returns its class.
+    """Write a checkpoint of this type without data: config.json and a sparse file with a header. Returns its class.
 
     `change` may change the config before the model is built.
     """
@@ -147,7 +148,7 @@ def write_checkpoint(
 
 
 def cut_down(config: Any, layers: int) -> None:
-    """Leave a config a few layers only, where it says how many there are."""
+    """Reduce a config to a few layers, if it states their number."""
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     for part in parts:
         for key in _LAYER_COUNTS:
@@ -159,7 +160,7 @@ def cut_down(config: Any, layers: int) -> None:
 
 
 def model_class(config: type) -> Any:
-    """The class that a user of this config would most likely train, None for the config of a mere part."""
+    """The class that a user of this config would most likely train; None for the config of a part of a model."""
     stem = config.__name__.removesuffix("Config")
     for head in _HEADS:
         cls = getattr(transformers, stem + head, None)

@@ -1,11 +1,11 @@
-"""For every test: no network, one thread, no settings of the person's own, and tiny checkpoints that are built once."""
+"""Fixtures for every test: no network, one CPU thread, no settings of the developer, tiny checkpoints built once."""
 
 from __future__ import annotations
 
 import os
 
-# Tiny matrices gain nothing from threads, and lose much where the machine is shared. Read when torch is imported, here,
-# in every worker and in every process that a test starts.
+# More threads make tiny matrices slower, most of all on a shared machine. torch reads this when it is imported: here,
+# in every pytest worker and in every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -19,12 +19,12 @@ import pytest
 import torch
 from hypothesis import settings
 from support import tiny_models
+from support.runs import initialize
 
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
 
-# A run that finds nothing today must not find something else tomorrow: examples follow from the test alone.
+# Hypothesis draws the same examples in every run: a test result changes only if the code changes.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
@@ -32,7 +32,7 @@ Built = Callable[..., Path]
 
 
 class NetworkUsedError(RuntimeError):
-    """A test tried to leave this machine."""
+    """A test tried to use the network."""
 
 
 def _is_local(host: object) -> bool:
@@ -41,15 +41,15 @@ def _is_local(host: object) -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way out of this machine raises; 127.0.0.1 and Unix sockets stay open."""
+    """Connections and name lookups raise, except for 127.0.0.1 and Unix sockets."""
     if request.node.get_closest_marker("network"):
         return
 
     def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: socket.socket, *args: Any) -> Any:
             address = args[-1]
-            outward = isinstance(address, tuple) and not _is_local(address[0])
-            if outward and self.family != socket.AF_UNIX:
+            is_remote = isinstance(address, tuple) and not _is_local(address[0])
+            if is_remote and self.family != socket.AF_UNIX:
                 raise NetworkUsedError(f"a test tried to reach {address}; mark it `network` if it must")
             return method(self, *args)
 
@@ -71,7 +71,7 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The person's own settings do not reach a test."""
+    """Unset the environment variables by which a developer configures the program."""
     for name in ("HF_TOKEN", "MILORA_DEBUG", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
@@ -79,7 +79,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """checkpoint(kind, dtype="float32") is a folder with that tiny model in several shards; never write into it."""
+    """checkpoint(kind, dtype="float32") is a tiny model's folder with several shards; tests must not write into it."""
     built: dict[tuple[str, str], Path] = {}
 
     def get(kind: str, dtype: str = "float32") -> Path:
@@ -107,7 +107,7 @@ def pickled(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Buil
 
 @pytest.fixture
 def own(checkpoint: Built, tmp_path: Path) -> Built:
-    """own(kind, dtype="float32") is a copy of a tiny checkpoint that the test may damage."""
+    """own(kind, dtype="float32") is a copy of a tiny checkpoint that the test may change."""
 
     def get(kind: str, dtype: str = "float32") -> Path:
         folder = tmp_path / "own"
@@ -121,7 +121,7 @@ def own(checkpoint: Built, tmp_path: Path) -> Built:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Manifest]:
-    """start(model, **options) runs the main job on the CPU into tmp_path/out, or into `out`."""
+    """start(model, **options) runs `initialize` on the CPU. The output is tmp_path/out unless `out` is given."""
 
     def run(model: Path, /, **options: Any) -> Manifest:
         progress = options.pop("progress", None)

@@ -1,4 +1,4 @@
-"""What a hostile tester found: inputs that somebody who means harm would make, each with the right outcome."""
+"""Malicious or damaged inputs: each is refused with a clear error, or has no effect."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from milora_init.export.merge import merge
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 WEIGHTS = "adapter_model.safetensors"
 
 
-def trained(out: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+def changed_adapter(out: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
     """A copy of the initial adapter with every tensor changed."""
     to.mkdir()
     (to / "adapter_config.json").write_bytes((out / "lora" / "adapter_config.json").read_bytes())
@@ -34,7 +34,7 @@ def trained(out: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Ten
     return to
 
 
-def test_a_pipe_in_the_place_of_a_models_manifest_is_not_waited_for(own: Built) -> None:
+def test_a_pipe_named_like_the_manifest_is_refused_without_reading_it(own: Built) -> None:
     source = own("llama")
     os.mkfifo(source / MANIFEST)
     with pytest.raises(CheckpointError, match="residual base"):
@@ -74,7 +74,7 @@ def test_an_adapter_at_the_root_of_a_pair_is_refused_by_merge(start: Start, chec
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-def test_a_direction_that_became_zero_is_no_training(
+def test_an_adapter_with_a_direction_set_to_zero_is_refused(
     factor: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -86,19 +86,19 @@ def test_a_direction_that_became_zero_is_no_training(
             tensor[(0,) if factor == "lora_A" else (slice(None), 0)] = 0
         return tensor
 
-    adapter = trained(tmp_path / "out", tmp_path / "trained", zeroed)
+    adapter = changed_adapter(tmp_path / "out", tmp_path / "trained", zeroed)
     with pytest.raises(PlanError, match="directions are zero"):
         merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
     assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, 5.0, 1000.0])
-def test_the_initial_factors_times_a_number_are_no_training(
+def test_the_initial_adapter_multiplied_by_a_number_is_refused(
     factor: float, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
     torch.manual_seed(0)
-    adapter = trained(
+    adapter = changed_adapter(
         tmp_path / "out",
         tmp_path / "trained",
         lambda _, tensor: factor * (tensor + 0.01 * tensor.abs().mean() * torch.randn_like(tensor)),
@@ -107,7 +107,7 @@ def test_the_initial_factors_times_a_number_are_no_training(
         merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
 
 
-def test_a_manifest_cannot_switch_the_judgement_of_an_adapter_off(
+def test_a_manifest_cannot_disable_the_check_of_a_trained_adapter(
     start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -115,29 +115,29 @@ def test_a_manifest_cannot_switch_the_judgement_of_an_adapter_off(
     weights = json.loads((out / MANIFEST).read_text())["weights"]
     edit_json(out / MANIFEST, weights=[weight | {"untrainable": weight["rank"]} for weight in weights])
     torch.manual_seed(0)
-    adapter = trained(out, tmp_path / "trained", lambda _, tensor: torch.randn_like(tensor))
+    adapter = changed_adapter(out, tmp_path / "trained", lambda _, tensor: torch.randn_like(tensor))
     with pytest.raises(PlanError, match=r"unrelated|trained"):
         merge(str(out), str(tmp_path / "merged"), adapter=str(adapter))
 
 
-def test_an_adapter_config_without_an_end_is_not_read(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_huge_adapter_config_is_refused_without_reading_it(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     start(checkpoint("llama"))
-    adapter = trained(tmp_path / "out", tmp_path / "trained", lambda _, tensor: tensor * 1.01)
+    adapter = changed_adapter(tmp_path / "out", tmp_path / "trained", lambda _, tensor: tensor * 1.01)
     with (adapter / "adapter_config.json").open("r+b") as file:
-        file.truncate(1 << 40)  # sparse: it takes no room
+        file.truncate(1 << 40)  # a sparse file: it takes no space
     with pytest.raises(CheckpointError, match=f"{1 << 40} bytes, which no file of its kind has"):
         merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
     assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok
 
 
-def test_more_layers_than_tensors_are_not_built(own: Built) -> None:
+def test_a_config_with_more_layers_than_tensors_is_refused(own: Built) -> None:
     source = own("llama")
     edit_json(source / "config.json", num_hidden_layers=10**8)
     with pytest.raises(CheckpointError, match="num_hidden_layers is 100000000"):
         make_plan(InitOptions(model=str(source), out="out", rank=4), source)
 
 
-def test_the_adapter_of_a_private_model_is_private(start: Start, own: Built, tmp_path: Path) -> None:
+def test_the_output_of_a_private_model_has_private_permissions(start: Start, own: Built, tmp_path: Path) -> None:
     source = own("llama")
     for path in source.iterdir():
         path.chmod(0o600)

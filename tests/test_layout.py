@@ -1,4 +1,4 @@
-"""The layout: folders import only downwards, and a few packages are imported in one place only."""
+"""The layout: folders import only downwards, and some packages are imported in one folder only."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FOLDERS = [
     "lora",
     "hub",
     "plan",
-    "verify",
+    "verification",
     "run",
     "export",
     "cli",
 ]
-STRANGERS = ("checkpoint", "linalg")  # files without mathematics, mathematics without files
-START = {"__init__.py", "__main__.py"}  # the ways in: they may name anything
+INDEPENDENT = ("checkpoint", "linalg")  # linalg knows no files, checkpoint knows no mathematics
+ENTRY_POINTS = {"__init__.py", "__main__.py", "api.py", "result.py"}  # they may import from any folder
 
-# Which folder or file alone may import a package.
+# The only folder or file that may import a package.
 ONLY_IN = {"huggingface_hub": "hub", "typer": "cli", "rich": "cli", "yaml": "options.py"}
 NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "ssl"}
 PICKLES = {"pickle", "marshal", "shelve", "dill"}
@@ -42,7 +42,7 @@ def tree(file: Path) -> ast.Module:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Full names of all that a file imports, inside functions and for type checkers too."""
+    """Full names of all imports of a file, also those inside functions and for type checkers."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -61,7 +61,7 @@ def own_folders(file: Path) -> set[str]:
     return {parts[1] if (PACKAGE / parts[1]).is_dir() else "." for parts in names if len(parts) > 1}
 
 
-def test_every_folder_has_its_place_in_the_list() -> None:
+def test_every_folder_is_in_the_list() -> None:
     assert {folder_of(file) for file in FILES} == set(FOLDERS)
     assert {len(file.parts) for file in FILES} <= {1, 2}
 
@@ -69,14 +69,14 @@ def test_every_folder_has_its_place_in_the_list() -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_folders_import_only_downwards(folder: str) -> None:
     below = set(FOLDERS[: FOLDERS.index(folder) + 1])
-    wrong = {str(f): own_folders(f) - below for f in FILES if folder_of(f) == folder and str(f) not in START}
+    wrong = {str(f): own_folders(f) - below for f in FILES if folder_of(f) == folder and str(f) not in ENTRY_POINTS}
     assert {file: folders for file, folders in wrong.items() if folders} == {}
 
 
-def test_the_mathematics_knows_no_files_and_the_files_no_mathematics() -> None:
+def test_linalg_and_checkpoint_do_not_import_each_other() -> None:
     for file in FILES:
-        if folder_of(file) in STRANGERS:
-            assert own_folders(file) & set(STRANGERS) <= {folder_of(file)}
+        if folder_of(file) in INDEPENDENT:
+            assert own_folders(file) & set(INDEPENDENT) <= {folder_of(file)}
         if folder_of(file) == "linalg":
             above = {name for name in imports(file) if name.startswith("milora_init.") and ".linalg" not in name}
             assert {name.split(".")[1] for name in above} <= {"modes", "accuracy"}
@@ -84,7 +84,7 @@ def test_the_mathematics_knows_no_files_and_the_files_no_mathematics() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_packages_are_imported_only_where_they_belong(file: Path) -> None:
+def test_restricted_packages_are_imported_only_in_their_folder(file: Path) -> None:
     packages = {name.split(".")[0] for name in imports(file)}
     assert packages & NETWORK == set()
     assert packages & PICKLES == set()
@@ -92,8 +92,8 @@ def test_packages_are_imported_only_where_they_belong(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_no_file_runs_what_a_file_says(file: Path) -> None:
-    """torch.load only with weights_only=True; no eval, no exec; nobody's code is trusted unasked."""
+def test_no_module_runs_code_from_a_file(file: Path) -> None:
+    """torch.load only with weights_only=True; no eval or exec; no constant trust_remote_code=True."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -107,16 +107,19 @@ def test_no_file_runs_what_a_file_says(file: Path) -> None:
 @pytest.mark.parametrize(
     "module", ["milora_init", "milora_init.cli.main", "milora_init.options", "milora_init.cli.output"]
 )
-def test_what_the_command_line_starts_with_imports_no_torch(module: str) -> None:
+def test_the_modules_that_start_the_command_line_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'huggingface_hub'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_the_public_names_are_the_promised_ones() -> None:
-    import milora_init
-    from milora_init.options import InitOptions
-    from milora_init.run.initialize import initialize
-
-    assert milora_init.initialize is initialize
-    assert milora_init.InitOptions is InitOptions
+def test_the_public_names_are_the_documented_ones() -> None:
+    code = """
+import milora_init
+for name in milora_init.__all__:
+    assert getattr(milora_init, name) is not None
+import milora_init.verification.verify
+assert dir(milora_init) == milora_init.__all__
+assert callable(milora_init.verify) and callable(milora_init.initialize)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

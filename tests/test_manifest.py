@@ -1,4 +1,4 @@
-"""A manifest that no run wrote is one clear error, whatever field of it is broken and whichever command reads it."""
+"""A damaged or edited manifest is refused with one clear error by every command, whichever field is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.family_training import start as start_family
+from support.family_training import initialize_family
+from support.runs import initialize
 from support.tiny_models import TARGETS, edit_inputs
 
 from milora_init.checkpoint.folder import open_checkpoint
@@ -23,13 +24,12 @@ from milora_init.export.merge import MERGED, merge, read_merged
 from milora_init.hub.model_card import card_data, card_text, step_summary
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
-from milora_init.report import summary
-from milora_init.run.initialize import initialize
-from milora_init.verify.files import check_weight_records
-from milora_init.verify.verify import verify
+from milora_init.report import report_json
+from milora_init.verification.files import check_weight_records
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
-Path_ = tuple[str | int, ...]
+JsonPath = tuple[str | int, ...]
 JUNK: list[Any] = [
     None, True, False, -1, 0, 1, 3, 10**19, 10**400, -0.5, 1e-300, 1e300, float("nan"), float("inf"), "", "x", "../x",
     "a" * 100_000, "\0", "(a+)+b", [], [[]], [1], {}, {"x": {}}, [{}] * 3, {"": None},
@@ -45,33 +45,33 @@ def out(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start_family("mixtral", tmp_path_factory.mktemp("moe"), "float32")[1]
+    return initialize_family("mixtral", tmp_path_factory.mktemp("moe"), "float32")[1]
 
 
-def places(content: Any, at: Path_ = ()) -> Iterator[Path_]:
-    """Every place in a manifest, of its weights the first."""
+def json_paths(content: Any, at: JsonPath = ()) -> Iterator[JsonPath]:
+    """The path of every value in a manifest; of its list of weights, only the first."""
     yield at
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         if at != ("weights",) or key == 0:
-            yield from places(value, (*at, key))
+            yield from json_paths(value, (*at, key))
 
 
-def changed(content: Any, at: Path_, value: Any) -> Any:
-    """The content with another value at a place; `...` takes the place away."""
+def with_value(content: Any, at: JsonPath, value: Any) -> Any:
+    """A copy of the content with another value at a path; `...` removes the key."""
     if not at:
         return value
     copy = content.copy()
     if value is ... and len(at) == 1:
         del copy[at[0]]
     else:
-        copy[at[0]] = changed(content[at[0]] if at[1:] else None, at[1:], value)
+        copy[at[0]] = with_value(content[at[0]] if at[1:] else None, at[1:], value)
     return copy
 
 
-def use(folder: Path, manifest: Manifest) -> None:
-    """What the commands make of a manifest."""
-    json.dumps(summary(manifest, unchanged=False), allow_nan=False)
+def read_in_all_ways(folder: Path, manifest: Manifest) -> None:
+    """Do everything that the commands do with a manifest."""
+    json.dumps(report_json(manifest), allow_nan=False)
     step_summary(manifest)
     card_text(manifest, "org/name")
     card_data(manifest)
@@ -87,17 +87,17 @@ def test_any_value_at_any_place_is_read_or_refused(
     content = json.loads((folder / MANIFEST).read_text())
     value = [*JUNK, ...][junk]
     refused = []
-    for place in places(content):
+    for place in json_paths(content):
         if value is ... and not place:
             continue
-        (tmp_path / MANIFEST).write_text(json.dumps(changed(content, place, value)))
+        (tmp_path / MANIFEST).write_text(json.dumps(with_value(content, place, value)))
         try:
             manifest = read_manifest(tmp_path)
         except OutputError as error:
             refused.append(len(error.message))
         else:
             assert manifest
-            use(folder, manifest)
+            read_in_all_ways(folder, manifest)
     assert len(refused) > 20
     assert max(refused) < 1000
 
@@ -115,10 +115,10 @@ def test_any_bytes_are_read_or_refused(
     except OutputError:
         return
     assert manifest
-    use(out, manifest)
+    read_in_all_ways(out, manifest)
 
 
-BROKEN: dict[str, tuple[Path_, Any]] = {
+BROKEN: dict[str, tuple[JsonPath, Any]] = {
     "fingerprint is not the hash": (("inputs", "seed"), 7),
     r"weights\[0\]\.scale is": (("weights", 0, "scale"), -1.0),
     "nan is no number|NaN is no number": (("weights", 0, "scale"), float("nan")),
@@ -137,13 +137,13 @@ BROKEN: dict[str, tuple[Path_, Any]] = {
 
 
 @pytest.mark.parametrize("says", BROKEN)
-def test_every_command_tells_what_is_broken(
+def test_every_command_refuses_a_broken_manifest(
     says: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: Built
 ) -> None:
     folder = Path(shutil.copytree(out, tmp_path / "out"))
     content = json.loads((folder / MANIFEST).read_text())
     place, value = BROKEN[says]
-    (folder / MANIFEST).write_text(json.dumps(changed(content, place, value)))
+    (folder / MANIFEST).write_text(json.dumps(with_value(content, place, value)))
     with pytest.raises(OutputError, match=says):
         read_manifest(folder)
     lora, name = str(folder / "lora"), str(folder)
@@ -164,13 +164,13 @@ def test_every_command_tells_what_is_broken(
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"format": true}', b"3", b"9" * 5000, b"\xff\xfe"])
-def test_what_is_no_manifest_at_all(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(OutputError, match="is not a manifest that this version reads"):
         read_manifest(tmp_path)
 
 
-def test_a_pipe_or_a_folder_of_that_name_is_no_manifest(tmp_path: Path) -> None:
+def test_a_pipe_or_a_folder_named_like_the_manifest_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / MANIFEST)
     (tmp_path / "other" / MANIFEST).mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "other"):
@@ -178,12 +178,12 @@ def test_a_pipe_or_a_folder_of_that_name_is_no_manifest(tmp_path: Path) -> None:
             read_manifest(folder)
 
 
-def test_a_record_of_a_merge_is_read_or_refused(tmp_path: Path, out: Path) -> None:
+def test_any_value_in_a_merge_record_is_read_or_refused(tmp_path: Path, out: Path) -> None:
     merge(str(out), str(tmp_path / "merged"))
     content = json.loads((tmp_path / "merged" / MERGED).read_text())
-    for place in places(content):
+    for place in json_paths(content):
         for value in JUNK:
-            (tmp_path / MERGED).write_text(json.dumps(changed(content, place, value)))
+            (tmp_path / MERGED).write_text(json.dumps(with_value(content, place, value)))
             with suppress(OutputError):
                 assert read_merged(tmp_path)
     (tmp_path / MERGED).write_text(json.dumps(content | {"files": {"../x": 1}}))
@@ -192,14 +192,14 @@ def test_a_record_of_a_merge_is_read_or_refused(tmp_path: Path, out: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_weight_that_is_stored_the_other_way_round_is_told(kind: str, checkpoint: Built, tmp_path: Path) -> None:
-    """Of a square weight no shape tells it: the model does."""
+def test_a_wrong_transposed_field_is_found(kind: str, checkpoint: Built, tmp_path: Path) -> None:
+    """The weight is square, so its shape shows nothing; only the model does."""
     folder = tmp_path / "out"
     initialize(InitOptions(model=str(checkpoint(kind)), out=str(folder), rank=4, target=TARGETS[kind], device=("cpu",)))
     content = json.loads((folder / MANIFEST).read_text())
     place = next(i for i, w in enumerate(content["weights"]) if w["shape"] == [32, 32])
     now = content["weights"][place]["transposed"]
-    content = changed(content, ("weights", place, "transposed"), not now)
+    content = with_value(content, ("weights", place, "transposed"), not now)
     content["adapter"]["fan_in_fan_out"] = False
     (folder / MANIFEST).write_text(json.dumps(content))
     config = folder / "lora" / "adapter_config.json"
@@ -218,22 +218,22 @@ def test_a_weight_that_is_stored_the_other_way_round_is_told(kind: str, checkpoi
         ("tensor", "model.norm.weight", "has tensor model.norm.weight by the manifest"),
         ("tensor", "nothing", "is stored in nothing by the manifest, but the base has no such tensor"),
         ("dtype", "float16", "is float16"),
-        ("shape", [64, 32], r"\[64, 32\] by the manifest"),
+        ("shape", [64, 32], "[64, 32] by the manifest"),
     ],
 )
-def test_a_weight_that_the_base_has_otherwise_is_told(
+def test_a_weight_record_that_differs_from_the_base_is_found(
     field: str, value: Any, says: str, out: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(out, tmp_path / "out"))
     content = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(changed(content, ("weights", 0, field), value)))
+    (folder / MANIFEST).write_text(json.dumps(with_value(content, ("weights", 0, field), value)))
     found = [d.what for d in verify(str(folder)).differences]
-    assert any(part in "\n".join(found) for part in (says, says.replace("\\", "")))
+    assert says in "\n".join(found)
     with pytest.raises(CheckpointError, match="by the manifest"):
         merge(str(folder), str(tmp_path / "merged"))
 
 
-def test_an_honest_manifest_with_other_inputs_reads(out: Path, tmp_path: Path) -> None:
+def test_a_valid_manifest_with_other_inputs_is_read(out: Path, tmp_path: Path) -> None:
     shutil.copy(out / MANIFEST, tmp_path)
     edit_inputs(tmp_path / MANIFEST, seed=5)
     read = read_manifest(tmp_path)

@@ -1,4 +1,4 @@
-"""Names and text out of somebody's file."""
+"""untrusted: file names and text from files that the program did not write."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_a_name_that_could_leave_the_folder_is_refused(name: object, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["a", "lora/adapter_config.json", "..a", "a..", ".hidden", "a b", "ä"])
-def test_a_plain_name_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+def test_a_plain_name_is_returned_unchanged(name: str, tmp_path: Path) -> None:
     assert relative_name(name) == name
     assert path_inside(tmp_path, name) == tmp_path / name
 
 
-def test_a_link_that_leads_out_is_refused_and_one_that_stays_is_not(tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_refused_and_a_link_within_it_is_not(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "secret").write_text("s")
@@ -56,11 +56,11 @@ def test_a_link_that_leads_out_is_refused_and_one_that_stays_is_not(tmp_path: Pa
     assert path_inside(folder, "within") == folder / "within"
 
 
-def test_text_cannot_steer_a_terminal() -> None:
+def test_control_characters_are_escaped() -> None:
     assert printable("a\n::b\x1b]0;c\x07é") == "a\\n::b\\x1b]0;c\\x07é"
 
 
-def test_a_link_into_the_blobs_of_the_same_repository_stays_and_no_other_does(tmp_path: Path) -> None:
+def test_a_link_to_the_blobs_of_the_same_repository_is_allowed_and_no_other(tmp_path: Path) -> None:
     snapshot, other = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--c" / "blobs"
     blobs = tmp_path / "models--a--b" / "blobs"
     for folder in (snapshot / "lora", blobs / "deep", other):
@@ -74,7 +74,7 @@ def test_a_link_into_the_blobs_of_the_same_repository_stays_and_no_other_does(tm
         with pytest.raises(ValueError, match="leads out"):
             path_inside(snapshot, name)
     blobs.rename(tmp_path / "secret")
-    blobs.symlink_to(tmp_path / "secret")  # a repository that brings its own `blobs`
+    blobs.symlink_to(tmp_path / "secret")  # a repository whose `blobs` is itself a link
     with pytest.raises(ValueError, match="leads out"):
         path_inside(snapshot, "file")
 
@@ -83,7 +83,7 @@ def test_a_link_into_the_blobs_of_the_same_repository_stays_and_no_other_does(tm
     "text",
     ["\u202eabc", "\u2066x\u2069", "\x9b31m", "\x85", "\u2028", "\u2029", "\x7f", "\udcff", "\u200b", "\r", "\t"],
 )
-def test_nothing_that_prints_nothing_is_left(text: str) -> None:
+def test_invisible_characters_are_escaped(text: str) -> None:
     assert printable(text).isascii()
     assert printable(text).isprintable()
 
@@ -98,7 +98,7 @@ def test_no_line_holds_a_command_of_a_ci_runner(text: str) -> None:
     assert "##" not in printable(text)
 
 
-def test_what_is_tamed_once_stays_as_it_is() -> None:
+def test_escaping_twice_gives_the_same_text() -> None:
     for text in ("::x", "##[x]", "a\n\x1b", "plain ü 日本"):
         assert printable(printable(text)) == printable(text)
     assert printable("plain ü 日本 a::b c#d") == "plain ü 日本 a::b c#d"

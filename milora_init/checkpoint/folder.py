@@ -18,10 +18,9 @@ from typing import Any
 
 from milora_init.checkpoint import hashing
 from milora_init.checkpoint.files import Stamp, read_bytes, read_json_object, source_file, stamp
-from milora_init.checkpoint.header import REFETCH, Header, TensorInfo
+from milora_init.checkpoint.header import REFETCH, Header, TensorInfo, read_header
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES, side_files
-from milora_init.checkpoint.tensor_file import open_shard
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, UsageError
 from milora_init.untrusted import relative_name
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -58,7 +57,7 @@ class Checkpoint:
         headers: Header of each file of weights, by file name, in order.
         stamps: Size and time of each of those files when its header was read; without those that are not there yet.
         index: The index file's content, None for a single file.
-        unfilled: Tensors that the index names and that are in no shard. Whether the model needs them is not known here.
+        missing_tensors: Names that are in the index and in no shard. `read_structure` checks if the model needs them.
         is_pickle: Whether the files are `.bin`.
         remote: What the Hub knows of it; None for a folder that is not from the Hub.
     """
@@ -69,7 +68,7 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     is_pickle: bool
     remote: RemoteFiles | None = None
-    unfilled: tuple[str, ...] = ()
+    missing_tensors: tuple[str, ...] = ()
 
     @cached_property
     def config_bytes(self) -> bytes:
@@ -113,12 +112,11 @@ def open_checkpoint(folder: Path, remote: RemoteFiles | None = None) -> Checkpoi
         remote: For a snapshot of a model on the Hub, what the Hub knows of it.
 
     Raises:
-        CheckpointError: No folder, no config.json, no weights, a missing or broken shard, a wrong index.
+        UsageError: No folder.
+        CheckpointError: No config.json, no weights, a missing or broken shard, a wrong index.
     """
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder", hint="name a folder with a config.json, or a Hub id org/name"
-        )
+        raise UsageError(f"{folder}: no such folder", hint="name a folder with a config.json, or a Hub id org/name")
     if not os.path.lexists(folder / "config.json"):
         hint = "this is an adapter: name the base model" if (folder / "adapter_config.json").is_file() else ""
         raise CheckpointError(f"{folder}: no config.json", hint=hint or "name the folder that save_pretrained wrote")
@@ -149,16 +147,16 @@ def open_checkpoint(folder: Path, remote: RemoteFiles | None = None) -> Checkpoi
             if name in file_of:
                 raise CheckpointError(f"{folder}: {name} is in {file_of[name]} and again in {file}")
             file_of[name] = file
-    unfilled = []
+    missing_tensors = []
     for name, file in (index or {}).get("weight_map", {}).items():
         if name not in file_of:
-            unfilled.append(name)
+            missing_tensors.append(name)
         elif file_of[name] != file:
             raise CheckpointError(
                 f"{folder}: the index puts {name} into {file}, it is in {file_of[name]}", hint=REFETCH
             )
     checkpoint = Checkpoint(
-        folder, headers, stamps, index, files[0].endswith(".bin"), remote=remote, unfilled=tuple(unfilled)
+        folder, headers, stamps, index, files[0].endswith(".bin"), remote=remote, missing_tensors=tuple(missing_tensors)
     )
     _ = checkpoint.config  # a broken config.json is found here, not after the planning
     return checkpoint
@@ -190,7 +188,7 @@ def require_no_lone_shard(where: str, names: Iterable[str]) -> None:
             )
 
 
-def left_out(checkpoint: Checkpoint) -> list[str]:
+def unloaded_weights(checkpoint: Checkpoint) -> list[str]:
     """Weights in the folder that transformers does not load: files, and subfolders with such files."""
     used = {*checkpoint.headers, *(name.partition("/")[0] for name in side_files(checkpoint.folder))}
     found = []
@@ -207,6 +205,10 @@ def left_out(checkpoint: Checkpoint) -> list[str]:
 
 
 def _header_of(path: Path) -> Header:
+    if path.suffix != ".bin":
+        return read_header(path)
+    from milora_init.checkpoint.tensor_file import open_shard  # imports torch, which takes a second
+
     with open_shard(path) as shard:
         return shard.header
 

@@ -7,39 +7,41 @@ exists. Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from milora_init.errors import CheckpointError
 
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+
+class Dtype(NamedTuple):
+    """A dtype of the format: its name in torch and config.json, and the size of an entry in bytes."""
+
+    torch_name: str
+    itemsize: int
+
+
+# The one table of dtypes, by their safetensors name. `checkpoint.dtypes` has the dtypes of torch.
+DTYPES: Mapping[str, Dtype] = {
+    "F64": Dtype("float64", 8), "F32": Dtype("float32", 4), "F16": Dtype("float16", 2), "BF16": Dtype("bfloat16", 2),
+    "F8_E4M3": Dtype("float8_e4m3fn", 1), "F8_E5M2": Dtype("float8_e5m2", 1),
+    "F8_E4M3FNUZ": Dtype("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": Dtype("float8_e5m2fnuz", 1),
+    "F8_E8M0": Dtype("float8_e8m0fnu", 1), "C64": Dtype("complex64", 8),
+    "I64": Dtype("int64", 8), "I32": Dtype("int32", 4), "I16": Dtype("int16", 2), "I8": Dtype("int8", 1),
+    "U64": Dtype("uint64", 8), "U32": Dtype("uint32", 4), "U16": Dtype("uint16", 2), "U8": Dtype("uint8", 1),
+    "BOOL": Dtype("bool", 1),
 }  # fmt: skip
-# The one table of dtypes, by their safetensors name. An old torch lacks some of them.
-DTYPES: Mapping[str, torch.dtype] = {
-    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
-}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 REFETCH = "fetch the file again: it is damaged or incomplete"
 
 
 def torch_name(dtype: str) -> str:
     """The name that torch and config.json use for a safetensors dtype: `bfloat16` for `BF16`."""
-    return _TORCH_NAMES[dtype]
+    return DTYPES[dtype].torch_name
 
 
 def safetensors_name(dtype: str) -> str:
@@ -48,10 +50,10 @@ def safetensors_name(dtype: str) -> str:
     Raises:
         CheckpointError: A name that is not in the table.
     """
-    for name, known in _TORCH_NAMES.items():
-        if known == dtype and name in DTYPES:
+    for name, known in DTYPES.items():
+        if known.torch_name == dtype:
             return name
-    raise CheckpointError(f"dtype {dtype!r} is unknown", hint="use a newer torch, or fetch the file again")
+    raise CheckpointError(f"dtype {dtype!r} is unknown", hint="fetch the file again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +197,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name!r} is in it twice")
         mapping[name] = value
     return mapping
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, without a copy where it is contiguous. Without NumPy, which torch does not require."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    buffer = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
-    buffer.tensor = flat  # type: ignore[attr-defined]  # keeps the memory alive as long as the view exists
-    return memoryview(buffer).cast("B")

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, bytes_of, plan_header, read_header
+from milora_init.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, bytes_of
+from milora_init.checkpoint.header import DTYPES, plan_header, read_header
 from milora_init.errors import CheckpointError, out_of_memory
 
 _PREAD_BYTES = 1 << 30  # Linux reads at most 2 GiB in one call
@@ -62,7 +63,7 @@ class TensorSource:
             with PickleShard(self.path) as shard:
                 tensor = shard.read(self.name, self.row)
             return tensor.pin_memory() if pinned else tensor
-        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype], pin_memory=pinned)
+        tensor = torch.empty(self.shape, dtype=TORCH_DTYPES[self.dtype], pin_memory=pinned)
         view, position = bytes_of(tensor), self.offset
         try:
             with self.path.open("rb", buffering=0) as file:

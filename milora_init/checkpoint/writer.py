@@ -20,7 +20,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, Header, bytes_of
+from milora_init.checkpoint.dtypes import DTYPE_NAMES, bytes_of
+from milora_init.checkpoint.header import DTYPES, Header
 from milora_init.errors import CheckpointError, OutputError, remedy
 
 _CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that the calls cost nothing

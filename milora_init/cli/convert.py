@@ -1,4 +1,4 @@
-"""`milora-init convert`: convert a trained adapter into a plain LoRA of the original model."""
+"""`milora-init convert PAIR --adapter DIR --out DIR`: make a trained adapter a plain LoRA of the original model."""
 
 from __future__ import annotations
 
@@ -6,33 +6,49 @@ from typing import Annotated
 
 import typer
 
-from milora_init.cli.output import json_output
-from milora_init.cli.streams import optional
+from milora_init.cli import output
+from milora_init.cli.params import CacheDir, Json, Model, Overwrite, Pair, Quiet, Token, Verbose
+from milora_init.cli.streams import may_be_lost
 
 
 def convert(
-    init: Annotated[str, typer.Option("--init", help="The adapter as it was before training: OUT/lora.")],
-    trained: Annotated[str, typer.Option(help="The trained adapter.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
-    base: Annotated[str | None, typer.Option(help="The original model. (default: as the manifest says)")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Compress to it. (default: twice the rank)")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    pair: Pair,
+    adapter: Annotated[
+        str, typer.Option("--adapter", "-a", metavar="DIR", help="The trained adapter, a folder.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.", show_default=False)],
+    model: Model = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", "-r", metavar="N", help="Keep the best N directions. (default: twice the rank, exact)"),
+    ] = None,
+    overwrite: Overwrite = False,
+    cache_dir: CacheDir = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Turn a trained adapter into a plain LoRA for the original model."""
-    from dataclasses import asdict
-    from pathlib import Path
+    """Convert a trained adapter into a plain LoRA of the original model.
 
-    from milora_init.cli.output import print_converted
+    The plain LoRA needs no residual base. Its rank is twice the trained one, unless --rank cuts it.
+
+    [bold]Example[/bold]
+
+    milora-init convert ./svd_init --adapter ./trained --out ./plain
+    """
+    output.require_one_of_quiet_and_verbose(quiet, verbose)
+    output.hide_bars_of_the_hub()
     from milora_init.cli.progress_bar import waiting
-    from milora_init.export.convert import convert
-    from milora_init.lora.folder import CONFIG_FILE, read_config
 
-    with waiting("converting", quiet=quiet):
-        modules = convert(*(Path(p).expanduser() for p in (init, trained, out)), model=base, rank=rank)
+    with waiting("converting", quiet=quiet or as_json):
+        from milora_init.api import convert as convert_adapter
+
+        converted = convert_adapter(
+            pair, adapter, out, model=model, rank=rank, overwrite=overwrite, cache_dir=cache_dir, token=token
+        )
     if as_json:
-        json_output.give({"status": "done", "out": out, "modules": [asdict(m) for m in modules]})
+        output.json_output.give(converted.to_json())
     elif not quiet:
-        original = read_config(Path(out).expanduser() / CONFIG_FILE)["base_model_name_or_path"]
-        with optional():
-            print_converted(out, original, modules, compressed=rank is not None)
+        with may_be_lost():
+            output.print_converted(converted, verbose=verbose)

@@ -1,7 +1,7 @@
 """Entry point of the command line: commands, exit statuses, error messages.
 
-Data goes to stdout, everything else to stderr. Nothing heavy is imported here, so `--help` and a mistyped option
-answer at once.
+Results go to stdout, everything else to stderr. Nothing heavy is imported here, so `--help` and a mistyped option are
+answered at once.
 """
 
 from __future__ import annotations
@@ -9,57 +9,136 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from milora_init.cli import convert, init, merge, output, push, report, verify
-from milora_init.cli.output import annotate, print_error, print_traceback
-from milora_init.cli.streams import secure
+from milora_init import __version__
+from milora_init.cli import convert, env, init, merge, output, push, recipes, report, verify
+from milora_init.cli.output import annotate, print_error, print_traceback, print_version
+from milora_init.cli.params import current_spelling
+from milora_init.cli.streams import replace_standard_streams
+from milora_init.envelope import envelope
 from milora_init.errors import MiloraError, UsageError, explain
 
+DEFAULT_COMMAND = "init"
+COMMANDS: Mapping[str, Callable[..., int | None]] = {
+    "init": init.init,
+    "verify": verify.verify,
+    "report": report.report,
+    "merge": merge.merge,
+    "convert": convert.convert,
+    "push": push.push,
+    "recipes": recipes.recipes,
+    "env": env.env,
+}
+_ROOT_OPTIONS = ("--help", "-h", "--version", "-V", "--install-completion", "--show-completion")
+_NOT_RESUMED = ("verify", "report", "convert", "recipes", "env")  # commands that start anew
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
-class _Verbs(TyperGroup):
-    """Keeps the words from the verb on, which the context forgets: `context.obj` is the list that they go into."""
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        ctx.obj[:] = args
-        return super().resolve_command(ctx, args)
+class _Command(TyperCommand):
+    """A command that also accepts other spellings of its options, and whose help shows no type for flags."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, current_spelling(ctx.info_name or "", args))
+
+
+class _Commands(TyperGroup):
+    """The commands. Words that start with none of them are for `init`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_command(args))
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Complete the options of `init` too, because its name can be left out."""
+        command = self.get_command(ctx, DEFAULT_COMMAND)
+        options = command.shell_complete(ctx, incomplete) if command and incomplete.startswith("-") else []
+        return [*super().shell_complete(ctx, incomplete), *options]
+
+
+def with_command(words: list[str]) -> list[str]:
+    """A command line with its command. Raises UsageError for a mistyped command."""
+    if not words or words[0] in COMMANDS or words[0].partition("=")[0] in _ROOT_OPTIONS:
+        return words
+    first = words[0]
+    close = get_close_matches(first, COMMANDS, n=1, cutoff=0.7)
+    if close and not first.startswith("-") and not Path(first).exists():
+        raise UsageError(f"no command {first!r}", hint=f"did you mean `milora-init {close[0]}`?")
+    return [DEFAULT_COMMAND, *words]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print_version(__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make LoRA adapters from the singular components of a model's weights (MiLoRA, PiSSA).
+
+    The word `init` can be left out: milora-init MODEL --out DIR.
+    """
+
+
+_EXAMPLES = """\
+[bold]Examples[/bold]
+
+milora-init --model meta-llama/Llama-2-7b-hf --rank 64 --out ./svd_init
+
+milora-init merge ./svd_init --adapter ./trained --out ./merged
+
+milora-init push ./svd_init me/llama-2-7b-milora
+
+`milora-init COMMAND --help` shows all options of a command. The documentation is in README.md and docs/.
+"""
 
 app = typer.Typer(
-    cls=_Verbs,
-    add_completion=False,
+    cls=_Commands,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    context_settings=_SETTINGS,
+    epilog=_EXAMPLES,
 )
-app.callback(invoke_without_command=True)(init.init)
-for _verb in (verify.verify, report.report, push.push, merge.merge, convert.convert):
-    app.command()(_verb)
-_RESUME = "run the same command to resume"
-_AGAIN = "run the same command again"  # of verbs that begin anew
+app.callback()(_root)
+for _name, _function in COMMANDS.items():
+    app.command(_name, cls=_Command, context_settings=_SETTINGS)(_function)
 
 
 class _Terminated(BaseException):
-    """SIGTERM, on its way out like a KeyboardInterrupt."""
+    """SIGTERM, raised like a KeyboardInterrupt."""
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Entry point of `milora-init`: run, and leave with the exit status."""
-    stdout = secure()
+    """Entry point of `milora-init`: run the command line and exit with its status."""
+    stdout = replace_standard_streams()
     signal.signal(signal.SIGTERM, _terminate)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        status = run(sys.argv[1:] if argv is None else argv)
-    except MemoryError:  # not even the message could be made
-        os.write(2, b"error: the memory does not suffice\n")
+        status = run(argv)
+    except MemoryError:  # there was not even memory for the message
+        os.write(2, b"error: not enough memory\n")
         status = 1
     if stdout.lost and not status:
-        status = _fail([], f"stdout cannot be written: {stdout.lost.strerror}", "look at where it goes to", 1)
-    # After a failure a factorisation or a download may still run, which cannot be interrupted: the interpreter would
-    # wait minutes for its thread. All that it could still do is write into files that are gone. After a success all
-    # is on the disk, and taking torch down would only cost time.
+        status = _fail([], f"stdout cannot be written: {stdout.lost.strerror}", "check where it is redirected to", 1)
+    # After a failure a factorisation or a download may still run in a thread, which cannot be interrupted, and the
+    # interpreter would wait for it for minutes. It can only write into files that are removed already. After a success
+    # all files are written, and an orderly end of torch would only cost time.
     os._exit(status)
 
 
@@ -68,36 +147,42 @@ def run(argv: list[str]) -> int:
     if not argv:
         app(["--help"], standalone_mode=False, prog_name="milora-init")
         return 2
-    output.json_output.expect()
-    words: list[str] = []  # from the verb on
+    output.json_output.reset()
+    resume = "run the same command again" if _command_of(argv) in _NOT_RESUMED else "run the same command to resume"
     try:
         if any("\0" in word for word in argv):
-            raise UsageError("an option holds a NUL character, which no path and no name has")
-        status = int(app(argv, standalone_mode=False, prog_name="milora-init", obj=words) or 0)
-        # Some versions of typer turn an interruption into a bare status.
-        return _fail(argv, "interrupted", _go_on(words), 130, KeyboardInterrupt()) if status == 130 else status
+            raise UsageError("an option contains a NUL character, which no path and no name can have")
+        status = int(app(argv, standalone_mode=False, prog_name="milora-init") or 0)
+        # Some versions of typer return a bare status for an interruption.
+        return _fail(argv, "interrupted", resume, 130, KeyboardInterrupt()) if status == 130 else status
     except MiloraError as error:
         return _fail(argv, error.message, error.hint, error.exit_code, error)
     except (KeyboardInterrupt, typer.Abort) as error:
-        return _fail(argv, "interrupted", _go_on(words), 130, error)
+        return _fail(argv, "interrupted", resume, 130, error)
     except _Terminated as error:
-        return _fail(argv, "terminated", _go_on(words), 143, error)
+        return _fail(argv, "terminated", resume, 143, error)
     except Exception as error:
-        # Typer's own usage errors; which package defines their class depends on its version.
+        # Typer's own usage errors. Which package defines their class depends on its version.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             message = error.format_message() + _offending_value(argv, getattr(error, "param", None))
-            command = getattr(getattr(error, "ctx", None), "command_path", "milora-init")
-            return _fail(argv, message, f"{command} --help", error.exit_code, error)
+            return _fail(argv, message, _usage_hint(argv), error.exit_code, error)
         message, hint = explain(error) or (
             f"{type(error).__name__}: {error}",
-            "please report this; MILORA_DEBUG=1 shows where it happened",
+            "please report this, with the output of `milora-init env`; MILORA_DEBUG=1 prints the traceback",
         )
         return _fail(argv, message, hint, 1, error)
 
 
-def _go_on(words: list[str]) -> str:
-    """What to do after an interruption of the command that these words begin, the main job where there are none."""
-    return _AGAIN if words and words[0] in ("verify", "report", "convert") else _RESUME
+def _command_of(argv: list[str]) -> str:
+    return argv[0] if argv and argv[0] in COMMANDS else DEFAULT_COMMAND
+
+
+def _usage_hint(argv: list[str]) -> str:
+    """Where to read on after a usage error of typer's."""
+    later = next((word for word in argv if word in COMMANDS), None)
+    if later and argv[0].startswith("-"):
+        return f"options come after the command: milora-init {later} ...; see milora-init {later} --help"
+    return f"milora-init {_command_of(argv)} --help"
 
 
 def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseException | None = None) -> int:
@@ -106,7 +191,10 @@ def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseExce
     print_error(message, hint)
     annotate(message, hint)
     if "--json" in argv:
-        output.json_output.give({"status": "failed", "error": message, "hint": hint, "exit_code": status})
+        kind = type(error).__name__ if isinstance(error, MiloraError) else None
+        output.json_output.give(
+            envelope(_command_of(argv), "failed", error=message, hint=hint, error_type=kind, exit_code=status)
+        )
     return status
 
 
@@ -115,7 +203,7 @@ def _terminate(*_: object) -> None:
 
 
 def _offending_value(argv: list[str], parameter: object) -> str:
-    """What was given for the option that typer complains about: its messages do not always say."""
+    """The value that was given for an option that typer refuses; its messages do not always show it."""
     for option, value in pairwise([part for word in argv for part in word.split("=", 1)]):
         if option in getattr(parameter, "opts", ()):
             return f" (got {value!r})"

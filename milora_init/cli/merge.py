@@ -1,4 +1,4 @@
-"""`milora-init merge`: merge an adapter into its residual base."""
+"""`milora-init merge PAIR --out DIR`: merge an adapter into its residual base."""
 
 from __future__ import annotations
 
@@ -6,40 +6,54 @@ from typing import Annotated
 
 import typer
 
-from milora_init.cli.output import hide_the_hubs_bars, json_output
-from milora_init.cli.streams import optional
+from milora_init.cli import output
+from milora_init.cli.params import Adapter, CacheDir, Json, Model, Overwrite, Pair, Quiet, Revision, Token, Verbose
+from milora_init.cli.streams import may_be_lost
+from milora_init.envelope import Status, envelope
 
 
 def merge(
-    base: Annotated[str, typer.Argument(metavar="OUT", help="The output folder: the residual base.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
-    adapter: Annotated[str | None, typer.Option(help="The trained adapter. (default: the one in OUT)")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="The source, folder or Hub id: count the entries that are its to the bit.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Hub cache.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    pair: Pair,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.", show_default=False)],
+    adapter: Adapter = None,
+    model: Model = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    cache_dir: CacheDir = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Merge an adapter into its residual base: one plain model in the source's dtype."""
-    from dataclasses import asdict
+    """Merge an adapter into its residual base: one plain model.
 
-    from milora_init.cli.output import print_merged
+    It is written in the original's dtype. Without --adapter the initial adapter is merged, which gives the original
+    model again. With --model the entries that equal the original's are counted.
+
+    [bold]Examples[/bold]
+
+    milora-init merge ./svd_init --adapter ./trained --out ./merged
+
+    milora-init merge ./svd_init --out ./back --model ./my-model
+    """
+    output.require_one_of_quiet_and_verbose(quiet, verbose)
+    output.hide_bars_of_the_hub()
     from milora_init.cli.progress_bar import by_files
-    from milora_init.export.merge import merge as join
 
-    hide_the_hubs_bars()
-    with by_files("merging", quiet=quiet) as progress:
-        merged = join(
-            base, out, adapter=adapter, overwrite=overwrite, model=against, revision=revision,
+    with by_files("merging", quiet=quiet or as_json) as progress:
+        from milora_init.export.merge import merge as merge_pair
+
+        merged = merge_pair(
+            pair, out, adapter=adapter, overwrite=overwrite, model=model, revision=revision,
             cache_dir=cache_dir, token=token, progress=progress,
         )  # fmt: skip
     if as_json:
-        told = {name: value for name, value in asdict(merged).items() if name not in ("inputs", "unchanged")}
-        json_output.give({"status": "unchanged" if merged.unchanged else "done", **told})
+        from dataclasses import asdict
+
+        content = asdict(merged)
+        status: Status = "unchanged" if content.pop("unchanged") else "done"
+        del content["inputs"]
+        output.json_output.give(envelope("merge", status, **content))
     elif not quiet:
-        with optional():
-            print_merged(merged)
+        with may_be_lost():
+            output.print_merged(merged, verbose=verbose)

@@ -1,4 +1,4 @@
-"""Print results, warnings and errors. The only place, with progress_bar.py, that knows rich."""
+"""Print results, warnings and errors. Only this file and progress_bar.py use rich."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from milora_init.report import duration, loading_lines, share, size, warnings, weight_groups
+from milora_init.errors import UsageError
+from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
 if TYPE_CHECKING:
-    from milora_init.export.convert import ConvertedModule
+    from milora_init.export.convert import ConvertResult
     from milora_init.export.merge import MergeResult
+    from milora_init.hub.upload import Published
     from milora_init.manifest import Manifest
     from milora_init.plan.plan import Plan
-    from milora_init.verify.verdict import Verdict
-_DIFFERENCES = 20  # of a verdict, before the rest is only counted
+    from milora_init.verification.verdict import Verdict
+
+_MOST_DIFFERENCES = 20  # of a verdict; the rest is counted
+_LEGEND = {  # what the columns of the summary mean
+    "energy": "the component's share of the weight's squared norm",
+    "leak": "the part of the component that rounding leaves in the base",
+    "step-0 error": "distance of base and component from the weight, relative to the weight",
+    "certified": "proven bound of the component's relative error",
+}
 
 
 class _Console(Console):
-    """A console for which a string is one line of plain text: no markup, nothing that steers a terminal or a CI runner.
+    """A console for which a string is one line of plain text: no markup, no control characters, no CI commands.
 
-    Style and further lines are this file's own: a `Text`, another `print`.
+    Styles and line breaks come from this file only: a `Text`, or another `print`.
     """
 
     def render_str(self, text: str, **_: Any) -> Text:
@@ -38,7 +47,7 @@ class _Console(Console):
 
 
 def print_error(message: str, hint: str) -> None:
-    """An error and its repair, on stderr, never wrapped: paths and commands must survive a copy."""
+    """Print an error and its hint on stderr, without line breaks, so that paths and commands can be copied."""
     console = stderr_console()
     console.print(Text("error:", "bold red"), message)
     if hint:
@@ -47,149 +56,243 @@ def print_error(message: str, hint: str) -> None:
 
 
 def print_traceback(error: BaseException) -> None:
-    """Where an error happened, on stderr."""
+    """Print the traceback of an error on stderr."""
     for line in "".join(traceback.format_exception(error)).splitlines():
         stderr_console().print(line)
 
 
 def annotate(message: str, hint: str) -> None:
-    """Under GitHub Actions, an error that is shown at the job."""
+    """Under GitHub Actions, print an error that is shown on the job's page."""
+    _annotate("error", f"{message}. Hint: {hint}" if hint else message)
+
+
+def _annotate(level: str, text: str) -> None:
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        text = f"{message}. Hint: {hint}" if hint else message
         encoded = "%0A".join(printable(line).replace("%", "%25") for line in text.splitlines())
-        print(f"::error title=milora-init::{encoded}", file=sys.stderr)
+        print(f"::{level} title=milora-init::{encoded}", file=sys.stderr)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """One JSON object on stdout, in ASCII; no line of it is a command for a CI runner."""
+    """Print one JSON object on stdout, in ASCII. No line of it is a command for a CI runner."""
     print(json.dumps(content, indent=2).replace("##", "#\\u0023"))
 
 
 def print_markdown(text: str) -> None:
-    """Markdown on stdout, in which `card` has tamed all names."""
+    """Print Markdown on stdout. hub/model_card.py has escaped all names in it."""
     print(text, end="")
 
 
 def print_version(version: str) -> None:
-    """The version, on stdout."""
+    """Print the version on stdout."""
     print(f"milora-init {version}")
 
 
-def count_weights(some: Sequence[object]) -> str:
-    return f"{len(some)} weight{'s' if len(some) != 1 else ''}"
+def print_text(text: str) -> None:
+    """Print a file of the package on stdout, unchanged."""
+    print(text, end="" if text.endswith("\n") else "\n")
+
+
+def count_weights(weights: Sequence[object]) -> str:
+    return f"{len(weights)} weight{'s' if len(weights) != 1 else ''}"
+
+
+def require_one_of_quiet_and_verbose(quiet: bool, verbose: bool) -> None:
+    """Raise UsageError if both are given."""
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other", hint="drop one of them")
+
+
+def parse_limits(words: Sequence[str]) -> dict[str, float]:
+    """The limits of `--fail-on`. Raises UsageError for anything but leak=NUMBER and error=NUMBER."""
+    limits = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = math.nan
+        if name not in ("leak", "error") or not limit >= 0:
+            raise UsageError(f"--fail-on {word} is not a limit", hint="for example --fail-on leak=0.1 or error=0.005")
+        limits[name] = limit
+    return limits
+
+
+def require_below(limits: Mapping[str, float], manifest: Manifest) -> int:
+    """Print an error for every limit that a weight exceeds; return the exit status."""
+    status = 0
+    for name, limit in limits.items():
+        worst = max(manifest.weights, key=lambda weight: getattr(weight.rounding, name))
+        if (value := getattr(worst.rounding, name)) > limit:
+            message = f"the {name} of {worst.module} is {value:.2g}, above --fail-on {name}={limit:g}"
+            hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
+            print_error(message, hint)
+            annotate(message, hint)
+            status = 1
+    return status
 
 
 def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
-    """What `--dry-run` shows."""
-    from milora_init.checkpoint.header import torch_name  # torch is there: somebody has planned
+    """Print what `--dry-run` shows."""
+    from milora_init.checkpoint.header import torch_name
 
     console = _stdout()
     options = plan.options
     rows = [
         (suffix, f"{m} x {n}", torch_name(dtype), str(count), str(rank))
-        for (suffix, (m, n), dtype, rank), count in plan.kinds().items()
+        for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
     download = sum(header.file_bytes for header in plan.absent.values())
     console.print(
-        f"{plan.structure.architecture}, mode {options.mode}: {len(plan.weights)} weights in {len(plan.jobs)} files"
+        f"{plan.structure.architecture}, mode {options.mode}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
-    console.print(f"base     {size(plan.base_bytes)} (source {size(plan.source_bytes)})")
-    console.print(f"adapter  {size(plan.adapter_bytes)}")
-    console.print(f"memory   about {size(memory_bytes)}")
+    console.print(f"base      {size(plan.base_bytes)} (model {size(plan.source_bytes)})")
+    console.print(f"adapter   {size(plan.adapter_bytes)}")
+    console.print(f"memory    about {size(memory_bytes)}")
     if download:
-        console.print(f"download {size(download)}")
-    console.print(f"time     about {duration(estimate_s)} of solving here, and the copying")
+        console.print(f"download  {size(download)}")
+    console.print(f"time      about {duration(estimate_s)} for solving, on this machine; copying comes on top")
     for job in plan.jobs:
-        becomes = "" if job.target == job.source.name else f" -> {job.target}"
-        console.print(f"  {job.source.name}{becomes}  ({count_weights(job.splits)})")
-    _print_warnings(plan.notices)
+        target = "" if job.target == job.source.name else f" -> {job.target}"
+        console.print(f"  {job.source.name}{target}  ({count_weights(job.splits)})")
+    print_warnings(plan.notices)
     console.print("nothing was written")
 
 
-def print_merged(merged: MergeResult) -> None:
-    """What stands at the end of a merge."""
+def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
+    """Print the result of a merge; with `verbose`, every file."""
+    console = _stdout()
+    for name, size_bytes in merged.files.items() if verbose else ():
+        console.print(f"{name}  {size(size_bytes)}")
     total = size(sum(merged.files.values()))
-    ended = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
-    _stdout().print(f"{merged.out}: {merged.modules} modules merged, {total}, {ended}")
+    end = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
+    console.print(f"{merged.out}: {merged.modules} modules merged, {total}, {end}")
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
-        _stdout().print(f"{part} are the source's to the bit")
+        console.print(f"{part} are equal to the original's, bit for bit")
 
 
-def print_converted(out: str, base: str, modules: Sequence[ConvertedModule], *, compressed: bool) -> None:
-    """What stands at the end of a conversion: what each module lost, if it could."""
+def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
+    """Print the result of a conversion; with `verbose`, or if a rank was cut, every module."""
     console = _stdout()
-    for module in modules if compressed else ():
+    modules = converted.modules
+    for module in modules if converted.cut or verbose else ():
         console.print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}")
     ranks = sorted({module.rank for module in modules})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     worst = max(module.lost for module in modules)
-    lost = f", at most {worst:.2e} of a module's update lost (Frobenius norm)" if compressed else ""
-    console.print(f"{out}: {len(modules)} modules at {rank}{lost}; load it on {base}, not on the residual")
+    lost = f", at most {worst:.2e} of a module's update lost (Frobenius norm)" if converted.cut else ""
+    console.print(f"{converted.out}: {len(modules)} modules at {rank}{lost}")
+    if converted.unchanged:
+        console.print("already done, nothing to do")
+    console.print(f"load it on {converted.model}, not on the residual base")
 
 
-def print_summary(manifest: Manifest, *, ended: str = "") -> None:
-    """What stands at the end of a run, and how that `ended`; of an earlier one, how long it took."""
+def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool = False) -> None:
+    """Print a finished run: table, size, time, warnings, and the lines that load the pair.
+
+    Args:
+        manifest: Of the run.
+        elapsed_s: How long it took; None if it was finished before.
+        verbose: Print a line for each weight first.
+    """
     console = _stdout()
-    columns = ("module", "shape", "weights", "rank", "energy", "worst leak", "worst error", "solving")
+    for weight in manifest.weights if verbose else ():
+        console.print(
+            f"{weight.module}  rank {weight.rank}  {weight.certificate.path}  leak {percent(weight.rounding.leak)}"
+            f"  step-0 error {percent(weight.rounding.error)}  {duration(weight.elapsed_s)}"
+        )
+    columns = ("module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified", "solving")
     rows = [
         (
-            kind.suffix,
-            "{} x {}".format(*kind.shape),
-            str(kind.count),
-            str(kind.rank),
-            share(kind.energy),
-            f"{kind.leak:.1e}",
-            f"{kind.certificate:.0e}" if math.isfinite(kind.certificate) else "not unique",
-            duration(kind.elapsed_s),
+            group.suffix,
+            "{} x {}".format(*group.shape),
+            str(group.count),
+            str(group.rank),
+            percent(group.energy),
+            percent(group.leak),
+            percent(group.rounding_error),
+            f"{group.certificate:.0e}" if math.isfinite(group.certificate) else "not unique",
+            duration(group.elapsed_s),
         )
-        for kind in weight_groups(manifest.weights)
+        for group in weight_groups(manifest.weights)
     ]
-    _print_table(console, columns, rows, spare=("energy", "solving", "weights", "rank"))
+    spare = ("solving", "certified", "energy", "rank", "weights")
+    shown = _print_table(console, columns, rows, spare=spare)
+    legend = " ".join(f"{name}: {meaning}." for name, meaning in _LEGEND.items() if name in shown)
+    console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     total = size(sum(manifest.files.values()))
-    ended = ended or f"done in {duration(manifest.elapsed_s)}"
-    console.print(f"{manifest.out}: {len(manifest.weights)} weights, {total}, {ended}")
-    _print_warnings(warnings(manifest))
+    end = "already done, nothing to do" if elapsed_s is None else f"done in {duration(elapsed_s)}"
+    console.print(f"{manifest.out}: {count_weights(manifest.weights)}, {total}, {end}")
+    print_warnings(warnings(manifest))
+    for note in notes(manifest):
+        _print_sentence(Text("note:", "bold"), note)
     for line in ("", "Load the pair, for training or inference:", "", *loading_lines(manifest).splitlines()):
         console.print(line)
 
 
-def print_verdict(verdict: Verdict) -> None:
-    """What `verify` found: the folder in one line on stdout; what differs, and its repair, on stderr."""
+def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:
+    """Print a verdict: what the folder is, on stdout; the differences and their hints, on stderr."""
     console = _stdout()
     console.print(f"{verdict.folder}: {verdict.text}")
     if verdict.ok:
-        console.print(f"compared: {_checked(verdict.checked)}")
+        console.print(f"compared: {verdict.compared}")
     console = stderr_console()
-    for difference in verdict.differences[:_DIFFERENCES]:
+    shown = verdict.differences if verbose else verdict.differences[:_MOST_DIFFERENCES]
+    for difference in shown:
         console.print(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
         console.print(Text("   hint:", "bold cyan"), difference.hint)
-    if (hidden := len(verdict.differences) - _DIFFERENCES) > 0:
-        console.print(f"and {hidden} more: --json lists them all")
+    if more := len(verdict.differences) - len(shown):
+        console.print(f"and {more} more: --verbose or --json lists them all")
     for note in verdict.notes:
-        console.print(f"note: {note}")
+        console.print(Text("note:", "bold"), note)
 
 
-def _checked(checked: Mapping[str, Any]) -> str:
-    """What a verdict rests on."""
-    parts = [f"{checked['files']} files and {checked['modules']} modules with the manifest"]
-    if "against" in checked:
-        which = "all components" if checked["components"] == "all" else "a sample of the components"
-        parts.append(f"{checked['tensors']} tensors and {which} with {checked['against']}")
-    if "trained" in checked:
-        parts.append(f"{checked['trained']} with the initial adapter")
-    return ", ".join(parts)
+def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> None:
+    """Print the table of the recipes."""
+    console = _stdout()
+    rows = [
+        (
+            f"{name} (default)" if name == default else name,
+            ", ".join(_short_targets(recipe["target"])),
+            *(str(recipe.get(key, "")) for key in ("rank", "mode", "dropout")),
+        )
+        for name, recipe in recipes.items()
+    ]
+    _print_table(console, ("recipe", "target", "rank", "mode", "dropout"), rows, spare=("mode", "dropout", "rank"))
 
 
-def _print_warnings(lines: tuple[str, ...] | list[str]) -> None:
-    console = stderr_console()
+def _short_targets(targets: Sequence[str]) -> list[str]:
+    return [target.removesuffix("_proj") if not target.startswith("re:") else target for target in targets]
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Print names and values, one line each."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        _stdout().print(f"{name:{width}}  {value}")
+
+
+def print_warnings(lines: Sequence[str]) -> None:
+    """Print warnings on stderr; under GitHub Actions, annotate the job with them too."""
     for line in lines:
-        console.print(Text("warning:", "bold yellow"), line)
+        _print_sentence(Text("warning:", "bold yellow"), line)
+        _annotate("warning", line)
 
 
-def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> None:
-    """Print a table; where the terminal is too narrow, columns of `spare` go, first ones first."""
+def _print_sentence(label: Text, text: str) -> None:
+    """Print a sentence on stderr, with line breaks between words if it is a terminal."""
+    console = stderr_console()
+    console.print(label, text, soft_wrap=not console.is_terminal)
+
+
+def _print_table(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]
+) -> list[str]:
+    """Print a table; return the columns that it has.
+
+    If the terminal is too narrow, columns of `spare` are left out, the first ones first.
+    """
     kept = list(columns)
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -202,10 +305,11 @@ def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequen
             break
         kept.remove(column)
     console.print(table)
+    return kept
 
 
 def _stdout() -> Console:
-    # Where nobody watches there is no width to keep to, and a name that is cut off is lost.
+    # Without a terminal there is no width to keep to, and a name that is cut off is lost.
     return _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
@@ -213,25 +317,28 @@ def stderr_console(quiet: bool = False) -> Console:
     return _Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
 
 
-def print_published(url: str, *, unchanged: bool = False) -> None:
-    """Where the output went."""
-    _stdout().print(f"{url} {'holds it already' if unchanged else 'holds the pair'}")
+def print_pushed(pushed: Published, *, verbose: bool = False) -> None:
+    """Print where an output was pushed to; with `verbose`, the commit."""
+    console = _stdout()
+    console.print(f"{pushed.url} {'has this output already' if pushed.unchanged else 'has the output'}")
+    if verbose:
+        console.print(f"commit {pushed.commit}, {pushed.files} files")
 
 
 class JsonOutput:
-    """The one JSON object that a command prints. What comes after it, a signal say, adds no second one."""
+    """Prints at most one JSON object for a command. A signal that comes after it adds no second one."""
 
     def __init__(self) -> None:
-        self._given = False
+        self._printed = False
 
-    def expect(self) -> None:
-        """A command begins."""
-        self._given = False
+    def reset(self) -> None:
+        """A new command starts."""
+        self._printed = False
 
     def give(self, content: Mapping[str, Any]) -> None:
-        """Print the object, if none was."""
-        if not self._given:
-            self._given = True
+        """Print the object, unless one was printed."""
+        if not self._printed:
+            self._printed = True
             from milora_init.cli.output import print_json
 
             print_json(content)
@@ -240,8 +347,8 @@ class JsonOutput:
 json_output = JsonOutput()
 
 
-def hide_the_hubs_bars() -> None:
-    """Draw none of huggingface_hub's progress bars."""
+def hide_bars_of_the_hub() -> None:
+    """Let huggingface_hub draw no progress bars."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported
     if "huggingface_hub" in sys.modules:
         from milora_init.hub.source import hide_bars

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import OverflowMethod
+from rich.console import Console, OverflowMethod
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Column
 
 from milora_init.cli.output import count_weights, stderr_console
-from milora_init.report import component_error, duration, size
+from milora_init.report import component_error, duration, percent, size
 from milora_init.run.progress import Progress as RunProgress
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from milora_init.run.progress import ShardResult
 
 
-class _Words(ProgressColumn):
-    """A field of the task, as the string that it is."""
+class _Text(ProgressColumn):
+    """A text field of the task."""
 
     def __init__(self, field: str, *, style: str = "", overflow: OverflowMethod = "fold") -> None:
         super().__init__(Column(no_wrap=True, overflow=overflow, style=style))
@@ -41,75 +41,89 @@ class _Words(ProgressColumn):
         return str(task.fields[self._field])
 
 
+def _is_interactive(console: Console) -> bool:
+    """Whether a bar can be redrawn: on a terminal, and in a notebook."""
+    return console.is_terminal or console.is_jupyter
+
+
 @contextmanager
 def waiting(what: str, *, quiet: bool) -> Iterator[None]:
-    """A spinner on a terminal, nothing elsewhere."""
+    """Show a spinner on a terminal, and a line elsewhere."""
     console = stderr_console(quiet)
-    if console.is_terminal:
+    if _is_interactive(console):
         spinner = "dots" if console.encoding.startswith("utf") else "line"
         with console.status(console.render_str(what), spinner=spinner):
             yield
     else:
+        console.print(what)
         yield
 
 
 @contextmanager
 def by_files(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar by bytes on a terminal, a line a file elsewhere. Yields whom to tell: file, bytes done, all bytes."""
+    """Show a bar by bytes on a terminal, and a line for each file elsewhere.
+
+    Yields a function to call after each file: its name, the bytes of all finished files, the bytes of all files.
+    """
     console = stderr_console(quiet)
-    columns = (_Words("what"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    columns = (_Text("what"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not _is_interactive(console)) as bar:
         task = bar.add_task("", total=None, what=what)
 
-        def tell(name: str, done: int, total: int) -> None:
+        def file_done(name: str, done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
-            if not console.is_terminal:
+            if not _is_interactive(console):
                 console.print(f"{what} {name}: {size(done)} of {size(total)}")
 
-        yield tell
+        yield file_done
 
 
 class Bar(RunProgress):
-    """Progress on stderr: one bar by bytes on a terminal, one line a shard elsewhere.
+    """Progress on stderr: one bar by bytes on a terminal, one line for each shard elsewhere.
 
-    Either tells how many modules are done and how long the rest will take at this run's rate, by the arithmetic that
-    is left as well as by the bytes; the bar also which module each device is at.
+    Both show how many weights are done and how long the rest will take at the rate of this run, counted in arithmetic
+    and bytes. The bar also shows which weight each device works on.
     """
 
-    FLOPS_PER_BYTE = 200  # about what a machine multiplies in the time that it copies a byte
+    FLOPS_PER_BYTE = 200  # so many multiply-adds take about the time of copying one byte
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        self.began = False
+        self._planning = ExitStack()  # the spinner that is shown until the run starts
         self._at: dict[str, str] = {}  # device -> module
         self._lock = threading.Lock()  # tensors are reported from the workers' threads
         self._console = stderr_console(quiet)
         self._verbose = verbose
         wide: tuple[ProgressColumn, ...] = (
-            _Words("what"),
+            _Text("what"),
             BarColumn(),
             DownloadColumn(table_column=Column(no_wrap=True)),
             TransferSpeedColumn(table_column=Column(no_wrap=True)),
         )
-        module = _Words("current", style="dim", overflow="ellipsis")
+        module = _Text("current", style="dim", overflow="ellipsis")
         self._bar = Progress(
             *(wide if self._console.width >= 90 else wide[2:3]),
-            _Words("left"),
-            _Words("modules"),
+            _Text("left"),
+            _Text("weights"),
             *([module] if self._console.width >= 70 else []),
             console=self._console,
             transient=True,
-            disable=quiet or not self._console.is_terminal,
+            disable=quiet or not _is_interactive(self._console),
         )
-        self._task = self._bar.add_task("", total=None, what="splitting", left="", modules="", current="")
+        self._task = self._bar.add_task("", total=None, what="splitting", left="", weights="", current="")
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._planning.close()
         self._bar.stop()
 
+    def planning(self, model: str) -> None:
+        """The headers and module names of a model are being read."""
+        self._planning.enter_context(waiting(f"reading headers and module names of {model}", quiet=self._console.quiet))
+
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
-        self.began = True
+        self._planning.close()
         self._bar.start()
         self._started = time.monotonic()
         self._flops = {w.weight.tensor: plan.flops(w) for w in plan.weights}  # of one weight in that tensor
@@ -117,16 +131,16 @@ class Bar(RunProgress):
         done_bytes = sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done)
         self._total = self._work(total_bytes, plan.solve_flops)
         self._earlier = self._done = self._work(done_bytes, sum(plan.flops(w) for job in done for w in job.splits))
-        self._modules, self._split = len(plan.weights), sum(len(job.splits) for job in done)
-        self._bar.update(self._task, total=total_bytes, completed=done_bytes, modules=self._count())
+        self._weights, self._split = len(plan.weights), sum(len(job.splits) for job in done)
+        self._bar.update(self._task, total=total_bytes, completed=done_bytes, weights=self._count())
         if done:
             self._console.print(f"resuming: {size(done_bytes)} of {size(total_bytes)} were done before")
 
     def remaking(self, name: str) -> None:
-        self._console.print(f"{name} has other bytes than were recorded, or no record: it is made again", markup=False)
+        self._console.print(f"{name} has other bytes than recorded, or no record: it is written again", markup=False)
 
     def fetching(self, name: str, size_bytes: int) -> None:
-        if not self._console.is_terminal:
+        if not _is_interactive(self._console):
             self._console.print(f"fetching {name}, {size(size_bytes)}")
         elif not self._at:
             self._bar.update(self._task, current=f"fetching {name}")
@@ -137,7 +151,7 @@ class Bar(RunProgress):
 
     @property
     def current(self) -> str:
-        """The module in work; with several devices, each device's."""
+        """The module that is being solved; with several devices, one for each."""
         if len(self._at) == 1:
             return next(iter(self._at.values()))
         return "  ".join(f"{device} {module}" for device, module in sorted(self._at.items()))
@@ -146,21 +160,24 @@ class Bar(RunProgress):
         with self._lock:
             self._done += self._work(size_bytes, self._flops.get(name, 0))
             self._split += name in self._flops
-        self._bar.update(self._task, advance=size_bytes, modules=self._count(), left=self._time_left())
+        self._bar.update(self._task, advance=size_bytes, weights=self._count(), left=self._time_left())
 
     def pushing(self, repo: str) -> None:
         self._bar.start()
         self._bar.update(self._task, what=f"pushing to {repo}", total=None, left="", current="")
 
     def _count(self) -> str:
-        return f"{self._split}/{self._modules} modules"
+        return f"{self._split}/{self._weights} weights"
 
     def _work(self, size_bytes: int, flops: int) -> int:
         return self.FLOPS_PER_BYTE * size_bytes + flops
 
     def _time_left(self) -> str:
         done, elapsed_s = self._done - self._earlier, time.monotonic() - self._started
-        return f"about {duration(elapsed_s * (self._total - self._done) / done)} left" if done else ""
+        if not done:
+            return ""
+        left_s = elapsed_s * (self._total - self._done) / done
+        return f"about {duration(left_s)} left" if left_s >= 1 else "less than 1 s left"
 
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
         if self._verbose:
@@ -168,9 +185,9 @@ class Bar(RunProgress):
                 certificate = record.certificate
                 self._console.print(
                     f"{record.module}  {certificate.path}  error {component_error(record):.0e}"
-                    f"  leak {record.rounding.leak:.1e}  {duration(record.elapsed_s)}"
+                    f"  leak {percent(record.rounding.leak)}  {duration(record.elapsed_s)}"
                 )
-        if self._verbose or not self._console.is_terminal:
+        if self._verbose or not _is_interactive(self._console):
             left = f", {self._time_left()}" if finished < of else ""
             line = (
                 f"[{finished}/{of}] {result.shard}: {count_weights(result.records)} split, {duration(elapsed_s)}{left}"

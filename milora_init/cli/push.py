@@ -1,4 +1,4 @@
-"""`milora-init push`: push a finished output to the Hub."""
+"""`milora-init push PAIR REPO`: push a finished output to the Hub."""
 
 from __future__ import annotations
 
@@ -7,31 +7,43 @@ from typing import Annotated
 
 import typer
 
-from milora_init.cli.output import hide_the_hubs_bars, json_output
-from milora_init.cli.streams import optional
+from milora_init.cli import output
+from milora_init.cli.params import Json, Quiet, Token, Verbose
+from milora_init.cli.streams import may_be_lost
 
 
 def push(
-    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="The repository: org/name.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private/--public", help="If it is made now.")] = True,
-    revision: Annotated[str | None, typer.Option(help="The branch to write to.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Also over a repository of something else.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    folder: Annotated[str, typer.Argument(metavar="PAIR", help="A folder that milora-init wrote.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository: org/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private/--public", help="The repository, if it is created now.")] = True,
+    branch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The branch to write to. (default: main)", show_default=False)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Push also to a repository that holds something else.")
+    ] = False,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Push a finished output to the Hub: the base at the root, the adapter in lora/, and a model card."""
+    """Push a finished output to the Hub, with a model card.
+
+    Pairs, merged models and converted adapters can be pushed. All files appear in one commit. A push that was
+    interrupted sends only the missing files when it is repeated.
+
+    [bold]Example[/bold]
+
+    milora-init push ./svd_init me/llama-2-7b-milora
+    """
+    output.require_one_of_quiet_and_verbose(quiet, verbose)
     if quiet or as_json or not sys.stderr.isatty():
-        hide_the_hubs_bars()
-    from dataclasses import asdict
+        output.hide_bars_of_the_hub()
+    from milora_init.api import push as push_folder
 
-    from milora_init.cli.output import print_published
-    from milora_init.hub.upload import push as publish
-
-    published = publish(out, repo, private=private, revision=revision, token=token, overwrite=yes)
+    pushed = push_folder(folder, repo, private=private, branch=branch, token=token, overwrite=overwrite)
     if as_json:
-        json_output.give({"status": "done", **asdict(published)})
+        output.json_output.give(pushed.to_json())
     elif not quiet:
-        with optional():
-            print_published(published.url)
+        with may_be_lost():
+            output.print_pushed(pushed, verbose=verbose)

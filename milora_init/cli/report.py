@@ -1,4 +1,4 @@
-"""`milora-init report`: show a finished run again."""
+"""`milora-init report PAIR`: show a finished run again."""
 
 from __future__ import annotations
 
@@ -6,30 +6,46 @@ from typing import Annotated
 
 import typer
 
-from milora_init.cli.output import json_output
+from milora_init.cli import output
+from milora_init.cli.params import CacheDir, Json, Pair, Quiet, Token, Verbose
 from milora_init.errors import UsageError
 
 
 def report(
-    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="For a CI step or a pull request.")] = False,
+    pair: Pair,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a CI step.")] = False,
+    cache_dir: CacheDir = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Show a finished run again: its figures, its warnings and the lines that load the pair."""
-    from dataclasses import replace
-    from pathlib import Path
+    """Show the figures of a finished run again, and the lines that load the pair.
 
-    from milora_init.cli.output import print_markdown, print_summary
-    from milora_init.hub.model_card import step_summary
-    from milora_init.manifest import require_manifest
-    from milora_init.report import summary
+    With --json, `weights` has the record of every weight.
 
+    [bold]Example[/bold]
+
+    milora-init report ./svd_init
+    """
+    output.require_one_of_quiet_and_verbose(quiet, verbose)
     if as_json and as_markdown:
-        raise UsageError("--json and --markdown contradict each other", hint="drop one of them")
-    manifest = replace(require_manifest(Path(out).expanduser()), out=out)  # it may have been moved since
+        raise UsageError("--json and --markdown exclude each other", hint="drop one of them")
+    output.hide_bars_of_the_hub()
+    from dataclasses import replace
+
+    from milora_init.hub.pair import locate_manifest
+    from milora_init.manifest import require_manifest
+
+    folder = locate_manifest(pair, cache_dir=cache_dir, token=token)
+    manifest = replace(require_manifest(folder), out=pair)  # the folder may have been moved since
     if as_json:
-        json_output.give(summary(manifest, unchanged=False))
+        from milora_init.report import report_json
+
+        output.json_output.give(report_json(manifest))
     elif as_markdown:
-        print_markdown(step_summary(manifest))
-    else:
-        print_summary(manifest)
+        from milora_init.hub.model_card import step_summary
+
+        output.print_markdown(step_summary(manifest))
+    elif not quiet:
+        output.print_summary(manifest, elapsed_s=manifest.elapsed_s, verbose=verbose)

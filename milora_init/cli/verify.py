@@ -1,4 +1,4 @@
-"""`milora-init verify`: check whether a base and an adapter belong together."""
+"""`milora-init verify PAIR`: check whether a base and an adapter belong together."""
 
 from __future__ import annotations
 
@@ -6,46 +6,67 @@ from typing import Annotated
 
 import typer
 
-from milora_init.cli.output import hide_the_hubs_bars, json_output
-from milora_init.cli.streams import optional
+from milora_init.cli import output
+from milora_init.cli.params import (
+    Adapter,
+    CacheDir,
+    Json,
+    Model,
+    Pair,
+    Quiet,
+    Revision,
+    Token,
+    TrustRemoteCode,
+    Verbose,
+)
+from milora_init.cli.streams import may_be_lost
 
-_ANNOTATIONS = 5  # GitHub shows at most ten for a step
+_MOST_ANNOTATIONS = 5  # GitHub shows at most ten for a step
 
 
 def verify(
-    pair: Annotated[str, typer.Argument(metavar="OUT", help="The folder that milora-init wrote.", show_default=False)],
-    against: Annotated[
-        str | None, typer.Option(help="The original model, to compare every tensor with: local folder or Hub id.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the original model.")] = None,
+    pair: Pair,
+    model: Model = None,
     all_components: Annotated[
-        bool, typer.Option("--all", help="With --against: compute all components again, not a sample.")
+        bool, typer.Option("--all", help="With --model: compute all components again, not a sample.")
     ] = False,
-    adapter: Annotated[str | None, typer.Option(help="A trained adapter, to check against the base in OUT.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code in the model's own repository.")
-    ] = False,
-    cache_dir: Annotated[str | None, typer.Option(help="Hub cache.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    cache_dir: CacheDir = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
-    """Say whether a folder holds a base and an adapter that belong together, and if not, what is wrong."""
-    from milora_init.cli.output import annotate, print_verdict
-    from milora_init.cli.progress_bar import waiting
-    from milora_init.verify.verify import verify as verify_pair
+    """Check that base and adapter belong together and are unchanged.
 
-    hide_the_hubs_bars()  # two bars would overwrite each other
-    with waiting("reading and comparing", quiet=quiet):
+    Exit status 0 is yes, 1 is no. Knows pairs, adapters, merged models and converted adapters.
+
+    [bold]Examples[/bold]
+
+    milora-init verify ./svd_init
+
+    milora-init verify ./svd_init --model meta-llama/Llama-2-7b-hf
+
+    milora-init verify ./svd_init --adapter ./trained
+    """
+    output.require_one_of_quiet_and_verbose(quiet, verbose)
+    output.hide_bars_of_the_hub()  # two bars would overwrite each other
+    from milora_init.cli.progress_bar import waiting
+
+    with waiting("reading and comparing", quiet=quiet or as_json):
+        from milora_init.api import verify as verify_pair
+
         verdict = verify_pair(
-            pair, model=against, revision=revision, all_components=all_components, adapter=adapter,
+            pair, model=model, revision=revision, all_components=all_components, adapter=adapter,
             trust_remote_code=trust_remote_code, cache_dir=cache_dir, token=token,
         )  # fmt: skip
     if as_json:
-        json_output.give(verdict.to_json())
+        output.json_output.give(verdict.to_json())
     elif not quiet or not verdict.ok:
-        with optional():  # the exit status gives the answer, even if stdout is closed
-            print_verdict(verdict)
-    for difference in verdict.differences[:_ANNOTATIONS]:
-        annotate(f"{pair} is {verdict.text}; {difference.where}: {difference.what}", difference.hint)
+        with may_be_lost():  # the exit status is the answer
+            output.print_verdict(verdict, verbose=verbose)
+    for difference in verdict.differences[:_MOST_ANNOTATIONS]:
+        output.annotate(f"{pair} is {verdict.text}; {difference.where}: {difference.what}", difference.hint)
     return 0 if verdict.ok else 1

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,9 +25,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from milora_init import __version__
+from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
+from milora_init.envelope import Status, envelope
 from milora_init.errors import OutputError, PlanError, UsageError
+from milora_init.hub.pair import locate_pair
+from milora_init.json_fields import (
+    Check,
+    at_least_1,
+    count,
+    each,
+    file_name,
+    flag,
+    number,
+    read_object,
+    require_fields,
+    sha256_text,
+    text,
+)
 from milora_init.lora.compatibility import (
     require_initial_adapter,
     require_same_modules,
@@ -34,10 +52,14 @@ from milora_init.lora.compatibility import (
     require_trained_on,
 )
 from milora_init.lora.config import rank_and_alpha_patterns, stacked_alpha
-from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, read_lora
+from milora_init.lora.folder import CONFIG_FILE, LORA_FOLDER, WEIGHTS_FILE, LoraAdapter, read_lora
 from milora_init.lora.tensor_layout import lora_key, stack_factors, stacked_shapes, unstack_factors
-from milora_init.manifest import read_manifest
+from milora_init.manifest import MANIFEST, Manifest, fingerprint, read_manifest
+from milora_init.plan.finished import another_request, require_intact
+from milora_init.result import Result
 from milora_init.run.output_folder import require_outside
+
+CONVERTED = "milora_convert.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +69,7 @@ class ConvertedModule:
     Attributes:
         module: Its name.
         rank: Of its factors.
-        lost: The relative Frobenius norm of what compression cut off; 0 without compression.
+        lost: The relative Frobenius norm of what the rank cut off; 0 without a cut.
     """
 
     module: str
@@ -55,23 +77,156 @@ class ConvertedModule:
     lost: float
 
 
-def convert(
-    initial: Path, adapter: Path, out: Path, *, model: str | None = None, rank: int | None = None
-) -> list[ConvertedModule]:
+@dataclass(frozen=True, slots=True, repr=False)
+class ConvertResult(Result):
+    """What was converted: the content of milora_convert.json.
+
+    Attributes:
+        out, pair, adapter: The folders.
+        model: The original model, as adapter_config.json names it.
+        modules: One entry for each module.
+        cut: Whether a rank was given, so that something may be lost.
+        fingerprint: Hash of `inputs`.
+        inputs: All that determines the bytes: the hashes of both adapters, the new config, the version.
+        files, hashes: Size in bytes and SHA-256 of every file of the output except this one.
+        elapsed_s: Seconds.
+        unchanged: Whether the same conversion was finished before.
+    """
+
+    out: str
+    pair: str
+    adapter: str
+    model: str
+    modules: tuple[ConvertedModule, ...]
+    cut: bool
+    fingerprint: str
+    inputs: Mapping[str, Any]
+    files: Mapping[str, int]
+    hashes: Mapping[str, str]
+    elapsed_s: float
+    unchanged: bool = False
+
+    def summary(self) -> Mapping[str, object]:
+        status = "unchanged" if self.unchanged else "done"
+        return {"status": status, "out": self.out, "modules": len(self.modules), "model": self.model}
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        status: Status = "unchanged" if content.pop("unchanged") else "done"
+        source = {"model": content.pop("model")}
+        del content["inputs"]
+        return envelope("convert", status, source=source, **{**content, "modules": list(content["modules"])})
+
+
+_RECORD: Mapping[str, Check] = {
+    "out": text, "pair": text, "adapter": text, "model": text, "cut": flag, "fingerprint": sha256_text,
+    "modules": lambda value: isinstance(value, list) and bool(value), "inputs": each(text, lambda _: True),
+    "files": each(file_name, count), "hashes": each(file_name, sha256_text), "elapsed_s": number,
+    "unchanged": lambda value: value is False,
+}  # fmt: skip
+_MODULE: Mapping[str, Check] = {"module": text, "rank": at_least_1, "lost": number}
+
+
+def read_converted(folder: Path) -> ConvertResult | None:
+    """The record of a finished conversion, None where there is none. Raises OutputError."""
+    path = folder / CONVERTED
+    try:
+        content = read_object(path)
+        if content is None:
+            return None
+        require_fields(content, _RECORD, "")
+        for place, module in enumerate(content["modules"]):
+            require_fields(module, _MODULE, f"modules[{place}].")
+        content["modules"] = tuple(ConvertedModule(**module) for module in content["modules"])
+        return ConvertResult(**content)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{path} is not a record that this version reads: {str(error)[:300]}", hint="choose another --out"
+        ) from error
+
+
+def convert(  # noqa: PLR0913  the options of the command
+    pair: str,
+    adapter: str,
+    out: str,
+    *,
+    model: str | None = None,
+    rank: int | None = None,
+    overwrite: bool = False,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> ConvertResult:
     """Write to `out` a LoRA for the original model that computes what `adapter` computes on its residual base.
 
-    Args:
-        initial: The adapter as milora-init wrote it.
-        adapter: The same adapter after training.
-        out: Folder to write; it must not exist, or be empty. It is renamed from a partial one when it is complete.
-        model: The original model, for the adapter's config. None: the one that the manifest beside `initial` names.
-        rank: Compress modules of a higher rank to this one. None keeps everything, at twice the rank.
+    See `api.convert`. The folder is written under another name and renamed when it is complete.
+    """
+    started = time.monotonic()
+    for name, value in (("PAIR", pair), ("--adapter", adapter), ("--out", out)):
+        if not value:  # an unset variable of a shell, for example
+            raise UsageError(f"{name} is empty", hint="name a folder")
+    located = locate_pair(pair, cache_dir=cache_dir, token=token)
+    initial = located / LORA_FOLDER if (located / LORA_FOLDER).is_dir() else located
+    before, after, manifest = _read_adapters(initial, locate_adapter(adapter), pair)
+    if model is None and manifest is None:
+        raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")
+    model = model or str(manifest.source["model"] if manifest else "")
+    ranks = _ranks(before, rank)
+    target = Path(out).expanduser()
+    for folder in (initial, after.path):
+        require_outside(target, folder, "./plain")
+    scaled = rank is not None or bool(before.config.get("rank_pattern") or before.config.get("alpha_pattern"))
+    config = {**_plain_config(before.config, model), **_ranks_and_alphas(before, ranks, scaled=scaled)}
+    inputs = {
+        "convert": __version__,
+        "initial": before.digest,
+        "adapter": after.digest,
+        "rank": rank,
+        "scales": {module: factors.scale for module, factors in after.modules.items()},
+        "config": config,
+    }
+    if finished := _finished(target, inputs, overwrite=overwrite):
+        return finished
+
+    def write(folder: Path) -> None:
+        modules = _write_weights(before, after, ranks, folder / WEIGHTS_FILE, compress=rank is not None, scaled=scaled)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        result.append(
+            ConvertResult(
+                out=out,
+                pair=pair,
+                adapter=adapter,
+                model=model,
+                modules=tuple(modules),
+                cut=rank is not None,
+                fingerprint=fingerprint(inputs),
+                inputs=inputs,
+                files={path.name: path.stat().st_size for path in files},
+                hashes={path.name: sha256(path) for path in files},
+                elapsed_s=round(time.monotonic() - started, 3),
+            )
+        )
+        (folder / CONVERTED).write_text(json.dumps(asdict(result[0]), indent=1) + "\n")
+
+    result: list[ConvertResult] = []
+    _write_folder(target.resolve(), write)  # a link to a folder stays a link
+    return result[0]
+
+
+def locate_adapter(adapter: str) -> Path:
+    """The folder of a trained adapter. Raises UsageError if it is not there."""
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"{adapter}: no such folder", hint="name the folder that the trainer saved")
+    return folder
+
+
+def _read_adapters(initial: Path, adapter: Path, pair: str) -> tuple[LoraAdapter, LoraAdapter, Manifest | None]:
+    """The initial and the trained adapter, and the manifest of the pair if there is one.
 
     Raises:
         CheckpointError: An adapter that cannot be read.
-        PlanError: The two do not belong together, or hold more than factors; or `rank` is above that of every module.
-        OutputError: `out` holds something or cannot be written.
-        UsageError: There is neither `model` nor a manifest that names the original model.
+        PlanError: The two do not belong together, or the trained one is not trained.
     """
     manifest = read_manifest(initial.absolute().parent)
     records = manifest.weights if manifest else ()
@@ -81,38 +236,62 @@ def convert(
     require_same_modules(before, after, manifest)
     if after.digest == before.digest:
         hint = "name the folder that the trainer saved"
-        raise PlanError(f"{adapter} holds the initial factors: it was not trained", hint=hint)
+        raise PlanError(f"{adapter} holds the initial factors of {pair}: it was not trained", hint=hint)
     if manifest:
         require_trained_on(after, manifest, before.weights)
     else:
         require_trained_from(before.weights, after.weights)
-    if model is None and manifest is None:
-        raise UsageError(f"no milora_init.json beside {initial} names the original model", hint="--base ORIGINAL")
-    model = model or str(manifest.source["model"] if manifest else "")
-    ranks = _ranks(before, rank)
-    for folder in (initial, adapter):
-        require_outside(out, folder, "./plain")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"--out {out} exists", hint="choose another --out, or move it away")
-    out = out.resolve()  # a link to an empty folder stays a link
+    return before, after, manifest
 
-    # A random name, so that a second run or somebody else's files cannot end up in the output.
-    partial = out.with_name(extended(f".{out.name}.{uuid4().hex[:8]}", ".partial"))
+
+def _finished(out: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> ConvertResult | None:
+    """The record in `out` if the same conversion was finished there; None if `out` is to be written.
+
+    Raises:
+        OutputError: `out` holds something else.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise OutputError(f"--out {out} is a file", hint="name a folder")
+    record = read_converted(out)
+    if record is None:
+        if any(out.iterdir()):
+            raise OutputError(f"--out {out} holds something else", hint="choose another --out, or move it away")
+        return None
+    if overwrite:
+        return None
+    if record.fingerprint != fingerprint(inputs):
+        changed = {name: value for name, value in inputs.items() if record.inputs.get(name) != value}
+        raise another_request(out, record.inputs, changed)
+    require_intact(out, record.files)
+    return replace(record, unchanged=True)
+
+
+def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder under another name, then rename it to `out`. An earlier folder is removed after that.
+
+    The names are random, so that a second run or other files cannot end up in the output.
+    """
+    unique = f".{out.name}.{uuid4().hex[:8]}"
+    partial, former = out.with_name(extended(unique, ".partial")), out.with_name(extended(unique, ".former"))
     try:
         with writing(out):
             partial.mkdir(parents=True)
-        scaled = rank is not None or bool(before.config.get("rank_pattern") or before.config.get("alpha_pattern"))
-        config = {**_plain_config(before.config, model), **_ranks_and_alphas(before, ranks, scaled=scaled)}
-        results = _write_weights(before, after, ranks, partial / WEIGHTS_FILE, compress=rank is not None, scaled=scaled)
-        with writing(out):
-            (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+            write(partial)
             sync_folder(partial)
-            partial.replace(out)
+            if out.exists():
+                out.replace(former)
+            try:
+                partial.replace(out)
+            except BaseException:
+                if former.exists():
+                    former.replace(out)
+                raise
             sync_folder(out.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return results
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def _ranks(before: LoraAdapter, rank: int | None) -> dict[str, int]:

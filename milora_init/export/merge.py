@@ -54,8 +54,8 @@ from milora_init.run.output_folder import OutputFolder, require_outside
 from milora_init.run.pool import HashPool, SolverPool, one_ahead, weights_at_once
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.run.shard import ShardWriter
-from milora_init.verify.files import check_weight_records
-from milora_init.verify.tensors import count_bit_equal
+from milora_init.verification.files import check_weight_records
+from milora_init.verification.tensors import count_bit_equal
 
 MERGED = "milora_merge.json"
 _FETCH_AGAIN = "fetch the output again, from somebody you trust"
@@ -111,7 +111,7 @@ class MergePlan:
         return [*self.headers, *index, *self.side_files, "config.json"]
 
     @property
-    def room_bytes(self) -> int:
+    def required_disk_bytes(self) -> int:
         return self.weights_bytes + sum(self.manifest.files[name] for name in self.side_files)
 
     @property
@@ -207,7 +207,7 @@ def merge(  # noqa: PLR0913  the options of the command
         SolveError: A merged weight that does not fit the original's dtype.
     """
     started = time.monotonic()
-    for option, value in (("OUT", pair), ("--out", out), ("--adapter", "-" if adapter is None else adapter)):
+    for option, value in (("PAIR", pair), ("--out", out), ("--adapter", "-" if adapter is None else adapter)):
         if not value:  # such as an unset variable of a shell: it must not select a default
             raise UsageError(f"{option} is empty", hint="name a folder")
     plan = plan_merge(Path(pair).expanduser(), Path(adapter).expanduser() if adapter else None, overwrite=overwrite)
@@ -255,7 +255,7 @@ def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     if not original.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
             f"{options.model} is not what this base was made from: another model, or another commit",
-            hint=f"name the model it was made from: --against {manifest.source['model']}",
+            hint=f"name the model it was made from: --model {manifest.source['model']}",
         )
     return original
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, torch_name
+from milora_init.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource
 from milora_init.checkpoint.writer import WriteTarget
 from milora_init.errors import SolveError
@@ -62,7 +63,7 @@ def _merge(
     """Merge one weight, one block of its stored rows at a time."""
     B, A = factors.read(record)
     left, right = (A.mT, B.mT) if record.transposed else (B, A)
-    dtype = DTYPES[merged.dtype]
+    dtype = TORCH_DTYPES[merged.dtype]
     count = max(1, _BLOCK_ELEMENTS // residual.shape[1])
     for start in range(0, residual.shape[0], count):
         stop = min(start + count, residual.shape[0])

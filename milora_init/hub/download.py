@@ -1,4 +1,7 @@
-"""Download single weight files from the Hub and compare them with the Hub's SHA-256."""
+"""Download single weight files from the Hub and compare them with the Hub's SHA-256.
+
+huggingface_hub compares only the size of a download. A damaged weight would give a wrong base without any error.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,49 @@ from milora_init.hub.errors import hub_errors
 
 
 def download(remote: RemoteFiles, name: str, *, cache_dir: str | None, token: str | None, into: Path | None) -> Path:
-    """Fetch one file of weights, into the cache or into a folder. Raises HubError."""
+    """Download one weight file, or take it from the cache.
+
+    Args:
+        remote: The model on the Hub.
+        name: Name of the file.
+        cache_dir: The cache; None for the default of huggingface_hub.
+        token: As in huggingface_hub.
+        into: A folder to download into instead of the cache; None for the cache.
+
+    Returns:
+        The path of the file on the disk.
+
+    Raises:
+        HubError: The download failed, or the file has another SHA-256 than on the Hub. Such a file is removed.
+    """
     with hub_errors(remote.model, remote.commit):
-        place = {"cache_dir": cache_dir} if into is None else {"local_dir": str(into)}
-        path = Path(hf_hub_download(remote.model, name, revision=remote.commit, token=token, **place))
-    if sha256(path) != remote.hashes[name]:  # huggingface_hub compares sizes
-        path.resolve().unlink()
-        raise HubError(f"{name} of {remote.model} arrived damaged: it has another SHA-256", hint="run it again")
+        location = {"cache_dir": cache_dir} if into is None else {"local_dir": str(into)}
+        path = Path(hf_hub_download(remote.model, name, revision=remote.commit, token=token, **location))
+    found, expected = sha256(path), remote.hashes[name]
+    if found != expected:
+        path.resolve().unlink()  # in the cache the path is a link to the file
+        raise HubError(
+            f"{name} of {remote.model} was damaged during the download: its SHA-256 is {found}, on the Hub {expected}",
+            hint="the damaged file was removed; run the same command again",
+        )
     return path
 
 
 def require_cache_space(remote: RemoteFiles, folder: Path) -> None:
-    """Raise HubError unless the disk of the cache has room for what is still to come."""
-    needed = sum(header.file_bytes for header in remote.absent.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    """Check that the disk of the cache has space for the files that are not downloaded yet.
+
+    Args:
+        remote: The model on the Hub.
+        folder: A folder on the disk of the cache.
+
+    Raises:
+        HubError: There is not enough space.
+    """
+    needed_bytes = sum(header.file_bytes for header in remote.absent.values())
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
         raise HubError(
-            f"{remote.model} takes {needed / 1e9:.1f} GB in the cache, its disk has {free / 1e9:.1f} GB free",
-            hint="add --low-disk, which keeps a few shards at a time; or name another --cache-dir",
+            f"downloading {remote.model} into the cache needs {needed_bytes / 1e9:.1f} GB, but the disk has "
+            f"{free_bytes / 1e9:.1f} GB free",
+            hint="add --low-disk, which keeps only a few shards at a time; or name another --cache-dir",
         )

@@ -1,4 +1,8 @@
-"""Turn exceptions of huggingface_hub into a HubError with a hint."""
+"""Turn exceptions of huggingface_hub into a HubError with a hint.
+
+huggingface_hub raises its own exceptions, those of its HTTP library, and those of the operating system. The user needs
+one sentence about the model and one command that helps.
+"""
 
 from __future__ import annotations
 
@@ -12,85 +16,103 @@ from milora_init.errors import HubError, explain, remedy
 
 @contextmanager
 def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub raises about a model, or about a repository to push to, into a HubError with a hint."""
+    """Raise HubError instead of the exceptions that huggingface_hub raises in the `with` block.
+
+    Args:
+        model: Id of the model, or of the repository to push to.
+        revision: The requested branch, tag or commit; None for the default branch.
+        pushing: Whether the block writes to the repository. The hints then do not mention downloads.
+
+    Raises:
+        HubError: The message names the model. The original exception is its cause.
+    """
     try:
         yield
     except hub.GatedRepoError as error:
-        hint = f"accept its terms at https://huggingface.co/{model}, then `hf auth login`"
-        raise HubError(f"{model} is gated", hint=hint) from error
+        hint = f"accept its terms at https://huggingface.co/{model}, then run `hf auth login`"
+        raise HubError(f"{model} is gated: it can be read only after its terms are accepted", hint=hint) from error
     except hub.RevisionNotFoundError as error:
         raise HubError(f"{model} has no revision {revision!r}", hint="name a branch, a tag or a commit") from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        kind = "no repository" if pushing else "neither a folder here nor a model"
+        problem = "no repository on the Hub" if pushing else "neither a local folder nor a model on the Hub"
         raise HubError(
-            f"{model!r} is {kind} on the Hub that this token may see",
-            hint="check the name; for a private model `hf auth login`, or set HF_TOKEN",
+            f"{model!r} is {problem} that this token can access",
+            hint="check the name; for a private repository run `hf auth login`, or set HF_TOKEN",
         ) from error
     except hub.LocalEntryNotFoundError as error:
-        status = _status(error)
+        status = _http_status(error)
         if pushing or status is not None:
-            raise _refused(model, status, error) from error
-        what = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
+            raise _request_error(model, status, error) from error
+        name = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
         raise HubError(
-            f"{what} is neither a folder here nor in the local cache, and the Hub cannot be reached",
-            hint=f"name an existing folder, or, with a network, fetch it first: hf download {model}",
+            f"{name} is neither a local folder nor in the local cache, and the Hub cannot be reached",
+            hint=f"name an existing folder, or download the model when there is a network: hf download {model}",
         ) from error
     except hub.EntryNotFoundError as error:
         raise HubError(
-            f"{model} lacks a file that it should have: {' '.join(str(error).split())[:200]}",
-            hint="run the same command again" if pushing else "it may be incomplete; name another --revision",
+            f"a file of {model} is missing on the Hub: {_one_line(error)[:200]}",
+            hint="run the same command again" if pushing else "the model may be incomplete; name another --revision",
         ) from error
     except hub.HfHubHTTPError as error:
-        raise _refused(model, _status(error), error) from error
+        raise _request_error(model, _http_status(error), error) from error
     except hub.OfflineModeIsEnabled as error:
         if pushing:
             raise HubError(f"{model} cannot be written to: HF_HUB_OFFLINE is set", hint="unset it") from error
         raise HubError(
-            f"{model!r} is not whole in the local cache, and HF_HUB_OFFLINE is set",
-            hint=f"unset it, or, with a network, fetch the model first: hf download {model}",
+            f"{model!r} is not complete in the local cache, and HF_HUB_OFFLINE is set",
+            hint=f"unset it, or download the model when there is a network: hf download {model}",
         ) from error
     except Exception as error:
-        other = _of_other_libraries(error, model, pushing=pushing)
-        if other is None:
+        hub_error = _from_foreign_exception(error, model, pushing=pushing)
+        if hub_error is None:
             raise
-        raise other from error
+        raise hub_error from error
 
 
-def _of_other_libraries(error: Exception, model: str, *, pushing: bool) -> HubError | None:
-    """A HubError for an exception that is not huggingface_hub's own; None for what is explained elsewhere."""
+def _from_foreign_exception(error: Exception, model: str, *, pushing: bool) -> HubError | None:
+    """Make a HubError of an exception that is not of huggingface_hub.
+
+    Returns:
+        None for our own exceptions, and for those that `milora_init.errors.explain` explains.
+    """
     if isinstance(error, OSError):
-        hint = "run the same command again" if pushing else "name another --cache-dir; what was downloaded is kept"
+        hint = "run the same command again" if pushing else "name another --cache-dir; finished downloads are kept"
         return HubError(f"{model}: {error}", hint=remedy(error, hint))
-    if isinstance(error, KeyError | TypeError | AttributeError):  # huggingface_hub reads answers without checks
+    if isinstance(error, KeyError | TypeError | AttributeError):  # huggingface_hub does not check the Hub's answers
         return HubError(
             f"the Hub's answer about {model} is incomplete: {type(error).__name__}: {error}",
-            hint="if HF_ENDPOINT names a mirror, that may be the reason: try without it",
+            hint="if HF_ENDPOINT names a mirror, try again without it",
         )
-    # huggingface_hub lets the errors of its HTTP library through, and that library has changed.
     if type(error).__module__.startswith("milora_init") or explain(error):
         return None
-    return _refused(model, None, error)
+    # No list of classes: huggingface_hub passes on the exceptions of its HTTP library, and versions use different ones.
+    return _request_error(model, None, error)
 
 
-def _refused(model: str, status: int | None, error: Exception) -> HubError:
+def _request_error(model: str, status: int | None, error: Exception) -> HubError:
+    """Make a HubError of a request that failed, with the HTTP status if there was an answer."""
     if status == 429:
         return HubError(
-            f"the Hub limits the rate of requests for {model}", hint="wait a few minutes; `hf auth login` allows more"
+            f"too many requests to the Hub for {model} (status 429)",
+            hint="wait a few minutes; after `hf auth login` the limit is higher",
         )
     if status in (401, 403):
         return HubError(
             f"the Hub refuses this token for {model} (status {status})",
             hint="run `hf auth login` with a token that has access, or set HF_TOKEN",
         )
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return HubError(
-        f"the Hub failed for {model}: {reason}",
-        hint="check the network, then run the same command again: what was done is kept",
+        f"a request to the Hub for {model} failed: {_one_line(error)[:300] or type(error).__name__}",
+        hint="check the network, then run the same command again: what is already done is kept",
     )
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, through what it was raised from."""
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """Find the HTTP status in an exception or in the exceptions that caused it; None if there is none."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(status, int):

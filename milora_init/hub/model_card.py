@@ -1,4 +1,8 @@
-"""Write the model card, and the step summary of a CI job, from a manifest."""
+"""Write the model card of an output, and the job summary of a CI run, from the manifest.
+
+Both are Markdown that a browser renders. Names and sentences in a manifest can come from a downloaded file, so they are
+escaped or written as code: they cannot become links, images or HTML.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from milora_init.lora.config import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
+from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
 from milora_init.manifest import Manifest
-from milora_init.report import duration, loading_lines, share, size, warnings, weight_groups
+from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
 _METHODS = {
@@ -19,48 +23,37 @@ _METHODS = {
     "mid": "the middle singular components",
     "random": "singular components drawn at random",
 }
-_PLAIN = re.compile(r"(?!www\.)[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_PLAIN_NAME = re.compile(r"(?!www\.)[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _MARKUP = re.compile(r"[\\*<>\[\]|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-_SUMMARY_BYTES = 1 << 20  # what GitHub takes of a step's summary, all that is in it
-
-
-def code(value: object) -> str:
-    """Text as a span of code, in a table too: what it holds is no markup there."""
-    text = printable(str(value)).replace("`", "'").replace("|", "\\x7c")
-    return f"`{text}`" if text.strip() else ""
-
-
-def plain(value: object) -> str:
-    """A name or a figure as it is, if it is one; as code if it is anything else."""
-    return str(value) if _PLAIN.fullmatch(str(value)) else code(value)
-
-
-def sentence(text: str) -> str:
-    """A line of text, of which nothing but its spans of code is markup."""
-    return _MARKUP.sub(r"\\\g<0>", printable(text))
+_MAX_SUMMARY_BYTES = 1 << 20  # GitHub's limit for the summary of one step
 
 
 def card_data(manifest: Manifest) -> dict[str, Any]:
-    """The card's metadata, but for the licence and the language, which are the source's."""
+    """Return the metadata of the card, without the fields that are copied from the card of the original model."""
     tags = ["lora", {"min": "milora", "max": "pissa"}.get(manifest.inputs["mode"], "svd"), "residual-base"]
     model = str(manifest.source["model"])
     data: dict[str, Any] = {"library_name": "peft", "tags": tags}
-    if manifest.source["revision"] is not None:  # of the Hub, and not a folder of somebody's
+    if manifest.source["revision"] is not None:  # a local folder has none, and its path is not published
         data |= {"base_model": model, "base_model_relation": "finetune"}
     return data
 
 
 def card_text(manifest: Manifest, repo: str) -> str:
-    """The card's text, for the repository that it is written for."""
+    """Return the Markdown of the card for a repository.
+
+    Args:
+        manifest: The manifest as it is published, see `hub.upload`.
+        repo: Id of the repository.
+    """
     inputs, source = manifest.inputs, manifest.source
-    commit = f" at commit {code(source['revision'])}" if source["revision"] else ""
+    commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
     model = str(source["model"])
-    linked = all(_PLAIN.fullmatch(part) for part in model.split("/"))
-    of_the_hub = f"[{model}](https://huggingface.co/{model})" if linked else code(model)
-    name = of_the_hub if source["revision"] else "a local model"
+    is_safe_link = all(_PLAIN_NAME.fullmatch(part) for part in model.split("/"))
+    model_link = f"[{model}](https://huggingface.co/{model})" if is_safe_link else _code(model)
+    name = model_link if source["revision"] else "a local model"
     peft = PEFT_FOR_EXPERTS if manifest.adapter.get("target_parameters") else PEFT_FOR_MODULES
     return f"""
-# {sentence(repo.rpartition("/")[2])}
+# {_escape(repo.rpartition("/")[2])}
 
 A residual base and the LoRA adapter that completes it, both made from {name}{commit}, ready for training.
 Each targeted weight W was taken apart: scale * B A is in `lora/`, W - scale * B A is the base.
@@ -81,18 +74,19 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 
 ## How it was made
 
-`milora-init` {plain(manifest.versions["milora_init"])}: mode {code(inputs["mode"])}, rank {plain(inputs["rank"])}, \
-alpha {plain(inputs["alpha"])}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
-{", ".join(sorted({plain(w.dtype) for w in manifest.weights}))}, \
-dropout {plain(manifest.adapter["lora_dropout"])} for training.
+`milora-init` {_name(manifest.versions["milora_init"])}: mode {_code(inputs["mode"])}, rank {_name(inputs["rank"])}, \
+alpha {_name(inputs["alpha"])}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
+{", ".join(sorted({_name(w.dtype) for w in manifest.weights}))}, \
+dropout {_name(manifest.adapter["lora_dropout"])} for training.
 
-{table(manifest)}
+{_weight_table(manifest)}
 
-*energy*: the component's share of the weight's squared norm. *leak*: how much of it rounding leaves in the base.
-*error*: the certified error of the component. `milora_init.json` has the figures of every weight, and the SHA-256 of
+*energy*: the component's share of the weight's squared norm. *leak*: the part of the component that rounding leaves in
+the base. *step-0 error*: the distance of base and component from the weight, relative to the weight. *certified*: a
+proven bound of the component's relative error. `milora_init.json` has the figures of every weight, and the SHA-256 of
 every file; `milora-init verify` reads them.
 
-{"".join(f"- {sentence(warning)}{chr(10)}" for warning in warnings(manifest))}
+{"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
 ## After training
 
 `milora-init merge` makes one plain model of this base and a trained adapter; `milora-init convert` makes a plain LoRA
@@ -113,40 +107,62 @@ for the original model.
 
 
 def write_step_summary(manifest: Manifest) -> None:
-    """Add the run to the summary of a CI step, where there is one."""
+    """Append `step_summary` to the file that GITHUB_STEP_SUMMARY names; do nothing if the variable is not set.
+
+    A summary that cannot be written is not an error. GitHub drops a summary that is too long, so it is cut.
+    """
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if path:
         with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
-            room = _SUMMARY_BYTES - 1 - file.tell()
-            file.write(step_summary(manifest).encode()[: max(0, room)].decode(errors="ignore"))
+            free_bytes = max(0, _MAX_SUMMARY_BYTES - 1 - file.tell())
+            file.write(step_summary(manifest).encode()[:free_bytes].decode(errors="ignore"))
 
 
 def step_summary(manifest: Manifest) -> str:
-    """What a CI job shows of a run."""
-    notes = "".join(f"- {sentence(warning)}\n" for warning in warnings(manifest))
+    """Return the Markdown that a CI job shows about a run."""
+    remarks = "".join(f"- {_escape(text)}\n" for text in [*warnings(manifest), *notes(manifest)])
     files = size(sum(manifest.files.values()))
-    text = f"""### milora-init: {sentence(manifest.out)}
+    return f"""### milora-init: {_escape(manifest.out)}
 
-{len(manifest.weights)} weights of {code(manifest.source["model"])}, mode {code(manifest.inputs["mode"])}, rank \
-{plain(manifest.inputs["rank"])}: {files} in {duration(manifest.elapsed_s)}. \
-Fingerprint {code(manifest.fingerprint[:12])}.
+{len(manifest.weights)} weights of {_code(manifest.source["model"])}, mode {_code(manifest.inputs["mode"])}, rank \
+{_name(manifest.inputs["rank"])}: {files} in {duration(manifest.elapsed_s)}. \
+Fingerprint {_code(manifest.fingerprint[:12])}.
 
-{table(manifest)}
+{_weight_table(manifest)}
 
-{notes}
+{remarks}
 ```python
 {loading_lines(manifest)}
 ```
 """
-    return text
 
 
-def table(manifest: Manifest) -> str:
-    """The figures, a line for each kind of weight."""
-    lines = ["| module | shape | weights | rank | energy | worst leak | worst error |", "|---|---|---|---|---|---|---|"]
+def _weight_table(manifest: Manifest) -> str:
+    """Return a table with a row for each group of weights."""
+    lines = [
+        "| module | shape | weights | rank | energy | leak | step-0 error | certified |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {plain(kind.suffix)} | {kind.shape[0]} x {kind.shape[1]} | {kind.count} | {kind.rank} "
-        f"| {share(kind.energy)} | {kind.leak:.1e} | {kind.certificate:.0e} |"
-        for kind in weight_groups(manifest.weights)
+        f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.rank} "
+        f"| {percent(group.energy)} | {percent(group.leak)} | {percent(group.rounding_error)} "
+        f"| {group.certificate:.0e} |"
+        for group in weight_groups(manifest.weights)
     ]
     return "\n".join(lines)
+
+
+def _code(value: object) -> str:
+    """Return text as a code span, in which Markdown has no markup; it may be in a table."""
+    text = printable(str(value)).replace("`", "'").replace("|", "\\x7c")
+    return f"`{text}`" if text.strip() else ""
+
+
+def _name(value: object) -> str:
+    """Return a name or a number unchanged if it has no markup, and as a code span otherwise."""
+    return str(value) if _PLAIN_NAME.fullmatch(str(value)) else _code(value)
+
+
+def _escape(text: str) -> str:
+    """Return one line of text with its markup escaped, except code spans."""
+    return _MARKUP.sub(r"\\\g<0>", printable(text))

@@ -1,4 +1,8 @@
-"""Find a model: a local folder, or a snapshot of a Hub repository whose headers are read by range."""
+"""Find a model: a local folder, or the snapshot of a Hub repository in the cache.
+
+Of a model on the Hub, only small files are downloaded here. The headers of the weight files are read over the network
+with Range requests, because planning needs no weights. `download` fetches each weight file when the run needs it.
+"""
 
 from __future__ import annotations
 
@@ -30,74 +34,135 @@ from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
 from milora_init.untrusted import read_text, relative_name
 
-_HEADER_BYTES = 100_000  # what is asked for at first; most headers are shorter
+_FIRST_READ_BYTES = 100_000  # most headers are shorter, so one request is enough
+_READ_ATTEMPTS = 3
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def hide_bars() -> None:
-    """Draw none of huggingface_hub's progress bars from now on."""
+    """Disable the progress bars of huggingface_hub for the rest of the process."""
     disable_progress_bars()
+
+
+def locate_model(options: InitOptions) -> tuple[Path, RemoteFiles | None]:
+    """Find the model `options.model`.
+
+    Returns:
+        The local folder and None; or the snapshot in the cache and the weight files on the Hub.
+
+    Raises:
+        UsageError: A revision is given for a local folder.
+        HubError, CheckpointError: See `open_snapshot`.
+    """
+    folder = Path(options.model).expanduser()
+    if folder.exists() or not _is_hub_id(options.model):
+        if options.revision:
+            raise UsageError(
+                f"{options.model} is a local folder, which has no --revision {options.revision}",
+                hint="remove --revision; for a model on the Hub, name it org/name",
+            )
+        return folder, None
+    return open_snapshot(options.model, revision=options.revision, cache_dir=options.cache_dir, token=options.token)
+
+
+def fetch_model(options: InitOptions) -> Path:
+    """Return the folder of the model with all weight files; those that are missing are downloaded."""
+    folder, remote = locate_model(options)
+    for name in remote.absent if remote else ():
+        fetch_file(options, remote, name, None)
+    return folder
+
+
+def fetch_original(manifest: Manifest, options: InitOptions) -> Path:
+    """Return the folder of the model that an output was made from, with all weight files.
+
+    For the model that the manifest names, the default revision is the recorded commit.
+    """
+    if options.model == manifest.source["model"] and options.revision is None:
+        options = dataclasses.replace(options, revision=manifest.source["revision"])
+    return fetch_model(options)
+
+
+def fetch_file(options: InitOptions, remote: RemoteFiles | None, name: str, into: Path | None) -> Path:
+    """Download one weight file of a model that `locate_model` found on the Hub; see `download`."""
+    assert remote is not None
+    return download(remote, name, cache_dir=options.cache_dir, token=options.token, into=into)
+
+
+def _is_hub_id(model: str) -> bool:
+    return not model.startswith((".", "/", "~")) and model.count("/") <= 1 and "\\" not in model
 
 
 def open_snapshot(
     model: str, *, revision: str | None, cache_dir: str | None, token: str | None
 ) -> tuple[Path, RemoteFiles]:
-    """The snapshot of a model in the local cache, with all side files, and what the Hub knows of its weight files.
+    """Download the side files of a model into the cache, and read the headers of the weight files that are not there.
 
-    The side files are downloaded first. They fix the commit, which names the snapshot folder; everything else is of
-    that commit. Weight files in the cache are used as they are, so a complete cache needs no network. For the others
-    only the headers are read. Pickled weights have no header, so they must be in the cache.
+    The first download resolves the revision to a commit, which names the snapshot's folder. All later requests name
+    this commit. Weight files that are in the cache are used, so a complete cache needs no network. A pickled weight
+    file has no header that can be read alone, so it must be in the cache.
+
+    Args:
+        model: Id of the model on the Hub.
+        revision: Branch, tag or commit; None for the default branch.
+        cache_dir: The cache; None for the default of huggingface_hub.
+        token: As in huggingface_hub.
+
+    Returns:
+        The folder of the snapshot, and the weight files: the SHA-256 of each, and the header of each absent one.
 
     Raises:
-        HubError: No such model or revision, no permission, or no connection and nothing in the cache.
-        CheckpointError: A header that cannot be trusted.
+        HubError: The model or the revision does not exist, access is denied, the model is neither in the cache nor
+            reachable, or absent weights are pickled.
+        CheckpointError: A header is malformed, or there are shards without an index.
     """
     with hub_errors(model, revision):
-        patterns = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
+        weight_patterns = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
         folder = Path(
-            snapshot_download(model, revision=revision, cache_dir=cache_dir, token=token, ignore_patterns=patterns)
+            snapshot_download(
+                model, revision=revision, cache_dir=cache_dir, token=token, ignore_patterns=weight_patterns
+            )
         )
         commit, api = folder.name, HfApi(token=token)
-        files = _weights(folder, api, model)
+        files = _weight_files(folder, api, model)
         absent = [name for name in files if not (folder / name).is_file()]
-        # Numbered folders are sentence-transformers' own; their weights are side files of ours.
-        pickles = [name for name in absent if name.endswith(".bin")]
-        if pickles:
-            raise HubError(
-                f"{model} has pickled weights only ({pickles[0]}): no header tells what is in them",
-                hint=f"name a --revision with safetensors, or fetch them all first: hf download {model}",
-            )
+        _require_no_pickles(model, absent)
         if absent and (folder / "modules.json").is_file():
+            # sentence-transformers keeps the weights of its own modules in numbered folders. They are side files.
             snapshot_download(model, revision=commit, cache_dir=cache_dir, token=token, allow_patterns="[0-9]_*/*")
         infos = api.get_paths_info(model, absent, revision=commit) if absent else []
-        known = {info.path: info for info in infos if isinstance(info, RepoFile)}  # asked by names of our own
+        # The paths in the answer are not trusted: only the names that were asked for are looked up.
+        info_by_name = {info.path: info for info in infos if isinstance(info, RepoFile)}
         hashes: dict[str, str] = {}
         headers: dict[str, Header] = {}
         for name in absent:
-            info = known.get(name)
+            info = info_by_name.get(name)
             if info is None or info.lfs is None:
-                # Small enough to be no large file of the Hub's, or not there at all, which the download says.
+                # A small file, not stored with LFS; or it does not exist, and then this call raises.
                 hf_hub_download(model, name, revision=commit, cache_dir=cache_dir, token=token)
-            else:
-                if not _SHA256.fullmatch(str(info.lfs.sha256)) or type(info.size) is not int:
-                    raise HubError(
-                        f"the Hub's entry for {name} of {model} has no usable SHA-256 and size: "
-                        f"{info.lfs.sha256!r}, {info.size!r}",
-                        hint=f"a mirror may have left them out; fetch the model first: hf download {model}",
-                    )
-                hashes[name] = info.lfs.sha256
-                headers[name] = _remote_header(model, name, commit, token, info.size)
-        hashes |= {name: _blob_hash(folder / name) for name in files if name not in hashes}
+                continue
+            if not _SHA256.fullmatch(str(info.lfs.sha256)) or type(info.size) is not int:
+                raise HubError(
+                    f"the Hub's entry for {name} of {model} has no usable SHA-256 and size: "
+                    f"{info.lfs.sha256!r}, {info.size!r}",
+                    hint=f"a mirror may omit them; download the model first: hf download {model}",
+                )
+            hashes[name] = info.lfs.sha256
+            headers[name] = _read_remote_header(model, name, commit, token, info.size)
+        hashes |= {name: _cached_hash(folder / name) for name in files if name not in hashes}
     return folder, RemoteFiles(model, commit, hashes, headers)
 
 
-def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
-    """The weight files that transformers would load: those of the index in the folder, or the single file."""
+def _weight_files(folder: Path, api: HfApi, model: str) -> list[str]:
+    """List the weight files that transformers would load: the single file, or the files that the index names.
+
+    The Hub is asked only if the cache does not have the answer: a complete cache needs no network. The list is empty if
+    there are no weights or the index is broken; `open_checkpoint` raises the error for both.
+    """
     for single, index in ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
-        # Asked of the Hub only where the cache does not tell: a complete cache serves without a network.
         if (folder / single).is_file():
             return [single]
-        if (folder / index).is_file() and (shards := _shards(folder / index)):
+        if (folder / index).is_file() and (shards := _shards_of_index(folder / index)):
             if all((folder / name).is_file() for name in shards):
                 return shards
             return [single] if api.file_exists(model, single, revision=folder.name) else shards
@@ -106,92 +171,92 @@ def _weights(folder: Path, api: HfApi, model: str) -> list[str]:
             return [single]
     if not any((folder / index).is_file() for index in (SAFETENSORS_INDEX, PICKLE_INDEX)):
         require_no_lone_shard(model, api.list_repo_files(model, revision=folder.name))
-    return []  # what is missing, or a broken index, is named where checkpoints are opened
+    return []
 
 
-def _shards(index: Path) -> list[str]:
+def _shards_of_index(index: Path) -> list[str]:
+    """List the files that an index names; empty if the index is broken."""
     try:
         return sorted({relative_name(name) for name in json.loads(read_text(index))["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return []  # a broken index is named where checkpoints are opened
+        return []
 
 
-def _blob_hash(path: Path) -> str:
-    """SHA-256 of a file in the cache. For a large file it is the name of the blob that the link points to."""
+def _require_no_pickles(model: str, absent: list[str]) -> None:
+    """Raise HubError if a weight file that is not in the cache is a pickle."""
+    pickles = [name for name in absent if name.endswith(".bin")]
+    if pickles:
+        raise HubError(
+            f"{model} has only pickled weights ({pickles[0]}), whose tensors cannot be listed without a download",
+            hint=f"name a --revision with safetensors, or download all files first: hf download {model}",
+        )
+
+
+def _cached_hash(path: Path) -> str:
+    """Return the SHA-256 of a file in the cache.
+
+    The cache names the blob of an LFS file by its SHA-256, so that file need not be read.
+    """
     blob = path.resolve().name
     return blob if len(blob) == 64 and path.is_symlink() else sha256(path)
 
 
-def _remote_header(model: str, name: str, commit: str, token: str | None, file_bytes: int) -> Header:
-    """The header of a safetensors file on the Hub, read by range."""
-    url = hf_hub_url(model, name, revision=commit)
+def _read_remote_header(model: str, name: str, commit: str, token: str | None, file_bytes: int) -> Header:
+    """Read the header of a safetensors file on the Hub with Range requests.
 
-    def read(end: int, tries: int = 3) -> bytes:
-        end = min(end, file_bytes)
-        headers = {**build_hf_headers(token=token), "Range": f"bytes=0-{end - 1}", "Accept-Encoding": "identity"}
-        found, broken = bytearray(), None
+    Args:
+        model, name, commit: The file.
+        token: As in huggingface_hub.
+        file_bytes: Size of the file.
+
+    Raises:
+        HubError: The server does not send the range.
+        CheckpointError: The header is malformed.
+    """
+
+    def read(end: int) -> bytes:
+        return _read_start(hf_hub_url(model, name, revision=commit), end, token, f"{name} of {model}")
+
+    start = read(min(_FIRST_READ_BYTES, file_bytes)) if file_bytes else b""
+    # The file begins with the length of the JSON header, 8 bytes.
+    header_end = 8 + int.from_bytes(start[:8], "little")
+    if len(start) < header_end <= min(file_bytes, 8 + MAX_HEADER_BYTES):
+        start = read(header_end)
+    return parse_header(start[:header_end], file_bytes, Path(f"{model}/{name}"))
+
+
+def _read_start(url: str, end: int, token: str | None, description: str) -> bytes:
+    """Read the first `end` bytes of a URL. A connection that breaks in the body is tried again.
+
+    `http_stream_backoff` repeats a request only until the response begins. An exception inside its `with` block would
+    be handled as a failed request, so it is raised after the block.
+    """
+    headers = {**build_hf_headers(token=token), "Range": f"bytes=0-{end - 1}", "Accept-Encoding": "identity"}
+    failure: Exception | None = None
+    for _ in range(_READ_ATTEMPTS):
+        content, failure = bytearray(), None
         with http_stream_backoff("GET", url, headers=headers) as response:
             hf_raise_for_status(response)
-            _require_range(response, f"{name} of {model}", end)
+            _require_range(response, description, end)
             try:
                 for chunk in response.iter_raw():
-                    found += chunk
-                    if len(found) >= end:  # a server may send more than was asked for
+                    content += chunk
+                    if len(content) >= end:  # the server may send more than the range
                         break
-            except Exception as error:  # of the HTTP library, whose own retries end where the body begins
-                broken = error
-        if broken is None:
-            return bytes(found[:end])
-        if tries == 1:
-            raise broken
-        return read(end, tries - 1)
-
-    start = read(_HEADER_BYTES) if file_bytes else b""
-    end = 8 + int.from_bytes(start[:8], "little")
-    if len(start) < end <= min(file_bytes, 8 + MAX_HEADER_BYTES):
-        start = read(end)
-    return parse_header(start[:end], file_bytes, Path(f"{model}/{name}"))
+            except Exception as error:
+                failure = error
+        if failure is None:
+            return bytes(content[:end])
+    assert failure is not None
+    raise failure
 
 
-def _require_range(response: Any, what: str, end: int) -> None:
-    place = str(response.headers.get("Content-Range"))
-    if response.status_code != 206 or not place.replace(" ", "").lower().startswith("bytes0-"):
+def _require_range(response: Any, description: str, end: int) -> None:
+    """Raise HubError if a response is not the start of the file: the body could be the whole file."""
+    content_range = str(response.headers.get("Content-Range"))
+    if response.status_code != 206 or not content_range.replace(" ", "").lower().startswith("bytes0-"):
         raise HubError(
-            f"asked for the first {end} bytes of {what}, the Hub answered with status {response.status_code} "
-            f"and the range {place}",
-            hint="a mirror or a proxy may ignore Range; fetch the model first with `hf download`",
+            f"asked for the first {end} bytes of {description}, the Hub answered with status {response.status_code} "
+            f"and the range {content_range}",
+            hint="a mirror or a proxy may ignore Range; download the model first with `hf download`",
         )
-
-
-def locate_model(options: InitOptions) -> tuple[Path, RemoteFiles | None]:
-    """The local folder, or the snapshot in the cache with what the Hub knows of the missing files."""
-    folder = Path(options.model).expanduser()
-    if folder.exists() or not _is_hub_id(options.model):
-        if options.revision:
-            raise UsageError(f"{options.model} is a folder here, which has no --revision {options.revision}")
-        return folder, None
-    return open_snapshot(options.model, revision=options.revision, cache_dir=options.cache_dir, token=options.token)
-
-
-def fetch_model(options: InitOptions) -> Path:
-    """The folder of the model with all weight files; missing ones are downloaded."""
-    folder, remote = locate_model(options)
-    for name in remote.absent if remote else ():
-        fetch_file(options, remote, name, None)
-    return folder
-
-
-def fetch_original(manifest: Manifest, options: InitOptions) -> Path:
-    """The folder of the original model of an output, at the recorded commit if no other revision is asked for."""
-    if options.model == manifest.source["model"] and options.revision is None:
-        options = dataclasses.replace(options, revision=manifest.source["revision"])
-    return fetch_model(options)
-
-
-def fetch_file(options: InitOptions, remote: RemoteFiles | None, name: str, into: Path | None) -> Path:
-    assert remote is not None
-    return download(remote, name, cache_dir=options.cache_dir, token=options.token, into=into)
-
-
-def _is_hub_id(model: str) -> bool:
-    return not model.startswith((".", "/", "~")) and model.count("/") <= 1 and "\\" not in model

@@ -1,11 +1,11 @@
 """Push an output to a Hub repository: the base at the root, the adapter in `lora/`.
 
-Large files are uploaded first, by their hash, so an interrupted push does not send them again. One commit then makes
-them visible, so nobody sees half a model. In the uploaded adapter_config.json the base is the repository; the local
-file keeps the local path.
+Files are uploaded first, and one commit then adds all of them: the repository never contains half of a model. Large
+files are stored by their hash, so a repeated push does not send them again. The uploaded adapter_config.json names the
+repository as the base; the local file keeps the local path.
 
-To save disk space, shards can be pushed one by one while the run continues. Each is a commit then, and config.json
-comes last, as on disk.
+To save disk space, shards can be pushed one by one while the run continues. Then each shard is a commit, and
+config.json comes last: without it, transformers does not load the repository.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,64 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
+from milora_init.envelope import Status, envelope
 from milora_init.errors import OutputError, PlanError
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.model_card import card_data, card_text
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
 from milora_init.manifest import MANIFEST, Manifest, require_inside, require_manifest
 from milora_init.options import clean_token, require_repository
+from milora_init.result import Result
 
-_FINISH = ("config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS)
-_BEGUN = "unfinished-by-milora-init"  # in a repository whose shards are pushed one by one
-_OF_THE_SOURCE = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# Files that make a repository look like a complete model or adapter.
+_COMPLETION_FILES = ("config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS)
+_UNFINISHED = "unfinished-by-milora-init"  # a file in a repository while its shards are pushed one by one
+_SOURCE_CARD_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_Operation = CommitOperationAdd | CommitOperationDelete
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Published:
-    """Where an output went: the repository, its address, the commit, and how many of its files were new there."""
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class Published(Result):
+    """The result of a push.
+
+    Attributes:
+        repo: Id of the repository.
+        url: Its address.
+        commit: The commit that contains the output.
+        files: Number of files that the push wrote or deleted, unchanged ones included. Shards that were pushed before
+            do not count.
+        unchanged: Whether the repository had the same output before.
+    """
 
     repo: str
     url: str
     commit: str
     files: int
+    unchanged: bool = False
+
+    def summary(self) -> Mapping[str, object]:
+        return {"status": "unchanged" if self.unchanged else "done", "url": self.url, "commit": self.commit[:12]}
+
+    def to_json(self) -> dict[str, Any]:
+        status: Status = "unchanged" if self.unchanged else "done"
+        return envelope("push", status, out=self.repo, url=self.url, commit=self.commit, files=self.files)
 
 
 class Repository:
-    """A repository on the Hub that is to hold an output.
+    """A repository on the Hub that an output is pushed to.
 
     Args:
-        repo: Its id, `org/name`.
-        private: Whether it is to be private if it is made now.
-        revision: The branch to write to; `main` where it is None.
+        repo: Id of the repository, `org/name`.
+        private: Whether the repository is private if `prepare` creates it.
+        revision: The branch to write to; None for `main`.
         token: As in huggingface_hub.
+
+    Attributes:
+        repo: Id of the repository.
+        published: The result of `push`; None before.
+
+    Raises:
+        UsageError: `repo` or `token` is malformed.
     """
 
     def __init__(
@@ -60,165 +88,188 @@ class Repository:
         require_repository(repo)
         self.repo, self._private, self._revision = repo, private, revision
         self._api = HfApi(token=clean_token(token))
-        self.published: Published | None = None  # once it is
+        self.published: Published | None = None
 
-    def claim(self, *, overwrite: bool = False) -> None:
-        """Make the repository, or see that it may be written to: it is empty, or holds an output of ours.
+    def prepare(self, *, overwrite: bool = False) -> None:
+        """Create the repository and the branch, or check that an existing one is empty or contains an earlier output.
+
+        Args:
+            overwrite: Accept a repository with other content.
 
         Raises:
-            HubError: No permission, no way to the Hub.
-            PlanError: It holds something else, and `overwrite` is not said.
+            HubError: The token has no permission to write, or the Hub cannot be reached.
+            PlanError: The repository has other content, and `overwrite` is not set.
         """
         with hub_errors(self.repo, self._revision, pushing=True):
             self._api.create_repo(self.repo, private=self._private, exist_ok=True)
             if self._revision:
                 self._api.create_branch(self.repo, branch=self._revision, exist_ok=True)
-            others = self.files() - {".gitattributes"}
-            if others and MANIFEST not in others and _BEGUN not in others and not overwrite:
+            files = self._list_files() - {".gitattributes"}  # the Hub creates this file
+            if files and MANIFEST not in files and _UNFINISHED not in files and not overwrite:
                 raise PlanError(
-                    f"{self.repo} exists and is no output of milora-init: it holds {min(others)}",
-                    hint="choose another repository, or add --yes to replace its weights",
+                    f"{self.repo} exists and is not an output of milora-init: it contains {min(files)}",
+                    hint="choose another repository, or add --overwrite to replace the weights in it",
                 )
 
-    def files(self) -> set[str]:
-        """What stands in it."""
-        return set(self._api.list_repo_files(self.repo, revision=self._revision))
-
     def manifest_fingerprint(self) -> str:
-        """The fingerprint of the finished output in it, empty where there is none."""
+        """Return the fingerprint of the finished output in the repository; empty if there is none."""
         with hub_errors(self.repo, self._revision, pushing=True):
-            return str(self._manifest().get("fingerprint", ""))
+            return str(self._manifest_fields().get("fingerprint", ""))
 
     def manifest(self) -> Manifest:
-        """The manifest of the finished output in it. Raises OutputError, HubError."""
+        """Return the manifest of the finished output in the repository. Raises OutputError or HubError."""
         with hub_errors(self.repo, self._revision, pushing=True):
             path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
         return require_manifest(Path(path).parent)
 
-    def _manifest(self) -> dict[str, Any]:
-        """The manifest of the output of ours that stands in it, empty where there is none."""
-        if MANIFEST not in self.files():
-            return {}
-        path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):  # somebody's: it tells nothing of what is ours there
-            content = None
-        return content if isinstance(content, dict) and isinstance(content.get("files", {}), dict) else {}
+    def published_manifest(self, manifest: Manifest) -> Manifest:
+        """Return the manifest of a local output as `push` writes it into this repository."""
+        return _published_manifest(manifest, self.repo, self._revision)
 
-    def push(self, folder: Path, manifest: Manifest, *, there: Collection[str] = ()) -> Published:
-        """Upload a finished output in one commit.
+    def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str] = ()) -> Published:
+        """Push a finished output in one commit. Files of an earlier output that this one does not have are deleted.
 
         Args:
-            folder: Where it lies.
+            folder: The folder of the output.
             manifest: Its manifest.
-            there: Files of it that were pushed before, one by one.
+            pushed_before: Files of the output that `push_shard` pushed. They need not be in the folder.
 
         Raises:
-            HubError: See `claim`; the same push again sends only what is missing.
+            HubError: A request failed. The same call again uploads only what is missing.
+            OutputError: A file is not the one that the manifest describes.
         """
         with hub_errors(self.repo, self._revision, pushing=True):
-            published = as_published(manifest, self.repo, self._revision)
-            contents = {
+            published = self.published_manifest(manifest)
+            generated = {
                 LORA_CONFIG: (json.dumps(published.adapter, indent=2) + "\n").encode(),
                 MANIFEST: (json.dumps(published.to_json(), indent=1) + "\n").encode(),
-                "README.md": self._card(manifest, published).encode(),
+                "README.md": self._model_card(manifest, published).encode(),
             }
-            names = [name for name in manifest.files if name not in contents and name not in there]
+            names = [name for name in manifest.files if name not in generated and name not in pushed_before]
             require_inside(folder, names)
-            paths = {name: folder / name for name in names}
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                CommitOperationAdd(name, content) for name, content in (contents | paths).items()
-            ]
-            for operation in operations:
-                name = operation.path_in_repo
-                hashed = operation.upload_info.sha256.hex() if isinstance(operation, CommitOperationAdd) else ""
-                if name in paths and hashed != manifest.hashes.get(name):
-                    raise OutputError(f"{folder}: {name} was changed", hint=f"milora-init verify {folder}")
-            former = self._manifest().get("files", {})
-            stale = self.files() - manifest.files.keys() - contents.keys()
-            operations += [
-                CommitOperationDelete(name) for name in sorted(stale) if name in former or _would_be_loaded(name)
-            ]
-            info = self._commit(operations, "A residual base and its adapter, by milora-init")
-        self.published = Published(self.repo, f"{self._api.endpoint}/{self.repo}", info, len(operations))
+            additions = [CommitOperationAdd(name, content) for name, content in generated.items()]
+            for name in names:
+                addition = CommitOperationAdd(name, folder / name)
+                if addition.upload_info.sha256.hex() != manifest.hashes.get(name):
+                    raise OutputError(
+                        f"{folder}: {name} was changed after the run", hint=f"milora-init verify {folder}"
+                    )
+                additions.append(addition)
+            deletions = self._outdated_files(manifest.files.keys() | generated.keys())
+            operations: list[_Operation] = [*additions, *map(CommitOperationDelete, deletions)]
+            commit = self._commit(operations, "A residual base and its adapter, by milora-init")
+        self.published = Published(self.repo, f"{self._api.endpoint}/{self.repo}", commit, len(operations))
         return self.published
 
-    def shown(self, manifest: Manifest) -> Manifest:
-        """The manifest as it stands here, where the output is."""
-        return as_published(manifest, self.repo, self._revision)
-
-    def begin(self) -> None:
-        """Take from the repository what makes it look finished; shards are about to change one by one."""
+    def mark_unfinished(self) -> None:
+        """Delete the files that make the repository look complete, before shards are replaced one by one."""
         with hub_errors(self.repo, self._revision, pushing=True):
-            files = self.files()
-            marks = sorted(files & set(_FINISH))
-            if _BEGUN in files and not marks:
+            files = self._list_files()
+            completion_files = sorted(files & set(_COMPLETION_FILES))
+            if _UNFINISHED in files and not completion_files:
                 return
-            mark = CommitOperationAdd(_BEGUN, b"milora-init is writing here; without config.json this is no model.\n")
-            self._commit([mark, *(CommitOperationDelete(name) for name in marks)], "Begin an output of milora-init")
+            mark = CommitOperationAdd(
+                _UNFINISHED, b"milora-init is writing here; without config.json this is no model.\n"
+            )
+            self._commit([mark, *map(CommitOperationDelete, completion_files)], "Begin an output of milora-init")
 
     def push_shard(self, path: Path, name: str) -> str:
-        """Upload one finished file of weights as a commit of its own; returns its SHA-256."""
+        """Push one finished weight file as a commit of its own. Return its SHA-256."""
         digest = sha256(path)
         with hub_errors(self.repo, self._revision, pushing=True):
             self._commit([CommitOperationAdd(name, path)], f"{name}, by milora-init")
         return digest
 
-    def holds(self, hashes: Mapping[str, str]) -> set[str]:
-        """Which of these files, by SHA-256, stand in it."""
+    def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
+        """Return the names of those weight files that are in the repository with this SHA-256.
+
+        Args:
+            hashes: SHA-256 of each file, by name.
+        """
         if not hashes:
             return set()
         with hub_errors(self.repo, self._revision, pushing=True):
-            found = self._api.get_paths_info(self.repo, list(hashes), revision=self._revision)
-            return {f.path for f in found if getattr(getattr(f, "lfs", None), "sha256", "") == hashes[f.path]}
+            infos = self._api.get_paths_info(self.repo, list(hashes), revision=self._revision)
+            return {
+                info.path for info in infos if getattr(getattr(info, "lfs", None), "sha256", "") == hashes[info.path]
+            }
 
-    def _commit(self, operations: list[Any], message: str) -> str:
-        if _BEGUN in self.files() and any(o.path_in_repo == MANIFEST for o in operations):
-            operations = [*operations, CommitOperationDelete(_BEGUN)]
+    def _list_files(self) -> set[str]:
+        return set(self._api.list_repo_files(self.repo, revision=self._revision))
+
+    def _manifest_fields(self) -> dict[str, Any]:
+        """Return the JSON object of the manifest in the repository; empty if there is none, or it is not a manifest."""
+        if MANIFEST not in self._list_files():
+            return {}
+        path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) and isinstance(content.get("files", {}), dict) else {}
+
+    def _outdated_files(self, kept: Collection[str]) -> list[str]:
+        """List the files to delete: those of an earlier output, and those that could be loaded instead of this one."""
+        earlier_output = self._manifest_fields().get("files", {})
+        others = self._list_files().difference(kept)
+        return [name for name in sorted(others) if name in earlier_output or _would_be_loaded(name)]
+
+    def _commit(self, operations: Sequence[_Operation], message: str) -> str:
+        """Create a commit and return its id. A commit with the manifest ends what `mark_unfinished` began."""
+        if _UNFINISHED in self._list_files() and any(o.path_in_repo == MANIFEST for o in operations):
+            operations = [*operations, CommitOperationDelete(_UNFINISHED)]
         info = self._api.create_commit(self.repo, operations, commit_message=message, revision=self._revision)
         return str(info.oid)
 
-    def _card(self, manifest: Manifest, published: Manifest) -> str:
-        data = ModelCardData(**card_data(manifest), **self._of_the_source(manifest))
+    def _model_card(self, manifest: Manifest, published: Manifest) -> str:
+        data = ModelCardData(**card_data(manifest), **self._source_card_fields(manifest))
         return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{card_text(published, self.repo)}"))
 
-    def _of_the_source(self, manifest: Manifest) -> dict[str, Any]:
-        """Licence and language, from the source's own card, where it has one."""
+    def _source_card_fields(self, manifest: Manifest) -> dict[str, Any]:
+        """Return the licence and the language from the card of the original model; empty if it has none."""
         model, revision = str(manifest.source["model"]), manifest.source["revision"]
         path: Path | str = Path(model).expanduser() / "README.md"
         try:
             if revision is not None:
                 path = self._api.hf_hub_download(model, "README.md", revision=revision)
-            data = (metadata_load(path) or {}) if Path(path).is_file() else {}  # it may be a pipe
-        except Exception:  # somebody else's card, missing or broken in whatever way, costs no more than its licence
+            data = (metadata_load(path) or {}) if Path(path).is_file() else {}  # reading a pipe would wait for ever
+        except Exception:  # the card is optional and may be broken in any way, so it must not stop the push
             return {}
-        return {key: data[key] for key in _OF_THE_SOURCE if key in data}
+        return {key: data[key] for key in _SOURCE_CARD_FIELDS if key in data}
 
 
 def push(
-    folder: str, repo: str, *, private: bool = True, revision: str | None = None, token: str | None = None,
+    folder: str, repo: str, *, private: bool = True, branch: str | None = None, token: str | None = None,
     overwrite: bool = False,
 ) -> Published:  # fmt: skip
-    """Publish a finished output folder; see `Repository`.
+    """Push a finished output folder to the Hub.
+
+    Args:
+        folder: The folder of the output.
+        repo, private, revision, token: See `Repository`.
+        overwrite: See `Repository.prepare`.
 
     Raises:
-        OutputError: The folder is no finished output, or a file of it was changed.
-        HubError, PlanError: See `Repository.claim`.
+        OutputError: The folder is not a finished output, or a file in it was changed.
+        HubError, PlanError: See `Repository.prepare` and `Repository.push`.
     """
     out = Path(folder).expanduser()
     manifest = require_manifest(out)
     require_inside(out, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
     for name, size_bytes in manifest.files.items():
+        # adapter_config.json may differ: trainers rewrite it, and `Repository.push` writes its own.
         if not (out / name).is_file() or (name != LORA_CONFIG and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
-    repository = Repository(repo, private=private, revision=revision, token=token)
-    repository.claim(overwrite=overwrite)
+    repository = Repository(repo, private=private, revision=branch, token=token)
+    repository.prepare(overwrite=overwrite)
     return repository.push(out, manifest)
 
 
-def as_published(manifest: Manifest, repo: str, branch: str | None = None) -> Manifest:
-    """The manifest as it stands in the repository, which is where the pair is now, and not in somebody's folder."""
+def _published_manifest(manifest: Manifest, repo: str, branch: str | None = None) -> Manifest:
+    """Replace local paths in a manifest: the output is the repository, and a local model is named without its folder.
+
+    adapter_config.json names the repository as its base, so its size and hash are replaced too.
+    """
     adapter_config = {**manifest.adapter, "base_model_name_or_path": repo}
     if branch:
         adapter_config["revision"] = branch
@@ -237,7 +288,7 @@ def as_published(manifest: Manifest, repo: str, branch: str | None = None) -> Ma
 
 
 def _would_be_loaded(name: str) -> bool:
-    """Whether a file that is not of the output might be loaded in its stead."""
+    """Whether transformers or PEFT could load a file of this name instead of the output's files."""
     if "/" in name:
         return False
     return Path(name).suffix in WEIGHT_SUFFIXES or name.endswith((".index.json", "adapter_config.json"))

@@ -15,9 +15,6 @@ from milora_init.errors import PlanError
 from milora_init.lora.targets import PeftTargets, name_suffixes
 from milora_init.untrusted import plain_names
 
-PEFT_FOR_MODULES = "0.13"
-PEFT_FOR_EXPERTS = "0.19.1"  # the first that knows which side of a fused parameter is `out`
-
 
 def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
     """The factor of B @ A in PEFT: alpha / rank, or alpha / sqrt(rank) with rsLoRA (https://arxiv.org/abs/2312.03732)."""

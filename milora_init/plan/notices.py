@@ -1,19 +1,22 @@
-"""Notices of a plan: what the user should know before and after the run."""
+"""Write the notices of a plan: one sentence for each fact that the user should know before the run.
+
+A notice never stops the run. `--dry-run` and the run print the notices, and the manifest records them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, left_out
+from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, unloaded_weights
 from milora_init.checkpoint.header import torch_name
-from milora_init.lora.config import PEFT_FOR_EXPERTS
+from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS
 from milora_init.model.adaptable import ModelStructure
 from milora_init.options import InitOptions
 from milora_init.plan.output_files import config_dtypes
-from milora_init.plan.weights import WeightPlan, quantised
+from milora_init.plan.weights import WeightPlan, lacking_default_targets, quantised_tensors
 
-_LISTED = 8  # names in a notice
+_MAX_NAMES = 8  # in one notice
 
 
 def plan_notices(
@@ -23,9 +26,44 @@ def plan_notices(
     weights: Sequence[WeightPlan],
     adapter_config: Mapping[str, Any],
 ) -> list[str]:
-    """One sentence for each thing that the user should know about a plan."""
+    """Return the notices of a plan with these weights and this adapter_config.json."""
+    return [
+        *_class_notices(options, checkpoint, structure),
+        *_target_notices(options, structure, weights, adapter_config),
+        *_file_notices(checkpoint, structure),
+        *_rank_notices(weights),
+        *_dtype_notices(options, checkpoint, weights),
+    ]
+
+
+def _class_notices(options: InitOptions, checkpoint: Checkpoint, structure: ModelStructure) -> list[str]:
+    """Name the class that the pair must be loaded with, if AutoModelForCausalLM builds another one."""
+    if not structure.other_class:
+        return []
+    if options.text_only:
+        return [
+            f"load the base with AutoModelForCausalLM, which builds a {structure.architecture}: in a "
+            f"{structure.other_class} the modules have other names, and PEFT would not load the adapter's tensors"
+        ]
+    return [
+        f"load the base as a {structure.architecture}: AutoModelForCausalLM builds a {structure.other_class}, in "
+        f"which the modules have other names, and PEFT would not load the adapter's tensors"
+        + ("; --text-only makes an adapter for that class" if "text_config" in checkpoint.config else "")
+    ]
+
+
+def _target_notices(
+    options: InitOptions,
+    structure: ModelStructure,
+    weights: Sequence[WeightPlan],
+    adapter_config: Mapping[str, Any],
+) -> list[str]:
+    """Name what adapted experts require, and the experts and towers that are not adapted."""
     notices = []
-    notices += _about_class(options, checkpoint, structure)
+    if options.target is None and (lacking := lacking_default_targets(structure)):
+        notices.append(
+            f"{structure.architecture} lacks {', '.join(lacking)} of the default targets: all-linear is adapted instead"
+        )
     if adapter_config.get("target_parameters"):
         notices.append(
             f"experts are adapted through target_parameters: training needs PEFT >= {PEFT_FOR_EXPERTS}"
@@ -34,62 +72,61 @@ def plan_notices(
     if structure.experts and not any(w.weight.expert for w in weights):
         count = sum(len(group) for group in structure.experts.values())
         notices.append(f"the {count} matrices of the experts are left as they are; --target experts adapts them too")
-    if left := [t for t in structure.towers if not any(w.weight.module.startswith(f"{t}.") for w in weights)]:
-        notices.append(f"{' and '.join(left)} left as it is; a target that names it adapts it too")
-    notices += _about_files(checkpoint, structure)
-    if whole := [w for w in weights if w.rank == min(w.weight.shape)]:
-        first = f"rank {whole[0].rank} is all that {whole[0].weight.module} has"
-        notices.append(f"{first}: nothing of {len(whole)} weights stays in the base")
-    stored = {torch_name(w.dtype) for w in weights}
-    for dtype in config_dtypes(checkpoint.config) if options.dtype == "auto" else ():
-        if stored != {dtype}:
-            notices.append(
-                f"residuals are stored as {' and '.join(sorted(stored))}, but config.json says {dtype} and transformers"
-                f" will cast them on load; `--dtype {sorted(stored)[0]}` makes config.json agree"
-            )
+    skipped = [t for t in structure.towers if not any(w.weight.module.startswith(f"{t}.") for w in weights)]
+    if skipped:
+        notices.append(f"not adapted: {' and '.join(skipped)}; a --target that contains the name adapts it too")
     return notices
 
 
-def _about_class(options: InitOptions, checkpoint: Checkpoint, structure: ModelStructure) -> list[str]:
-    """Which class loads the pair, where AutoModelForCausalLM builds another one."""
-    notices = []
-    if structure.other_class and options.text_only:
-        notices.append(
-            f"the adapter is for AutoModelForCausalLM, which builds a {structure.architecture}; in a "
-            f"{structure.other_class} its modules have other names, and PEFT would not load them"
-        )
-    elif structure.other_class:
-        notices.append(
-            f"load the base as a {structure.architecture}: AutoModelForCausalLM builds a {structure.other_class}, in "
-            f"which the adapter's modules have other names, and PEFT would not load them"
-            + ("; --text-only makes an adapter for that one" if "text_config" in checkpoint.config else "")
-        )
-    return notices
-
-
-def _about_files(checkpoint: Checkpoint, structure: ModelStructure) -> list[str]:
-    """What of the model's folder is ignored or looks quantised."""
+def _file_notices(checkpoint: Checkpoint, structure: ModelStructure) -> list[str]:
+    """Name what is ignored in the model's folder, and tensors that look quantised."""
     notices = []
     if (checkpoint.folder / SAFETENSORS_INDEX).is_file() and checkpoint.index is None:
         notices.append(
-            f"the source has both {SAFETENSORS_SINGLE} and an index; as transformers does, the index is ignored"
+            f"the source has both {SAFETENSORS_SINGLE} and an index; as in transformers, the index is ignored"
         )
-    if checkpoint.unfilled:
+    if checkpoint.missing_tensors:
         notices.append(
-            f"the index names {_listed(checkpoint.unfilled)}, which no file has and {structure.architecture} does not "
-            "need: the output's index leaves this out"
+            f"the index names {_join(checkpoint.missing_tensors)}, which no file has and {structure.architecture} "
+            "does not need: the output's index does not name them"
         )
-    if left := left_out(checkpoint):
-        notices.append(f"left out: {_listed(left)}")
-    if packed := quantised(checkpoint):
-        what = " and ".join(sorted(set(packed.values())))
+    if unloaded := unloaded_weights(checkpoint):
+        notices.append(f"not copied, because transformers does not load them: {_join(unloaded)}")
+    if quantised := quantised_tensors(checkpoint):
+        formats = " and ".join(sorted(set(quantised.values())))
         notices.append(
-            f"{len(packed)} tensors are {what}, {next(iter(packed))} first, although config.json has no "
-            "quantization_config: they are copied as they are, and transformers would load them without their scales"
+            f"{len(quantised)} tensors look quantised ({formats}), the first is {next(iter(quantised))}, but "
+            "config.json has no quantization_config: they are copied unchanged, and transformers would load them "
+            "without their scales"
         )
     return notices
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def _rank_notices(weights: Sequence[WeightPlan]) -> list[str]:
+    """Name a weight whose rank is its full rank."""
+    full_rank = [w for w in weights if w.rank == min(w.weight.shape)]
+    if not full_rank:
+        return []
+    return [
+        f"rank {full_rank[0].rank} is the full rank of {full_rank[0].weight.module}: the adapter takes all components "
+        f"of {len(full_rank)} weights, and none stays in the base"
+    ]
+
+
+def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:
+    """Warn if transformers would cast the residuals on load, which rounds them a second time."""
+    if options.dtype != "auto":
+        return []
+    stored = sorted({torch_name(w.dtype) for w in weights})
+    return [
+        f"residuals are stored as {' and '.join(stored)}, but config.json says {dtype}, and transformers will cast "
+        f"them on load; `--dtype {stored[0]}` writes that dtype into config.json"
+        for dtype in config_dtypes(checkpoint.config)
+        if stored != [dtype]
+    ]
+
+
+def _join(names: Sequence[str]) -> str:
+    """Join names for a sentence, at most `_MAX_NAMES` of them."""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

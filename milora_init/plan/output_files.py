@@ -1,4 +1,8 @@
-"""Plan each file of the output: shards, index and config.json."""
+"""Plan the files of the output's base: shards, index and config.json.
+
+Nothing is written here. A file that need not change keeps the bytes of its source: then a diff of model and base shows
+only the weights that were split.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,20 @@ from milora_init.modes import Mode
 from milora_init.options import InitOptions
 from milora_init.plan.weights import WeightPlan
 
-_DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and before transformers 4.56
+_DTYPE_KEYS = {"dtype", "torch_dtype"}  # in config.json since transformers 4.56, and before
 
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One file of the source and the file it becomes.
+    """One weight file of the model and the file of the base that is made from it.
 
-    `stamp` is the source's when it was planned; None where it is on the Hub, and `source` then where it belongs.
+    Attributes:
+        source: Path of the model's file. A file that is still on the Hub has its future path here.
+        stamp: Size and modification time of `source` when it was planned; None if it is still on the Hub.
+        target: Name of the file in the output.
+        header: Header of the output's file.
+        weights: The weights to split, by the name of the tensor that contains them.
+        mode: Which singular components to take out.
     """
 
     source: Path
@@ -35,7 +45,7 @@ class ShardJob:
 
     @property
     def splits(self) -> list[WeightPlan]:
-        """Every weight of the file that is split, whichever tensor it lies in."""
+        """Every weight of the file that is split, from all tensors."""
         return [w for weights in self.weights.values() for w in weights]
 
 
@@ -46,69 +56,91 @@ def plan_shard(
     by_tensor: Mapping[str, tuple[WeightPlan, ...]],
     options: InitOptions,
 ) -> ShardJob:
+    """Plan the output file for one weight file.
+
+    Args:
+        checkpoint: The model.
+        file: Name of the weight file.
+        number: Position of the file in `checkpoint.headers`, from 0.
+        by_tensor: All weights to split, by tensor name.
+        options: The request.
+    """
     source = checkpoint.headers[file]
     weights = {name: by_tensor[name] for name in source.tensors if name in by_tensor}
-    target = file
-    if checkpoint.is_pickle:
-        count = len(checkpoint.headers)
-        target = (
-            SAFETENSORS_SINGLE if checkpoint.index is None else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        )
-    # A header that need not change is kept to the letter: the file then differs from its source in values only.
-    changed = [name for name, (first, *_) in weights.items() if first.dtype != first.source_dtype]
     header = source
-    if changed:
+    if any(first.dtype != first.source_dtype for first, *_ in weights.values()):
         entries = (
-            (i.name, weights[i.name][0].dtype if i.name in weights else i.dtype, i.shape)
-            for i in source.tensors.values()
+            (info.name, weights[info.name][0].dtype if info.name in weights else info.dtype, info.shape)
+            for info in source.tensors.values()
         )
         header = plan_header(entries, metadata=source.metadata)
     return ShardJob(
         source=checkpoint.folder / file,
         stamp=checkpoint.stamps.get(file),
-        target=target,
+        target=_target_name(checkpoint, file, number),
         header=header,
         weights=weights,
         mode=options.mode,
     )
 
 
+def _target_name(checkpoint: Checkpoint, file: str, number: int) -> str:
+    """Name an output file: as its source, or as transformers names safetensors files if the source is a pickle."""
+    if not checkpoint.is_pickle:
+        return file
+    if checkpoint.index is None:
+        return SAFETENSORS_SINGLE
+    return f"model-{number + 1:05d}-of-{len(checkpoint.headers):05d}.safetensors"
+
+
 def plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | None:
+    """Return the content of the output's index; None if the model has a single weight file and no index.
+
+    Raises:
+        CheckpointError: The index of the model cannot be read.
+    """
     if checkpoint.index is None:
         return None
-    same = (
+    unchanged = (
         not checkpoint.is_pickle
-        and not checkpoint.unfilled
+        and not checkpoint.missing_tensors
         and all(job.header is checkpoint.headers[job.target] for job in jobs)
     )
-    if same:
+    if unchanged:
         return read_bytes(checkpoint.folder / SAFETENSORS_INDEX)
-    renamed = {job.source.name: job.target for job in jobs}
-    unfilled = set(checkpoint.unfilled)
-    total = sum(job.header.data_bytes for job in jobs)
+    target_names = {job.source.name: job.target for job in jobs}
+    missing = set(checkpoint.missing_tensors)
     metadata = checkpoint.index.get("metadata")
     index = {
         **checkpoint.index,
-        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
+        "metadata": {
+            **(metadata if isinstance(metadata, dict) else {}),
+            "total_size": sum(job.header.data_bytes for job in jobs),
+        },
         "weight_map": {
-            name: renamed[file] for name, file in checkpoint.index["weight_map"].items() if name not in unfilled
+            name: target_names[file] for name, file in checkpoint.index["weight_map"].items() if name not in missing
         },
     }
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
-    """config.json with its dtype set where the residuals' differs: transformers casts the whole model to that one."""
+    """Return config.json with this dtype, or unchanged if the dtype is `auto` or already there.
+
+    transformers casts the whole model to the dtype in config.json. Another dtype there would round the residuals again.
+    """
     if dtype == "auto" or config_dtypes(checkpoint.config) == {dtype}:
         return checkpoint.config_bytes
     config = deepcopy(checkpoint.config)
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for part in parts:
-        part |= dict.fromkeys(_DTYPE_KEYS & part.keys(), dtype)
+    # Composite models have a config for each part, such as text_config, with a dtype of its own.
+    sections = [config, *(section for section in config.values() if isinstance(section, dict))]
+    for section in sections:
+        section |= dict.fromkeys(_DTYPE_KEYS & section.keys(), dtype)
     if not _DTYPE_KEYS & config.keys():
         config["dtype"] = dtype
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def config_dtypes(config: Mapping[str, Any]) -> set[str]:
+    """Return the dtypes that config.json names at its top level, in torch's names."""
     return {str(config[key]).removeprefix("torch.") for key in _DTYPE_KEYS if config.get(key)}

@@ -1,9 +1,10 @@
-"""Check on the meta device that PEFT will load the planned adapter, before the solver runs.
+"""Check that PEFT will load the planned adapter completely, before the solver runs.
 
-If PEFT is installed, it wraps a model without weights and gets an adapter without values: names, shapes and scales are
-compared. This matters because PEFT does not report unused keys when it loads a folder: an adapter with wrong names
-would train from zero, unnoticed. Without PEFT, or with a PEFT too old for experts, our own implementation of its rules
-is used.
+PEFT does not report unused keys when it loads an adapter from a folder. An adapter with wrong names would train from
+zero without any warning. So the names, shapes and scales that PEFT expects are compared with the plan.
+
+If PEFT is installed, it adapts a copy of the model on the meta device, and loads an adapter without values. If PEFT is
+not installed, or is too old for experts, our own implementation of its rules is used.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 
 from milora_init.errors import PlanError
-from milora_init.lora.config import PEFT_FOR_EXPERTS, lora_scale, match_pattern
+from milora_init.lora.config import lora_scale, match_pattern
+from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS
 from milora_init.lora.targets import resolve_target_modules
 from milora_init.lora.tensor_layout import lora_key, stacked_shapes
 from milora_init.model import meta_model
@@ -28,13 +30,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def require_loadable(plan: Plan) -> str:
-    """See that PEFT takes the planned adapter whole, every tensor into its place and at its scale.
+    """Check that PEFT loads every tensor of the planned adapter, in its shape and with its scale.
 
     Returns:
-        Who was asked: `PEFT 0.21.2`, or `the rules of PEFT 0.19`.
+        What the plan was compared with: `PEFT 0.21.2`, or `the rules of PEFT 0.19`.
 
     Raises:
-        PlanError: PEFT would leave a tensor out, miss one, or scale one otherwise.
+        PlanError: PEFT would ignore a tensor, miss one, expect another shape, or apply another scale.
     """
     options = plan.options
     model = meta_model.build_meta_model(
@@ -44,42 +46,61 @@ def require_loadable(plan: Plan) -> str:
         text_only=options.text_only,
     )
     planned = {name: info.shape for name, info in plan.adapter_header.tensors.items()}
-    scales = {w.key: w.scale for w in plan.weights}
-    version = _peft_version(needs_experts=bool(plan.adapter_config.get("target_parameters")))
-    who = f"PEFT {version}" if version else f"the rules of PEFT {PEFT_FOR_EXPERTS}"
-    wanted, found = (
-        wanted_by_peft(model, plan.adapter_config, planned) if version else wanted_by_rules(model, plan.adapter_config)
-    )
-    differences = [f"{name} is not in the adapter" for name in wanted.keys() - planned.keys()]
-    differences += [f"{name} would not be loaded" for name in planned.keys() - wanted.keys()]
-    differences += [
-        f"{name} is {list(planned[name])} and should be {list(wanted[name])}"
-        for name in planned.keys() & wanted.keys()
-        if planned[name] != wanted[name]
-    ]
-    differences += [
-        f"{key} would be scaled by {found[key]}, not {scale}"
-        for key, scale in scales.items()
-        if key in found and abs(found[key] - scale) > 1e-9 * scale
+    version = _usable_peft_version(needs_experts=bool(plan.adapter_config.get("target_parameters")))
+    if version:
+        reference = f"PEFT {version}"
+        expected, scales = expected_by_peft(model, plan.adapter_config, planned)
+    else:
+        reference = f"the rules of PEFT {PEFT_FOR_EXPERTS}"
+        expected, scales = expected_by_rules(model, plan.adapter_config)
+    differences = [
+        *_shape_differences(planned, expected),
+        *(
+            f"{key} would be scaled by {scales[key]}, not {scale}"
+            for key, scale in {w.key: w.scale for w in plan.weights}.items()
+            if key in scales and abs(scales[key] - scale) > 1e-9 * scale
+        ),
     ]
     if differences:
         raise PlanError(
-            f"by {who} this adapter does not fit the model, in {len(differences)} places: {min(differences)}",
-            hint="--exclude that module; and please report it, with config.json",
+            f"according to {reference}, this adapter does not fit the model; {len(differences)} differences, such as: "
+            f"{min(differences)}",
+            hint="--exclude that module, and please report this with the model's config.json",
         )
-    return who
+    return reference
 
 
-def wanted_by_rules(model: nn.Module, config: Mapping[str, Any]) -> tuple[Shapes, Mapping[str, float]]:
-    """The tensors that PEFT's rules make of adapter_config.json, by name, and the scale of each pair, by its key."""
+def _shape_differences(planned: Shapes, expected: Shapes) -> list[str]:
+    """Describe each tensor that only one side has, or that has another shape."""
+    differences = [f"{name} is not in the adapter" for name in expected.keys() - planned.keys()]
+    differences += [f"{name} would not be loaded" for name in planned.keys() - expected.keys()]
+    differences += [
+        f"{name} is {list(planned[name])} and should be {list(expected[name])}"
+        for name in planned.keys() & expected.keys()
+        if planned[name] != expected[name]
+    ]
+    return differences
+
+
+def expected_by_rules(model: nn.Module, config: Mapping[str, Any]) -> tuple[Shapes, Mapping[str, float]]:
+    """Apply PEFT's rules to a model without PEFT.
+
+    Args:
+        model: The model on the meta device.
+        config: Content of adapter_config.json.
+
+    Returns:
+        The shape of each tensor that PEFT would expect, by its name in the adapter's file; and the scale of each pair
+        of factors, by its key (see `lora_key`).
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     scales: dict[str, float] = {}
     rank_of, alpha_of = match_pattern(config["rank_pattern"]), match_pattern(config["alpha_pattern"])
 
-    def add(key: str, name: str, columns: int, rows: int, experts: int) -> None:
+    def add(key: str, name: str, out_in: tuple[int, int], experts: int) -> None:
         rank = int(rank_of(name) or config["r"])
         alpha = alpha_of(name) or config["lora_alpha"]
-        for factor, shape in zip("AB", stacked_shapes(rank, (rows, columns), experts), strict=True):
+        for factor, shape in zip("AB", stacked_shapes(rank, out_in, experts), strict=True):
             shapes[lora_key(key, factor)] = shape
         scales[key] = lora_scale(rank, alpha, rslora=config["use_rslora"])
 
@@ -87,60 +108,70 @@ def wanted_by_rules(model: nn.Module, config: Mapping[str, Any]) -> tuple[Shapes
     for name in resolve_target_modules(config["target_modules"], [name for name in modules if name]):
         rows, columns = modules[name].weight.shape
         transposed = type(modules[name]).__name__ == "Conv1D"
-        add(name, name, *((rows, columns) if transposed else (columns, rows)), 1)
+        add(name, name, (columns, rows) if transposed else (rows, columns), 1)
     targets = config.get("target_parameters", [])
     for owner, module in modules.items():
-        own = [(f"{owner}.{name}", p) for name, p in module.named_parameters(recurse=False)]
-        hits = [(n, p) for n, p in own if any(n == target or n.endswith(f".{target}") for target in targets)]
-        for place, (name, parameter) in enumerate(hits):
-            key = owner + ".base_layer" * (len(hits) - 1 - place)
-            *stack, rows, columns = parameter.shape
-            if stack and getattr(module, "is_transposed", False):
-                rows, columns = columns, rows
-            add(key, name, columns, rows, stack[0] if stack else 1)
+        parameters = [(f"{owner}.{name}", p) for name, p in module.named_parameters(recurse=False)]
+        adapted = [(n, p) for n, p in parameters if any(n == target or n.endswith(f".{target}") for target in targets)]
+        for position, (name, parameter) in enumerate(adapted):
+            # PEFT wraps the module once for each parameter; the first parameter's wrapper is the innermost one.
+            key = owner + ".base_layer" * (len(adapted) - 1 - position)
+            *experts, rows, columns = parameter.shape
+            transposed = bool(experts) and getattr(module, "is_transposed", False)
+            add(key, name, (columns, rows) if transposed else (rows, columns), experts[0] if experts else 1)
     return shapes, scales
 
 
-def wanted_by_peft(model: nn.Module, config: Mapping[str, Any], planned: Shapes) -> tuple[Shapes, Mapping[str, float]]:
-    """The same, asked of PEFT itself; without those of the planned tensors for which it has no use.
+def expected_by_peft(
+    model: nn.Module, config: Mapping[str, Any], planned: Shapes
+) -> tuple[Shapes, Mapping[str, float]]:
+    """Let PEFT adapt a model and load the planned adapter without values. PEFT changes the model.
+
+    Args:
+        model: The model on the meta device.
+        config: Content of adapter_config.json.
+        planned: The shape of each planned tensor, by its name in the adapter's file.
+
+    Returns:
+        The same as `expected_by_rules`, without the planned tensors that PEFT reports as unexpected.
 
     Raises:
-        PlanError: PEFT raises an exception of its own.
+        PlanError: PEFT raises an exception.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    values = {key: value for key, value in deepcopy(dict(config)).items() if key != "peft_type"}
+    arguments = {key: value for key, value in deepcopy(dict(config)).items() if key != "peft_type"}
     state = {name: torch.empty(shape, device="meta") for name, shape in planned.items()}
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
-            wrapped = get_peft_model(model, LoraConfig(**values))
-            own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-            wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
-            if wanted == planned:
-                left = set_peft_model_state_dict(wrapped, state).unexpected_keys
-                wanted = {name: shape for name, shape in wanted.items() if name not in left}
-        except Exception as error:  # PEFT refuses by whatever exception its layers happen to raise
+            peft_model = get_peft_model(model, LoraConfig(**arguments))
+            tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+            expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            if expected == planned:
+                unexpected = set_peft_model_state_dict(peft_model, state).unexpected_keys
+                expected = {name: shape for name, shape in expected.items() if name not in unexpected}
+        except Exception as error:  # PEFT has no common exception class, and its layers may raise any
             raise PlanError(
                 f"PEFT {metadata.version('peft')} refuses this adapter: {' '.join(str(error).split())[:300]}",
                 hint="upgrade peft and transformers together; if that does not help, --exclude what it names",
             ) from error
     scales = {
         name.removeprefix("base_model.model."): float(module.scaling["default"])
-        for name, module in wrapped.named_modules()
+        for name, module in peft_model.named_modules()
         if hasattr(module, "scaling") and hasattr(module, "lora_A")
     }
-    return wanted, scales
+    return expected, scales
 
 
-def _peft_version(*, needs_experts: bool) -> str:
-    """The PEFT that is installed and can be asked, empty where there is none."""
+def _usable_peft_version(*, needs_experts: bool) -> str:
+    """Return the version of the installed PEFT; empty if PEFT is missing, or too old for experts that are needed."""
     try:
         version = metadata.version("peft")
     except metadata.PackageNotFoundError:
         return ""
-    return "" if needs_experts and _numbers(version) < _numbers(PEFT_FOR_EXPERTS) else version
+    return "" if needs_experts and _version_numbers(version) < _version_numbers(PEFT_FOR_EXPERTS) else version
 
 
-def _numbers(version: str) -> list[int]:
+def _version_numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")[:3] if part.isdigit()]

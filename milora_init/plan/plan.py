@@ -1,7 +1,8 @@
-"""Make a Plan from options, headers and names: everything that a run will do.
+"""Make the plan of a run from the options, the headers and the module names: every file and every weight to split.
 
-Planning writes nothing and reads no weights. `--dry-run` prints a plan; `run.initialize` carries it out. Each shard is
-one ShardJob, a value of names and numbers that can be sent to a thread, a device or another machine.
+Planning writes nothing and reads no weights, so a request that cannot work fails before the expensive part.
+`--dry-run` prints a plan; `run.initialize` carries it out. Each shard is one ShardJob. A ShardJob contains only names
+and numbers, so it can be pickled and sent to another process.
 """
 
 from __future__ import annotations
@@ -17,15 +18,11 @@ from typing import Any
 
 from milora_init import __version__
 from milora_init.checkpoint.files import stamp
-from milora_init.checkpoint.folder import (
-    SAFETENSORS_INDEX,
-    Checkpoint,
-    RemoteFiles,
-    open_model,
-)
+from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, RemoteFiles, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import DTYPES, Header
 from milora_init.checkpoint.side_files import side_files
+from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
@@ -33,29 +30,30 @@ from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
+from milora_init.plan.finished import option_inputs
 from milora_init.plan.notices import plan_notices
 from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
-from milora_init.plan.weights import WeightPlan, plan_weights, quantised
+from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
-SHARDS_AT_ONCE = 4
-_PROCESS_BYTES = 450 << 20  # Python with torch and transformers loaded
+_LOW_DISK_SHARDS = 4  # with low_disk, the most shards that are on the disk at a time
+_PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run.
+    """Everything that a run will do.
 
     Attributes:
-        options: What was asked for.
+        options: The request.
         checkpoint: The model, with its headers read.
-        structure: Its modules, and which of them can be adapted.
-        jobs: One for each shard.
+        structure: The model's modules, and which of them can be adapted.
+        jobs: One job for each shard.
         weights: Every weight to split, in the model's order.
-        adapter_config: Content of the adapter's config.
-        index: Content of the output's index file, None for a single file.
-        config_bytes: The output's config.json.
-        side_files: Files that are copied unchanged, as paths relative to the model.
+        adapter_config: Content of adapter_config.json.
+        index: Content of the output's index; None if the base is a single file.
+        config_bytes: Content of the output's config.json.
+        side_files: Files that are copied unchanged, by the path relative to the model's folder.
         notices: What the user should know before the run.
     """
 
@@ -72,130 +70,141 @@ class Plan:
 
     @cached_property
     def adapter_header(self) -> Header:
+        """Header of the adapter's weight file."""
         return adapter_header((w.key, w.rank, w.weight) for w in self.weights)
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """Every file of the output except the manifest."""
+        """Every file of the output except the manifest, by the path relative to the output."""
         index = () if self.index is None else (SAFETENSORS_INDEX,)
         shards = (job.target for job in self.jobs)
         return (*shards, *index, "config.json", *self.side_files, LORA_CONFIG, LORA_WEIGHTS)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the base and the adapter, in a form that two runs can compare."""
+        """Everything that decides the bytes of the base and the adapter, as a JSON object.
+
+        Two runs with equal inputs write the same bytes.
+        """
         options = self.options
         return {
             "version": __version__,
             "source": dict(self.checkpoint.digest),
             "side_files": {name: sha256(self.source / name) for name in self.side_files},
-            "rank": options.rank,
-            "mode": options.mode,
-            "alpha": options.lora_alpha,
-            "rslora": options.rslora,
+            **option_inputs(options),
             "rank_pattern": self.adapter_config["rank_pattern"],
             "alpha_pattern": self.adapter_config["alpha_pattern"],
             "dropout": self.adapter_config["lora_dropout"],
             "task_type": self.adapter_config["task_type"],
-            "text_only": options.text_only,
-            "dtype": options.dtype,
-            "seed": options.seed,
             "modules": [w.weight.module for w in self.weights],
         }
 
     @cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of `inputs`."""
         return fingerprint(self.inputs)
 
     @property
     def changes_config(self) -> bool:
-        """Whether the output's config.json differs from the model's, because another dtype was asked for."""
+        """Whether the output's config.json differs from the model's, because the options change the dtype."""
         return self.config_bytes != self.checkpoint.config_bytes
 
     @property
     def source(self) -> Path:
+        """The folder of the model."""
         return self.checkpoint.folder
 
     @property
     def out(self) -> Path:
+        """The folder of the output."""
         return Path(self.options.out).expanduser()
 
     @property
     def overwrite(self) -> bool:
+        """Whether an earlier output in the folder may be replaced."""
         return self.options.overwrite
 
     @property
-    def room_bytes(self) -> int:
-        # The adapter counts twice: in parts beside the journal, and as the final file. With low_disk only the shards
-        # that are open or being downloaded count.
-        fetched = sorted(header.file_bytes for header in self.absent.values())
-        made = sorted(job.header.file_bytes for job in self.jobs)
+    def required_disk_bytes(self) -> int:
+        """The disk space that the run needs at its peak."""
+        download = sorted(header.file_bytes for header in self.absent.values())
+        shards = sorted(job.header.file_bytes for job in self.jobs)
         low_disk = self.options.low_disk
-        source = sum(fetched[-SHARDS_AT_ONCE:]) if low_disk else 0
-        base = sum(made[-SHARDS_AT_ONCE:] if low_disk and self.options.push_to_hub else made)
-        side = sum(stamp(self.source / name)[0] for name in self.side_files)
-        return source + base + 2 * self.adapter_bytes + side
+        # Without low_disk, downloads go into the Hub's cache: `hub.download.require_cache_space` checks its disk. With
+        # low_disk, a download is removed when its shard is finished, and a shard when it is uploaded.
+        source_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk else 0
+        base_bytes = sum(shards[-_LOW_DISK_SHARDS:] if low_disk and self.options.push_to_hub else shards)
+        side_bytes = sum(stamp(self.source / name)[0] for name in self.side_files)
+        # The adapter counts twice: as one part for each shard, and as the final file that is assembled from the parts.
+        return source_bytes + base_bytes + 2 * self.adapter_bytes + side_bytes
 
     @property
     def absent(self) -> Mapping[str, Header]:
-        """Headers of the files of the source that are still on the Hub."""
+        """Headers of the weight files that are on the Hub and not on the disk, by file name."""
         return self.checkpoint.remote.absent if self.checkpoint.remote else {}
 
     @property
     def source_bytes(self) -> int:
+        """Size of all tensors of the model."""
         return sum(header.data_bytes for header in self.checkpoint.headers.values())
 
     @property
     def base_bytes(self) -> int:
+        """Size of all shards of the output."""
         return sum(job.header.file_bytes for job in self.jobs)
 
     @property
     def adapter_bytes(self) -> int:
+        """Size of the adapter's weight file."""
         return self.adapter_header.file_bytes
 
-    def peak_memory_bytes(self, at_once: int) -> int:
-        """Estimate with so many weights in work at a time, the largest ones."""
-        stacked = max(info.size_bytes for info in self.adapter_header.tensors.values())
-        largest = sorted((self.memory_bytes(w) for w in self.weights), reverse=True)[:at_once]
-        return _PROCESS_BYTES + max(2 * stacked, sum(largest))
+    def peak_memory_bytes(self, weights_at_once: int) -> int:
+        """Estimate the peak memory of a run that solves this many weights at a time."""
+        largest_factor = max(info.size_bytes for info in self.adapter_header.tensors.values())
+        largest_weights = sorted((self.memory_bytes(w) for w in self.weights), reverse=True)[:weights_at_once]
+        return _PROCESS_BYTES + max(2 * largest_factor, sum(largest_weights))
 
     @property
     def solve_flops(self) -> int:
-        """Estimate of the multiply-adds of all weights."""
+        """Estimate of the multiply-adds for all weights."""
         return sum(map(self.flops, self.weights))
 
     def flops(self, w: WeightPlan) -> int:
-        """The same of one weight."""
+        """Estimate the multiply-adds for one weight."""
         return solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.mode)
 
     def memory_bytes(self, w: WeightPlan) -> int:
-        """Estimate of what one weight takes while it is in work on the CPU: as read and written, and to be solved."""
+        """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
         m, n = w.weight.shape
         stored_bytes = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
         return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.mode, stored_bytes)
 
-    def kinds(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
-        """How many weights there are of each (suffix, shape, dtype, rank)."""
+    def weight_counts(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
+        """Count the weights by (suffix, shape, source dtype, rank), in the model's order."""
         return dict(Counter((w.weight.suffix, w.weight.shape, w.source_dtype, w.rank) for w in self.weights))
 
 
 def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = None) -> Plan:
-    """Plan a run over the checkpoint in `folder`, a snapshot of what is `remote` on the Hub.
+    """Plan a run.
+
+    Args:
+        options: The request.
+        folder: The folder of the model, or its snapshot in the cache of the Hub.
+        remote: For a snapshot, the files that are on the Hub.
 
     Raises:
-        CheckpointError: The source cannot be trusted.
-        PlanError: The request does not fit it.
+        CheckpointError: The model cannot be read, or its files contradict each other.
+        PlanError: The options do not fit the model.
     """
     _refuse_residual(folder)
     checkpoint = open_model(folder, remote)
-    beside = side_files(folder)  # before transformers reads any of them
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    copied = side_files(folder)  # checks each path; transformers, which reads these files, is called after that
     structure = read_structure(
         folder,
         checkpoint.config,
-        shapes,
-        packed=quantised(checkpoint),
-        unfilled=checkpoint.unfilled,
+        {name: info.shape for name, info in checkpoint.tensors.items()},
+        packed=quantised_tensors(checkpoint),
+        unfilled=checkpoint.missing_tensors,
         trust_remote_code=options.trust_remote_code,
         text_only=options.text_only,
     )
@@ -215,17 +224,23 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         adapter_config=adapter_config,
         index=plan_index(checkpoint, jobs),
         config_bytes=config_with_dtype(checkpoint, options.dtype),
-        side_files=tuple(beside),
+        side_files=tuple(copied),
         notices=tuple(plan_notices(options, checkpoint, structure, weights, adapter_config)),
     )
     name, count = Counter(plan.files).most_common(1)[0]
     if count > 1:
-        raise PlanError(f"{folder}: two files of the output would be {name}", hint="rename the source's, or remove it")
+        raise PlanError(
+            f"{folder}: two files of the output would be {name}",
+            hint=f"rename or remove the file {name} in the model's folder",
+        )
     return plan
 
 
 def _refuse_residual(folder: Path) -> None:
-    """Raise CheckpointError for an output of this program: its components are already taken out."""
+    """Raise CheckpointError if the folder is an output of this program, whose components are taken out already.
+
+    The hint names the original model if the manifest does.
+    """
     found = next((name for name in (MANIFEST, LORA_CONFIG) if os.path.lexists(folder / name)), None)
     if found is None:
         return
@@ -244,27 +259,37 @@ def _refuse_residual(folder: Path) -> None:
     )
 
 
-def describe(plan: Plan, at_once: int) -> dict[str, Any]:
-    """The plan as JSON: what `--dry-run --json` prints. `at_once` weights are in work at a time."""
-    return {
-        "status": "planned",
-        "model": plan.options.model,
-        "out": plan.options.out,
-        "architecture": plan.structure.architecture,
-        "fingerprint": plan.fingerprint,
-        "mode": plan.options.mode,
-        "rank": plan.options.rank,
-        "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
-        "source_bytes": plan.source_bytes,
-        "download_bytes": sum(header.file_bytes for header in plan.absent.values()),
-        "base_bytes": plan.base_bytes,
-        "adapter_bytes": plan.adapter_bytes,
-        "peak_memory_bytes": plan.peak_memory_bytes(at_once),
-        "solve_flops": plan.solve_flops,
-        "adapter_config": plan.adapter_config,
-        "notices": list(plan.notices),
-        "files": [*plan.files, MANIFEST],
-        "shards": [
+def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, Any]:
+    """Return the plan as the JSON object that `--dry-run --json` prints.
+
+    Args:
+        plan: The plan.
+        weights_at_once: How many weights are solved at a time, for the estimate of the memory.
+        estimate_s: Estimate of the time for solving, in seconds.
+    """
+    options, remote = plan.options, plan.checkpoint.remote
+    return envelope(
+        "init",
+        "planned",
+        out=options.out,
+        fingerprint=plan.fingerprint,
+        source={"model": options.model, "revision": remote.commit if remote else None},
+        warnings=plan.notices,
+        architecture=plan.structure.architecture,
+        mode=options.mode,
+        rank=options.rank,
+        alpha=options.lora_alpha,
+        estimate_s=round(estimate_s, 1),
+        source_bytes=plan.source_bytes,
+        download_bytes=sum(header.file_bytes for header in plan.absent.values()),
+        base_bytes=plan.base_bytes,
+        adapter_bytes=plan.adapter_bytes,
+        peak_memory_bytes=plan.peak_memory_bytes(weights_at_once),
+        solve_flops=plan.solve_flops,
+        adapter_config=dict(plan.adapter_config),
+        weight_count=len(plan.weights),
+        files=[*plan.files, MANIFEST],
+        shards=[
             {
                 "source": job.source.name,
                 "target": job.target,
@@ -273,7 +298,7 @@ def describe(plan: Plan, at_once: int) -> dict[str, Any]:
             }
             for job in plan.jobs
         ],
-        "weights": [
+        weights=[
             {**asdict(w.weight), "rank": w.rank, "source_dtype": w.source_dtype, "dtype": w.dtype} for w in plan.weights
         ],
-    }
+    )

@@ -1,4 +1,8 @@
-"""Plan each weight: its rank, its scale, and its names in the adapter."""
+"""Plan each weight to split: its rank, scale, dtype and seed, and its name in the adapter.
+
+The same pass makes the content of adapter_config.json: PEFT must read from it the rank and the scale that the solver
+uses here.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from milora_init.errors import PlanError
 from milora_init.lora.config import lora_scale, make_adapter_config, stacked_alpha
 from milora_init.lora.targets import PeftTargets, matching, names_fused, peft_targets, select
 from milora_init.model.adaptable import Adaptable, ModelStructure
-from milora_init.options import InitOptions
+from milora_init.options import DEFAULT_TARGET, InitOptions
 
-_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_SOLVABLE = ("F64", "F32", "BF16", "F16")
-_PACKED = ("I8", "U8", "I16", "U16", "I32", "U32")
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_SOLVER_DTYPES = ("F64", "F32", "BF16", "F16")
+_PACKED_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")  # quantised formats store several values in each integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +29,13 @@ class WeightPlan:
     """One weight to split.
 
     Attributes:
-        weight: Which.
-        source_dtype, dtype: Before and after, in safetensors' names.
-        rank, scale: Of its factors.
-        key: What stands for it in the names of the adapter's tensors.
-        seed: Its own, so that no weight's draw depends on the order of the work.
+        weight: The weight W of the model.
+        source_dtype: Dtype of W, as in a safetensors header (`BF16`).
+        dtype: Dtype of the residual, as in a safetensors header.
+        rank: Rank r of the factors B (m, r) and A (r, n).
+        scale: The residual is W - scale * B A.
+        key: The part of the names of A and B in the adapter that names this weight.
+        seed: Seed of this weight. It does not depend on the order in which the weights are solved.
     """
 
     weight: Adaptable
@@ -44,98 +50,135 @@ class WeightPlan:
 def plan_weights(
     options: InitOptions, checkpoint: Checkpoint, structure: ModelStructure
 ) -> tuple[tuple[WeightPlan, ...], dict[str, Any]]:
-    """Every weight to split, in the model's order, and the content of adapter_config.json.
+    """Return every weight to split, in the model's order, and the content of adapter_config.json.
 
     Raises:
-        PlanError: The request does not fit the model.
+        PlanError: The options do not fit the model.
     """
-    _require_task(options.task_type, structure)
-    chosen = select(structure, options.target, options.exclude)
-    targets = peft_targets(chosen, structure)
-    sizes = _sizes(chosen, options)
-    weights = tuple(_plan_weight(weight, checkpoint, options, sizes[weight.target], targets) for weight in chosen)
-    _require_rank(weights)
-    return weights, _adapter_config(options, structure, targets, weights, sizes)
+    _require_task_type(options.task_type, structure)
+    selected = select(structure, _targets(options, structure), options.exclude)
+    targets = peft_targets(selected, structure)
+    ranks_and_alphas = _ranks_and_alphas(selected, options)
+    weights = tuple(
+        _plan_weight(weight, checkpoint, options, ranks_and_alphas[weight.target], targets) for weight in selected
+    )
+    _require_possible_ranks(weights)
+    return weights, _adapter_config(options, structure, targets, weights, ranks_and_alphas)
 
 
-def _require_task(task: str | None, structure: ModelStructure) -> None:
-    if task is None or task == structure.task_type or task in structure.task_types:
-        return
-    if task in _WITH_A_HEAD:
-        raise PlanError(
-            f"task type {task}: PEFT wants the weights of the task's head in the adapter, and this one holds none",
-            hint="leave --task-type out; the README's `A new head` has the lines that train a head with the pair",
-        )
-    why = ": AutoModel gives its modules other names" if task == "FEATURE_EXTRACTION" else ""
-    raise PlanError(f"task type {task} does not fit a {structure.architecture}{why}", hint="leave --task-type out")
+def _targets(options: InitOptions, structure: ModelStructure) -> tuple[str, ...]:
+    """Return the targets of the options; without any, the default ones, or `all-linear` if the model lacks one."""
+    if options.target is not None:
+        return options.target
+    return ("all-linear",) if lacking_default_targets(structure) else DEFAULT_TARGET
 
 
-def quantised(checkpoint: Checkpoint) -> dict[str, str]:
-    """The tensors that look quantised, by their dtype and shape: each with `fp8` or `packed`."""
+def lacking_default_targets(structure: ModelStructure) -> list[str]:
+    """Return the default targets that select no weight of the model."""
+    lacking = []
+    for name in DEFAULT_TARGET:
+        try:
+            select(structure, [name])
+        except PlanError:
+            lacking.append(name)
+    return lacking
+
+
+def quantised_tensors(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the tensors that look quantised by their dtype and shape, each with its format: `fp8` or `packed`."""
     return {
-        name: _kind(info.dtype)
+        name: _quantised_format(info.dtype)
         for name, info in checkpoint.tensors.items()
-        # A causal mask, as GPT-2 has one, is of bytes too.
-        if info.dtype.startswith("F8") or (info.dtype in _PACKED and len(info.shape) > 1 and info.shape[:2] != (1, 1))
+        if info.dtype.startswith("F8")
+        # (1, 1, n, n) is a causal mask, which GPT-2 checkpoints store as bytes.
+        or (info.dtype in _PACKED_DTYPES and len(info.shape) > 1 and info.shape[:2] != (1, 1))
     }
 
 
-def _kind(dtype: str) -> str:
-    return "fp8" if dtype.startswith("F8") else "packed"
+def weight_seed(seed: int, tensor: str, row: int | None) -> int:
+    """Derive the seed of one weight from the seed of the run.
 
+    Args:
+        seed: The seed of the run.
+        tensor: Name of the tensor that contains the weight.
+        row: Index of an expert in a fused tensor; None if the tensor is the weight.
 
-def own_seed(seed: int, tensor: str, row: int | None) -> int:
-    """The seed of one weight."""
+    Returns:
+        An integer of at most 56 bits.
+    """
     name = tensor if row is None else f"{tensor}[{row}]"
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-def _sizes(chosen: Sequence[Adaptable], options: InitOptions) -> dict[str, tuple[int, int]]:
-    """Rank and alpha of each target: the last pattern that names it, else what holds for all.
+def _require_task_type(task_type: str | None, structure: ModelStructure) -> None:
+    """Raise PlanError if PEFT could not load the adapter with this task type."""
+    if task_type is None or task_type == structure.task_type or task_type in structure.task_types:
+        return
+    if task_type in _TASKS_WITH_HEAD:
+        raise PlanError(
+            f"task type {task_type}: PEFT expects the head's weights in the adapter, but milora-init writes none",
+            hint="leave --task-type out; the README's section `A new head` shows how to train a head with the pair",
+        )
+    reason = ": AutoModel gives its modules other names" if task_type == "FEATURE_EXTRACTION" else ""
+    raise PlanError(
+        f"task type {task_type} does not fit a {structure.architecture}{reason}", hint="leave --task-type out"
+    )
+
+
+def _ranks_and_alphas(selected: Sequence[Adaptable], options: InitOptions) -> dict[str, tuple[int, int]]:
+    """Return (rank, alpha) by target: the value of the last pattern that matches it, else the value for all targets.
 
     Raises:
-        PlanError: A pattern that names nothing.
+        PlanError: A pattern matches no selected weight.
     """
-    ranks = _by_pattern("rank_pattern", options.rank_pattern, chosen)
-    alphas = _by_pattern("alpha_pattern", options.alpha_pattern, chosen)
-    sizes = {}
-    for target in {weight.target: None for weight in chosen}:
+    ranks = _values_by_target("rank_pattern", options.rank_pattern, selected)
+    alphas = _values_by_target("alpha_pattern", options.alpha_pattern, selected)
+    result = {}
+    for target in {weight.target: None for weight in selected}:
         rank = ranks.get(target, options.rank)
-        default = rank if options.alpha is None else options.alpha
-        sizes[target] = (rank, alphas.get(target, default))
-    return sizes
+        default_alpha = rank if options.alpha is None else options.alpha
+        result[target] = (rank, alphas.get(target, default_alpha))
+    return result
 
 
-def _by_pattern(option: str, patterns: Mapping[str, int], chosen: Sequence[Adaptable]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    names = {name for w in chosen for name in (w.target, w.target.rpartition(".")[0])}
+def _values_by_target(option: str, patterns: Mapping[str, int], selected: Sequence[Adaptable]) -> dict[str, int]:
+    """Resolve a rank_pattern or an alpha_pattern: the value of each target that a pattern matches.
+
+    Raises:
+        PlanError: A pattern matches no selected weight.
+    """
+    values: dict[str, int] = {}
+    # A pattern may also match the module that owns a fused parameter.
+    names = {name for w in selected for name in (w.target, w.target.rpartition(".")[0])}
     for pattern, value in patterns.items():
-        matches = matching([pattern], names)
-        fused = names_fused(pattern, matches)
-        hits = {w.target for w in chosen if (fused(w.target) if w.expert else w.target in matches)}
-        if not hits:
+        matched_names = matching([pattern], names)
+        matches_experts = names_fused(pattern, matched_names)
+        targets = {w.target for w in selected if (matches_experts(w.target) if w.expert else w.target in matched_names)}
+        if not targets:
             raise PlanError(
                 f"{option} names {pattern!r}, which matches no weight that is adapted",
-                hint=f"drop it, or add --target {pattern}",
+                hint=f"remove this pattern, or add --target {pattern}",
             )
-        found |= dict.fromkeys(hits, value)
-    return found
+        values |= dict.fromkeys(targets, value)
+    return values
 
 
 def _plan_weight(
     weight: Adaptable,
     checkpoint: Checkpoint,
     options: InitOptions,
-    size: tuple[int, int],
+    rank_and_alpha: tuple[int, int],
     targets: PeftTargets,
 ) -> WeightPlan:
+    """Plan one weight. Raises PlanError if its dtype is not one that the solver reads."""
     dtype = checkpoint.tensors[weight.tensor].dtype
-    if dtype not in _SOLVABLE:
+    if dtype not in _SOLVER_DTYPES:
         raise PlanError(
-            f"{weight.tensor} is stored as {dtype}: {_kind(dtype)}, it has no singular components of its own",
-            hint="start from the unquantised checkpoint, or dequantise it and save it again",
+            f"{weight.tensor} is stored as {dtype} ({_quantised_format(dtype)}): the singular components of these "
+            "numbers are not those of the weight",
+            hint="use the unquantised checkpoint, or dequantise this one and save it again",
         )
-    rank, alpha = size
+    rank, alpha = rank_and_alpha
     return WeightPlan(
         weight=weight,
         source_dtype=dtype,
@@ -143,8 +186,25 @@ def _plan_weight(
         rank=rank,
         scale=lora_scale(rank, alpha, rslora=options.rslora),
         key=targets.keys[weight.target],
-        seed=own_seed(options.seed, weight.tensor, weight.row),
+        seed=weight_seed(options.seed, weight.tensor, weight.row),
     )
+
+
+def _quantised_format(dtype: str) -> str:
+    return "fp8" if dtype.startswith("F8") else "packed"
+
+
+def _require_possible_ranks(weights: Sequence[WeightPlan]) -> None:
+    """Raise PlanError if a rank is above min(m, n) of its weight."""
+    too_high = [w for w in weights if w.rank > min(w.weight.shape)]
+    if too_high:
+        w = min(too_high, key=lambda w: min(w.weight.shape))  # a rank that fits the smallest weight fits all others
+        shape, limit = list(w.weight.shape), min(w.weight.shape)
+        suffix = w.weight.target.rpartition(".")[2]
+        raise PlanError(
+            f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}",
+            hint=f"--rank {limit}, or --exclude {suffix}, or a rank_pattern for {suffix} in a recipe",
+        )
 
 
 def _adapter_config(
@@ -152,8 +212,13 @@ def _adapter_config(
     structure: ModelStructure,
     targets: PeftTargets,
     weights: Sequence[WeightPlan],
-    sizes: Mapping[str, tuple[int, int]],
+    ranks_and_alphas: Mapping[str, tuple[int, int]],
 ) -> dict[str, Any]:
+    """Return the content of adapter_config.json.
+
+    PEFT adapts a fused parameter with one pair of factors. Where each expert's gate and up projection are stacked in
+    it, each has factors of its own, and the fused pair has the sum of their ranks.
+    """
     parts = {w.weight.target: w.weight.expert.parts if w.weight.expert else 1 for w in weights}
     rslora = options.rslora
     return make_adapter_config(
@@ -165,18 +230,9 @@ def _adapter_config(
         task_type=options.task_type or structure.task_type,
         targets=targets,
         fan_in_fan_out=all(w.weight.transposed for w in weights),
-        ranks={targets.names[t]: rank * parts[t] for t, (rank, _) in sizes.items()},
-        alphas={targets.names[t]: stacked_alpha(alpha, parts[t], rslora=rslora) for t, (_, alpha) in sizes.items()},
+        ranks={targets.names[t]: rank * parts[t] for t, (rank, _) in ranks_and_alphas.items()},
+        alphas={
+            targets.names[t]: stacked_alpha(alpha, parts[t], rslora=rslora)
+            for t, (_, alpha) in ranks_and_alphas.items()
+        },
     )
-
-
-def _require_rank(weights: Sequence[WeightPlan]) -> None:
-    too_high = [w for w in weights if w.rank > min(w.weight.shape)]
-    if too_high:
-        w = min(too_high, key=lambda w: min(w.weight.shape))  # what it allows, all others do
-        shape, limit = list(w.weight.shape), min(w.weight.shape)
-        suffix = w.weight.target.rpartition(".")[2]
-        raise PlanError(
-            f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}",
-            hint=f"--rank {limit}, or --exclude {suffix}, or a rank_pattern for {suffix} in a recipe",
-        )

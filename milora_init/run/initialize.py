@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -26,13 +26,13 @@ from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import drop_from_page_cache, sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.errors import OutputError
-from milora_init.hub.source import fetch_file, locate_model
+from milora_init.hub.source import fetch_file
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
-from milora_init.options import InitOptions
+from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
-from milora_init.plan.plan import Plan, make_plan
+from milora_init.plan.plan import Plan
 from milora_init.run import weight
 from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
 from milora_init.run.devices import memory_bytes
@@ -46,99 +46,93 @@ from milora_init.run.shard import ShardWriter
 if TYPE_CHECKING:
     from milora_init.hub.upload import Published
 
-
-def initialize(options: InitOptions, *, progress: Progress | None = None) -> Manifest:
-    """Split the model `options.model` into a residual base and an adapter, in the folder `options.out`.
-
-    With `options.push_to_hub` the output is uploaded too. With `options.low_disk` as well, it is only uploaded.
-
-    Args:
-        options: The request.
-        progress: Receives the events of the run.
-
-    Returns:
-        The manifest, which is also in the folder as milora_init.json. If the same request was finished before, the
-        output is not changed and its manifest is returned.
-
-    Raises:
-        MiloraError: See `errors`. The output is then unfinished; if any shard was finished, the same call resumes it.
-    """
-    return carry_out(make_plan(options, *locate_model(options)), progress=progress)[0]
+Status = Literal["done", "unchanged"]
 
 
 class ShardUploader(Protocol):
     """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
 
-    def begin(self) -> None:
+    def mark_unfinished(self) -> None:
         """Shards will be uploaded, the first ones or more of them."""
 
-    def holds(self, hashes: Mapping[str, str]) -> set[str]:
+    def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
         """The names of those files, given with their SHA-256, that are uploaded already."""
 
     def push_shard(self, path: Path, name: str) -> str:
         """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
 
-    def push(self, folder: Path, manifest: Manifest, *, there: Collection[str]) -> object:
+    def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str]) -> object:
         """Upload all other files: the output is finished."""
 
 
 def carry_out(
-    plan: Plan, *, progress: Progress | None = None, replace: bool = False
-) -> tuple[Manifest, Published | None]:
-    """Carry out a plan and upload the output if the options ask for it; see `initialize`.
+    plan: Plan, *, progress: Progress | None = None, overwrite_repository: bool = False
+) -> tuple[Manifest, Status, Published | None]:
+    """Carry out a plan, and upload the output if the options ask for it; see `api.initialize`.
 
-    Before anything is computed, the repository is checked: it must be writable, and, unless `replace`, hold nothing
-    else.
+    The repository is checked before anything is computed: it must be writable, and empty or an earlier output of ours
+    unless `overwrite_repository`.
 
     Returns:
-        The manifest, and what was uploaded: None if nothing was, because it was not asked for or was done before.
+        The manifest; whether the output was made now; what was uploaded, None if nothing was.
     """
     options = plan.options
     if not options.push_to_hub:
-        return run_plan(plan, progress=progress), None
+        return *run_plan(plan, progress=progress), None
     from milora_init.hub.upload import Repository
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.claim(overwrite=replace)
+    repository.prepare(overwrite=overwrite_repository)
     if not options.low_disk:
-        manifest = run_plan(plan, progress=progress)
+        manifest, status = run_plan(plan, progress=progress)
         if progress:
             progress.pushing(options.push_to_hub)
-        return manifest, repository.push(plan.out, manifest)
+        return manifest, status, repository.push(plan.out, manifest)
     if repository.manifest_fingerprint() == plan.fingerprint:
-        return repository.manifest(), None
-    manifest = run_plan(plan, progress=progress, uploader=repository)
-    return repository.shown(manifest), repository.published
+        return repository.manifest(), "unchanged", None
+    manifest, _ = run_plan(plan, progress=progress, uploader=repository)
+    return repository.published_manifest(manifest), "done", repository.published
 
 
-def run_plan(plan: Plan, *, progress: Progress | None = None, uploader: ShardUploader | None = None) -> Manifest:
-    """Carry out a plan; see `initialize`. With an uploader, the output is uploaded, and nothing of it stays here."""
+def run_plan(
+    plan: Plan, *, progress: Progress | None = None, uploader: ShardUploader | None = None
+) -> tuple[Manifest, Status]:
+    """Carry out a plan. With an uploader, the output is uploaded, and nothing of it is kept here.
+
+    Returns:
+        The manifest, and `unchanged` if the same request was finished before.
+
+    Raises:
+        MiloraError: See `errors`. The output is unfinished then; if a shard was finished, the same plan resumes it.
+    """
     progress = progress or Progress()
     started = time.monotonic()
     devices, threads_per_device = solver_devices(plan)
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     if finished := out.prepare(plan):
         if uploader:
-            uploader.push(out.path, finished, there=())
-        return finished
+            uploader.push(out.path, finished, pushed_before=())
+        return finished, "unchanged"
     try:
         with (
             HashPool() as hashing,
             SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
         ):
-            entries = out.finished_shards(hashing, uploader.holds if uploader else None)
+            entries = out.finished_shards(hashing, uploader.pushed_shards if uploader else None)
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
             if uploader:
-                uploader.begin()
+                uploader.mark_unfinished()
             with _prefetcher(plan, todo, out, progress) as prefetcher:
                 loop = _ShardLoop(plan, out, progress, uploader, hashing, solvers, prefetcher, started)
                 entries |= loop.run(todo)
         manifest = _assemble(plan, out, entries, checked_with, started)
         if uploader:
             uploader.push(
-                out.path, manifest, there=[name for name, entry in entries.items() if entry.pushed is not None]
+                out.path,
+                manifest,
+                pushed_before=[name for name, entry in entries.items() if entry.pushed is not None],
             )
     except BaseException:
         out.abandon()
@@ -147,7 +141,7 @@ def run_plan(plan: Plan, *, progress: Progress | None = None, uploader: ShardUpl
         out.discard(plan.files)
     else:
         out.finish(manifest)
-    return manifest
+    return manifest, "done"
 
 
 def _report_start(plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> None:
@@ -296,6 +290,7 @@ def _assemble(
         weights=tuple(records[w.weight.module] for w in plan.weights),
         hashes={name: hashes.get(name) or sha256(out.path / name) for name in plan.files},
         elapsed_s=round(time.monotonic() - started, 3),
+        request=request(options),
     )
 
 

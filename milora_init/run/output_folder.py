@@ -23,6 +23,7 @@ from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
 from milora_init.checkpoint.writer import partial_of, sync_folder, writing
 from milora_init.errors import OutputError
 from milora_init.manifest import WORK_FOLDER
+from milora_init.plan.finished import another_request, require_intact
 from milora_init.run.journal import Entry, Head, Journal
 from milora_init.run.pool import HashPool
 from milora_init.run.progress import ShardResult
@@ -55,7 +56,7 @@ class OutputPlan(Protocol):
         """Every file of the output except its record, by the path relative to the folder."""
 
     @property
-    def room_bytes(self) -> int:
+    def required_disk_bytes(self) -> int:
         """How much disk space the run needs at its peak."""
 
 
@@ -119,7 +120,7 @@ class OutputFolder(Generic[Record]):
             earlier_files = list(record.files if record else head.files if head else ())
         elif record:
             self._require_same_request(record.fingerprint, record.inputs, plan)
-            self._require_intact(record)
+            require_intact(self.path, record.files)
             self._remove_leftover_work_folder()
             return record
         elif head:
@@ -311,23 +312,9 @@ class OutputFolder(Generic[Record]):
             raise OutputError(f"--out {self.path}: {error}", hint="remove the link, or choose another --out") from error
 
     def _require_same_request(self, fingerprint: str, inputs: Mapping[str, Any], plan: OutputPlan) -> None:
-        if fingerprint == plan.fingerprint:
-            return
-        changed = [key for key, value in plan.inputs.items() if inputs.get(key) != value]
-        differences = "; ".join(_difference(key, inputs.get(key), plan.inputs[key]) for key in changed)
-        raise OutputError(
-            f"{self.path} holds the output of another request: {differences}",
-            hint="choose another --out, or replace it with --overwrite",
-        )
-
-    def _require_intact(self, record: OutputRecord) -> None:
-        for name, size in record.files.items():
-            path = self._path_of(name)
-            if not path.is_file() or path.stat().st_size != size:
-                raise OutputError(
-                    f"{self.path} was finished, but {name} has since been changed or removed",
-                    hint="make it again with --overwrite",
-                )
+        if fingerprint != plan.fingerprint:
+            changed = {name: value for name, value in plan.inputs.items() if inputs.get(name) != value}
+            raise another_request(self.path, inputs, changed)
 
     def _require_no_foreign_files(self, plan: OutputPlan, earlier_files: Iterable[str]) -> None:
         """Raise OutputError for a file that is not ours and that the output would replace, or be loaded with."""
@@ -353,7 +340,7 @@ class OutputFolder(Generic[Record]):
             raise OutputError(f"--out {self.path} cannot be written: no permission in {parent}")
         existing = earlier_files or [name for entry in self.journal.shards().values() for name in entry.files]
         existing_bytes = sum(path.stat().st_size for path in map(self._path_of, existing) if path.is_file())
-        needed = plan.room_bytes - existing_bytes
+        needed = plan.required_disk_bytes - existing_bytes
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(
@@ -379,18 +366,3 @@ class OutputFolder(Generic[Record]):
         for path in sorted(self.work.iterdir(), key=self.journal.path.__eq__) if self.work.is_dir() else ():
             if path.name != _LOCK:
                 path.unlink()
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    """What changed in one of the inputs, in words."""
-    if key not in ("source", "side_files"):
-        return f"{key} was {_short(before)}, now {_short(now)}"
-    if isinstance(before, dict) and isinstance(now, dict):
-        first = min(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        return f"the source's files differ, {first} first"
-    return "the source's files differ"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

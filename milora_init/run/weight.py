@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from milora_init.checkpoint.header import DTYPES, torch_name
+from milora_init.checkpoint.dtypes import TORCH_DTYPES
+from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource
 from milora_init.checkpoint.writer import WriteTarget
 from milora_init.errors import SolveError
@@ -140,7 +141,7 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
     def attempt(device: torch.device) -> Split:
         on_device = W.to(device)
         on_device = on_device.mT if plan.weight.transposed else on_device
-        dtype = DTYPES[job.residual.dtype]
+        dtype = TORCH_DTYPES[job.residual.dtype]
         return split(on_device, plan.rank, scale=plan.scale, mode=job.mode, dtype=dtype, seed=plan.seed)
 
     try:

@@ -1,4 +1,4 @@
-"""checkpoint: a folder is read as transformers reads it, and nothing in it is trusted."""
+"""folder: a checkpoint is read as transformers reads it; invalid or malicious content is refused."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from support import tiny_models
 from support.reference import same_bytes
 
-from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, left_out, open_checkpoint, open_model
+from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model, unloaded_weights
 from milora_init.checkpoint.side_files import side_files
 from milora_init.checkpoint.tensor_file import open_shard
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, UsageError
 
 Built = Callable[..., Path]
 
@@ -36,7 +36,7 @@ def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(params=["sharded", "single", "pickle", "sharded pickle"])
 def form(request: pytest.FixtureRequest, checkpoint: Built, pickled: Built, tmp_path: Path) -> Path:
-    """The tiny llama in each form that a folder can have."""
+    """The tiny llama in each file format of a checkpoint."""
     if request.param == "sharded":
         return checkpoint("llama")
     if request.param == "single":
@@ -44,7 +44,7 @@ def form(request: pytest.FixtureRequest, checkpoint: Built, pickled: Built, tmp_
     return pickled(3 if request.param == "sharded pickle" else 1)
 
 
-def test_every_tensor_of_every_form_is_read_unchanged(form: Path, checkpoint: Built) -> None:
+def test_every_tensor_of_every_file_format_is_read_unchanged(form: Path, checkpoint: Built) -> None:
     expected = tiny_models.tensors(checkpoint("llama"))
     opened = open_checkpoint(form)
     found = read_all(opened)
@@ -55,7 +55,7 @@ def test_every_tensor_of_every_form_is_read_unchanged(form: Path, checkpoint: Bu
     }
 
 
-def test_a_tensor_read_is_memory_of_its_own(form: Path) -> None:
+def test_reading_a_tensor_returns_a_copy(form: Path) -> None:
     """Writing into it reaches neither the file nor the next read."""
     opened = open_checkpoint(form)
     shard = open_shard(form / next(iter(opened.headers)))
@@ -75,7 +75,7 @@ def test_every_dtype_is_read(dtype: str, checkpoint: Built) -> None:
     assert all(same_bytes(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_single_file_wins_over_an_index_beside_it(own: Built) -> None:
+def test_a_single_file_is_preferred_to_an_index(own: Built) -> None:
     folder = own("llama")
     save_file({"only": torch.ones(2)}, folder / "model.safetensors")
     opened = open_checkpoint(folder)
@@ -83,14 +83,14 @@ def test_a_single_file_wins_over_an_index_beside_it(own: Built) -> None:
     assert opened.index is None
 
 
-def test_safetensors_win_over_pickles(own: Built) -> None:
+def test_safetensors_are_preferred_to_pickles(own: Built) -> None:
     folder = own("llama")
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
     assert not open_checkpoint(folder).is_pickle
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent: no such folder"):
+    with pytest.raises(UsageError, match=r"absent: no such folder"):
         open_checkpoint(tmp_path / "absent")
 
 
@@ -101,7 +101,7 @@ def test_a_folder_without_a_config_is_named(own: Built) -> None:
         open_checkpoint(folder)
 
 
-def test_an_adapter_is_told_to_name_its_base(tmp_path: Path) -> None:
+def test_an_adapter_folder_is_refused_with_a_hint_to_its_base_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no config\.json") as caught:
         open_checkpoint(tmp_path)
@@ -117,7 +117,7 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
-def test_a_broken_config_is_found_before_anything_else_is_done(content: bytes, own: Built) -> None:
+def test_an_invalid_config_is_refused(content: bytes, own: Built) -> None:
     folder = own("llama")
     (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json: not"):
@@ -176,17 +176,17 @@ def test_an_index_that_misplaces_a_tensor_is_refused(own: Built) -> None:
         open_checkpoint(folder)
 
 
-def test_a_tensor_that_the_index_invents_is_known(own: Built) -> None:
+def test_an_index_entry_without_a_tensor_is_unfilled(own: Built) -> None:
     folder = own("llama")
     file = next(folder.glob("*.safetensors")).name
     edit_index(folder, lambda content: content["weight_map"].update(invented=file))
     opened = open_checkpoint(folder)
-    assert opened.unfilled == ("invented",)
+    assert opened.missing_tensors == ("invented",)
     assert "invented" not in opened.tensors
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_shards_without_their_index_are_told(form: str, own: Built, pickled: Built, tmp_path: Path) -> None:
+def test_shards_without_their_index_are_refused(form: str, own: Built, pickled: Built, tmp_path: Path) -> None:
     folder = own("llama") if form == "safetensors" else Path(shutil.copytree(pickled(3), tmp_path / "own"))
     (index,) = folder.glob("*.index.json")
     index.unlink()
@@ -196,15 +196,15 @@ def test_shards_without_their_index_are_told(form: str, own: Built, pickled: Bui
 
 
 @pytest.mark.parametrize("name", ["config.json", SAFETENSORS_INDEX])
-def test_a_json_file_without_an_end_is_not_read(name: str, own: Built) -> None:
+def test_a_huge_json_file_is_refused_without_reading_it(name: str, own: Built) -> None:
     folder = own("llama")
     with (folder / name).open("r+b") as file:
-        file.truncate(1 << 40)  # sparse: it takes no room
+        file.truncate(1 << 40)  # a sparse file: it takes no space
     with pytest.raises(CheckpointError, match=rf"{name}: {1 << 40} bytes"):
         open_checkpoint(folder)
 
 
-def test_an_adapter_beside_the_weights_is_refused(own: Built) -> None:
+def test_a_checkpoint_folder_with_an_adapter_is_refused(own: Built) -> None:
     folder = own("llama")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json beside its weights: transformers would") as caught:
@@ -213,23 +213,23 @@ def test_an_adapter_beside_the_weights_is_refused(own: Built) -> None:
     assert "move it away" in caught.value.hint
 
 
-def test_weights_that_are_not_of_the_model_are_left_out(own: Built) -> None:
+def test_other_weight_files_are_listed_as_left_out(own: Built) -> None:
     folder = own("llama")
-    assert left_out(open_checkpoint(folder)) == []
+    assert unloaded_weights(open_checkpoint(folder)) == []
     out = ["consolidated.safetensors", "model-mtp.safetensors", "model.GGUF", "pytorch_model.bin", "zero/", "original/"]
     for name in ("original", "zero", "assets", ".cache"):
         (folder / name).mkdir()
     for name in (*out[:4], "zero/optimizer.pt", "original/consolidated.00.pth", "assets/a.png", ".cache/x.bin"):
         (folder / name).write_bytes(b"x")
-    assert left_out(open_checkpoint(folder)) == sorted(out)
+    assert unloaded_weights(open_checkpoint(folder)) == sorted(out)
 
 
-def test_a_part_of_a_sentence_transformer_is_not_left_out(own: Built) -> None:
+def test_a_module_of_a_sentence_transformer_is_not_left_out(own: Built) -> None:
     folder = own("bert")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"x")
     (folder / "modules.json").write_text(json.dumps([{"path": "2_Dense"}]))
-    assert left_out(open_checkpoint(folder)) == []
+    assert unloaded_weights(open_checkpoint(folder)) == []
 
 
 def test_a_tensor_in_two_shards_is_refused(own: Built) -> None:
@@ -242,8 +242,8 @@ def test_a_tensor_in_two_shards_is_refused(own: Built) -> None:
         open_checkpoint(folder)
 
 
-class Trap:
-    """Unpickling this would create a file."""
+class CreatesFileWhenUnpickled:
+    """Unpickling this creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -254,7 +254,7 @@ class Trap:
 
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(pickled: Built, tmp_path: Path) -> None:
     shutil.copytree(pickled(1), tmp_path / "model")
-    torch.save({"w": Trap(tmp_path / "ran")}, tmp_path / "model" / "pytorch_model.bin")
+    torch.save({"w": CreatesFileWhenUnpickled(tmp_path / "ran")}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: torch\.load\(weights_only=True"):
         open_checkpoint(tmp_path / "model")
     assert not (tmp_path / "ran").exists()
@@ -299,21 +299,21 @@ def test_the_digest_changes_with_the_weights_and_with_the_config(own: Built) -> 
     assert {name for name in before if before[name] != after[name]} == {shard.name, "config.json"}
 
 
-def test_what_speaks_of_the_model_travels_and_the_rest_stays(own: Built) -> None:
+def test_side_files_of_the_model_are_copied_and_other_files_are_not(own: Built) -> None:
     folder = own("llama")
-    stays = ["adapter_config.json", "model.onnx", "model.gguf", "tf_model.h5", ".gitattributes", "README.fr.md"]
-    goes = ["modeling_own.py", "chat_template.jinja", "vocab.txt", "special_tokens_map.json"]
-    for name in (*stays, *goes):
+    not_copied = ["adapter_config.json", "model.onnx", "model.gguf", "tf_model.h5", ".gitattributes", "README.fr.md"]
+    copied = ["modeling_own.py", "chat_template.jinja", "vocab.txt", "special_tokens_map.json"]
+    for name in (*not_copied, *copied):
         (folder / name).write_bytes(b"x")
     (folder / "runs").mkdir()
     (folder / "runs" / "log").write_bytes(b"x")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_bytes(b"x")
     given = {"LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert set(side_files(folder)) == given | set(goes) | {"additional_chat_templates/tool.jinja"}
+    assert set(side_files(folder)) == given | set(copied) | {"additional_chat_templates/tool.jinja"}
 
 
-def test_the_modules_of_a_sentence_transformer_travel(own: Built) -> None:
+def test_the_modules_of_a_sentence_transformer_are_copied(own: Built) -> None:
     folder = own("bert")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"x")
@@ -335,7 +335,7 @@ def test_a_broken_modules_json_is_named(content: bytes, own: Built) -> None:
     ["tokenizer.json", "config.json", SAFETENSORS_INDEX, "modules.json", "additional_chat_templates/tool.jinja",
      "additional_chat_templates", "1_Pooling/config.json", "1_Pooling", "1_Pooling/deep"],
 )  # fmt: skip
-def test_what_is_copied_and_is_a_link_out_of_the_folder_is_refused_by_name(name: str, own: Built) -> None:
+def test_a_copied_file_that_is_a_link_out_of_the_folder_is_refused(name: str, own: Built) -> None:
     folder, secret = own("llama"), "my key"
     (folder.parent / "home").mkdir()
     (folder.parent / "home" / "id_rsa").write_text(secret)
@@ -353,7 +353,7 @@ def test_what_is_copied_and_is_a_link_out_of_the_folder_is_refused_by_name(name:
     assert caught.value.hint
 
 
-def test_a_link_to_a_link_out_and_a_loop_are_refused(own: Built) -> None:
+def test_a_chain_of_links_out_of_the_folder_and_a_loop_are_refused(own: Built) -> None:
     folder = own("llama")
     (folder / ".here").symlink_to(folder.parent / "id_rsa")
     (folder / "vocab.txt").symlink_to(".here")
@@ -366,7 +366,7 @@ def test_a_link_to_a_link_out_and_a_loop_are_refused(own: Built) -> None:
         side_files(folder)
 
 
-def test_a_shard_may_be_a_link_to_another_disk(own: Built) -> None:
+def test_a_shard_may_be_a_link_out_of_the_folder(own: Built) -> None:
     folder = own("llama")
     shard = next(folder.glob("*.safetensors"))
     shard.rename(folder.parent / shard.name)
@@ -375,7 +375,7 @@ def test_a_shard_may_be_a_link_to_another_disk(own: Built) -> None:
     assert side_files(folder)
 
 
-def test_a_link_that_stays_in_the_folder_is_a_file_like_any(own: Built) -> None:
+def test_a_link_within_the_folder_is_copied_like_a_file(own: Built) -> None:
     folder = own("llama")
     (folder / "vocab.txt").symlink_to("tokenizer.json")
     assert "vocab.txt" in side_files(folder)
@@ -383,7 +383,7 @@ def test_a_link_that_stays_in_the_folder_is_a_file_like_any(own: Built) -> None:
 
 @pytest.mark.parametrize("name", ["vocab.txt", "additional_chat_templates/tool.jinja"])
 @pytest.mark.parametrize("kind", ["dangling", "pipe", "socket"])
-def test_a_side_file_that_is_no_file_is_named(kind: str, name: str, own: Built) -> None:
+def test_a_side_file_that_is_not_a_regular_file_is_refused(kind: str, name: str, own: Built) -> None:
     folder = own("llama")
     path = folder / name
     path.parent.mkdir(exist_ok=True)
@@ -405,7 +405,7 @@ def test_a_side_file_that_is_no_file_is_named(kind: str, name: str, own: Built) 
      "config.json", "adapter_config.json", "milora_init.json", "milora_merge.json", "README.md", SAFETENSORS_INDEX,
      "model-00001-of-00002.safetensors", "model.safetensors", ".", 5, None],
 )  # fmt: skip
-def test_a_module_may_not_have_a_name_of_the_outputs_or_a_hidden_one(path: object, own: Built) -> None:
+def test_a_module_path_that_is_reserved_hidden_or_outside_is_refused(path: object, own: Built) -> None:
     folder = own("llama")
     (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": path}]))
     with pytest.raises(CheckpointError, match=r"modules\.json") as caught:
@@ -413,7 +413,7 @@ def test_a_module_may_not_have_a_name_of_the_outputs_or_a_hidden_one(path: objec
     assert caught.value.hint
 
 
-def test_a_file_comes_once_and_hidden_ones_stay(own: Built) -> None:
+def test_each_side_file_is_listed_once_and_hidden_files_are_not(own: Built) -> None:
     folder = own("bert")
     for name in ("1_Pooling/config.json", "1_Pooling/deep/x.txt", "1_Pooling/.git/config", "1_Pooling/.token"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -425,7 +425,7 @@ def test_a_file_comes_once_and_hidden_ones_stay(own: Built) -> None:
     assert [name for name in found if "/" in name] == ["1_Pooling/config.json", "1_Pooling/deep/x.txt"]
 
 
-def test_a_file_called_lora_is_left_behind(own: Built) -> None:
+def test_a_file_called_lora_is_not_copied(own: Built) -> None:
     folder = own("llama")
     (folder / "lora").write_bytes(b"x")
     assert "lora" not in side_files(folder)

@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support import fork_server
-from support.raw_headers import entry, raw_file, written
+from support.raw_headers import entry, raw_file, write_file
 from support.reference import same_bytes
 from support.tiny_models import contents
 
-from milora_init.checkpoint.header import DTYPE_NAMES, DTYPES, Header, plan_header, read_header
+from milora_init.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from milora_init.checkpoint.header import DTYPES, Header, plan_header, read_header
 from milora_init.checkpoint.writer import SafetensorsWriter
 from milora_init.errors import CheckpointError, OutputError
 
@@ -34,7 +35,7 @@ def test_a_header_read_is_the_one_that_the_library_wrote(tmp_path: Path) -> None
     content = (tmp_path / "x.safetensors").read_bytes()
     assert content.startswith(header.raw)
     assert header.metadata == {"format": "pt"}
-    assert {n: (DTYPES[i.dtype], i.shape) for n, i in header.tensors.items()} == {
+    assert {n: (TORCH_DTYPES[i.dtype], i.shape) for n, i in header.tensors.items()} == {
         n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()
     }
     for name, info in header.tensors.items():
@@ -66,26 +67,28 @@ def test_a_header_read_is_the_one_that_the_library_wrote(tmp_path: Path) -> None
         pytest.param({"w": entry(shape=(True, 6))}, bytes(24), "w.*malformed", id="a dimension that is true"),
         pytest.param({"w": entry(offsets=(0, 12, 24))}, bytes(24), "w.*malformed", id="three offsets"),
         pytest.param({"w": entry(offsets="01")}, bytes(24), "w.*malformed", id="offsets that are a string"),
-        pytest.param({"w": entry(shape=(2**62, 2**62))}, bytes(24), "w is F32", id="a shape beyond all memory"),
+        pytest.param({"w": entry(shape=(2**62, 2**62))}, bytes(24), "w is F32", id="a shape larger than any memory"),
         pytest.param({"w": entry(shape=(2**63, 1))}, bytes(24), "w.*malformed", id="a dimension beyond 63 bits"),
         pytest.param({"w": entry(shape=[1] * 5000)}, bytes(24), "w.*malformed", id="thousands of dimensions"),
         pytest.param({"__metadata__": {"n": 1}, "w": F32}, bytes(24), "__metadata__", id="metadata that is no string"),
         pytest.param({"__metadata__": [], "w": F32}, bytes(24), "__metadata__", id="metadata that is a list"),
-        pytest.param([1], b"", "not a JSON object", id="a list for a header"),
-        pytest.param(b"{", b"", "JSON", id="JSON that stops"),
+        pytest.param([1], b"", "not a JSON object", id="a list instead of an object"),
+        pytest.param(b"{", b"", "JSON", id="incomplete JSON"),
         pytest.param(b"\xff\xfe", b"", "JSON", id="a header that is not UTF-8"),
-        pytest.param(b"[" * 100_000, b"", "JSON", id="JSON as deep as a well"),
+        pytest.param(b"[" * 100_000, b"", "JSON", id="deeply nested JSON"),
         pytest.param(b'{"w": 1' + b"0" * 5000 + b"}", b"", "JSON", id="a number of thousands of digits"),
         pytest.param(
             b'{"w": %b, "w": %b}' % (json.dumps(F32).encode(), json.dumps(F32).encode()),
             bytes(24),
             "'w' is in it twice",
-            id="a tensor that is there twice",
+            id="a duplicate tensor",
         ),
     ],
 )
-def test_a_header_that_lies_is_refused_by_name(header: Any, data: bytes, message: str, tmp_path: Path) -> None:
-    path = written(tmp_path / "x.safetensors", raw_file(header, data))
+def test_an_invalid_header_is_refused_and_its_file_named(
+    header: Any, data: bytes, message: str, tmp_path: Path
+) -> None:
+    path = write_file(tmp_path / "x.safetensors", raw_file(header, data))
     with pytest.raises(CheckpointError, match=message) as caught:
         read_header(path)
     assert str(path) in caught.value.message
@@ -94,23 +97,23 @@ def test_a_header_that_lies_is_refused_by_name(header: Any, data: bytes, message
 @pytest.mark.parametrize("length", [0, 7, 8, 20, 90])
 def test_a_truncated_file_is_refused(length: int, tmp_path: Path) -> None:
     save_file({"weight": torch.randn(4, 4)}, tmp_path / "whole.safetensors")
-    path = written(tmp_path / "cut.safetensors", (tmp_path / "whole.safetensors").read_bytes()[:length])
+    path = write_file(tmp_path / "cut.safetensors", (tmp_path / "whole.safetensors").read_bytes()[:length])
     with pytest.raises(CheckpointError, match=r"truncated|describes"):
         read_header(path)
 
 
-def test_a_header_of_a_claimed_size_is_not_read_into_memory(tmp_path: Path) -> None:
-    path = written(tmp_path / "x.safetensors", (1 << 62).to_bytes(8, "little") + b"{}")
+def test_a_header_with_a_huge_stated_size_is_refused_without_reading_it(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", (1 << 62).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match="truncated"):
         read_header(path)
-    with path.open("r+b") as file:  # a sparse file, as long as it claims
+    with path.open("r+b") as file:  # a sparse file as large as stated
         file.write((200_000_000).to_bytes(8, "little"))
         file.truncate(200_000_100)
     with pytest.raises(CheckpointError, match="200000000 bytes"):
         read_header(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.safetensors"):
         with pytest.raises(CheckpointError, match=str(path)):
             read_header(path)
@@ -128,7 +131,7 @@ def test_a_planned_header_reads_back_and_every_tensor_is_aligned(
 ) -> None:
     header = plan_header([(f"t{i}", dtype, shape) for i, (dtype, shape) in enumerate(planned)], metadata={"k": "é"})
     size = sum(info.size_bytes for info in header.tensors.values())
-    assert read_header(written(tmp_path / "x.safetensors", header.raw + bytes(size))) == header
+    assert read_header(write_file(tmp_path / "x.safetensors", header.raw + bytes(size))) == header
     for info in header.tensors.values():
         assert (len(header.raw) + info.start) % DTYPES[info.dtype].itemsize == 0, info
 
@@ -137,7 +140,7 @@ MIXED = {
     "odd": torch.randn(3).bfloat16(),
     "wide": torch.randn(3, 5, dtype=torch.float64),
     "flags": torch.tensor([True, False, True]),
-    "turned": torch.randn(4, 6).T,
+    "transposed": torch.randn(4, 6).T,
     "scalar": torch.tensor(7, dtype=torch.int16),
     "empty": torch.empty(0, 3),
     "half": torch.randn(2, 2).half(),
@@ -164,7 +167,7 @@ def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [None, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_copied_bytes_are_the_same_whatever_the_file_system_can(
+def test_copied_bytes_are_the_same_with_and_without_copy_file_range(
     code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source.safetensors"
@@ -183,8 +186,8 @@ def test_copied_bytes_are_the_same_whatever_the_file_system_can(
     assert (tmp_path / "copy.safetensors").read_bytes() == source.read_bytes()
 
 
-def test_a_source_that_shrinks_under_the_copy_is_an_error(tmp_path: Path) -> None:
-    source = written(tmp_path / "source", b"short")
+def test_a_source_that_became_shorter_is_an_error(tmp_path: Path) -> None:
+    source = write_file(tmp_path / "source", b"short")
     with (
         source.open("rb") as file,
         SafetensorsWriter(tmp_path / "x.safetensors", header_of(MIXED)) as writer,
@@ -194,7 +197,7 @@ def test_a_source_that_shrinks_under_the_copy_is_an_error(tmp_path: Path) -> Non
     assert list(contents(tmp_path)) == ["source"]
 
 
-def test_an_unfinished_file_never_gets_its_name(tmp_path: Path) -> None:
+def test_an_unfinished_file_never_gets_its_final_name(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", header_of(MIXED)) as writer:
         writer.write("odd", MIXED["odd"])
         with pytest.raises(OutputError, match="6 tensors were never written"):
@@ -214,7 +217,7 @@ def test_an_exception_leaves_neither_a_file_nor_a_partial_one(tmp_path: Path) ->
 
 
 def test_an_earlier_file_is_kept_until_the_new_one_is_finished(tmp_path: Path) -> None:
-    path = written(tmp_path / "x.safetensors", b"earlier")
+    path = write_file(tmp_path / "x.safetensors", b"earlier")
     with SafetensorsWriter(path, header_of(MIXED)) as writer:
         for name, tensor in MIXED.items():
             writer.write(name, tensor)
@@ -228,8 +231,8 @@ def test_an_earlier_file_is_kept_until_the_new_one_is_finished(tmp_path: Path) -
     [
         ("odd", torch.randn(3), r"odd is torch.float32 \[3\], planned BF16 \[3\]"),
         ("odd", torch.randn(4).bfloat16(), r"odd is torch.bfloat16 \[4\], planned BF16 \[3\]"),
-        ("turned", torch.randn(4, 6), r"turned is torch.float32 \[4, 6\], planned F32 \[6, 4\]"),
-        ("stranger", torch.randn(3), "stranger was written twice, or never planned"),
+        ("transposed", torch.randn(4, 6), r"transposed is torch.float32 \[4, 6\], planned F32 \[6, 4\]"),
+        ("unplanned", torch.randn(3), "unplanned was written twice, or never planned"),
     ],
 )
 def test_a_tensor_other_than_planned_is_refused(name: str, tensor: torch.Tensor, message: str, tmp_path: Path) -> None:
@@ -240,7 +243,7 @@ def test_a_tensor_other_than_planned_is_refused(name: str, tensor: torch.Tensor,
         writer.write(name, tensor)
 
 
-def test_a_tensor_is_written_once(tmp_path: Path) -> None:
+def test_writing_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", header_of(MIXED)) as writer:
         writer.write("odd", MIXED["odd"])
         with pytest.raises(OutputError, match="odd was written twice"):
@@ -258,7 +261,7 @@ def test_a_file_has_the_permissions_that_the_umask_leaves(umask: int, tmp_path: 
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o666 & ~umask
 
 
-def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
+def test_a_missing_output_folder_is_an_output_error(tmp_path: Path) -> None:
     writer = SafetensorsWriter(tmp_path / "absent" / "x.safetensors", header_of({}))
     with pytest.raises(OutputError, match="cannot write") as caught, writer:
         pass
@@ -275,7 +278,7 @@ def write_more_than_fits(path: Path) -> None:
 
 
 def test_a_file_too_large_for_its_disk_is_an_output_error_that_leaves_nothing(tmp_path: Path) -> None:
-    """The kernel's own refusal: a limit on file sizes replaces a full disk, which a test cannot have."""
+    """RLIMIT_FSIZE makes the kernel refuse the write, in place of a full disk."""
     path = tmp_path / "x.safetensors"
     done = fork_server.run(write_more_than_fits, path)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from support import fork_server
 from milora_init.cli.main import run
 from milora_init.hub.model_card import step_summary, write_step_summary
 from milora_init.manifest import Manifest
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 ROOT = Path(__file__).parents[2]

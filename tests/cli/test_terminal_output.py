@@ -31,7 +31,7 @@ def test_without_a_terminal_each_shard_is_a_line_with_the_time_left(
     lines = said.err.splitlines()
     count = len(shards(source))
     assert [line.split("]")[0] for line in lines] == [f"[{n}/{count}" for n in range(1, count + 1)]
-    assert all(re.search(r", about [\d.]+ s left$", line) for line in lines[:-1])
+    assert all(re.search(r", (about [\d.]+ s|less than 1 s) left$", line) for line in lines[:-1])
     assert "left" not in lines[-1]
 
 
@@ -45,7 +45,7 @@ def test_on_a_terminal_the_bar_counts_modules_and_names_the_one_in_work(
         bar._bar.refresh()
     seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     count = len(manifest.weights)
-    assert f"{count}/{count} modules" in seen
+    assert f"{count}/{count} weights" in seen
     assert any(weight.module in seen for weight in manifest.weights)
 
 

@@ -1,4 +1,4 @@
-"""A trained pair, turned into a plain LoRA: on the original model it computes what the pair computes."""
+"""convert: a trained pair becomes a plain LoRA adapter; on the original model it computes the same function."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import TARGETS, contents
 from support.training import digests, load, logits, train
 
+from milora_init.api import convert
 from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError, UsageError
-from milora_init.export.convert import best_rank, convert
+from milora_init.export.convert import best_rank
 from milora_init.export.merge import merge
 from milora_init.manifest import Manifest
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -31,7 +32,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def with_patterns(lora: Path) -> None:
-    """Give one module half of the rank, in the form that PEFT saves; its scale stays."""
+    """Halve the rank of one module, in the form that PEFT saves; its scale does not change."""
     weights = load_file(lora / "adapter_model.safetensors")
     key = min(name for name in weights if name.endswith(".lora_A.weight"))
     module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -43,7 +44,7 @@ def with_patterns(lora: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_converted_on_the_original_computes_what_the_trained_pair_computes(
+def test_the_converted_adapter_on_the_original_computes_what_the_trained_pair_computes(
     kind: str, rslora: bool, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     source, out = checkpoint(kind), tmp_path / "out"
@@ -51,7 +52,7 @@ def test_converted_on_the_original_computes_what_the_trained_pair_computes(
     trained = train(out, tmp_path / "trained")
     inputs = digests(source, out, trained)
 
-    modules = convert(out / "lora", trained, tmp_path / "plain")
+    modules = convert(out / "lora", trained, tmp_path / "plain").modules
 
     assert digests(source, out, trained) == inputs
     assert {(m.rank, m.lost) for m in modules} == {(8, 0.0)}
@@ -59,24 +60,24 @@ def test_converted_on_the_original_computes_what_the_trained_pair_computes(
     assert config["base_model_name_or_path"] == str(source)
     pair = logits(load(out, trained))
     plain = load(source, tmp_path / "plain")
-    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training moved nothing"
+    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training changed nothing"
     torch.testing.assert_close(logits(plain), pair, rtol=1e-4, atol=1e-4)
     merged = load(out, trained).merge_and_unload()
     torch.testing.assert_close(logits(plain), logits(merged), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_patterns_double_with_the_rest(rslora: bool, checkpoint: Built, start: Start, tmp_path: Path) -> None:
+def test_an_adapter_with_patterns_is_converted(rslora: bool, checkpoint: Built, start: Start, tmp_path: Path) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
     start(source, out=str(out), rank=4, rslora=rslora)
     with_patterns(out / "lora")
     trained = train(out, tmp_path / "trained")
-    initial = shutil.copytree(out / "lora", tmp_path / "initial")  # the manifest knows another one
+    initial = shutil.copytree(out / "lora", tmp_path / "initial")  # the manifest records another adapter
     with pytest.raises(PlanError, match="is not the adapter that its base was made with"):
         convert(out / "lora", trained, tmp_path / "plain")
     convert(initial, trained, tmp_path / "plain", model=str(source))
 
-    # The base was not made for the shortened factors, so the truth is theirs: residual + s (B A - B0 A0) on both sides.
+    # The base does not match the shortened factors, so only the changes s (B A - B0 A0) are compared.
     before, after = load(out, out / "lora").merge_and_unload(), load(out, trained).merge_and_unload()
     original = load(source)
     plain = load(source, tmp_path / "plain").merge_and_unload()
@@ -86,14 +87,14 @@ def test_patterns_double_with_the_rest(rslora: bool, checkpoint: Built, start: S
         torch.testing.assert_close(value - origin[name], moved[name] - start_at[name], rtol=1e-4, atol=1e-5)
 
 
-def test_compression_is_the_best_of_its_rank_and_says_what_it_lost(
+def test_compression_is_the_best_of_its_rank_and_reports_the_loss(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
     start(source, out=str(out), rank=4, rslora=True)
     trained = train(out, tmp_path / "trained")
     convert(out / "lora", trained, tmp_path / "whole")
-    modules = convert(out / "lora", trained, tmp_path / "small", rank=3)
+    modules = convert(out / "lora", trained, tmp_path / "small", rank=3).modules
 
     origin = dict(load(source).named_parameters())
     whole = dict(load(source, tmp_path / "whole").merge_and_unload().named_parameters())
@@ -119,9 +120,10 @@ def test_best_rank_at_full_rank_is_the_product(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `out` and `trained`, to be copied before it is damaged."""
+    """A folder with `out` and `trained`; tests must copy it before they change it."""
+    from support.runs import initialize
+
     from milora_init.options import InitOptions
-    from milora_init.run.initialize import initialize
 
     folder = tmp_path_factory.mktemp("pair")
     out = folder / "out"
@@ -146,7 +148,7 @@ def _add(trained: Path) -> None:
 
 
 def _another(trained: Path) -> None:
-    """Of the same shapes, as one trained on another base is; its config does not tell."""
+    """Replace the factors by noise of the same shapes, like an adapter of another base with the same config."""
     torch.manual_seed(9)
     weights = load_file(trained / "adapter_model.safetensors")
     save_file({k: torch.randn_like(v) for k, v in weights.items()}, trained / "adapter_model.safetensors")
@@ -182,8 +184,8 @@ SLOW = "([a-z_.0-9]+)*!"
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules"])
-def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> None:
-    """It would take for ever, in any of the ways; nobody's is run, so a harmless one is refused alike."""
+def test_a_pattern_from_an_adapter_config_is_not_run(key: str, pair: Path, tmp_path: Path) -> None:
+    """The first pattern would take too long to match. No pattern is run, so harmless ones are refused too."""
     for number, pattern in enumerate((SLOW, r".*\.q_proj", "re:q_proj")):
         trained = Path(shutil.copytree(pair / "trained", tmp_path / f"trained-{number}"))
         out = Path(shutil.copytree(pair / "out", tmp_path / f"out-{number}"))
@@ -193,7 +195,7 @@ def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> N
         assert [d.what for d in found if key in d.what and repr(pattern)[1:-1] in d.what]
         edit(out / "lora", **{key: value})
         assert key in "".join(d.what for d in verify(str(out)).differences)
-        if key != "target_modules":  # which merge and convert do not ask: they go by the tensors' names
+        if key != "target_modules":  # merge and convert use the tensor names and not target_modules
             with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
                 merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(trained))
             with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
@@ -207,7 +209,7 @@ def test_somebodys_pattern_is_not_run(key: str, pair: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_what_does_not_belong_is_refused_and_nothing_is_left(name: str, pair: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(name: str, pair: Path, tmp_path: Path) -> None:
     shutil.copytree(pair / "trained", tmp_path / "trained")
     damage, error, says = DAMAGE[name]
     damage(tmp_path / "trained")
@@ -217,8 +219,8 @@ def test_what_does_not_belong_is_refused_and_nothing_is_left(name: str, pair: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
 
 
-def test_a_base_that_was_moved_or_pushed_is_the_same_base(pair: Path, tmp_path: Path) -> None:
-    """Trained where the base was then: the config names that place, the factors say whose they are."""
+def test_conversion_does_not_depend_on_the_path_of_the_base(pair: Path, tmp_path: Path) -> None:
+    """The config names the path of the base during training; the factors identify the base."""
     shutil.copytree(pair / "trained", tmp_path / "trained")
     edit(tmp_path / "trained", base_model_name_or_path="org/pushed-since")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "one")
@@ -227,7 +229,7 @@ def test_a_base_that_was_moved_or_pushed_is_the_same_base(pair: Path, tmp_path: 
     merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(tmp_path / "trained"))
 
 
-def test_an_output_that_exists_is_left_alone(pair: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_refused_and_unchanged(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mine").write_text("keep")
     with pytest.raises(OutputError, match="exists"):
@@ -236,7 +238,7 @@ def test_an_output_that_exists_is_left_alone(pair: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("rank", [0, -1, 9])
-def test_a_rank_that_cannot_be(rank: int, pair: Path, tmp_path: Path) -> None:
+def test_an_impossible_rank_is_refused(rank: int, pair: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=f"rank {rank} "):
         convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain", rank=rank)
 
@@ -250,7 +252,7 @@ def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Pat
     assert config["base_model_name_or_path"] == "me/model"
 
 
-def test_what_lies_beside_the_output_stays_out_of_it(pair: Path, tmp_path: Path) -> None:
+def test_other_files_in_the_parent_folder_are_unchanged(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.partial").mkdir()
     (tmp_path / "plain.partial" / "mine.txt").write_bytes(b"mine")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
@@ -259,7 +261,7 @@ def test_what_lies_beside_the_output_stays_out_of_it(pair: Path, tmp_path: Path)
     assert not list(tmp_path.glob(".plain.*"))
 
 
-def test_a_link_to_an_empty_folder_stays_one(pair: Path, tmp_path: Path) -> None:
+def test_the_output_may_be_a_link_to_an_empty_folder(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "plain").symlink_to(tmp_path / "elsewhere")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
@@ -268,14 +270,16 @@ def test_a_link_to_an_empty_folder_stays_one(pair: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("inside", ["trained/plain", "out/lora/plain", "trained"])
-def test_the_inputs_are_no_place_for_the_output(inside: str, pair: Path) -> None:
+def test_an_output_inside_an_input_folder_is_refused(inside: str, pair: Path) -> None:
     before = digests(pair)
     with pytest.raises(OutputError):
         convert(pair / "out" / "lora", pair / "trained", pair / inside)
     assert digests(pair) == before
 
 
-def test_on_the_command_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_convert_command_prints_json_or_nothing_and_refuses_an_existing_output(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--init", str(pair / "out" / "lora"), "--trained", str(pair / "trained"), "--out", str(tmp_path / "plain")]
     assert run(["convert", *words, "--rank", "2", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -288,6 +292,6 @@ def test_on_the_command_line(pair: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "exists" in capsys.readouterr().err
 
 
-def test_the_longest_name_that_a_file_system_takes(pair: Path, tmp_path: Path) -> None:
+def test_an_output_name_of_255_bytes_is_written(pair: Path, tmp_path: Path) -> None:
     convert(pair / "out" / "lora", pair / "trained", tmp_path / ("x" * 255))
     assert (tmp_path / ("x" * 255) / "adapter_config.json").is_file()

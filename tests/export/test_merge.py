@@ -1,4 +1,4 @@
-"""merge: the base and its adapter as one plain model, which computes what the pair computes."""
+"""merge: base and adapter become one plain model that computes what the pair computes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from support import tiny_models
 from support.tiny_models import TARGETS, contents, tensors
 from support.training import digests, load, logits, train
 
+from milora_init.api import convert
 from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
-from milora_init.export.convert import convert
 from milora_init.export.merge import MERGED, merge
 from milora_init.export.merge_weight import merged_weight
 from milora_init.manifest import WORK_FOLDER, Manifest
 from milora_init.run.shard import ShardWriter
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 
 
-def model(folder: Path) -> dict[str, bytes]:
-    """Every file of a merge but its record, which holds names and seconds."""
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Every file of a merge except its record, which holds paths and times."""
     return {name: content for name, content in contents(folder).items() if name != MERGED}
 
 
@@ -48,10 +48,10 @@ def test_the_merged_model_computes_what_the_trained_pair_computes(
     merged = merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
 
     assert digests(source, out, trained) == inputs
-    assert set(model(tmp_path / "merged")) == {n for n in contents(source) if n != "README.md"}
-    assert merged.files == {name: len(content) for name, content in model(tmp_path / "merged").items()}
+    assert set(model_files(tmp_path / "merged")) == {n for n in contents(source) if n != "README.md"}
+    assert merged.files == {name: len(content) for name, content in model_files(tmp_path / "merged").items()}
     pair, plain = logits(load(out, trained)), logits(load(tmp_path / "merged"))
-    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training moved nothing"
+    assert (logits(load(source)) - pair).abs().max() > 0.1, "the training changed nothing"
     torch.testing.assert_close(plain, pair, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(plain, logits(load(out, trained).merge_and_unload()), rtol=1e-4, atol=1e-4)
     convert(out / "lora", trained, tmp_path / "plain")
@@ -60,10 +60,10 @@ def test_the_merged_model_computes_what_the_trained_pair_computes(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("residual", ["auto", "float32"])
-def test_the_untrained_adapter_gives_the_source_back(
+def test_merging_the_untrained_adapter_restores_the_source(
     dtype: str, residual: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
-    """To the rounding of the residual, which is an ulp of its own entries at most; all else to the byte."""
+    """Adapted weights up to the rounding of the residual, at most one ulp; all other tensors byte for byte."""
     source = checkpoint("llama", dtype)
     manifest = start(source, dtype=residual)
     merge(str(tmp_path / "out"), str(tmp_path / "merged"))
@@ -78,7 +78,7 @@ def test_the_untrained_adapter_gives_the_source_back(
         eps = torch.finfo(tensor.dtype).eps
         torch.testing.assert_close(after[name], tensor, rtol=eps, atol=eps * float(tensor.abs().max()))
         if residual == "float32" and dtype != "float32":
-            assert torch.equal(after[name], tensor)  # the residual kept all that a 16-bit sum needs
+            assert torch.equal(after[name], tensor)  # a float32 residual keeps enough bits for a 16-bit sum
     read = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert read == json.loads((source / "config.json").read_text())
     total = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
@@ -86,10 +86,10 @@ def test_the_untrained_adapter_gives_the_source_back(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_an_adapter_of_another_dtype_is_summed_as_exactly(
+def test_an_adapter_of_another_dtype_is_merged_with_the_same_accuracy(
     dtype: torch.dtype, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
-    """PEFT saves what it trained, and autocast_adapter_dtype=False trains in the base's dtype."""
+    """PEFT saves adapters in the dtype of the training; with autocast_adapter_dtype=False that is the base's dtype."""
     manifest = start(checkpoint("llama", "bfloat16"))
     trained = shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
     weights = load_file(trained / "adapter_model.safetensors")
@@ -106,25 +106,25 @@ def test_an_adapter_of_another_dtype_is_summed_as_exactly(
 
 
 def test_the_sum_is_rounded_once() -> None:
-    """Against exact integers: 1 + 2^-8 is half way between two bfloat16, and 2^-30 above it decides."""
+    """1 + 2^-8 is the midpoint of two bfloat16 values, and 2^-30 more must round up. All sums are exact."""
     residual, B, A = torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 2), torch.tensor([[2.0**-8], [2.0**-30]])
     merged = merged_weight(residual, B, A, 1.0, torch.bfloat16)
     assert float(merged) == 1 + 2.0**-7
     assert float(merged_weight(residual, B[:, :1], A[:1], 1.0, torch.bfloat16)) == 1.0  # to even
 
 
-def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
+def test_an_interrupted_merge_is_resumed_by_the_same_command(
     checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(checkpoint("llama"))
     out, merged = tmp_path / "out", tmp_path / "merged"
-    merge(str(out), str(tmp_path / "straight"))
-    whole, real = model(tmp_path / "straight"), ShardWriter.finish
+    merge(str(out), str(tmp_path / "uninterrupted"))
+    whole, real = model_files(tmp_path / "uninterrupted"), ShardWriter.finish
     made: list[str] = []
-    plug = 2  # pulled after so many files
+    interrupt_at = 2  # finished files
 
     def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
-        if len(made) == plug:
+        if len(made) == interrupt_at:
             raise KeyboardInterrupt
         made.append(shard.name)
         return real(shard)
@@ -135,10 +135,10 @@ def test_a_merge_that_was_cut_off_is_taken_up_by_the_same_command(
     assert not (merged / "config.json").exists()
     assert not (merged / "model.safetensors.index.json").exists()
     assert (merged / WORK_FOLDER).is_dir()
-    plug = len(whole)
+    interrupt_at = len(whole)
     merge(str(out), str(merged))
-    assert model(merged) == whole
-    assert len(made) == len(set(made)), "a file was made twice"
+    assert model_files(merged) == whole
+    assert len(made) == len(set(made)), "a file was written twice"
 
 
 def no_shard(out: Path, trained: Path) -> None:
@@ -219,7 +219,7 @@ def odd_parameters(out: Path, trained: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_does_not_belong_together_is_refused_and_nothing_is_left(
+def test_a_damaged_pair_or_adapter_is_refused_and_nothing_is_written(
     damage: Callable[[Path, Path], None], error: type[Exception], words: str,
     checkpoint: Built, start: Start, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -233,7 +233,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_left(
 
 
 @pytest.mark.parametrize("inside", ["config.json", "model-00001-of-00002.safetensors", "milora_init.json"])
-def test_an_output_that_holds_something_is_refused_and_kept(
+def test_an_output_folder_that_is_not_empty_is_refused_and_unchanged(
     inside: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -244,7 +244,7 @@ def test_an_output_that_holds_something_is_refused_and_kept(
     assert contents(tmp_path / "merged") == {inside: b"mine"}
 
 
-def test_the_base_itself_is_no_place_for_the_merge(checkpoint: Built, start: Start, tmp_path: Path) -> None:
+def test_an_output_at_or_inside_the_base_is_refused(checkpoint: Built, start: Start, tmp_path: Path) -> None:
     start(checkpoint("llama"))
     before = contents(tmp_path / "out")
     with pytest.raises(OutputError):
@@ -254,7 +254,7 @@ def test_the_base_itself_is_no_place_for_the_merge(checkpoint: Built, start: Sta
     assert contents(tmp_path / "out") == before
 
 
-def test_a_finished_merge_is_left_alone_and_another_request_is_refused(
+def test_a_finished_merge_is_unchanged_and_another_request_is_refused(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     source, out, merged = checkpoint("llama"), tmp_path / "out", tmp_path / "merged"
@@ -276,7 +276,9 @@ def test_a_finished_merge_is_left_alone_and_another_request_is_refused(
         merge(str(out), str(merged), adapter=str(trained))
 
 
-def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_merge_command_prints_json_progress_and_a_summary(
+    checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     start(checkpoint("llama"))
     assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged"), "--json"]) == 0
     answer, lines = capsys.readouterr()
@@ -292,7 +294,7 @@ def test_the_verb(checkpoint: Built, start: Start, tmp_path: Path, capsys: pytes
     assert "10 modules merged" in capsys.readouterr().out
 
 
-def test_what_comes_back_to_the_bit_is_counted(
+def test_merge_counts_the_entries_that_equal_the_original(
     checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out, to = checkpoint("llama", "bfloat16"), str(tmp_path / "out"), tmp_path / "merged"
@@ -314,7 +316,7 @@ def test_what_comes_back_to_the_bit_is_counted(
     )
 
 
-def test_a_source_with_an_adapter_over_it_is_nothing_to_compare_with(own: Built, start: Start, tmp_path: Path) -> None:
+def test_an_original_model_with_an_adapter_in_its_folder_is_refused(own: Built, start: Start, tmp_path: Path) -> None:
     source, out, to = own("llama"), str(tmp_path / "out"), tmp_path / "merged"
     start(source)
     (source / "adapter_config.json").write_text("{}")
@@ -325,7 +327,9 @@ def test_a_source_with_an_adapter_over_it_is_nothing_to_compare_with(own: Built,
         verify(out, model=str(source))
 
 
-def test_a_source_whose_index_names_too_much_goes_there_and_back(own: Built, start: Start, tmp_path: Path) -> None:
+def test_a_source_with_an_unfilled_index_entry_is_initialized_and_merged(
+    own: Built, start: Start, tmp_path: Path
+) -> None:
     source, out, to = own("llama"), str(tmp_path / "out"), tmp_path / "merged"
     index = json.loads((source / "model.safetensors.index.json").read_text())
     right = dict(index["weight_map"])
@@ -337,7 +341,7 @@ def test_a_source_whose_index_names_too_much_goes_there_and_back(own: Built, sta
     assert json.loads((to / "model.safetensors.index.json").read_text())["weight_map"] == right
 
 
-def test_a_source_of_several_dtypes_comes_back_with_its_own_config(
+def test_a_source_of_several_dtypes_is_restored_with_its_config(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(checkpoint("llama", "bfloat16"), tmp_path / "source"))
@@ -353,12 +357,12 @@ def test_a_source_of_several_dtypes_comes_back_with_its_own_config(
     assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
 
 
-def test_no_output_where_it_would_be_lost_or_mistaken(checkpoint: Built, start: Start, tmp_path: Path) -> None:
+def test_an_unsafe_output_path_is_refused(checkpoint: Built, start: Start, tmp_path: Path) -> None:
     start(checkpoint("llama"))
     out, trained = tmp_path / "out", shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
     with pytest.raises(UsageError, match="--out is empty"):
         merge(str(out), "")
-    with pytest.raises(UsageError, match="--adapter is empty"):  # and not: the one in OUT
+    with pytest.raises(UsageError, match="--adapter is empty"):  # an empty value does not mean the adapter in OUT
         merge(str(out), str(tmp_path / "merged"), adapter="")
     with pytest.raises(OutputError, match="lies inside"):
         merge(str(out), str(trained / "merged"), adapter=str(trained))
@@ -372,7 +376,7 @@ def test_no_output_where_it_would_be_lost_or_mistaken(checkpoint: Built, start: 
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_base_with_another_side_file_of_the_same_size_is_refused(
+def test_a_base_with_a_changed_side_file_of_the_same_size_is_refused(
     name: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -384,11 +388,11 @@ def test_a_base_with_another_side_file_of_the_same_size_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_with_another_bit_makes_no_model_until_it_is_mended(
+def test_a_base_with_a_flipped_bit_is_not_merged_until_it_is_restored(
     checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
-    merge(str(tmp_path / "out"), str(tmp_path / "straight"))
+    merge(str(tmp_path / "out"), str(tmp_path / "uninterrupted"))
     path = tmp_path / "out" / "model-00002-of-00010.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -398,11 +402,11 @@ def test_a_base_with_another_bit_makes_no_model_until_it_is_mended(
     assert not (tmp_path / "merged" / "config.json").exists()
     path.write_bytes(content)
     merge(str(tmp_path / "out"), str(tmp_path / "merged"))
-    assert model(tmp_path / "merged") == model(tmp_path / "straight")
+    assert model_files(tmp_path / "merged") == model_files(tmp_path / "uninterrupted")
 
 
 def name_a_file(out: Path, name: str, content: bytes) -> None:
-    """Let the manifest say that the output has a file of that name, of the right size and hash."""
+    """Add a file to the manifest, with its right size and hash."""
     manifest = json.loads((out / "milora_init.json").read_text())
     manifest["files"][name] = len(content)
     manifest["hashes"][name] = hashlib.sha256(content).hexdigest()
@@ -411,7 +415,7 @@ def name_a_file(out: Path, name: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["../mine", "a/../../mine", "{home}/mine", "..\\mine", "./tokenizer.json", ".bashrc",
                                   ".git/config"])  # fmt: skip
-def test_a_manifest_that_names_what_lies_outside_or_is_hidden_is_refused_by_every_command(
+def test_a_manifest_with_an_outside_or_hidden_path_is_refused_by_every_command(
     name: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -429,13 +433,13 @@ def test_a_manifest_that_names_what_lies_outside_or_is_hidden_is_refused_by_ever
 @pytest.mark.parametrize(
     "name", ["adapter_config.json", "model.safetensors", "lora/more.safetensors", "README.md", MERGED, "x.bin"]
 )
-def test_a_manifest_that_names_what_no_output_holds_is_not_merged(
+def test_a_manifest_with_an_unexpected_file_is_not_merged(
     name: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
     (tmp_path / "out" / name).write_bytes(b"theirs")
     name_a_file(tmp_path / "out", name, b"theirs")
-    if name == "model.safetensors":  # would be read as the weights
+    if name == "model.safetensors":  # it would be read as the weights
         (tmp_path / "out" / name).rename(tmp_path / "out" / "more.safetensors")
         name_a_file(tmp_path / "out", "more.safetensors", b"theirs")
     with pytest.raises(CheckpointError) as caught:
@@ -445,7 +449,7 @@ def test_a_manifest_that_names_what_no_output_holds_is_not_merged(
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "lora", "lora/adapter_config.json", "shard"])
-def test_a_link_in_a_pair_that_leads_out_is_refused_by_merge_and_push_and_named_by_verify(
+def test_a_link_out_of_the_pair_is_refused_by_merge_and_push_and_named_by_verify(
     name: str, checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start(checkpoint("llama"))
@@ -465,7 +469,7 @@ def test_a_link_in_a_pair_that_leads_out_is_refused_by_merge_and_push_and_named_
 
 def test_a_pair_in_the_cache_of_the_hub_is_merged(checkpoint: Built, start: Start, tmp_path: Path) -> None:
     start(checkpoint("llama"))
-    merge(str(tmp_path / "out"), str(tmp_path / "straight"))
+    merge(str(tmp_path / "out"), str(tmp_path / "uninterrupted"))
     repository = tmp_path / "models--me--pair"
     snapshot = repository / "snapshots" / "0123"
     (repository / "blobs").mkdir(parents=True)
@@ -476,16 +480,16 @@ def test_a_pair_in_the_cache_of_the_hub_is_merged(checkpoint: Built, start: Star
         link.symlink_to(os.path.relpath(repository / "blobs" / str(number), link.parent))
     assert verify(str(snapshot)).ok
     merge(str(snapshot), str(tmp_path / "merged"))
-    assert model(tmp_path / "merged") == model(tmp_path / "straight")
+    assert model_files(tmp_path / "merged") == model_files(tmp_path / "uninterrupted")
     assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
 
 
-def test_a_file_of_a_merge_whose_bytes_changed_is_made_again(
+def test_a_changed_file_of_an_interrupted_merge_is_written_again(
     checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(checkpoint("llama"))
     out, merged, real = tmp_path / "out", tmp_path / "merged", ShardWriter.finish
-    merge(str(out), str(tmp_path / "straight"))
+    merge(str(out), str(tmp_path / "uninterrupted"))
     made: list[str] = []
 
     def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
@@ -502,11 +506,11 @@ def test_a_file_of_a_merge_whose_bytes_changed_is_made_again(
     raw[-1] ^= 1
     (merged / made[0]).write_bytes(raw)
     merge(str(out), str(merged))
-    assert model(merged) == model(tmp_path / "straight")
+    assert model_files(merged) == model_files(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("name", ["../mine", "/mine", ""])
-def test_a_record_of_a_merge_that_names_what_lies_outside_is_refused(
+def test_a_merge_record_with_an_outside_path_is_refused(
     name: str, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))

@@ -1,4 +1,4 @@
-"""The ways back, for every kind of adapter: trained pair, merge, convert and PEFT's own merge compute one function."""
+"""The trained pair, merge, convert and PEFT's own merge compute the same function, for every kind of adapter."""
 
 from __future__ import annotations
 
@@ -13,38 +13,37 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import architectures
 from support.families import FAMILIES
-from support.family_training import answer, load, patterned, start, train
+from support.family_training import initialize_family, load, model_output, pattern_options, train
+from support.runs import initialize
 from support.tiny_models import tensors
 
-from milora_init.errors import PlanError
-from milora_init.export.convert import convert
+from milora_init.api import convert
+from milora_init.errors import MiloraError, PlanError
 from milora_init.export.merge import merge
 from milora_init.lora.compatibility import require_trained_from
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "t5"]
-# With rsLoRA, a rank of its own for one target and an alpha of its own for another.
 PLAIN: dict[str, Any] = {"alpha": 6}
 
 
-@pytest.mark.parametrize("options", [lambda _: PLAIN, patterned], ids=["plain", "rsLoRA and patterns"])
+@pytest.mark.parametrize("options", [lambda _: PLAIN, pattern_options], ids=["plain", "rsLoRA and patterns"])
 @pytest.mark.parametrize("name", NAMES)
 def test_after_training_all_four_agree(name: str, options: Any, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    source, out, _ = start(name, tmp_path, "float32", **options(family))
+    source, out, _ = initialize_family(name, tmp_path, "float32", **options(family))
     trained = train(family, out, tmp_path / "trained")
     merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
     convert(out / "lora", trained, tmp_path / "plain")
 
-    pair = answer(family, load(family, out, trained))
-    moved = float((pair - answer(family, load(family, source))).norm() / pair.norm())
-    assert moved > 0.02, "the training moved nothing"
+    pair = model_output(family, load(family, out, trained))
+    changed = float((pair - model_output(family, load(family, source))).norm() / pair.norm())
+    assert changed > 0.02, "the training changed nothing"
     near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(answer(family, load(family, out, trained).merge_and_unload()), pair, **near)
-    torch.testing.assert_close(answer(family, load(family, tmp_path / "merged")), pair, **near)
-    torch.testing.assert_close(answer(family, load(family, source, tmp_path / "plain")), pair, **near)
+    torch.testing.assert_close(model_output(family, load(family, out, trained).merge_and_unload()), pair, **near)
+    torch.testing.assert_close(model_output(family, load(family, tmp_path / "merged")), pair, **near)
+    torch.testing.assert_close(model_output(family, load(family, source, tmp_path / "plain")), pair, **near)
     assert verify(str(out), adapter=str(trained)).code == "trained_pair"
     assert tensors(source).keys() == tensors(tmp_path / "merged").keys()
 
@@ -52,7 +51,7 @@ def test_after_training_all_four_agree(name: str, options: Any, tmp_path: Path) 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_bfloat16_the_merged_weights_are_the_sum_rounded_once(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    source, out, manifest = start(name, tmp_path, "bfloat16", **patterned(family))
+    source, out, manifest = initialize_family(name, tmp_path, "bfloat16", **pattern_options(family))
     trained = train(family, out, tmp_path / "trained")
     merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
 
@@ -65,49 +64,47 @@ def test_in_bfloat16_the_merged_weights_are_the_sum_rounded_once(name: str, tmp_
         assert float((off - half_ulp * exact[parameter].abs()).max()) < 1e-6, parameter
     assert {t.dtype for t in tensors(tmp_path / "merged").values()} == {torch.bfloat16}
     convert(out / "lora", trained, tmp_path / "plain")
-    pair = answer(family, load(family, out, trained))
-    other = answer(family, load(family, source, tmp_path / "plain"))
+    pair = model_output(family, load(family, out, trained))
+    other = model_output(family, load(family, source, tmp_path / "plain"))
     assert float((other - pair).norm() / pair.norm()) < 0.1  # the residual was rounded, the source was not
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_compressed_to_less_than_twice_the_rank_it_says_what_was_lost(name: str, tmp_path: Path) -> None:
+def test_compression_below_twice_the_rank_reports_the_loss(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    source, out, _ = start(name, tmp_path, "float32")
+    source, out, _ = initialize_family(name, tmp_path, "float32")
     trained = train(family, out, tmp_path / "trained")
-    pair = answer(family, load(family, out, trained))
+    pair = model_output(family, load(family, out, trained))
     off = {}
     for rank in (2, 5):
-        modules = convert(out / "lora", trained, tmp_path / f"plain-{rank}", rank=rank)
+        modules = convert(out / "lora", trained, tmp_path / f"plain-{rank}", rank=rank).modules
         assert all(0 < module.lost < 1 for module in modules)
-        other = answer(family, load(family, source, tmp_path / f"plain-{rank}"))
+        other = model_output(family, load(family, source, tmp_path / f"plain-{rank}"))
         off[rank] = float((other - pair).norm() / pair.norm())
     assert off[5] < off[2]
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_rank_between_those_of_the_modules_cuts_only_who_has_more(name: str, tmp_path: Path) -> None:
+def test_a_rank_limit_reduces_only_the_modules_above_it(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    source, out, _ = start(name, tmp_path, "float32", **patterned(family))
+    source, out, _ = initialize_family(name, tmp_path, "float32", **pattern_options(family))
     trained = train(family, out, tmp_path / "trained")
-    whole = {m.module: m.rank for m in convert(out / "lora", trained, tmp_path / "whole")}
-    cut = convert(out / "lora", trained, tmp_path / "plain", rank=7)
+    whole = {m.module: m.rank for m in convert(out / "lora", trained, tmp_path / "whole").modules}
+    cut = convert(out / "lora", trained, tmp_path / "plain", rank=7).modules
     assert {m.module: m.rank for m in cut} == {module: min(7, rank) for module, rank in whole.items()}
     assert {6, 7} <= {m.rank for m in cut}
     assert all((m.lost > 1e-6) == (whole[m.module] > 7) for m in cut)
-    pair = answer(family, load(family, out, trained))
-    plain = answer(family, load(family, source, tmp_path / "plain"))
+    pair = model_output(family, load(family, out, trained))
+    plain = model_output(family, load(family, source, tmp_path / "plain"))
     assert float((plain - pair).norm() / pair.norm()) < max(m.lost for m in cut)
 
 
 @pytest.mark.parametrize("rank", [None, 5])
-@pytest.mark.parametrize("options", [lambda _: PLAIN, patterned], ids=["plain", "rsLoRA and patterns"])
-def test_a_server_that_knows_one_rank_and_one_alpha_serves_the_same(
-    rank: int | None, options: Any, tmp_path: Path
-) -> None:
-    """vLLM reads r, lora_alpha and use_rslora, and nothing of patterns; its ranks may not be above r."""
+@pytest.mark.parametrize("options", [lambda _: PLAIN, pattern_options], ids=["plain", "rsLoRA and patterns"])
+def test_a_server_without_patterns_computes_the_same(rank: int | None, options: Any, tmp_path: Path) -> None:
+    """vLLM reads r, lora_alpha and use_rslora but no patterns, and no rank may be above r."""
     family = FAMILIES["llama"]
-    source, out, _ = start("llama", tmp_path, "float32", **options(family))
+    source, out, _ = initialize_family("llama", tmp_path, "float32", **options(family))
     trained = train(family, out, tmp_path / "trained")
     convert(out / "lora", trained, tmp_path / "plain", rank=rank)
 
@@ -125,36 +122,36 @@ def test_a_server_that_knows_one_rank_and_one_alpha_serves_the_same(
     assert len(modules) == len(factors) / 2 > 0
 
 
-def test_an_adapter_of_a_sibling_base_is_named_by_the_base_in_its_config(tmp_path: Path) -> None:
-    """Their principal directions are nearly the same, as those of a model and of what was tuned from it."""
+def test_an_adapter_of_a_similar_base_is_recognized_by_the_base_in_its_config(tmp_path: Path) -> None:
+    """The principal directions of a model and of a fine-tuned copy are almost the same."""
     family = FAMILIES["llama"]
-    _, out, _ = start("llama", tmp_path / "one", "float32", mode="max")
-    sibling = architectures.save(tmp_path / "two" / "source", family, "float32")
-    for shard in sibling.glob("*.safetensors"):
+    _, out, _ = initialize_family("llama", tmp_path / "one", "float32", mode="max")
+    similar = architectures.save(tmp_path / "two" / "source", family, "float32")
+    for shard in similar.glob("*.safetensors"):
         torch.manual_seed(1)
         tuned = {name: w + 1e-3 * w.std() * torch.randn_like(w) for name, w in load_file(shard).items()}
         save_file(tuned, shard, metadata={"format": "pt"})
-    asked = InitOptions(model=str(sibling), out=str(tmp_path / "two" / "out"), rank=4, mode="max",
+    asked = InitOptions(model=str(similar), out=str(tmp_path / "two" / "out"), rank=4, mode="max",
                         target=family.targets, device=("cpu",))  # fmt: skip
     initialize(asked)
     trained = train(family, tmp_path / "two" / "out", tmp_path / "trained")
     require_trained_from(
         out / "lora" / "adapter_model.safetensors", trained / "adapter_model.safetensors"
-    )  # no help here
+    )  # the factors alone show no difference
     assert verify(str(out), adapter=str(trained)).code == "foreign_adapter"
-    for back in (
+    for export in (
         lambda: merge(str(out), str(tmp_path / "merged"), adapter=str(trained)),
         lambda: convert(out / "lora", trained, tmp_path / "plain"),
     ):
         with pytest.raises(PlanError, match="another residual base"):
-            back()
+            export()
     assert not {"merged", "plain"} & {path.name for path in tmp_path.iterdir()}
 
 
-def test_an_adapter_of_experts_away_from_its_manifest_is_refused_with_the_reason(tmp_path: Path) -> None:
-    _, out, _ = start("mixtral", tmp_path, "float32")
+def test_an_expert_adapter_without_its_manifest_is_refused_with_the_reason(tmp_path: Path) -> None:
+    _, out, _ = initialize_family("mixtral", tmp_path, "float32")
     trained = train(FAMILIES["mixtral"], out, tmp_path / "trained")
     (out / "lora").rename(tmp_path / "initial")
-    with pytest.raises(Exception, match="only the manifest of the base says which experts"):
+    with pytest.raises(MiloraError, match="only the manifest of the base says which experts"):
         convert(tmp_path / "initial", trained, tmp_path / "plain", model="original")
     assert not (tmp_path / "plain").exists()

@@ -1,4 +1,4 @@
-"""The README's lines for trainers, run as they stand there on a tiny model: trained, saved, resumed, and taken back."""
+"""The README's training examples, run on a tiny model: train, save, resume, merge and convert."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
+from support.runs import initialize
 from support.training import load, logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl.trainer.dpo_config import DPOConfig
@@ -20,11 +21,10 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from milora_init.export.convert import convert
+from milora_init.api import convert
 from milora_init.export.merge import merge
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -36,8 +36,8 @@ NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture
-def workplace(own: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the original model, which has a tokenizer, and its pair in ./svd_init; the current one."""
+def working_folder(own: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the original model and its tokenizer in ./own, and its pair in ./svd_init."""
     source = own("llama")
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -59,8 +59,8 @@ def tokens(count: int = 16) -> Dataset:
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
-def short(config: Any, **more: Any) -> Callable[..., Any]:
-    """A trainer's arguments as the README gives them, for a run of seconds."""
+def short_run(config: Any, **more: Any) -> Callable[..., Any]:
+    """A config class of a trainer with the README's arguments, shortened to six steps on the CPU."""
 
     def make(folder: str, **given: Any) -> Any:
         quick = {"max_steps": 6, "learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True}
@@ -71,7 +71,7 @@ def short(config: Any, **more: Any) -> Callable[..., Any]:
 
 
 def run(block: str, names: dict[str, Any], **replaced: Any) -> dict[str, Any]:
-    """Run a block of the README; names that it imports and that are in `replaced` are those."""
+    """Run a code block of the README in `names`. `replaced` overrides names that the block imports."""
     code = BLOCKS[block].replace("meta-llama/Llama-2-7b-hf", "own")
     lines = code.splitlines()
     at = max((i for i, line in enumerate(lines) if line.startswith("from ")), default=-1) + 1
@@ -81,10 +81,10 @@ def run(block: str, names: dict[str, Any], **replaced: Any) -> dict[str, Any]:
     return names
 
 
-def take_back(folder: Path) -> None:
-    """Trained pair, merge, and conversion on the original model compute one function, and not the old one."""
+def require_merge_and_convert_to_agree(folder: Path) -> None:
+    """The trained pair, merge and convert compute one function, which differs from the original model's."""
     pair = logits(load(folder / "svd_init", folder / "trained"))
-    assert float((pair - logits(load(folder / "own"))).norm() / pair.norm()) > 0.01, "the training moved nothing"
+    assert float((pair - logits(load(folder / "own"))).norm() / pair.norm()) > 0.01, "the training changed nothing"
     assert verify("svd_init", adapter="trained").code == "trained_pair"
     merge("svd_init", "merged", adapter="trained")
     convert(Path("svd_init/lora"), Path("trained"), Path("plain"))
@@ -92,13 +92,13 @@ def take_back(folder: Path) -> None:
     torch.testing.assert_close(logits(load(folder / "own", folder / "plain")), pair, **NEAR)
 
 
-def test_trainer_trains_saves_and_resumes(workplace: Path) -> None:
-    arguments = short(transformers.TrainingArguments, save_steps=3, seed=5)
+def test_trainer_trains_saves_and_resumes(working_folder: Path) -> None:
+    arguments = short_run(transformers.TrainingArguments, save_steps=3, seed=5)
     run("trainer", run("pair", {"dataset": tokens()}), TrainingArguments=arguments)
-    straight = load_file("trained/adapter_model.safetensors")
-    take_back(workplace)
+    uninterrupted = load_file("trained/adapter_model.safetensors")
+    require_merge_and_convert_to_agree(working_folder)
 
-    # The same again, as if it had been cut off after the checkpoint of the third step.
+    # Resume from the checkpoint of step 3, as after an interruption.
     shutil.rmtree("trained")
     shutil.rmtree("run/checkpoint-6")
     BLOCKS["resumed"] = BLOCKS["trainer"].replace("train()", "train(resume_from_checkpoint=True)")
@@ -106,15 +106,15 @@ def test_trainer_trains_saves_and_resumes(workplace: Path) -> None:
     assert names["trainer"].state.global_step == 6
     resumed = load_file("trained/adapter_model.safetensors")
     initial = load_file("svd_init/lora/adapter_model.safetensors")
-    for key, value in straight.items():
+    for key, value in uninterrupted.items():
         torch.testing.assert_close(resumed[key], value, rtol=1e-3, atol=1e-5)
         assert not torch.equal(value, initial[key])
 
 
-def test_sft_trains_the_pair(workplace: Path) -> None:
+def test_sft_trains_the_pair(working_folder: Path) -> None:
     dataset = Dataset.from_dict({"text": [sentence(number) for number in range(16)]})
-    run("sft", run("pair", {"dataset": dataset}), SFTConfig=short(SFTConfig))
-    take_back(workplace)
+    run("sft", run("pair", {"dataset": dataset}), SFTConfig=short_run(SFTConfig))
+    require_merge_and_convert_to_agree(working_folder)
 
 
 def preferences() -> Dataset:
@@ -127,38 +127,40 @@ def preferences() -> Dataset:
     )
 
 
-def test_dpo_compares_with_the_original_model_given_or_not(workplace: Path) -> None:
-    given = run("dpo", run("pair", {"preferences": preferences()}), DPOConfig=short(DPOConfig))
-    take_back(workplace)
+def test_the_dpo_reference_is_the_original_model_whether_given_or_not(working_folder: Path) -> None:
+    given = run("dpo", run("pair", {"preferences": preferences()}), DPOConfig=short_run(DPOConfig))
+    require_merge_and_convert_to_agree(working_folder)
     names = run("pair", {})
     alone: Any = DPOTrainer(
         names["model"],
-        args=short(DPOConfig)("run"),
+        args=short_run(DPOConfig)("run"),
         train_dataset=preferences(),
         processing_class=names["tokenizer"],
     )
     batch = next(iter(alone.get_train_dataloader()))
 
-    def said(trainer: Any) -> tuple[torch.Tensor, ...]:
+    def reference_log_probs(trainer: Any) -> tuple[torch.Tensor, ...]:
         return tuple(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
 
-    original = said(given["trainer"])
-    torch.testing.assert_close(said(alone), original, **NEAR)
+    original = reference_log_probs(given["trainer"])
+    torch.testing.assert_close(reference_log_probs(alone), original, **NEAR)
     alone.train()
-    torch.testing.assert_close(said(alone), original, **NEAR)  # its reference does not move with the training
+    torch.testing.assert_close(
+        reference_log_probs(alone), original, **NEAR
+    )  # the training does not change the reference
 
 
-def test_grpo_compares_with_the_original_model(workplace: Path) -> None:
+def test_the_grpo_reference_is_the_original_model(working_folder: Path) -> None:
     prompts = Dataset.from_dict({"prompt": [sentence(number, 4) for number in range(8)]})
 
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(set(text.split()))) for text in completions]
 
-    arguments = short(GRPOConfig, num_generations=2, max_completion_length=4, max_steps=2)
+    arguments = short_run(GRPOConfig, num_generations=2, max_completion_length=4, max_steps=2)
     names = run("grpo", run("pair", {"prompts": prompts, "reward": reward}), GRPOConfig=arguments)
     model = names["model"]
     model.set_adapter("ref")
-    torch.testing.assert_close(logits(model), logits(load(workplace / "own")), **NEAR)
+    torch.testing.assert_close(logits(model), logits(load(working_folder / "own")), **NEAR)
     assert verify("svd_init", adapter="trained").code == "trained_pair"
 
 

@@ -120,17 +120,17 @@ def test_the_next_shard_is_fetched_while_this_one_is_worked_on(hub: Hub, milora:
 
 
 REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] = {
-    "missing": (lambda h: h.repositories.clear(), (), "neither a folder here nor a model on the Hub", "hf auth login"),
+    "missing": (lambda h: h.repositories.clear(), (), "neither a local folder nor a model on the Hub", "hf auth login"),
     "private": (
         lambda h: setattr(h.repositories["tiny/llama"], "private", True), (),
-        "neither a folder here nor a model on the Hub", "HF_TOKEN",
+        "neither a local folder nor a model on the Hub", "HF_TOKEN",
     ),
     "gated": (
         lambda h: setattr(h.repositories["tiny/llama"], "gated", True), (),
         "tiny/llama is gated", "accept its terms",
     ),
     "wrong revision": (lambda _: None, ("--revision", "nope"), "tiny/llama has no revision 'nope'", "name a branch"),
-    "rate limited": (lambda h: setattr(h, "fault", lambda *_: 429), (), "limits the rate", "wait a few minutes"),
+    "rate limited": (lambda h: setattr(h, "fault", lambda *_: 429), (), "too many requests", "wait a few minutes"),
     "forbidden": (
         lambda h: setattr(h, "fault", lambda _, path: 403 if ".safetensors" in path else None), (),
         "refuses this token for tiny/llama (status 403)", "hf auth login",
@@ -161,7 +161,7 @@ REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] =
         lambda h: h.repositories["tiny/llama"].commit(
             {n: c for n, c in h.repositories["tiny/llama"].files.items() if "00002-of" not in n}
         ), (),
-        "lacks a file that it should have", "--revision",
+        "a file of tiny/llama is missing on the Hub", "--revision",
     ),
 }  # fmt: skip
 
@@ -318,7 +318,7 @@ def test_a_model_that_is_pickled_on_the_hub_is_refused_before_anything_is_fetche
     hub.publish("tiny/pickle", pickled(3))
     done = milora("--model", "tiny/pickle", *INIT[2:], "--dry-run")
     assert done.returncode == 1
-    assert "pickled weights only" in done.stderr
+    assert "tiny/pickle has only pickled weights" in done.stderr
     assert "hf download tiny/pickle" in done.stderr
     assert not list((tmp_path / "home").rglob("*.bin"))
 
@@ -330,7 +330,7 @@ def test_a_shard_that_arrives_with_another_byte_is_not_used(hub: Hub, milora: Co
     hub.damaged = {f"tiny/llama/{name}": whole[:-1] + bytes([whole[-1] ^ 1])}
     done = milora(*INIT)
     assert done.returncode == 1
-    assert f"{name} of tiny/llama arrived damaged" in done.stderr
+    assert f"{name} of tiny/llama was damaged during the download" in done.stderr
     hub.damaged = {}
     done = milora(*INIT)
     assert done.returncode == 0, done.stderr
@@ -367,4 +367,4 @@ def test_an_index_on_the_hub_that_names_a_file_outside_is_refused(name: str, hub
     done = milora(*INIT)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "outside the folder" in done.stderr or "lacks a file" in done.stderr
+    assert "outside the folder" in done.stderr or "is missing on the Hub" in done.stderr

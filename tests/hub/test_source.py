@@ -1,4 +1,4 @@
-"""hub: without a network the cache is enough, and what is not in it is named."""
+"""hub.source: a complete cache needs no network, and an error names the model or revision that is missing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_model_in_the_cache_is_found_without_a_network(
 
 
 def test_a_model_that_is_nowhere_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HubError, match="'tiny/llama' is neither a folder here nor in the local cache") as caught:
+    with pytest.raises(HubError, match="'tiny/llama' is neither a local folder nor in the local cache") as caught:
         get(tmp_path)
     assert "hf download tiny/llama" in caught.value.hint
 

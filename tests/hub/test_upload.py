@@ -18,7 +18,7 @@ from support.training import load, logits
 from milora_init import InitOptions, initialize
 from milora_init.cli.main import run
 from milora_init.manifest import Manifest
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -98,7 +98,7 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing_the_next_time(
     hub.fault = lambda method, _: 400 if method == "PUT" and len(hub.stored) >= 6 else None
     first = milora("push", "out", "me/tiny")
     assert first.returncode == 1
-    assert "the Hub failed for me/tiny" in first.stderr
+    assert "a request to the Hub for me/tiny failed" in first.stderr
     assert "Traceback" not in first.stderr
     assert set(hub.repositories["me/tiny"].files) == {".gitattributes"}  # nobody sees half of a model
     sent = dict(hub.uploads)
@@ -124,7 +124,7 @@ def test_a_repository_of_something_else_is_written_to_only_when_it_is_said(
     hub.publish("me/other", other)
     refused = milora("push", "out", "me/other")
     assert refused.returncode == 1
-    assert "me/other exists and is no output of milora-init: it holds model.safetensors" in refused.stderr
+    assert "me/other exists and is not an output of milora-init: it contains model.safetensors" in refused.stderr
     assert "--yes" in refused.stderr
     assert len(hub.repositories["me/other"].commits) == 1
     before_the_work = milora("--model", str(checkpoint("llama")), "--out", "late", "--push-to-hub", "me/other")
@@ -204,7 +204,7 @@ def test_a_push_of_shards_that_was_cut_off_goes_on(
     ("arguments", "message"),
     [
         (("push", "nowhere", "me/x"), "nowhere has no milora_init.json"),
-        (("push", "out", "me/not a name"), "is no repository on the Hub that this token may see"),
+        (("push", "out", "me/not a name"), "is no repository on the Hub that this token can access"),
     ],
 )
 def test_what_cannot_be_pushed_is_named(
@@ -249,7 +249,7 @@ def test_a_file_whose_bytes_were_changed_is_not_pushed(
     path.write_bytes(content)
     done = milora("push", "out", "me/x")
     assert done.returncode == 1
-    assert "model-00002-of-00010.safetensors was changed" in done.stderr
+    assert "model-00002-of-00010.safetensors was changed after the run" in done.stderr
     assert not hub.repositories["me/x"].files.keys() - {".gitattributes"}
 
 

@@ -1,4 +1,4 @@
-"""The two ways to orthonormalise a block, on blocks that are hard for Cholesky-QR."""
+"""Householder QR and Cholesky-QR on blocks that are hard for Cholesky-QR."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 def test_a_block_of_any_condition_becomes_orthonormal(
     arithmetic: DeviceArithmetic, dtype: torch.dtype, decades: int
 ) -> None:
-    """Plain Cholesky-QR, twice, fails from a condition of 1e8 on."""
+    """Cholesky-QR applied twice fails in float64 for condition numbers above 1e8."""
     eps = torch.finfo(dtype).eps
     Y = matrices.with_spectrum(torch.logspace(0, -decades, 24), 700, 24).to(dtype)
     Q, R = arithmetic.orthonormalise(Y)
@@ -26,9 +26,11 @@ def test_a_block_of_any_condition_becomes_orthonormal(
 
 
 @pytest.mark.parametrize("arithmetic", [CPU, GPU], ids=["householder", "cholesky"])
-def test_a_block_without_rank_gives_an_orthonormal_one_or_nan(arithmetic: DeviceArithmetic) -> None:
-    """Never a finite block that only looks like an answer."""
+def test_a_zero_block_gives_an_orthonormal_block_or_nan(arithmetic: DeviceArithmetic) -> None:
+    """Never a finite block that is not orthonormal; Householder QR always gives an orthonormal one."""
     Y = torch.zeros(300, 8, dtype=torch.float64)
     Q, _ = arithmetic.orthonormalise(Y)
-    if bool(Q.isfinite().all()):
+    if arithmetic is GPU and not bool(Q.isfinite().all()):
+        assert bool(Q.isnan().any())
+    else:
         assert float((Q.mT @ Q - torch.eye(8, dtype=torch.float64)).abs().max()) <= 1e-13

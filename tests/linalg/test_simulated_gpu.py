@@ -1,4 +1,4 @@
-"""The whole solver and the split on a simulated GPU: right on every spectrum, strict about devices, and thrifty."""
+"""The solver and the split on a simulated GPU: correct on every spectrum, no mixed devices, bounded cost."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ GPU = "cuda:0"
 
 
 def on_host(x: torch.Tensor) -> torch.Tensor:
-    assert x.is_cuda, "a result was left on the host"
+    assert x.is_cuda, "a result is on the host"
     return x.as_subclass(torch.Tensor)
 
 
-def solved(W: torch.Tensor, r: int, mode: Mode) -> Triplets:
+def solve_on_gpu(W: torch.Tensor, r: int, mode: Mode) -> Triplets:
     with simulated_cuda.simulated():
         t = singular_triplets(W.to(GPU), r, mode=mode)
     return Triplets(on_host(t.U), on_host(t.s), on_host(t.V), t.s_max, t.certificate)
 
 
-def taken_apart(W: torch.Tensor, r: int, dtype: torch.dtype, mode: Mode = "min") -> Split:
+def split_on_gpu(W: torch.Tensor, r: int, dtype: torch.dtype, mode: Mode = "min") -> Split:
     with simulated_cuda.simulated():
         made = split(W.to(GPU), r, mode=mode, dtype=dtype)
     return Split(on_host(made.residual), on_host(made.B), on_host(made.A), made.triplets, made.rounding)
@@ -37,10 +37,10 @@ def taken_apart(W: torch.Tensor, r: int, dtype: torch.dtype, mode: Mode = "min")
 @pytest.mark.parametrize("name", HARD)
 def test_every_spectrum_is_solved_as_on_a_cpu(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = HARD[name](*shape), 10
-    t = solved(W, r, mode)
+    t = solve_on_gpu(W, r, mode)
     check_properties(W, t, r)
     check_values(W, t, r, mode)
-    if name in matrices.DISTINCT and name != "outlier":  # whose square is beyond float64
+    if name in matrices.DISTINCT and name != "outlier":  # float64 does not resolve its squared values
         check_component(W, t, r, mode)
     else:
         assert t.certificate.residual <= 1e-9 or certified(t) <= 5e-8
@@ -51,7 +51,7 @@ def test_every_spectrum_is_solved_as_on_a_cpu(name: str, shape: tuple[int, int],
 @pytest.mark.parametrize("name", HARD)
 def test_small_weights_are_solved_as_on_a_cpu(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = HARD[name](*shape), 8
-    t = solved(W, r, mode)
+    t = solve_on_gpu(W, r, mode)
     check_properties(W, t, r)
     check_values(W, t, r, mode)
     assert t.certificate.path == singular_triplets(W, r, mode=mode).certificate.path
@@ -61,16 +61,16 @@ def test_small_weights_are_solved_as_on_a_cpu(name: str, shape: tuple[int, int],
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "float16_near_overflow"])
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_both_ends_are_found_in_mixed_precision(mode: Mode, name: str, shape: tuple[int, int]) -> None:
-    t = solved(HARD[name](*shape), 10, mode)
+    t = solve_on_gpu(HARD[name](*shape), 10, mode)
     assert t.certificate.path == "mixed", t.certificate.reason
     assert t.certificate.component_error is not None
     assert t.certificate.component_error <= 5e-8
 
 
 @pytest.mark.parametrize("name", ["steep", "outlier"])
-def test_where_float32_does_not_resolve_the_wanted_end_float64_takes_over(name: str) -> None:
-    """And the certificate says why each of the three algorithms before it was left."""
-    t = solved(HARD[name](640, 640), 10, "min")
+def test_float64_is_used_if_float32_does_not_resolve_the_smallest_values(name: str) -> None:
+    """The certificate gives the reason why each of the three earlier algorithms was rejected."""
+    t = solve_on_gpu(HARD[name](640, 640), 10, "min")
     assert t.certificate.path == "svd"
     assert t.certificate.reason.count(";") == 2
 
@@ -80,16 +80,16 @@ def test_where_float32_does_not_resolve_the_wanted_end_float64_takes_over(name: 
 @pytest.mark.parametrize("shape", [(600, 560), (40, 64)], ids=str)
 def test_the_residual_is_rounded_once(shape: tuple[int, int], mode: Mode, dtype: torch.dtype) -> None:
     W = matrices.gaussian(*shape).to(dtype)
-    made = taken_apart(W, 6, dtype, mode)
+    made = split_on_gpu(W, 6, dtype, mode)
     exact = W.double() - made.B.double() @ made.A.double()
-    noise = 8 * reference.EPS64 * float(W.double().abs().max())  # the product here and there, summed in another order
-    off = (exact - made.residual.double()).abs()
-    assert bool((off <= reference.ulp(exact, dtype) / 2 + noise).all())
+    noise = 8 * reference.EPS64 * float(W.double().abs().max())  # the two products sum in another order
+    error = (exact - made.residual.double()).abs()
+    assert bool((error <= reference.ulp(exact, dtype) / 2 + noise).all())
 
 
 def test_the_same_weight_gives_the_same_bytes_twice() -> None:
     W = matrices.language_model_like(700, 640)
-    one, again = taken_apart(W, 12, torch.bfloat16), taken_apart(W, 12, torch.bfloat16)
+    one, again = split_on_gpu(W, 12, torch.bfloat16), split_on_gpu(W, 12, torch.bfloat16)
     assert one.triplets.certificate == again.triplets.certificate
     for name in ("residual", "A", "B"):
         assert reference.same_bytes(getattr(one, name), getattr(again, name))
@@ -105,10 +105,10 @@ def test_the_same_weight_gives_the_same_bytes_twice() -> None:
     ],
     ids=str,
 )
-def test_a_weight_costs_no_more_than_this(
+def test_the_cost_of_a_weight_is_bounded(
     shape: tuple[int, int], launches: int, waits: int, gigabytes: float, float64_gflop: float
 ) -> None:
-    """With float64 throughout and the blocks of a CPU, 2048 x 2048 took 1031 launches, 23 waits, 6.3 GB, 26 GFLOP."""
+    """With float64 only and the block sizes of a CPU, 2048 x 2048 took 1031 launches, 23 waits, 6.3 GB, 26 GFLOP."""
     W = matrices.moderate_head(*shape)
     with simulated_cuda.simulated() as counts:
         made = split(W.to(GPU), 64, dtype=torch.bfloat16)
@@ -119,7 +119,7 @@ def test_a_weight_costs_no_more_than_this(
     assert counts.flops["float64"] <= float64_gflop * 1e9
 
 
-def test_tensors_of_two_devices_may_not_meet() -> None:
+def test_an_operation_on_two_devices_raises() -> None:
     with simulated_cuda.simulated():
         here, there, elsewhere = torch.ones(3), torch.ones(3).to("cuda:0"), torch.ones(3).to("cuda:1")
         for other in (here, elsewhere):
@@ -129,7 +129,7 @@ def test_tensors_of_two_devices_may_not_meet() -> None:
         assert str((there * torch.tensor(2.0)).device) == "cuda:0"
 
 
-def test_a_view_is_no_launch_and_a_value_is_a_wait() -> None:
+def test_a_view_counts_no_launch_and_reading_a_value_counts_a_wait() -> None:
     with simulated_cuda.simulated() as counts:
         x = torch.ones(4, 4).to("cuda:0")
         before = counts.launches.total()

@@ -1,4 +1,4 @@
-"""split: W is taken apart exactly, against the paper's method in float64. Every tolerance follows from an eps."""
+"""split: factors and residual against the paper's method in float64. Every tolerance follows from an eps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def product(made: Split, scale: float) -> Tensor:
     return scale * (made.B.double() @ made.A.double())
 
 
-def taken(W: Tensor, D: Tensor, r: int, mode: Mode) -> tuple[reference.Spectrum, list[int]]:
+def true_spectrum(W: Tensor, D: Tensor, r: int, mode: Mode) -> tuple[reference.Spectrum, list[int]]:
     truth = reference.spectrum(W)
     return truth, reference.drawn(truth, D, r) if mode == "random" else reference.wanted(len(truth.s), r, mode)
 
@@ -35,28 +35,28 @@ def test_the_product_is_the_component_that_the_mode_names(mode: Mode, shape: str
     W, r = weight(*SHAPES[shape], DTYPES[source]), 5
     made = split(W, r, mode=mode, dtype=torch.float32)
     D = product(made, 1.0)
-    truth, indices = taken(W, D, r, mode)
+    truth, indices = true_spectrum(W, D, r, mode)
     assert (D - truth.component(indices)).norm() <= truth.tolerance(indices)
     assert torch.allclose(made.triplets.s, truth.s[indices], rtol=1e-10)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", [1.0, 2.0, 0.25, 16 / 5**0.5])
-def test_the_scale_moves_into_the_factors_and_not_into_the_component(mode: Mode, scale: float) -> None:
+def test_the_scale_changes_the_factors_and_not_the_component(mode: Mode, scale: float) -> None:
     W, r = weight(24, 40), 5
     made = split(W, r, mode=mode, scale=scale, dtype=torch.float32)
     D = product(made, scale)
-    truth, indices = taken(W, D, r, mode)
+    truth, indices = true_spectrum(W, D, r, mode)
     assert (D - truth.component(indices)).norm() <= truth.tolerance(indices)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 16 / 5**0.5])
-def test_the_factors_share_the_spectrum_evenly(scale: float) -> None:
-    """B^T B = A A^T = diag(s / scale): orthogonal directions, and the square root of s on each side."""
+def test_each_factor_carries_the_square_root_of_the_spectrum(scale: float) -> None:
+    """B^T B = A A^T = diag(s / scale): orthogonal directions with norms sqrt(s / scale)."""
     W, r = weight(24, 40), 5
     made = split(W, r, scale=scale, dtype=torch.float32)
     expected = torch.diag(reference.spectrum(W).s[-r:] / scale)
-    # Each entry of a Gram matrix of float32 roundings is off by at most eps of the norms it is a product of.
+    # Float32 rounding changes each entry of a Gram matrix by at most eps times the product of the two norms.
     tolerance = 2 * reference.EPS32 * expected.max()
     assert (made.B.double().T @ made.B.double() - expected).abs().max() <= tolerance
     assert (made.A.double() @ made.A.double().T - expected).abs().max() <= tolerance
@@ -70,7 +70,7 @@ def test_weight_and_pair_agree_to_half_a_unit_in_the_last_place(mode: Mode, dtyp
     W = weight(*SHAPES[shape])
     made = split(W, 5, mode=mode, scale=0.5, dtype=DTYPES[dtype])
     exact = W.double() - product(made, 0.5)
-    # The product here and there may differ by the order of its float64 sums.
+    # The float64 product in the test may sum in another order.
     noise = 8 * reference.EPS64 * W.abs().max()
     off = (exact - made.residual.double()).abs()
     assert made.residual.dtype == DTYPES[dtype]
@@ -79,19 +79,19 @@ def test_weight_and_pair_agree_to_half_a_unit_in_the_last_place(mode: Mode, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_residual_is_rounded_once(dtype: str) -> None:
-    """By way of float32, a value just beside the middle of two neighbours would fall to the wrong side."""
+    """Rounding through float32 would round a value near the midpoint of two neighbours to the wrong one."""
     info = torch.finfo(DTYPES[dtype])
     W = torch.ones(8, 8, dtype=torch.float64)
-    W[0, 0] = 1 + info.eps / 2 + 2.0**-45  # a little above the middle of 1 and its neighbour
-    W[1, 1] = 1 + 3 * info.eps / 2 - 2.0**-45  # a little below the next one
-    made = split(W, 1, dtype=DTYPES[dtype])  # rank 3 at most: the minor component is nothing but noise
+    W[0, 0] = 1 + info.eps / 2 + 2.0**-45  # just above the midpoint of 1 and its neighbour
+    W[1, 1] = 1 + 3 * info.eps / 2 - 2.0**-45  # just below the next midpoint
+    made = split(W, 1, dtype=DTYPES[dtype])  # W has rank 3 at most, so the minor component is only noise
     exact = W - product(made, 1.0)
     assert torch.equal(made.residual, reference.round_once(exact, DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_figures_are_what_they_say(mode: Mode, dtype: str) -> None:
+def test_the_rounding_figures_match_their_definitions(mode: Mode, dtype: str) -> None:
     W = weight(32, 32)
     made = split(W, 4, mode=mode, dtype=DTYPES[dtype])
     D = product(made, 1.0)
@@ -104,7 +104,7 @@ def test_the_figures_are_what_they_say(mode: Mode, dtype: str) -> None:
     assert figures.leak_if[dtype] == pytest.approx(figures.leak, rel=close)
 
 
-def test_the_leak_of_every_other_dtype_is_the_one_it_would_have() -> None:
+def test_leak_if_is_the_leak_of_a_split_in_that_dtype() -> None:
     W = weight(32, 32)
     figures = split(W, 4, dtype=torch.float32).rounding
     for name, dtype in DTYPES.items():
@@ -112,7 +112,7 @@ def test_the_leak_of_every_other_dtype_is_the_one_it_would_have() -> None:
 
 
 def test_a_shorter_mantissa_leaks_more() -> None:
-    """bfloat16 keeps 8 bits, float16 11, float32 24: a factor of 8 and of 2**13 between them, but for luck."""
+    """bfloat16 keeps 8 bits, float16 11, float32 24: so the ratios are about 2**3 and 2**13."""
     leak = split(weight(32, 32), 4, dtype=torch.bfloat16).rounding.leak_if
     assert leak["bfloat16"] is not None
     assert leak["float16"] is not None
@@ -122,7 +122,7 @@ def test_a_shorter_mantissa_leaks_more() -> None:
 
 
 @pytest.mark.parametrize("large", [7e4, 1e30])
-def test_a_residual_beyond_float16_is_refused_and_said_to_be(large: float) -> None:
+def test_a_residual_that_overflows_float16_is_refused_and_has_no_leak_figure(large: float) -> None:
     W = weight(16, 16)
     W[3, 5] = large
     with pytest.raises(ValueError, match="overflows float16"):
@@ -140,7 +140,7 @@ def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
         split(W, 2, dtype=torch.float32)
 
 
-def test_a_zero_weight_has_figures_and_no_division_by_zero() -> None:
+def test_a_zero_weight_has_zero_figures() -> None:
     made = split(torch.zeros(8, 12), 3, dtype=torch.bfloat16)
     assert made.rounding == Rounding(0.0, 0.0, 0.0, dict.fromkeys(("bfloat16", "float16", "float32"), 0.0))
     assert not made.residual.any()
@@ -148,7 +148,7 @@ def test_a_zero_weight_has_figures_and_no_division_by_zero() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_rank_as_large_as_the_weight_takes_everything(mode: Mode) -> None:
+def test_a_full_rank_component_is_the_whole_weight(mode: Mode) -> None:
     W = weight(6, 9)
     made = split(W, 6, mode=mode, dtype=torch.float32)
     truth = reference.spectrum(W)
@@ -156,7 +156,7 @@ def test_a_rank_as_large_as_the_weight_takes_everything(mode: Mode) -> None:
 
 
 def test_a_transposed_weight_gives_the_transposed_parts() -> None:
-    """GPT-2 stores (in, out): a view that is not contiguous must do as well as a copy."""
+    """GPT-2 stores (in, out): a view that is not contiguous gives the same result as a copy."""
     W = weight(40, 24)
     view, copy = split(W.T, 4, dtype=torch.bfloat16), split(W.T.contiguous(), 4, dtype=torch.bfloat16)
     assert torch.equal(view.residual, copy.residual)
@@ -164,7 +164,7 @@ def test_a_transposed_weight_gives_the_transposed_parts() -> None:
     assert torch.equal(view.A, copy.A)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_another_draw() -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_draw() -> None:
     W = weight(24, 40)
     one, again, other = (split(W, 4, mode="random", dtype=torch.bfloat16, seed=seed) for seed in (1, 1, 2))
     assert reference.same_bytes(one.B, again.B)
@@ -172,8 +172,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_another_draw() -> None:
     assert not torch.equal(one.triplets.s, other.triplets.s)
 
 
-def test_blocks_of_rows_leave_no_seam() -> None:
-    """A weight of more elements than one block: the parts must be those of the whole."""
+def test_a_split_in_row_blocks_equals_the_whole_split() -> None:
+    """The weight has more elements than one row block."""
     W = weight(700, 400)
     made = split(W, 3, mode="max", dtype=torch.bfloat16)
     assert torch.equal(made.residual, reference.round_once(W.double() - product(made, 1.0), torch.bfloat16))

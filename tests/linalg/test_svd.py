@@ -31,7 +31,9 @@ SHAPES = [(64, 64), (65, 64), (192, 64), (64, 192), (1600, 32)]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", matrices.DISTINCT)
-def test_distinct_spectrum(name: str, shape: tuple[int, int], mode: Mode) -> None:
+def test_distinct_singular_values_are_solved_to_the_certified_error(
+    name: str, shape: tuple[int, int], mode: Mode
+) -> None:
     W, r = matrices.DISTINCT[name](*shape), 8
     t = singular_triplets(W, r, mode=mode)
     check_properties(W, t, r)
@@ -42,18 +44,18 @@ def test_distinct_spectrum(name: str, shape: tuple[int, int], mode: Mode) -> Non
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", matrices.AMBIGUOUS)
-def test_ambiguous_spectrum(name: str, shape: tuple[int, int], mode: Mode) -> None:
+def test_equal_or_zero_singular_values_give_accurate_triplets(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = matrices.AMBIGUOUS[name](*shape), 8
     t = singular_triplets(W, r, mode=mode)
     check_properties(W, t, r)
     check_values(W, t, r, mode)
-    # The component is not unique, so it is judged by what defines it: exact triplets of W.
+    # The component is not unique, so the test checks only that the triplets are accurate.
     assert t.certificate.residual <= 1e-10
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("m", "n", "r"), [(1, 1, 1), (1, 7, 1), (7, 1, 1), (2, 3, 2), (9, 9, 8), (40, 30, 30)])
-def test_tiny_and_full(m: int, n: int, r: int, mode: Mode) -> None:
+def test_tiny_matrices_and_full_ranks_are_solved(m: int, n: int, r: int, mode: Mode) -> None:
     W = matrices.gaussian(m, n)
     t = singular_triplets(W, r, mode=mode)
     check_properties(W, t, r)
@@ -64,11 +66,11 @@ def test_tiny_and_full(m: int, n: int, r: int, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("min", [7, 8, 9]), ("max", [0, 1, 2]), ("mid", [3, 4, 5])], ids=str)
-def test_wanted_indices(mode: Mode, expected: list[int]) -> None:
+def test_each_mode_selects_its_indices(mode: Mode, expected: list[int]) -> None:
     assert wanted_indices(10, 3, mode, 0).tolist() == expected
 
 
-def test_random_indices() -> None:
+def test_random_indices_are_sorted_distinct_and_set_by_the_seed() -> None:
     a, b = wanted_indices(100, 10, "random", 1), wanted_indices(100, 10, "random", 2)
     assert a.tolist() == sorted(set(a.tolist()))
     assert a.tolist() != b.tolist()
@@ -87,12 +89,12 @@ def test_random_indices() -> None:
         (torch.tensor([[1.0, -math.inf]]), 1, "Inf"),
     ],
 )
-def test_refuses(W: Tensor, r: int, message: str) -> None:
+def test_invalid_input_is_refused(W: Tensor, r: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         singular_triplets(W, r)
 
 
-def test_sign_and_input_are_stable() -> None:
+def test_signs_are_deterministic_and_the_input_is_unchanged() -> None:
     W = matrices.gaussian(50, 40).float()
     before = W.clone()
     a, b = singular_triplets(W, 5), singular_triplets(-W, 5)
@@ -108,7 +110,7 @@ KRYLOV_NAMES = ["gaussian", "language_model_like", "flat", "power_law", "steep",
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("shape", KRYLOV_SHAPES, ids=str)
 @pytest.mark.parametrize("name", KRYLOV_NAMES)
-def test_krylov_against_truth(name: str, shape: tuple[int, int], mode: Mode) -> None:
+def test_the_krylov_solver_agrees_with_the_full_svd(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
     t = singular_triplets(W, r, mode=mode, arithmetic=KRYLOV)
     if name in ("language_model_like", "power_law"):
@@ -120,7 +122,7 @@ def test_krylov_against_truth(name: str, shape: tuple[int, int], mode: Mode) -> 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("name", ["outlier", *matrices.AMBIGUOUS])
-def test_krylov_on_hard_spectra(name: str, mode: Mode) -> None:
+def test_the_krylov_solver_handles_hard_spectra(name: str, mode: Mode) -> None:
     W, r = {**matrices.DISTINCT, **matrices.AMBIGUOUS}[name](600, 530), 10
     t = singular_triplets(W, r, mode=mode, arithmetic=KRYLOV)
     check_properties(W, t, r)
@@ -128,7 +130,7 @@ def test_krylov_on_hard_spectra(name: str, mode: Mode) -> None:
     assert t.certificate.residual <= 1e-9
 
 
-def test_unconverged_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanczos_without_convergence_falls_back_to_eigh(monkeypatch: pytest.MonkeyPatch) -> None:
     W = matrices.gaussian(600, 560)
 
     def fails(*_: object, **__: object) -> RitzPairs:
@@ -142,9 +144,7 @@ def test_unconverged_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("failing", [["eigh"], ["eigh", "svd"]], ids=str)
-def test_a_failure_of_the_library_is_the_next_algorithm_or_a_clear_error(
-    failing: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lapack_failure_falls_back_or_is_a_clear_error(failing: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise svd.LinAlgError("did not converge\nand more")
 
@@ -163,7 +163,7 @@ def test_a_failure_of_the_library_is_the_next_algorithm_or_a_clear_error(
 
 @pytest.mark.parametrize("shape", [(600, 600), (560, 1700), (1700, 560)], ids=str)
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "subnormal", "huge"])
-def test_mixed_precision_by_the_algorithms_of_a_cpu(name: str, shape: tuple[int, int]) -> None:
+def test_mixed_precision_works_with_the_arithmetic_of_a_cpu(name: str, shape: tuple[int, int]) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
     t = singular_triplets(W, r, arithmetic=replace(KRYLOV, mixed_precision=True))
     assert t.certificate.path == "mixed", t.certificate.reason
@@ -173,18 +173,18 @@ def test_mixed_precision_by_the_algorithms_of_a_cpu(name: str, shape: tuple[int,
 
 
 @pytest.mark.parametrize("arithmetic", [replace(KRYLOV, mixed_precision=True), GPU], ids=["cpu", "gpu"])
-def test_mixed_precision_gives_way_when_the_probe_finds_more(
+def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(
     arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Corrections may converge to triplets of W that are not the smallest: only the probe can tell."""
+    """The corrections may converge to triplets that are not the smallest; only the probe detects this."""
     true_space = mixed_precision.first_space
 
-    def blind(*args: Any) -> tuple[RitzPairs, str]:
+    def with_missed_triplet(*args: Any) -> tuple[RitzPairs, str]:
         pairs, how = true_space(*args)
         return replace(pairs, probe=1.5 * float(pairs.values[7]) * torch.eye(2)), how
 
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(mixed_precision, "first_space", blind)
+    monkeypatch.setattr(mixed_precision, "first_space", with_missed_triplet)
     t = singular_triplets(W, 8, arithmetic=arithmetic)
     assert t.certificate.path == "lanczos"
     assert "missed" in t.certificate.reason
@@ -193,7 +193,7 @@ def test_mixed_precision_gives_way_when_the_probe_finds_more(
 
 @pytest.mark.parametrize("error", [1e-5, 1e-1])
 def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The float32 inverse only guides the search: whatever is wrong in it, what is returned is certified."""
+    """The float32 inverse only guides the search. Even if it is wrong, the result is certified."""
     true_gram = blocked_matrix.gram_of_blocks
 
     def wrong(*args: Any, **kwargs: Any) -> Tensor:
@@ -209,8 +209,8 @@ def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkey
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-3, 1.0])
-def test_corrupted_basis_is_refused(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
-    """A basis that is slightly or wholly wrong does not reach the caller."""
+def test_a_wrong_basis_is_corrected_or_refused(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
+    """A wrong basis is refined, or another algorithm is used."""
 
     def corrupted(*args: Any, **kwargs: Any) -> RitzPairs:
         pairs = lanczos.largest_eigenpairs(*args, **kwargs)
@@ -228,8 +228,8 @@ def test_corrupted_basis_is_refused(monkeypatch: pytest.MonkeyPatch, noise: floa
 
 
 @pytest.mark.parametrize("s_min", [1e-3, 1e-4])
-def test_one_tiny_singular_value_costs_no_fallback(s_min: float) -> None:
-    """It stretches the spectrum of the inverse Gram matrix over eight to ten orders of magnitude."""
+def test_one_tiny_singular_value_causes_no_fallback(s_min: float) -> None:
+    """The spectrum of the inverse Gram matrix then spans eight to ten orders of magnitude."""
     s = torch.cat([torch.linspace(30, 0.1, 599, dtype=torch.float64), torch.tensor([s_min], dtype=torch.float64)])
     W, r = matrices.with_spectrum(s, 600, 600), 32
     t = singular_triplets(W, r)
@@ -239,9 +239,9 @@ def test_one_tiny_singular_value_costs_no_fallback(s_min: float) -> None:
     check_component(W, t, r, "min")
 
 
-def test_missed_triplet_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exact triplets, but not the smallest: every residual is perfect, and only the probe can tell."""
-    monkeypatch.setattr(torch, "randn", _blind_randn(560))
+def test_the_probe_finds_a_missed_triplet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triplets are exact but not the smallest. Every residual is small, so only the probe detects it."""
+    monkeypatch.setattr(torch, "randn", _randn_without_last_coordinate(560))
     spectrum = torch.linspace(2.0, 1.0, 560, dtype=torch.float64)
     spectrum[-9:] = torch.linspace(0.3, 0.2, 9, dtype=torch.float64)
     W = torch.zeros(600, 560, dtype=torch.float64)
@@ -252,8 +252,8 @@ def test_missed_triplet_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_component(W, t, 8, "min")
 
 
-def _blind_randn(q: int) -> Callable[..., Tensor]:
-    """torch.randn with a Krylov start that is zero along the last coordinate; the probe's part is not."""
+def _randn_without_last_coordinate(q: int) -> Callable[..., Tensor]:
+    """torch.randn whose Krylov start block is zero in the last coordinate; the probe columns are unchanged."""
     true_randn = torch.randn
 
     def randn(*size: int, **options: Any) -> Tensor:
@@ -276,7 +276,7 @@ def _blind_randn(q: int) -> Callable[..., Tensor]:
     data=st.data(),
 )
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_any_small_matrix(
+def test_any_small_matrix_is_solved(
     m: int,
     n: int,
     seed: int,
@@ -298,7 +298,7 @@ def test_any_small_matrix(
         assert float((component(t) - W.double()).norm()) <= 1e-13 * q * max(float(W.double().norm()), 1e-300)
 
 
-def test_looser_tolerance_is_kept_too() -> None:
+def test_a_looser_tolerance_is_met() -> None:
     W, r = matrices.language_model_like(900, 600), 12
     t = singular_triplets(W, r, mode="max", tolerance=1e-3)
     exact = singular_triplets(W, r, mode="max")
@@ -307,7 +307,7 @@ def test_looser_tolerance_is_kept_too() -> None:
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-def test_several_blocks_of_rows_give_what_one_gives(arithmetic: str) -> None:
+def test_several_row_blocks_give_the_result_of_one(arithmetic: str) -> None:
     W = matrices.language_model_like(700, 600)
     one_block: DeviceArithmetic = ARITHMETIC[arithmetic]
     whole = singular_triplets(W, 10, arithmetic=one_block)

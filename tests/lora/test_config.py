@@ -1,4 +1,4 @@
-"""adapter: target_modules and keys are PEFT's, and adapter_config.json is one that every PEFT since 0.13 reads."""
+"""config: target_modules and keys as PEFT reads them, and an adapter_config.json that every PEFT since 0.13 reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from milora_init.model.adaptable import Adaptable
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
-# design note "names", adapter_config.json: the keys that PEFT 0.13 and today's both take.
+# The keys that both PEFT 0.13 and the installed PEFT accept.
 SAFE_KEYS = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
     "init_lora_weights", "inference_mode", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -60,14 +60,14 @@ def names(model: nn.Module) -> list[str]:
     ("build", "adapted", "expected"),
     [
         pytest.param(lambda: tiny_models.on_meta("llama"), [Q0, Q1], ["q_proj"], id="a suffix"),
-        pytest.param(lambda: tiny_models.on_meta("llama"), [Q1], [Q1], id="a suffix that hits too much"),
+        pytest.param(lambda: tiny_models.on_meta("llama"), [Q1], [Q1], id="a suffix that matches too much"),
         pytest.param(
             lambda: tiny_models.on_meta("bert"),
             ["encoder.layer.0.output.dense", "encoder.layer.1.output.dense"],
             ["encoder.layer.0.output.dense", "encoder.layer.1.output.dense"],
             id="a suffix that other layers share",
         ),
-        pytest.param(Nested, ["q_proj"], r"q_proj", id="a full name that is another's end"),
+        pytest.param(Nested, ["q_proj"], r"q_proj", id="a full name that is the end of another"),
         pytest.param(Nested, ["q_proj", "inner.q_proj"], r"inner\.q_proj|q_proj", id="two such names"),
         pytest.param(Nested, ["dotted.inner.k_proj"], ["k_proj"], id="a suffix that only one layer has"),
     ],
@@ -81,8 +81,8 @@ def test_target_modules_is_the_shortest_that_peft_reads_as_the_adapted_set(
 
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_every_set_of_layers_survives_peft(kind: str) -> None:
-    """Whatever is adapted, PEFT adapts it from what the config says: every other linear, in turn."""
+def test_peft_adapts_exactly_any_given_set_of_layers(kind: str) -> None:
+    """All linears, every second one, the first one, the last three."""
     model: Any = tiny_models.on_meta(kind)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
@@ -129,15 +129,15 @@ def test_peft_reads_back_what_the_config_says(values: dict[str, Any], tmp_path: 
     for key, value in written.items():
         found = getattr(read, key)
         assert (sorted(found) if isinstance(found, set) else found) == value, key
-    assert read.init_lora_weights is True  # "pissa" would run another SVD and change the base
+    assert read.init_lora_weights is True  # "pissa" would make PEFT run another SVD and change the base
 
 
-def test_the_paths_are_those_that_the_references_training_opens() -> None:
+def test_the_adapter_paths_are_those_of_the_reference_implementation() -> None:
     assert (LORA_CONFIG, LORA_WEIGHTS) == ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 16), (64, 16), (3, 7)])
-def test_the_scale_is_pefts(rank: int, alpha: int) -> None:
+def test_the_scale_follows_the_peft_formula(rank: int, alpha: int) -> None:
     assert lora_scale(rank, alpha, rslora=False) == alpha / rank
     assert lora_scale(rank, alpha, rslora=True) == alpha / math.sqrt(rank)
 
@@ -148,20 +148,20 @@ def test_stacked_matrices_keep_the_scale_that_each_has_by_itself(rslora: bool) -
     assert stacked == pytest.approx(lora_scale(8, 16, rslora=rslora), rel=4e-16)
 
 
-def test_a_model_with_parameters_to_adapt_has_no_dropout_and_says_so_to_peft() -> None:
+def test_target_parameters_set_the_dropout_to_zero() -> None:
     written = config(parameters=["model.layers.0.mlp.experts.down_proj"])
     assert written["target_parameters"] == ["model.layers.0.mlp.experts.down_proj"]
     assert (written["lora_dropout"], written["fan_in_fan_out"]) == (0.0, False)
 
 
-def test_patterns_are_full_names_with_one_set_of_keys_for_what_differs_only() -> None:
+def test_patterns_use_full_names_and_list_only_modules_that_differ() -> None:
     ranks, alphas = {Q0: 8, Q1: 4, "model.layers.0.mlp.up_proj": 8}, {Q0: 16, Q1: 16, "model.layers.0.mlp.up_proj": 2}
     written = config(ranks=ranks, alphas=alphas)
     assert written["rank_pattern"] == {Q1: 4, "model.layers.0.mlp.up_proj": 8}
     assert written["alpha_pattern"] == {Q1: 16, "model.layers.0.mlp.up_proj": 2}
 
 
-def test_a_pattern_that_peft_would_give_to_another_module_too_is_refused() -> None:
+def test_a_pattern_that_peft_would_also_apply_to_another_module_is_refused() -> None:
     with pytest.raises(PlanError, match=r"PEFT would give dotted\.inner\.q_proj the rank and alpha of another"):
         config(
             ranks={"inner.q_proj": 4, "dotted.inner.q_proj": 8}, alphas={"inner.q_proj": 4, "dotted.inner.q_proj": 16}

@@ -1,4 +1,4 @@
-"""targets: selected as in PEFT; experts and towers only by a target that names them."""
+"""targets: selected as in PEFT; experts and vision towers only by a target that names them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from milora_init.untrusted import plain_names
 Built = Callable[..., Path]
 
 
-def names_of(folder: Path) -> ModelStructure:
+def structure_of(folder: Path) -> ModelStructure:
     opened = open_checkpoint(folder)
     return read_structure(folder, opened.config, {name: info.shape for name, info in opened.tensors.items()})
 
@@ -35,42 +35,42 @@ def chosen(structure: ModelStructure, targets: list[str], exclude: list[str] | N
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
-def test_a_target_hits_no_bias(kind: str, checkpoint: Built) -> None:
+def test_a_target_never_selects_a_bias(kind: str, checkpoint: Built) -> None:
     folder = checkpoint(kind)
     assert any(name.endswith(".bias") for name in tiny_models.tensors(folder))
-    for weight in select(names_of(folder), tiny_models.TARGETS[kind]):
+    for weight in select(structure_of(folder), tiny_models.TARGETS[kind]):
         assert len(weight.shape) == 2
         assert not weight.tensor.endswith(".bias")
 
 
-def test_a_suffix_names_the_module_of_every_layer_in_the_models_order(checkpoint: Built) -> None:
-    structure = names_of(checkpoint("llama"))
+def test_a_suffix_selects_its_module_in_every_layer_in_model_order(checkpoint: Built) -> None:
+    structure = structure_of(checkpoint("llama"))
     assert chosen(structure, ["v_proj", "q_proj"]) == [
         f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")
     ]
 
 
-def test_a_longer_suffix_and_a_full_name_are_understood(checkpoint: Built) -> None:
-    structure = names_of(checkpoint("llama"))
+def test_a_longer_suffix_or_a_full_name_selects_one_module(checkpoint: Built) -> None:
+    structure = structure_of(checkpoint("llama"))
     assert chosen(structure, ["1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
     assert chosen(structure, ["model.layers.0.mlp.up_proj"]) == ["model.layers.0.mlp.up_proj"]
 
 
-def test_a_part_of_a_name_is_no_suffix(checkpoint: Built) -> None:
+def test_a_suffix_matches_only_whole_parts_of_a_name(checkpoint: Built) -> None:
     with pytest.raises(PlanError, match="'proj' matches no module"):
-        select(names_of(checkpoint("llama")), ["proj"])
+        select(structure_of(checkpoint("llama")), ["proj"])
 
 
-def test_all_linear_takes_everything_but_the_heads(checkpoint: Built) -> None:
-    llama = names_of(checkpoint("llama"))
+def test_all_linear_selects_everything_except_the_heads(checkpoint: Built) -> None:
+    llama = structure_of(checkpoint("llama"))
     assert chosen(llama, ["all-linear"]) == list(llama.adaptable)
-    classifier = names_of(checkpoint("bert classifier"))
+    classifier = structure_of(checkpoint("bert classifier"))
     assert classifier.heads == {"classifier"}
     assert set(chosen(classifier, ["all-linear"])) == set(classifier.adaptable) - {"classifier"}
 
 
-def test_a_regular_expression_matches_from_end_to_end(checkpoint: Built) -> None:
-    structure = names_of(checkpoint("llama"))
+def test_a_regular_expression_must_match_the_full_name(checkpoint: Built) -> None:
+    structure = structure_of(checkpoint("llama"))
     assert chosen(structure, [r"re:.*\.0\..*(q|k)_proj"]) == [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]
     with pytest.raises(PlanError, match="matches no module"):
         select(structure, ["re:q_proj"])
@@ -82,16 +82,18 @@ SLOW = "re:([a-z_.0-9]+)*!"
 
 
 @pytest.mark.parametrize("pattern", [SLOW, "re:(a|a)*(.*)*#" + "(.*.*)*" * 20, "re:" + "(.*)*" * 30 + "!"])
-def test_a_regular_expression_has_a_limit(pattern: str, checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matching_a_regular_expression_has_a_time_limit(
+    pattern: str, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("milora_init.lora.targets._LIMIT_S", 1)
-    structure = names_of(checkpoint("llama"))
+    structure = structure_of(checkpoint("llama"))
     for asked in ([pattern], []), (["q_proj"], [pattern]):
         with pytest.raises(PlanError, match="takes more than 1 s to match") as caught:
             select(structure, *asked)
         assert "name the modules" in caught.value.hint
 
 
-def test_a_pattern_of_ranks_has_the_same_limit(
+def test_rank_and_alpha_patterns_have_the_same_time_limit(
     checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("milora_init.lora.targets._LIMIT_S", 1)
@@ -105,12 +107,12 @@ def test_a_pattern_of_ranks_has_the_same_limit(
 @pytest.mark.parametrize(
     "pattern", ["re:" + "(" * 5000 + "a" + ")" * 5000, "re:a{99999999999999999999}", "re:[", "re:*"]
 )
-def test_what_is_no_regular_expression_is_told(pattern: str, checkpoint: Built) -> None:
+def test_an_invalid_regular_expression_is_refused(pattern: str, checkpoint: Built) -> None:
     with pytest.raises(PlanError, match=r"is not a regular expression|cannot be matched"):
-        select(names_of(checkpoint("llama")), [pattern])
+        select(structure_of(checkpoint("llama")), [pattern])
 
 
-def test_plain_names_are_read_as_peft_matches_them() -> None:
+def test_plain_names_are_accepted_and_other_patterns_are_refused() -> None:
     odd = ["a.b", "model.layers.0.q-proj", "en_XX", "é.weight", "a b", "x+y"]
     assert plain_names("|".join(map(re.escape, odd))) == odd
     for pattern in (
@@ -133,7 +135,7 @@ def test_plain_names_are_read_as_peft_matches_them() -> None:
             plain_names(pattern)
 
 
-def test_a_pattern_finds_the_first_key_that_is_a_names_end() -> None:
+def test_the_first_pattern_key_that_matches_the_end_of_a_name_is_used() -> None:
     find = match_pattern({"0.q_proj": 1, "q_proj": 2, r"layers\.1\.v_proj|k_proj": 3, "layers.1.v_proj": 4})
     assert [find(name) for name in ("m.layers.0.q_proj", "layers.1.q_proj", "m.layers.1.v_proj", "k_proj")] == [
         1,
@@ -145,8 +147,8 @@ def test_a_pattern_finds_the_first_key_that_is_a_names_end() -> None:
     assert find("v_proj") is None
 
 
-def test_exclude_speaks_the_same_language(checkpoint: Built) -> None:
-    structure = names_of(checkpoint("llama"))
+def test_exclude_accepts_the_same_forms_as_target(checkpoint: Built) -> None:
+    structure = structure_of(checkpoint("llama"))
     both = ["q_proj", "v_proj"]
     assert chosen(structure, both, ["v_proj"]) == chosen(structure, ["q_proj"])
     assert chosen(structure, both, [r"re:.*layers\.1\..*"]) == [f"model.layers.0.self_attn.{n}" for n in both]
@@ -157,15 +159,15 @@ def test_exclude_speaks_the_same_language(checkpoint: Built) -> None:
         select(structure, both, both)
 
 
-def test_targets_in_one_word_are_told_apart_in_the_repair(checkpoint: Built) -> None:
+def test_the_hint_separates_targets_that_were_joined_by_a_comma(checkpoint: Built) -> None:
     with pytest.raises(PlanError) as caught:
-        chosen(names_of(checkpoint("llama")), ["q_proj,v_proj"])
+        chosen(structure_of(checkpoint("llama")), ["q_proj,v_proj"])
     assert caught.value.hint.endswith("--target q_proj --target v_proj")
 
 
 @pytest.mark.parametrize("targets", [["w_proj"], ["q_proj", "w_proj"]])
-def test_a_target_that_matches_nothing_lists_what_would(targets: list[str], checkpoint: Built) -> None:
-    structure = names_of(checkpoint("llama"))
+def test_a_target_that_matches_nothing_lists_the_valid_suffixes(targets: list[str], checkpoint: Built) -> None:
+    structure = structure_of(checkpoint("llama"))
     with pytest.raises(PlanError, match="target 'w_proj' matches no module of LlamaForCausalLM") as caught:
         select(structure, targets)
     assert caught.value.hint.endswith(", ".join(suffixes(structure)))
@@ -198,27 +200,27 @@ def adapted_by_peft(kind: str, targets: list[str] | str, exclude: list[str] | st
 def test_peft_adapts_exactly_what_is_selected(
     kind: str, targets: list[str], exclude: list[str], checkpoint: Built
 ) -> None:
-    ours = chosen(names_of(checkpoint(kind)), targets, exclude)
+    ours = chosen(structure_of(checkpoint(kind)), targets, exclude)
     assert set(ours) == adapted_by_peft(kind, targets, exclude or None)
 
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_all_linear_is_pefts(kind: str, checkpoint: Built) -> None:
-    heads = {"classifier", "score"}  # ours are left out for every task; PEFT's only where the task type is given
-    assert set(chosen(names_of(checkpoint(kind)), ["all-linear"])) == adapted_by_peft(kind, "all-linear") - heads
+def test_all_linear_selects_what_peft_adapts(kind: str, checkpoint: Built) -> None:
+    heads = {"classifier", "score"}  # we never select heads; PEFT excludes them only if the task type is given
+    assert set(chosen(structure_of(checkpoint(kind)), ["all-linear"])) == adapted_by_peft(kind, "all-linear") - heads
 
 
 @pytest.mark.parametrize("pattern", [r".*\.layers\.1\..*proj", r".*(q|v)_proj", r"model\.layers\.0\.mlp\.up_proj"])
-def test_a_regular_expression_is_pefts(pattern: str, checkpoint: Built) -> None:
-    assert set(chosen(names_of(checkpoint("llama")), [f"re:{pattern}"])) == adapted_by_peft("llama", pattern)
+def test_a_regular_expression_selects_what_peft_adapts(pattern: str, checkpoint: Built) -> None:
+    assert set(chosen(structure_of(checkpoint("llama")), [f"re:{pattern}"])) == adapted_by_peft("llama", pattern)
 
 
 def family(name: str, folder: Path) -> ModelStructure:
-    return names_of(architectures.save(folder, FAMILIES[name], "bfloat16"))
+    return structure_of(architectures.save(folder, FAMILIES[name], "bfloat16"))
 
 
-def test_experts_are_adapted_only_where_a_target_says_so(tmp_path: Path) -> None:
-    """`down_proj` of the default recipe would otherwise factor every expert, at a hundred times the cost."""
+def test_experts_are_adapted_only_if_a_target_names_them(tmp_path: Path) -> None:
+    """Otherwise `down_proj` of the default recipe would factor every expert too, at a much higher cost."""
     structure = family("qwen3_moe", tmp_path)
     for targets in (["down_proj"], ["all-linear"], [r"re:.*down_proj"]):
         assert all(weight.expert is None for weight in select(structure, targets))
@@ -230,7 +232,7 @@ def test_experts_are_adapted_only_where_a_target_says_so(tmp_path: Path) -> None
     assert "experts.down_proj" in suffixes(structure)
 
 
-def test_where_only_experts_have_that_name_the_error_says_how_to_name_them(tmp_path: Path) -> None:
+def test_a_name_that_only_experts_have_is_refused_with_the_name_to_use(tmp_path: Path) -> None:
     structure = family("mixtral", tmp_path)
     with pytest.raises(PlanError, match="only experts, which a target must name") as caught:
         select(structure, ["down_proj"])
@@ -251,7 +253,7 @@ def test_a_router_is_never_adapted(tmp_path: Path) -> None:
     ("name", "tower"),
     [("llava", "vision_tower"), ("gemma3", "vision_tower"), ("qwen2_5_vl", "visual"), ("llama4", "vision_model")],
 )
-def test_a_vision_tower_is_adapted_only_where_a_target_names_it(name: str, tower: str, tmp_path: Path) -> None:
+def test_a_vision_tower_is_adapted_only_if_a_target_names_it(name: str, tower: str, tmp_path: Path) -> None:
     structure = family(name, tmp_path)
     inside = {m for m in structure.adaptable if f".{tower}." in f".{m}"}
     assert inside
@@ -270,11 +272,11 @@ def test_a_vision_tower_is_adapted_only_where_a_target_names_it(name: str, tower
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl"])
-def test_the_recipe_for_visual_instruction_takes_the_seven_linears_of_the_text_tower(name: str, tmp_path: Path) -> None:
+def test_the_visual_instruction_recipe_selects_the_seven_linears_of_the_text_tower(name: str, tmp_path: Path) -> None:
     structure = family(name, tmp_path)
-    chosen = {
-        w.module for w in select(structure, InitOptions.from_recipe("visual-instruction", model="m", out="o").target)
-    }
+    target = InitOptions.from_recipe("visual-instruction", model="m", out="o").target
+    assert target is not None
+    chosen = {weight.module for weight in select(structure, target)}
     assert {m.rpartition(".")[2] for m in chosen} == {
         "q_proj",
         "k_proj",

@@ -1,4 +1,4 @@
-"""naming: what can be adapted is decided on modules, and is what PEFT would adapt."""
+"""adaptable: what can be adapted is decided on modules, and is what PEFT would adapt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from milora_init.model.adaptable import ModelStructure, read_structure
 Built = Callable[..., Path]
 
 
-def names_of(folder: Path) -> ModelStructure:
+def structure_of(folder: Path) -> ModelStructure:
     opened = open_checkpoint(folder)
     return read_structure(folder, opened.config, {name: info.shape for name, info in opened.tensors.items()})
 
@@ -31,8 +31,8 @@ def chosen(structure: ModelStructure, targets: list[str], exclude: list[str] | N
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
 def test_only_weights_of_linear_layers_can_be_adapted(kind: str, checkpoint: Built) -> None:
-    """Biases, norms and embeddings never, whatever their names contain; and the shape is (out, in)."""
-    structure = names_of(checkpoint(kind))
+    """Never biases, norms or embeddings, whatever their names contain. The shape is (out, in)."""
+    structure = structure_of(checkpoint(kind))
     modules = dict(tiny_models.on_meta(kind).named_modules())
     assert structure.adaptable
     for name, weight in structure.adaptable.items():
@@ -49,7 +49,7 @@ def test_only_weights_of_linear_layers_can_be_adapted(kind: str, checkpoint: Bui
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "tied llama", "gemma"])
 def test_the_output_head_is_never_adapted(kind: str, checkpoint: Built) -> None:
-    structure = names_of(checkpoint(kind))
+    structure = structure_of(checkpoint(kind))
     assert "lm_head" not in structure.adaptable
     with pytest.raises(PlanError, match="lm_head is the output head"):
         select(structure, ["lm_head"])
@@ -58,21 +58,21 @@ def test_the_output_head_is_never_adapted(kind: str, checkpoint: Built) -> None:
 @pytest.mark.parametrize(("kind", "embedding"), [("llama", "embed_tokens"), ("gpt2", "wte"), ("gemma", "embed_tokens")])
 def test_an_embedding_is_refused_with_the_reason(kind: str, embedding: str, checkpoint: Built) -> None:
     with pytest.raises(PlanError, match=rf"{embedding} is an? \w*Embedding, not a linear layer"):
-        select(names_of(checkpoint(kind)), [embedding])
+        select(structure_of(checkpoint(kind)), [embedding])
 
 
 @pytest.mark.parametrize(
     ("name", "what"), [("conv1", "Conv1d"), ("layer_norm", "LayerNorm"), ("embed_positions", "Embedding")]
 )
-def test_what_is_no_linear_layer_is_called_what_it_is(name: str, what: str, tmp_path: Path) -> None:
+def test_a_module_that_is_not_linear_is_refused_with_its_class(name: str, what: str, tmp_path: Path) -> None:
     folder = architectures.save(tmp_path, FAMILIES["whisper"], "float32")
     with pytest.raises(PlanError, match=rf"{name} is an? \w*{what}, not a linear layer"):
-        select(names_of(folder), [name])
+        select(structure_of(folder), [name])
 
 
-def test_a_module_without_a_weight_is_no_linear_layer(checkpoint: Built) -> None:
+def test_a_module_without_a_weight_is_refused(checkpoint: Built) -> None:
     with pytest.raises(PlanError, match=r"model\.layers\.0\.self_attn is not a linear layer"):
-        select(names_of(checkpoint("llama")), ["self_attn"])
+        select(structure_of(checkpoint("llama")), ["self_attn"])
 
 
 @pytest.mark.parametrize("kind", ["tied llama", "gemma", "gpt2"])
@@ -82,7 +82,7 @@ def test_tied_weights_are_never_adapted(kind: str, checkpoint: Built) -> None:
     parameters = list(model.named_parameters(remove_duplicate=False))
     shared = {name for name, p in parameters if sum(p is other for _, other in parameters) > 1}
     assert shared
-    structure = names_of(checkpoint(kind))
+    structure = structure_of(checkpoint(kind))
     assert not shared & {f"{weight.module}.weight" for weight in select(structure, ["all-linear"])}
     assert not shared & {weight.tensor for weight in structure.adaptable.values()}
 
@@ -91,19 +91,19 @@ def test_tied_weights_are_never_adapted(kind: str, checkpoint: Built) -> None:
     ("kind", "task"),
     [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("bert", None), ("bert classifier", None), ("gemma", "CAUSAL_LM")],
 )
-def test_the_task_type_is_named_only_where_the_class_says_it(kind: str, task: str | None, checkpoint: Built) -> None:
-    structure = names_of(checkpoint(kind))
+def test_the_task_type_follows_from_the_class(kind: str, task: str | None, checkpoint: Built) -> None:
+    structure = structure_of(checkpoint(kind))
     assert structure.task_type == task
     assert structure.architecture == tiny_models.KINDS[kind][0]
 
 
-def test_a_headless_checkpoint_finds_its_modules_in_the_class_with_a_head(own: Built) -> None:
+def test_a_checkpoint_without_a_head_maps_to_the_class_with_a_head(own: Built) -> None:
     """`layers.0...` on disk is `model.layers.0...` in LlamaForCausalLM."""
     folder = own("llama")
     tensors = {name.removeprefix("model."): tensor for name, tensor in tiny_models.tensors(folder).items()}
     del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    weight = select(names_of(folder), ["model.layers.0.self_attn.q_proj"])[0]
+    weight = select(structure_of(folder), ["model.layers.0.self_attn.q_proj"])[0]
     assert weight.tensor == "layers.0.self_attn.q_proj.weight"
 
 
@@ -113,7 +113,7 @@ def test_a_weight_that_the_checkpoint_lacks_is_refused_with_the_reason(own: Buil
     del tensors["model.layers.0.self_attn.q_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PlanError, match="no tensor of the checkpoint fills it"):
-        select(names_of(folder), ["0.self_attn.q_proj"])
+        select(structure_of(folder), ["0.self_attn.q_proj"])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     folder = own("llama")
     tiny_models.edit_json(folder / "config.json", **changes)
     with pytest.raises(CheckpointError, match=message):
-        names_of(folder)
+        structure_of(folder)
 
 
 def test_code_in_the_folder_is_never_run(own: Built, tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_code_in_the_folder_is_never_run(own: Built, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto}))
-    assert chosen(names_of(folder), ["q_proj"])
+    assert chosen(structure_of(folder), ["q_proj"])
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto, "model_type": "own"}))
     with pytest.raises(CheckpointError):
-        names_of(folder)
+        structure_of(folder)
     assert not (tmp_path / "ran").exists()

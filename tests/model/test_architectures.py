@@ -1,4 +1,4 @@
-"""Every architecture of the README's table: the pair loads as its users load it, computes the source, and trains."""
+"""Every architecture of the README's table: the pair loads with its Auto class, computes the source, and trains."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import transformers
 from safetensors.torch import load_file
 from support import architectures
 from support.families import FAMILIES, Family
+from support.runs import initialize
 from support.tiny_models import as_pickles, tensors
 from torch import Tensor
 
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import describe, make_plan
-from milora_init.run.initialize import initialize
 from milora_init.run.shard import ShardWriter
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 RANK = 4
 Made = Callable[..., tuple[Path, Path, Manifest]]
@@ -55,14 +55,14 @@ def load(family: Family, folder: Path) -> Any:
 
 def load_pair(family: Family, out: Path) -> Any:
     with warnings.catch_warnings():
-        # PEFT looks up the patterns of fused parameters, and still says that they match no module.
+        # PEFT uses the patterns of fused parameters, but warns that they match no module.
         warnings.filterwarnings("ignore", "The following .*_pattern keys did not match any targeted module")
         return peft.PeftModel.from_pretrained(load(family, out), str(out), subfolder="lora", is_trainable=True)
 
 
-def answer(family: Family, model: Any) -> Tensor:
+def model_output(family: Family, model: Any) -> Tensor:
     with torch.no_grad():
-        said: Tensor = model.eval()(**architectures.feed(family))[0]
+        said: Tensor = model.eval()(**architectures.model_inputs(family))[0]
     return said.double()
 
 
@@ -74,13 +74,13 @@ def relative(a: Tensor, b: Tensor) -> float:
 def test_the_pair_computes_what_the_source_computes(name: str, made: Made) -> None:
     family = FAMILIES[name]
     source, out, _ = made(name)
-    truth = answer(family, load(family, source))
+    truth = model_output(family, load(family, source))
     pair = load_pair(family, out)
     with pair.disable_adapter():
-        without = relative(answer(family, pair), truth)
+        without = relative(model_output(family, pair), truth)
     eps = torch.finfo(torch.float32).eps
-    assert relative(answer(family, pair), truth) < 100 * eps
-    assert without > 1000 * eps  # else the comparison would say nothing of the adapter
+    assert relative(model_output(family, pair), truth) < 100 * eps
+    assert without > 1000 * eps  # otherwise the comparison would not test the adapter
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,18 +105,18 @@ def test_a_training_step_moves_the_adapter_and_nothing_else(name: str, made: Mad
     before = {key: p.detach().clone() for key, p in pair.named_parameters()}
     torch.manual_seed(0)
     optimizer = torch.optim.SGD([p for p in pair.parameters() if p.requires_grad], lr=1.0)
-    pair(**architectures.feed(family))[0].square().mean().backward()
+    pair(**architectures.model_inputs(family))[0].square().mean().backward()
     optimizer.step()
     moved = {key for key, p in pair.named_parameters() if not torch.equal(p, before[key])}
     assert moved
     assert all("lora_" in key for key in moved)
-    resting = {key for key, p in pair.named_parameters() if p.requires_grad} - moved
-    assert not resting, "no gradient reaches them"
+    unchanged = {key for key, p in pair.named_parameters() if p.requires_grad} - moved
+    assert not unchanged, "these received no gradient"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_weight_that_was_split_is_the_sources_at_that_place(name: str, made: Made) -> None:
-    """The module that a record names holds, in the loaded source, the tensor that the record names."""
+def test_every_manifest_record_names_the_source_tensor_of_its_module(name: str, made: Made) -> None:
+    """In the loaded source, the module of a record holds the tensor that the record names."""
     family = FAMILIES[name]
     source, _, manifest = made(name)
     disk = tensors(source)
@@ -133,8 +133,8 @@ def test_every_weight_that_was_split_is_the_sources_at_that_place(name: str, mad
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_the_dtype_it_is_published_in_every_tensor_stands_up_to_the_source(name: str, made: Made) -> None:
-    """Residuals within half a unit in the last place, every component solved anew, all else the same bytes."""
+def test_in_the_published_dtype_the_output_passes_verify_against_its_source(name: str, made: Made) -> None:
+    """verify checks residuals to half a unit in the last place, solves every component again, and compares the rest."""
     source, out, manifest = made(name, FAMILIES[name].stored)
     assert {record.dtype for record in manifest.weights} == {FAMILIES[name].stored}
     verdict = verify(str(out), model=str(source), all_components=True)
@@ -142,7 +142,7 @@ def test_in_the_dtype_it_is_published_in_every_tensor_stands_up_to_the_source(na
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_in_pickled_shards_and_in_another_dtype(name: str, tmp_path: Path) -> None:
+def test_experts_in_pickled_shards_are_initialized_in_another_dtype(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source = as_pickles(architectures.save(tmp_path / "plain", family, "bfloat16"), tmp_path / "source", shards=3)
     out = tmp_path / "out"
@@ -150,23 +150,23 @@ def test_experts_in_pickled_shards_and_in_another_dtype(name: str, tmp_path: Pat
         InitOptions(model=str(source), out=str(out), rank=RANK, target=family.targets, dtype="float32", device=("cpu",))
     )
     assert verify(str(out), model=str(source), all_components=True).ok
-    truth = answer(family, load(family, source))
-    assert relative(answer(family, load_pair(family, out)), truth) < 100 * torch.finfo(torch.float32).eps
+    truth = model_output(family, load(family, source))
+    assert relative(model_output(family, load_pair(family, out)), truth) < 100 * torch.finfo(torch.float32).eps
 
 
-def test_experts_of_one_layer_from_several_shards_are_put_together(made: Made) -> None:
+def test_the_experts_of_one_layer_are_in_several_shards(made: Made) -> None:
     source, _, manifest = made("mixtral")
     index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
     shards: dict[str, set[str]] = {}
     for record in manifest.weights:
         shards.setdefault(record.key, set()).add(index[record.tensor])
-    assert any(len(files) > 1 for files in shards.values())  # and the tests above found each expert in its place
+    assert any(len(files) > 1 for files in shards.values())  # the tests above check each expert's values
 
 
-def test_a_run_with_experts_goes_on_where_it_stopped(
+def test_an_interrupted_run_with_experts_is_resumed(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, straight, _ = made("mixtral")
+    source, uninterrupted, _ = made("mixtral")
     real = ShardWriter.finish
     finished: list[Any] = []
 
@@ -185,17 +185,17 @@ def test_a_run_with_experts_goes_on_where_it_stopped(
     monkeypatch.setattr(ShardWriter, "finish", real)
     initialize(options)
     for file in ("model-00003-of-*.safetensors", "lora/adapter_model.safetensors"):
-        (one,), (other,) = (list(folder.glob(file)) for folder in (straight, tmp_path / "out"))
+        (one,), (other,) = (list(folder.glob(file)) for folder in (uninterrupted, tmp_path / "out"))
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_model_with_experts_says_what_it_costs_and_what_it_needs(tmp_path: Path) -> None:
+def test_the_plan_of_a_model_with_experts_states_its_cost_and_requirements(tmp_path: Path) -> None:
     source = architectures.save(tmp_path, FAMILIES["mixtral"], "bfloat16")
     options: dict[str, Any] = {"model": str(source), "out": "out", "rank": RANK}
-    left = describe(make_plan(InitOptions(**options, target=("q_proj",)), source), 1)
-    assert left["notices"] == ["the 24 matrices of the experts are left as they are; --target experts adapts them too"]
-    taken = describe(make_plan(InitOptions(**options, target=("q_proj", "experts")), source), 1)
-    (notice,) = taken["notices"]
+    left = describe(make_plan(InitOptions(**options, target=("q_proj",)), source), 1, 0.0)
+    assert left["warnings"] == ["the 24 matrices of the experts are left as they are; --target experts adapts them too"]
+    taken = describe(make_plan(InitOptions(**options, target=("q_proj", "experts")), source), 1, 0.0)
+    (notice,) = taken["warnings"]
     assert "training needs PEFT >= 0.19.1, and lora_dropout is 0 instead of 0.05" in notice
     assert len(taken["weights"]) == len(left["weights"]) + 24
     assert taken["solve_flops"] > left["solve_flops"]

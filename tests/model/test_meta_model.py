@@ -1,4 +1,4 @@
-"""meta_model: where each tensor goes is what transformers' public loading says; what must not be adapted is seen."""
+"""meta_model: tensors map to parameters as in `from_pretrained`; modules that must not be adapted are found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from milora_init.model.adaptable import ModelStructure, read_structure
 Built = Callable[..., Path]
 
 
-def names_of(folder: Path, **options: Any) -> ModelStructure:
+def structure_of(folder: Path, **options: Any) -> ModelStructure:
     opened = open_checkpoint(folder)
     return read_structure(folder, opened.config, {name: info.shape for name, info in opened.tensors.items()}, **options)
 
@@ -39,12 +39,12 @@ def saved(cls: str, folder: Path, **sizes: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_public_api_puts_every_tensor_where_we_say(name: str, tmp_path: Path) -> None:
-    """`from_pretrained` of tensors without data says which it had no use for, and which parameters it missed."""
+def test_from_pretrained_maps_every_tensor_as_parameter_sources_does(name: str, tmp_path: Path) -> None:
+    """`from_pretrained` on meta tensors reports unexpected and missing keys."""
     family = FAMILIES[name]
     opened = open_checkpoint(architectures.save(tmp_path, family, "float32"))
     model = meta_model.build_meta_model(tmp_path, opened.config)
-    homes = meta_model.parameter_sources(model, opened.tensors)
+    sources = meta_model.parameter_sources(model, opened.tensors)
     given = {name: torch.empty(info.shape, device="meta") for name, info in opened.tensors.items()}
     loaded, info = getattr(transformers, family.architecture).from_pretrained(
         None, config=architectures.config_of(family), state_dict=given, device_map={"": "meta"},
@@ -52,18 +52,18 @@ def test_the_public_api_puts_every_tensor_where_we_say(name: str, tmp_path: Path
     )  # fmt: skip
     assert not info["unexpected_keys"]
     assert not info["missing_keys"]
-    assert {tensor for home in homes.values() for tensor in home.tensors} == given.keys()
+    assert {tensor for parameter in sources.values() for tensor in parameter.tensors} == given.keys()
     parameters = dict(loaded.named_parameters(remove_duplicate=False)) | dict(loaded.named_buffers())
-    for home, entry in homes.items():
+    for parameter, entry in sources.items():
         if entry.operations:
-            assert parameters[home].numel() == sum(given[tensor].numel() for tensor in entry.tensors)
+            assert parameters[parameter].numel() == sum(given[tensor].numel() for tensor in entry.tensors)
         else:
             (tensor,) = entry.tensors
-            assert parameters[home].shape == given[tensor].shape
+            assert parameters[parameter].shape == given[tensor].shape
 
 
-def test_a_weight_that_its_parent_reads_is_seen(tmp_path: Path) -> None:
-    """Jamba's dt_proj is called by nobody: an adapter around it would be silently left out."""
+def test_a_linear_whose_weight_its_parent_reads_is_refused(tmp_path: Path) -> None:
+    """Jamba never calls the module dt_proj, so an adapter on it would have no effect."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {
         "num_attention_heads": 4,
@@ -72,7 +72,7 @@ def test_a_weight_that_its_parent_reads_is_seen(tmp_path: Path) -> None:
         "mamba_d_state": 4,
         "mamba_dt_rank": 4,
     }
-    structure = names_of(
+    structure = structure_of(
         saved("JambaForCausalLM", tmp_path, **sizes, **heads, attn_layer_period=2, attn_layer_offset=1)
     )
     reasons = {name: reason for name, reason in structure.refused.items() if name.endswith("dt_proj")}
@@ -84,7 +84,7 @@ def test_a_weight_that_its_parent_reads_is_seen(tmp_path: Path) -> None:
 
 
 def test_the_out_proj_of_a_mamba_is_refused(tmp_path: Path) -> None:
-    structure = names_of(
+    structure = structure_of(
         saved("MambaForCausalLM", tmp_path, vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     )
     assert any(weight.module.endswith("in_proj") for weight in select(structure, ["all-linear"]))
@@ -93,16 +93,16 @@ def test_the_out_proj_of_a_mamba_is_refused(tmp_path: Path) -> None:
 
 
 class Attention(nn.Module):
-    """A torch attention, a linear that nobody calls, and one that is called."""
+    """A torch attention, a linear that is never called, and one that is called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.idle, self.busy = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.unused, self.used = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.busy(self.attention(x, x, x)[0])
-        return out + x @ self.idle.weight
+        out: torch.Tensor = self.used(self.attention(x, x, x)[0])
+        return out + x @ self.unused.weight
 
 
 class Model(nn.Module):
@@ -124,18 +124,18 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_what_is_never_called_is_told_of_modules_that_ran_only(breaks: bool) -> None:
+def test_only_children_of_modules_that_ran_are_reported_as_uncalled(breaks: bool) -> None:
     with torch.device("meta"):
         model = Model(breaks=breaks)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     missed = meta_model.uncalled_modules(model)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert missed & linears == {f"layers.{n}.{name}" for n in (0, 1) for name in ("idle", "attention.out_proj")}
+    assert missed & linears == {f"layers.{n}.{name}" for n in (0, 1) for name in ("unused", "attention.out_proj")}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_linear_of_a_common_architecture_is_thought_to_be_idle(name: str, tmp_path: Path) -> None:
+def test_no_linear_of_a_common_architecture_is_reported_as_uncalled(name: str, tmp_path: Path) -> None:
     opened = open_checkpoint(architectures.save(tmp_path, FAMILIES[name], "bfloat16"))
     model = meta_model.build_meta_model(tmp_path, opened.config)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -150,7 +150,7 @@ EXPERTS_DAMAGED: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 
 
 @pytest.mark.parametrize("what", EXPERTS_DAMAGED)
-def test_experts_that_are_not_all_there_are_not_adapted(what: str, tmp_path: Path) -> None:
+def test_an_incomplete_set_of_experts_is_not_adapted(what: str, tmp_path: Path) -> None:
     source = architectures.save(tmp_path / "source", FAMILIES["mixtral"], "float32")
     content = tensors(source)
     EXPERTS_DAMAGED[what](content)
@@ -158,7 +158,7 @@ def test_experts_that_are_not_all_there_are_not_adapted(what: str, tmp_path: Pat
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
-    structure = names_of(folder)
+    structure = structure_of(folder)
     parameter = "model.layers.0.mlp.experts.down_proj"
     assert parameter not in structure.experts
     assert "has not all of its 4 experts" in structure.refused[parameter]
@@ -178,7 +178,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def remote(own: Built) -> Path:
-    """A llama whose classes are in its folder."""
+    """A llama whose model classes are Python code in its folder."""
     folder = own("llama")
     (folder / "modeling_own.py").write_text(REMOTE)
     auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
@@ -188,27 +188,27 @@ def remote(own: Built) -> Path:
 
 def test_code_of_the_model_itself_is_not_run_unless_it_is_trusted(remote: Path) -> None:
     with pytest.raises(CheckpointError, match="whose code is in the model's own repository") as caught:
-        names_of(remote)
+        structure_of(remote)
     assert "--trust-remote-code" in caught.value.hint
-    structure = names_of(remote, trust_remote_code=True)
+    structure = structure_of(remote, trust_remote_code=True)
     assert structure.architecture == "OwnForCausalLM"
     assert len(select(structure, ["q_proj"])) == 2
 
 
-def test_a_name_that_transformers_has_is_transformers_own_unless_the_code_is_trusted(remote: Path) -> None:
-    """Falcon, Phi and others left an auto_map in their config: the class that transformers has is taken."""
+def test_a_class_that_transformers_has_is_used_instead_of_remote_code(remote: Path) -> None:
+    """Falcon, Phi and others still have an auto_map in their config; the class of transformers is used."""
     auto = json.loads((remote / "config.json").read_text())["auto_map"]
     (remote / "modeling_own.py").write_text(REMOTE.replace("OwnForCausalLM", "LlamaForCausalLM_"))
     edit_json(remote / "config.json", architectures=["LlamaForCausalLM"], model_type="llama", auto_map=auto)
-    assert names_of(remote).architecture == "LlamaForCausalLM"
+    assert structure_of(remote).architecture == "LlamaForCausalLM"
 
 
-def test_a_transformers_that_keeps_its_names_elsewhere_is_one_clear_error(
+def test_a_transformers_without_its_conversion_mapping_is_one_clear_error(
     checkpoint: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(import_module("transformers.conversion_mapping"), "get_model_conversion_mapping")
     with pytest.raises(CheckpointError, match=r"transformers .* keeps its weight names elsewhere") as caught:
-        names_of(checkpoint("llama"))
+        structure_of(checkpoint("llama"))
     assert "pip install" in caught.value.hint
 
 
@@ -216,28 +216,30 @@ def test_a_transformers_that_keeps_its_names_elsewhere_is_one_clear_error(
 @pytest.mark.parametrize(
     "value", ["flash_attention_2", "somebody/kernel:forward", "nonsense", {"": "flash_attention_3"}, 5], ids=str
 )
-def test_the_attention_and_the_experts_of_the_config_are_not_needed(key: str, value: object, own: Built) -> None:
+def test_the_attention_and_experts_implementations_in_the_config_are_ignored(
+    key: str, value: object, own: Built
+) -> None:
     folder = own("llama")
     edit_json(folder / "config.json", **{key: value})
     before = (folder / "config.json").read_bytes()
-    assert len(select(names_of(folder), ["q_proj"])) == 2
+    assert len(select(structure_of(folder), ["q_proj"])) == 2
     assert (folder / "config.json").read_bytes() == before
 
 
-def test_the_attention_of_a_part_is_not_needed_either(tmp_path: Path) -> None:
+def test_the_attention_implementation_of_a_sub_config_is_ignored(tmp_path: Path) -> None:
     family = FAMILIES["llava"]
     folder = architectures.save(tmp_path, family, "float32")
-    expected = names_of(folder)
+    expected = structure_of(folder)
     config = json.loads((folder / "config.json").read_text())
     for part in ("text_config", "vision_config"):
         config[part]["_attn_implementation"] = "flash_attention_2"
     whole = {"text_config": "flash_attention_3", "vision_config": "somebody/kernel", "": "sdpa"}
     (folder / "config.json").write_text(json.dumps({**config, "_attn_implementation": whole}))
-    assert names_of(folder) == expected
+    assert structure_of(folder) == expected
 
 
-def test_nothing_is_fetched_while_a_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An old DETR names the repository of its backbone; the network of the tests would raise another error."""
+def test_building_a_model_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old DETR config names a repository for its backbone. A real access would raise NetworkUsedError instead."""
     config = transformers.DetrConfig(architectures=["DetrForObjectDetection"]).to_dict()
     config |= {"backbone_config": None, "backbone": "somebody/backbone", "use_timm_backbone": False}
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
@@ -248,7 +250,7 @@ def test_nothing_is_fetched_while_a_model_is_built(tmp_path: Path, monkeypatch: 
     assert not import_module("huggingface_hub.constants").HF_HUB_OFFLINE
 
 
-def test_a_part_whose_code_is_elsewhere_is_not_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_code_of_a_sub_config_causes_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = architectures.save(tmp_path, FAMILIES["llava"], "float32")
     config = json.loads((folder / "config.json").read_text())
     reference = {"AutoModel": "somebody/code--modeling.Model", "AutoModelForCausalLM": "somebody/code--modeling.Model"}
@@ -262,7 +264,7 @@ def test_a_part_whose_code_is_elsewhere_is_not_asked_about(tmp_path: Path, monke
 
     monkeypatch.setattr("builtins.input", answer)
     with pytest.raises(CheckpointError):
-        names_of(folder)
+        structure_of(folder)
     assert not asked
 
 
@@ -272,7 +274,10 @@ def test_a_part_whose_code_is_elsewhere_is_not_asked_about(tmp_path: Path, monke
 def test_only_a_model_class_is_built(name: str, own: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = own("llama")
     edit_json(folder / "config.json", architectures=[name])
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained",
+        lambda *_, **__: pytest.fail("the config was loaded before the class was checked"),
+    )
     with pytest.raises(CheckpointError, match=f"config.json names {name}, which") as caught:
-        names_of(folder)
+        structure_of(folder)
     assert "under `architectures`" in caught.value.hint

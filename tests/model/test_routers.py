@@ -1,4 +1,4 @@
-"""naming: a router is never adapted, whatever it is called and wherever it stands; ordinary gates still are."""
+"""adaptable: a router is never adapted, whatever its name and position; other gates are."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from milora_init.errors import PlanError
 from milora_init.lora.targets import select
 from milora_init.model import meta_model
 from milora_init.model.adaptable import ModelStructure, read_structure
-from milora_init.options import InitOptions
+from milora_init.options import DEFAULT_TARGET
 
-# Routers that are linear layers, or hold some, by the end of their names.
+# Suffixes of the names of routers, or of linear layers in them.
 ROUTERS = {
     "afmoe": ("mlp.router.gate",),
     "doge": ("mlp.router_gate",),
@@ -36,7 +36,7 @@ ROUTERS = {
 
 
 def with_experts(config: Any) -> None:
-    """Set what a default config leaves out: experts in every layer, and what it cannot be built without."""
+    """Set what a default config lacks: experts in every layer, and values without which the model cannot be built."""
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     for part in parts:
         held = vars(part)
@@ -55,7 +55,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def names_of(model_type: str, folder: Path, layers: int | None = LAYERS) -> ModelStructure:
+def structure_of(model_type: str, folder: Path, layers: int | None = LAYERS) -> ModelStructure:
     def change(config: Any) -> None:
         with_experts(config)
         for key, value in SPECIAL.get(model_type, {}).items():
@@ -68,7 +68,7 @@ def names_of(model_type: str, folder: Path, layers: int | None = LAYERS) -> Mode
 
 @pytest.mark.parametrize("model_type", ROUTERS)
 def test_a_router_is_left_out_and_refused_by_name(model_type: str, tmp_path: Path) -> None:
-    structure = names_of(model_type, tmp_path, None if model_type == "gemma4_text" else LAYERS)
+    structure = structure_of(model_type, tmp_path, None if model_type == "gemma4_text" else LAYERS)
     chosen = {weight.module for weight in select(structure, ["all-linear"])}
     for end in ROUTERS[model_type]:
         found = [name for name in structure.modules if name.endswith(f".{end}")]
@@ -82,17 +82,17 @@ def test_a_router_is_left_out_and_refused_by_name(model_type: str, tmp_path: Pat
 
 
 def attempt(model_type: str, folder: Path, layers: int | None) -> ModelStructure | None:
-    """Its names; None of a type that has no experts, or is not built from its default config."""
+    """The structure of this type; None if it has no experts or cannot be built from its default config."""
     config = transformers.CONFIG_MAPPING[model_type]
     try:
         known = "expert" in str(config()) and model_class(config) is not None
-        return names_of(model_type, folder, layers) if known else None
+        return structure_of(model_type, folder, layers) if known else None
     except Exception:
         return None
 
 
-def test_a_gate_of_something_else_that_has_as_many_outputs_as_there_are_experts_stays(tmp_path: Path) -> None:
-    """Gemma 4's per_layer_input_gate stands in the layer of the experts."""
+def test_a_gate_that_is_no_router_stays_adaptable_even_with_one_output_per_expert(tmp_path: Path) -> None:
+    """Gemma 4 has a per_layer_input_gate in the same layer as the experts."""
     config: Any = transformers.Gemma4TextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, global_head_dim=8, enable_moe_block=True, num_experts=8, top_k_experts=2,
@@ -108,7 +108,7 @@ def test_a_gate_of_something_else_that_has_as_many_outputs_as_there_are_experts_
 
 
 @pytest.mark.slow
-def test_no_router_of_any_type_that_transformers_has_is_adapted(tmp_path: Path) -> None:
+def test_no_router_of_any_transformers_model_type_is_adapted(tmp_path: Path) -> None:
     swept = 0
     for number, model_type in enumerate(sorted(transformers.CONFIG_MAPPING)):
         (folder := tmp_path / str(number)).mkdir()
@@ -124,7 +124,7 @@ def test_no_router_of_any_type_that_transformers_has_is_adapted(tmp_path: Path) 
             assert "router" not in weight.module.lower()
             gate = "gate" in (words := weight.module.rpartition(".")[2].split("_")) and "proj" not in words
             assert not (gate and str(weight.shape[0]) in counts), weight.module
-        defaults = InitOptions(model="m", out="o").target
+        defaults = DEFAULT_TARGET
         assert not any("router" in name for name in structure.adaptable if name.rpartition(".")[2] in defaults)
     assert swept > 50
 
@@ -144,8 +144,8 @@ class Experts(nn.Module):
         return mixed
 
 
-class Decider(nn.Module):
-    """Chooses, and neither its name nor where it stands says so."""
+class UnnamedRouter(nn.Module):
+    """A router that neither its name nor its position identifies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Decider(nn.Module):
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.decider, self.experts = Decider(), Experts()
+        self.decider, self.experts = UnnamedRouter(), Experts()
         self.narrow, self.wide = nn.Linear(HIDDEN, COUNT), nn.Linear(COUNT, HIDDEN)
 
     def forward(self, x: torch.Tensor, breaks: bool) -> torch.Tensor:
@@ -186,8 +186,8 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_what_chooses_is_seen_by_what_becomes_of_its_outputs(breaks: bool) -> None:
-    """Not a layer before it, nor one with as many outputs; and in all layers, though the first one breaks."""
+def test_a_router_is_found_by_the_use_of_its_outputs(breaks: bool) -> None:
+    """Neither a layer before it nor one with as many outputs; in every layer, even if the first forward pass raises."""
     with torch.device("meta"):
         model = Model(breaks=breaks)
     for parameter in model.parameters():

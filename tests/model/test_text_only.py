@@ -1,4 +1,4 @@
-"""The class that loads a pair: of some models AutoModelForCausalLM builds one whose modules have other names."""
+"""The class that loads a pair: for some models AutoModelForCausalLM builds a class with other module names."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import transformers
 from peft import PeftModel
 from support import architectures
 from support.families import FAMILIES
+from support.runs import initialize
 from support.tiny_models import edit_json
 from support.training import TOKENS, logits
 from torch import Tensor
 
+from milora_init.api import convert
 from milora_init.errors import PlanError
-from milora_init.export.convert import convert
 from milora_init.export.merge import merge
 from milora_init.lora.compatibility import explain_other_class
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import Plan, make_plan
-from milora_init.report import loading_lines, summary
-from milora_init.run.initialize import initialize
-from milora_init.verify.verify import verify
+from milora_init.report import loading_lines
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Made = Callable[[str, bool], tuple[Path, Path, Manifest]]
@@ -121,7 +121,7 @@ def plan(folder: Path, **options: Any) -> Plan:
 
 @pytest.mark.parametrize("text_only", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_pair_computes_the_source_in_the_class_it_was_made_for_and_says_which(
+def test_the_pair_computes_the_source_in_its_class_and_the_manifest_names_the_class(
     name: str, text_only: bool, made: Made
 ) -> None:
     source, out, manifest = made(name, text_only)
@@ -135,50 +135,52 @@ def test_the_pair_computes_the_source_in_the_class_it_was_made_for_and_says_whic
     assert manifest.source["architecture"] == (auto if text_only else own)
     assert manifest.source["other_class"] == (own if text_only else auto)
     assert f"from transformers import {cls}\n" in loading_lines(manifest)
-    (notice,) = (n for n in summary(manifest, unchanged=False)["warnings"] if "other names" in n)
+    (notice,) = (n for n in manifest.notices if "other names" in n)
     assert own in notice
     assert auto in notice
     assert ("--text-only" in notice) is not text_only
-    assert notice in plan(source, text_only=text_only, target=MODELS[name][2]).notices  # of a dry run
+    assert notice in plan(source, text_only=text_only, target=MODELS[name][2]).notices  # a dry run shows the notice too
     assert verify(str(out), model=str(source), all_components=True).code == "pair"
 
 
 @pytest.mark.parametrize("text_only", [False, True])
-def test_an_adapter_trained_on_the_other_class_is_told_as_that(text_only: bool, made: Made, tmp_path: Path) -> None:
+def test_an_adapter_trained_on_the_other_class_is_refused_with_that_reason(
+    text_only: bool, made: Made, tmp_path: Path
+) -> None:
     _, out, _ = made("qwen3_5", text_only)
     own, auto, _ = MODELS["qwen3_5"]
     train(own if text_only else "AutoModelForCausalLM", out, tmp_path / "trained")
-    told = rf"trained on another class \({own if text_only else auto}"
+    reason = rf"trained on another class \({own if text_only else auto}"
     repair = "load the base with AutoModelForCausalLM" if text_only else f"load the base as a {own}"
     verdict = verify(str(out), adapter=str(tmp_path / "trained"))
     assert verdict.code == "adapter_misfit"
     (difference,) = verdict.differences
-    assert told.replace("\\", "") in difference.what
+    assert reason.replace("\\", "") in difference.what
     assert repair in difference.hint
-    for way_back in (
+    for export in (
         lambda: merge(str(out), str(tmp_path / "merged"), adapter=str(tmp_path / "trained")),
         lambda: convert(out / "lora", tmp_path / "trained", tmp_path / "plain"),
     ):
-        with pytest.raises(PlanError, match=told) as caught:
-            way_back()
+        with pytest.raises(PlanError, match=reason) as caught:
+            export()
         assert repair in caught.value.hint
     assert {path.name for path in tmp_path.iterdir()} == {"trained"}
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "llama4"])
-def test_a_text_only_pair_is_trained_and_taken_back(name: str, made: Made, tmp_path: Path) -> None:
+def test_a_text_only_pair_can_be_trained_merged_and_converted(name: str, made: Made, tmp_path: Path) -> None:
     source, out, _ = made(name, True)
     pair = logits(train("AutoModelForCausalLM", out, tmp_path / "trained"))
-    assert relative(pair, logits(load("AutoModelForCausalLM", source))) > 0.001, "the training moved nothing"
+    assert relative(pair, logits(load("AutoModelForCausalLM", source))) > 0.001, "the training changed nothing"
     assert verify(str(out), adapter=str(tmp_path / "trained")).code == "trained_pair"
     merge(str(out), str(tmp_path / "merged"), adapter=str(tmp_path / "trained"))
     convert(out / "lora", tmp_path / "trained", tmp_path / "plain")
     assert relative(logits(load("AutoModelForCausalLM", tmp_path / "merged")), pair) < 1e-4
     assert relative(logits(load("AutoModelForCausalLM", source, tmp_path / "plain")), pair) < 1e-4
-    load(MODELS[name][0], tmp_path / "merged")  # the towers are still there
+    load(MODELS[name][0], tmp_path / "merged")  # the weights of the vision tower are still there
 
 
-def test_a_text_only_pair_is_known_without_its_manifest(made: Made, tmp_path: Path) -> None:
+def test_verify_recognizes_a_text_only_pair_without_its_manifest(made: Made, tmp_path: Path) -> None:
     _, out, _ = made("qwen3_5", True)
     for path in out.rglob("*"):
         if path.is_file() and path.name != MANIFEST:
@@ -188,7 +190,7 @@ def test_a_text_only_pair_is_known_without_its_manifest(made: Made, tmp_path: Pa
     assert verify(str(tmp_path)).code == "no_manifest"
 
 
-def test_the_option_decides_the_fingerprint(made: Made) -> None:
+def test_text_only_changes_the_fingerprint(made: Made) -> None:
     assert made("qwen3_5", True)[2].fingerprint != made("qwen3_5", False)[2].fingerprint
 
 
@@ -196,7 +198,7 @@ def test_the_option_decides_the_fingerprint(made: Made) -> None:
     ("name", "why"),
     [("llama", "builds a LlamaForCausalLM"), ("gemma3", "builds a Gemma3ForCond"), ("qwen2_vl", "builds nothing")],
 )
-def test_text_only_is_refused_where_there_is_no_such_class(name: str, why: str, tmp_path: Path) -> None:
+def test_text_only_is_refused_if_there_is_no_text_class(name: str, why: str, tmp_path: Path) -> None:
     architectures.save(tmp_path, FAMILIES[name], "float32")
     with pytest.raises(PlanError, match=why) as caught:
         plan(tmp_path, text_only=True)
@@ -206,24 +208,24 @@ def test_text_only_is_refused_where_there_is_no_such_class(name: str, why: str, 
 @pytest.mark.parametrize(
     "name", ["llama", "gemma3", "bart", "whisper", "bert", "bert with a head", "mixtral", "qwen2_vl"]
 )
-def test_nothing_is_said_where_the_names_agree_or_nobody_loads_it_so(name: str, tmp_path: Path) -> None:
+def test_there_is_no_notice_if_only_one_set_of_names_is_in_use(name: str, tmp_path: Path) -> None:
     architectures.save(tmp_path, FAMILIES[name], "float32")
     assert not any("other names" in n for n in plan(tmp_path, target=FAMILIES[name].targets).notices)
 
 
-def test_a_headless_decoder_is_warned_of_without_an_option_that_does_not_help(own: Built, tmp_path: Path) -> None:
+def test_the_notice_for_a_decoder_without_a_head_does_not_suggest_text_only(own: Built, tmp_path: Path) -> None:
     transformers.AutoModel.from_pretrained(own("llama")).save_pretrained(tmp_path / "headless")
     (notice,) = plan(tmp_path / "headless").notices
     assert "load the base as a LlamaModel: AutoModelForCausalLM builds a LlamaForCausalLM" in notice
     assert "--text-only" not in notice
 
 
-def test_a_task_type_does_not_make_the_lines_name_the_wrong_class(made: Made) -> None:
+def test_the_task_type_does_not_change_the_class_in_the_loading_lines(made: Made) -> None:
     source, _, manifest = made("qwen3_5", False)
     config = plan(source, task_type="CAUSAL_LM", target=("q_proj",)).adapter_config
     assert config["task_type"] == "CAUSAL_LM"
-    told = replace(manifest, adapter=config)
-    assert f"from transformers import {MODELS['qwen3_5'][0]}\n" in loading_lines(told)
+    changed = replace(manifest, adapter=config)
+    assert f"from transformers import {MODELS['qwen3_5'][0]}\n" in loading_lines(changed)
 
 
 OWN = {"model.language_model.layers.0.q_proj", "model.language_model.layers.1.q_proj", "lm_head"}
@@ -243,12 +245,12 @@ OWN = {"model.language_model.layers.0.q_proj", "model.language_model.layers.1.q_
         ({"model.layers.0.q_proj", "layers.1.q_proj"}, False),
     ],
 )
-def test_only_another_prefix_is_another_class(other: set[str], is_so: bool) -> None:
+def test_only_a_different_prefix_means_another_class(other: set[str], is_so: bool) -> None:
     assert (explain_other_class(OWN, other, None) is not None) is is_so
 
 
-def test_a_manifest_of_before_still_reads(made: Made, tmp_path: Path) -> None:
-    """Without `text_only` among its inputs it is of the class that config.json names."""
+def test_a_manifest_without_text_only_is_still_read(made: Made, tmp_path: Path) -> None:
+    """Older manifests have no `text_only` input; the class is then the one that config.json names."""
     _, out, manifest = made("qwen3_5", False)
     for path in out.rglob("*"):
         if path.is_file():
@@ -258,4 +260,5 @@ def test_a_manifest_of_before_still_reads(made: Made, tmp_path: Path) -> None:
     inputs = {key: value for key, value in manifest.inputs.items() if key != "text_only"}
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     edit_json(tmp_path / MANIFEST, inputs=inputs, fingerprint=fingerprint)
-    assert "target_modules" not in str(verify(str(tmp_path)).differences)
+    verdict = verify(str(tmp_path))
+    assert (verdict.code, verdict.differences) == ("pair", ())

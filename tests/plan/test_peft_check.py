@@ -1,4 +1,4 @@
-"""self_check: PEFT and our reading of its rules say the same, and what PEFT would not load stops the run before it."""
+"""plan.peft_check: our rules agree with PEFT, and an adapter that PEFT would not load stops the run at its start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milora_init.errors import PlanError
 from milora_init.model import meta_model
 from milora_init.options import InitOptions
 from milora_init.plan import peft_check
-from milora_init.plan.peft_check import require_loadable, wanted_by_peft, wanted_by_rules
+from milora_init.plan.peft_check import expected_by_peft, expected_by_rules, require_loadable
 from milora_init.plan.plan import Plan, make_plan
 from milora_init.run.initialize import run_plan
 
@@ -29,7 +29,7 @@ def plan(folder: Path, out: Path | str = "out", **options: Any) -> Plan:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_our_reading_of_the_rules_is_pefts(name: str, rslora: bool, tmp_path: Path) -> None:
+def test_our_rules_expect_the_same_tensors_and_scales_as_peft(name: str, rslora: bool, tmp_path: Path) -> None:
     made = plan(
         architectures.save(tmp_path, FAMILIES[name], "bfloat16"),
         target=FAMILIES[name].targets,
@@ -40,13 +40,13 @@ def test_our_reading_of_the_rules_is_pefts(name: str, rslora: bool, tmp_path: Pa
     planned = {key: info.shape for key, info in made.adapter_header.tensors.items()}
     config = made.adapter_config
     model = meta_model.build_meta_model(tmp_path, made.checkpoint.config)
-    shapes, scales = wanted_by_rules(model, config)  # before PEFT, which changes the model
-    assert (shapes, scales) == wanted_by_peft(model, config, planned)
+    shapes, scales = expected_by_rules(model, config)  # first, because PEFT changes the model
+    assert (shapes, scales) == expected_by_peft(model, config, planned)
     assert shapes == planned
     assert scales == pytest.approx({w.key: w.scale for w in made.weights}, rel=1e-12)
 
 
-def test_it_says_who_was_asked(checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_returns_what_the_plan_was_compared_with(checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan(checkpoint("llama"))
     assert require_loadable(made) == f"PEFT {metadata.version('peft')}"
 
@@ -57,7 +57,7 @@ def test_it_says_who_was_asked(checkpoint: Built, monkeypatch: pytest.MonkeyPatc
     assert require_loadable(made) == "the rules of PEFT 0.19.1"
 
 
-def test_a_peft_too_old_for_experts_is_not_asked_about_them(
+def test_a_peft_too_old_for_experts_is_not_used_for_them(
     checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda _: "0.19.0")
@@ -75,16 +75,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("asked", ["peft", "rules"])
+@pytest.mark.parametrize("reference", ["peft", "rules"])
 @pytest.mark.parametrize("name", WRONG)
-def test_a_config_that_would_load_the_adapter_otherwise_stops_the_run_and_leaves_nothing(
-    name: str, asked: str, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_config_that_peft_would_load_differently_stops_the_run_and_leaves_no_output(
+    name: str, reference: str, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, message = WRONG[name]
     made = plan(checkpoint("llama"), tmp_path / "out", device=("cpu",))
     made = dataclasses.replace(made, adapter_config={**made.adapter_config, **changes})
-    if asked == "rules":
-        monkeypatch.setattr(peft_check, "_peft_version", lambda **_: "")
+    if reference == "rules":
+        monkeypatch.setattr(peft_check, "_usable_peft_version", lambda **_: "")
     with pytest.raises(PlanError, match=message):
         run_plan(made)
     assert not (tmp_path / "out").exists()

@@ -76,7 +76,7 @@ def test_the_fingerprint_changes_with_the_source(checkpoint: Built, own: Built) 
 
 def test_no_secret_is_written_anywhere(checkpoint: Built) -> None:
     made = plan(checkpoint("llama"), token="hf_secret")
-    assert "hf_secret" not in json.dumps(describe(made, 1)) + json.dumps(made.inputs) + repr(made.options)
+    assert "hf_secret" not in json.dumps(describe(made, 1, 0.0)) + json.dumps(made.inputs) + repr(made.options)
 
 
 def test_planning_writes_nothing(own: Built, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_rank_too_high_names_the_smallest_weight_and_its_shape(checkpoint: Bui
 def test_a_rank_as_high_as_the_smallest_weight_is_planned(checkpoint: Built) -> None:
     made = plan(checkpoint("llama"), rank=16)
     assert min(min(w.weight.shape) for w in made.weights) == 16
-    assert any("nothing of 4 weights stays in the base" in notice for notice in made.notices)
+    assert any("takes all components of 4 weights, and none stays in the base" in notice for notice in made.notices)
     assert not any("stays in the base" in notice for notice in plan(checkpoint("llama"), rank=15).notices)
 
 
@@ -120,7 +120,10 @@ def test_a_packed_weight_is_told_where_it_is_not_targeted(dtype: torch.dtype, wh
     tensors = tiny_models.tensors(folder)
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert any(f"1 tensors are {what}, {name} first" in notice for notice in plan(folder, target=("v_proj",)).notices)
+    assert any(
+        f"1 tensors look quantised ({what}), the first is {name}" in notice
+        for notice in plan(folder, target=("v_proj",)).notices
+    )
     with pytest.raises(PlanError, match=what):
         plan(folder, target=("q_proj",))
 
@@ -242,7 +245,7 @@ def test_a_single_file_beside_an_index_is_noticed(own: Built) -> None:
     save_file(tiny_models.tensors(folder), folder / "model.safetensors", metadata={"format": "pt"})
     ignored, left = plan(folder).notices
     assert "the index is ignored" in ignored
-    assert left.startswith("left out: model-00001-of-00010.safetensors, ")
+    assert left.startswith("not copied, because transformers does not load them: model-00001-of-00010.safetensors, ")
     assert left.endswith(" and 2 more")
 
 
@@ -310,7 +313,9 @@ def test_weights_beside_the_model_are_noticed(own: Built) -> None:
     save_file({"mtp.weight": torch.ones(2)}, folder / "model-mtp.safetensors")
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.00.pth").write_bytes(b"x")
-    assert plan(folder).notices == ("left out: model-mtp.safetensors, original/",)
+    assert plan(folder).notices == (
+        "not copied, because transformers does not load them: model-mtp.safetensors, original/",
+    )
 
 
 def test_a_residual_is_not_split_again(start: Callable[..., Any], checkpoint: Built, tmp_path: Path) -> None:
@@ -359,7 +364,7 @@ def test_a_config_that_would_round_the_residuals_again_is_noticed(own: Built) ->
 
 def test_the_sizes_promised_are_the_sizes_made(start: Callable[..., Any], checkpoint: Built, tmp_path: Path) -> None:
     folder = checkpoint("llama", "bfloat16")
-    described = describe(plan(folder, dtype="float32", out=str(tmp_path / "out")), 1)
+    described = describe(plan(folder, dtype="float32", out=str(tmp_path / "out")), 1, 0.0)
     start(folder, dtype="float32")
     made = tiny_models.contents(tmp_path / "out")
     assert set(described["files"]) == set(made)

@@ -12,13 +12,13 @@ import transformers
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from support import tiny_models
+from support.runs import initialize
 from support.training import TOKENS
 
 from milora_init.errors import PlanError
 from milora_init.options import TASK_TYPES, InitOptions
 from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import Plan, make_plan
-from milora_init.run.initialize import initialize
 
 Built = Callable[..., Path]
 

@@ -1,4 +1,4 @@
-"""A full disk, a source that changes under the run or cannot be read: a clear error, and a run to be resumed."""
+"""A full disk, a source that changes during the run or cannot be read: a clear error, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Damage = Callable[[Path], None]
 
 
 def weights(out: Path) -> dict[str, bytes]:
-    """Everything but what holds seconds and the folder's name."""
+    """All files except the two that hold times or the folder's path."""
     own = (MANIFEST, "lora/adapter_config.json")
     return {name: content for name, content in contents(out).items() if name not in own}
 
@@ -54,10 +54,10 @@ arguments = ["-m", source, "-o", str(disk / "out"), "-r", "4", "--device", "cpu"
 
 def append(self, line, real=Journal.append):
     real(self, line)
-    if isinstance(line, Entry) and not (disk / "ballast").exists():
-        with (disk / "ballast").open("wb", buffering=0) as ballast:
+    if isinstance(line, Entry) and not (disk / "filler").exists():
+        with (disk / "filler").open("wb", buffering=0) as filler:
             try:
-                while ballast.write(bytes(512)):
+                while filler.write(bytes(512)):
                     pass
             except OSError as error:
                 print(f"full: {error.strerror}", flush=True)
@@ -66,7 +66,7 @@ Journal.append, whole = append, Journal.append
 print("status", run(arguments))
 left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
 print("left", *left)
-(disk / "ballast").unlink()
+(disk / "filler").unlink()
 Journal.append = whole
 print("status", run(arguments))
 (disk / "out").rename(disk / "done")
@@ -74,10 +74,10 @@ os.system(f"cp -r {disk}/done {sys.argv[3]}")
 """
 
 
-def test_a_disk_that_fills_up_in_the_middle_is_an_error_and_the_run_resumed_once_there_is_room(
+def test_a_full_disk_is_an_error_and_the_run_is_resumed_once_there_is_space(
     start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    """A real ENOSPC: a small file system of its own, mounted where only the process that needs it sees it."""
+    """A real ENOSPC: a small tmpfs in the mount namespace of the tested process."""
     source, disk, copy = checkpoint("llama"), tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
     mount = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
@@ -86,7 +86,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_an_error_and_the_run_resumed_once
         not shutil.which("unshare")
         or subprocess.run([*mount, script, "sh", str(disk), "true"], capture_output=True, check=False).returncode
     ):
-        pytest.skip("this platform lets nobody mount a file system of its own")
+        pytest.skip("this platform does not allow a private mount")
     command = [sys.executable, "-c", FULL_DISK, str(disk), str(source), str(copy)]
     done = subprocess.run([*mount, script, "sh", str(disk), *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -96,8 +96,8 @@ def test_a_disk_that_fills_up_in_the_middle_is_an_error_and_the_run_resumed_once
     assert f"{os.strerror(errno.ENOSPC)}\n\nhint: free some space" in done.stderr
     assert f"out/{shards(source)[0]}" in left.split()
     assert not [n for n in left.split() if n.endswith((".partial", MANIFEST, "/config.json", ".index.json"))]
-    start(source, out=str(tmp_path / "straight"))
-    assert weights(copy) == weights(tmp_path / "straight")
+    start(source, out=str(tmp_path / "uninterrupted"))
+    assert weights(copy) == weights(tmp_path / "uninterrupted")
 
 
 def milora_with_small_files(largest_bytes: int, *arguments: str) -> None:
@@ -105,10 +105,8 @@ def milora_with_small_files(largest_bytes: int, *arguments: str) -> None:
     fork_server.command_line(*arguments)
 
 
-def test_a_file_that_cannot_grow_is_an_error_of_the_command_and_the_run_resumed(
-    start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
-    """The kernel's own refusal where no file system can be mounted: a limit on the size of files."""
+def test_a_file_size_limit_is_an_error_and_the_run_is_resumed(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the kernel refuse the write; this needs no mount."""
     source, out = checkpoint("llama"), tmp_path / "out"
     largest = max((source / name).stat().st_size for name in shards(source))
     command = ["-m", str(source), "-o", str(out), "-r", "4", "-q", "--device", "cpu"]
@@ -118,8 +116,8 @@ def test_a_file_that_cannot_grow_is_an_error_of_the_command_and_the_run_resumed(
     assert f"{os.strerror(errno.EFBIG)}\n\nhint: free some space, or choose another --out\n" in done.stderr
     require_unfinished(out)
     start(source)
-    start(source, out=str(tmp_path / "straight"))
-    assert weights(out) == weights(tmp_path / "straight")
+    start(source, out=str(tmp_path / "uninterrupted"))
+    assert weights(out) == weights(tmp_path / "uninterrupted")
 
 
 def rewrite(path: Path) -> None:
@@ -142,11 +140,11 @@ DAMAGES: list[Damage] = [
     lambda path: os.truncate(path, 3),
     lambda path: path.unlink(),
 ]
-NAMES = ["rewritten", "replaced", "cut in half", "cut to nothing", "removed"]
+NAMES = ["rewritten", "replaced", "truncated to half", "truncated to 3 bytes", "removed"]
 
 
-class AtFirstTensor(Progress):
-    """Does something after the first tensor of the run, when files are open."""
+class CallAfterFirstTensor(Progress):
+    """Calls `act` after the first tensor of the run, while files are open."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self.acts = [act]
@@ -156,8 +154,8 @@ class AtFirstTensor(Progress):
             self.acts.pop()()
 
 
-class AfterFirstShard(AtFirstTensor):
-    """Does something when the first file of the output is finished."""
+class CallAfterFirstShard(CallAfterFirstTensor):
+    """Calls `act` when the first file of the output is finished."""
 
     def tensor(self, name: str, size_bytes: int) -> None: ...
 
@@ -181,8 +179,10 @@ def test_a_shard_that_changes_between_the_plan_and_the_run_is_named(
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=NAMES)
-@pytest.mark.parametrize(("when", "at"), [(AtFirstTensor, 0), (AfterFirstShard, 1), (AfterFirstShard, 3)])
-def test_a_shard_that_changes_during_the_run_is_named_and_the_run_resumed_when_it_is_back(
+@pytest.mark.parametrize(
+    ("when", "at"), [(CallAfterFirstTensor, 0), (CallAfterFirstShard, 1), (CallAfterFirstShard, 3)]
+)
+def test_a_shard_that_changes_during_the_run_is_named_and_the_run_is_resumed_once_it_is_restored(
     when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
 ) -> None:
     source = own("llama")
@@ -192,22 +192,22 @@ def test_a_shard_that_changes_during_the_run_is_named_and_the_run_resumed_when_i
         start(source, progress=when(lambda: damage(shard)))
     assert str(shard) in caught.value.message
     require_unfinished(tmp_path / "out")
-    assert (tmp_path / "out" / WORK_FOLDER).exists() == (when is AfterFirstShard)
+    assert (tmp_path / "out" / WORK_FOLDER).exists() == (when is CallAfterFirstShard)
     shard.write_bytes(content)
     start(source)
-    start(source, out=str(tmp_path / "straight"))
-    assert weights(tmp_path / "out") == weights(tmp_path / "straight")
+    start(source, out=str(tmp_path / "uninterrupted"))
+    assert weights(tmp_path / "out") == weights(tmp_path / "uninterrupted")
 
 
-def test_a_side_file_that_vanishes_during_the_run_is_named(own: Built, start: Start, tmp_path: Path) -> None:
+def test_a_side_file_deleted_during_the_run_is_named(own: Built, start: Start, tmp_path: Path) -> None:
     source = own("llama")
     with pytest.raises(CheckpointError, match=str(source / "LICENSE")):
-        start(source, progress=AfterFirstShard((source / "LICENSE").unlink))
+        start(source, progress=CallAfterFirstShard((source / "LICENSE").unlink))
     require_unfinished(tmp_path / "out")
 
 
 def failing(real: Callable[..., Any], after: int) -> Callable[..., Any]:
-    """A system call that reports a broken disk from the n-th time on."""
+    """A system call that raises EIO after `after` successful calls."""
     left = [after]
 
     def call(*arguments: Any) -> Any:
@@ -221,7 +221,7 @@ def failing(real: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("calls", [("preadv",), ("copy_file_range", "pread")], ids=["adapted", "copied"])
-def test_a_disk_that_cannot_be_read_is_an_error_that_names_the_file_and_the_tensor(
+def test_a_read_error_of_the_disk_names_the_file_and_the_tensor(
     calls: tuple[str, ...],
     after: int,
     start: Start,
@@ -243,7 +243,7 @@ def test_a_disk_that_cannot_be_read_is_an_error_that_names_the_file_and_the_tens
     assert start(source).files
 
 
-def test_a_disk_that_cannot_be_written_is_not_taken_for_one_that_cannot_be_read(
+def test_a_write_error_is_not_reported_as_a_read_error(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("copy_file_range", "pwrite"):
@@ -253,7 +253,7 @@ def test_a_disk_that_cannot_be_written_is_not_taken_for_one_that_cannot_be_read(
     require_unfinished(tmp_path / "out")
 
 
-def test_a_file_system_without_locks_is_named(
+def test_a_file_system_without_locks_is_refused(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:
@@ -276,7 +276,7 @@ def test_a_file_system_without_locks_is_named(
         (errno.EACCES, "permissions"),
     ],
 )
-def test_each_refusal_to_write_has_its_own_repair(
+def test_each_write_error_has_its_own_hint(
     number: int, part: str, start: Start, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The main job, from a checkpoint to a pair that transformers and PEFT load and that computes what the source does."""
+"""initialize: from a checkpoint to a pair that transformers and PEFT load and that computes the source."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def adapter_of(out: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tenso
     }
 
 
-def require_faithful(source: dict[str, Tensor], out: Path, manifest: Manifest, mode: str, dtype: str = "auto") -> None:
-    """Every promise about the tensors, against the reference: components, residuals, and everything else untouched."""
+def require_correct_tensors(
+    source: dict[str, Tensor], out: Path, manifest: Manifest, mode: str, dtype: str = "auto"
+) -> None:
+    """Compare components and residuals with the reference; all other tensors must be unchanged."""
     written = tensors(out)
     config, factors = adapter_of(out)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
@@ -100,16 +102,16 @@ def test_every_tensor_is_what_the_method_says_and_the_rest_is_untouched(
     source = checkpoint(kind, dtype)
     manifest = start(source, **{"target": TARGETS[kind], **options})
     mode, written = options.get("mode", "min"), options.get("dtype", "auto")
-    require_faithful(tensors(source), tmp_path / "out", manifest, mode, written)
+    require_correct_tensors(tensors(source), tmp_path / "out", manifest, mode, written)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_pickles_are_split_as_their_safetensors_twins(
+def test_pickled_weights_are_split_like_safetensors(
     shards: int, dtype: str, start: Start, pickled: Built, checkpoint: Built, tmp_path: Path
 ) -> None:
     manifest = start(pickled(shards), dtype=dtype)
-    require_faithful(tensors(checkpoint("llama")), tmp_path / "out", manifest, "min", dtype)
+    require_correct_tensors(tensors(checkpoint("llama")), tmp_path / "out", manifest, "min", dtype)
     assert not list((tmp_path / "out").glob("*.bin*"))
 
 
@@ -132,7 +134,7 @@ def load_source(folder: Path, kind: str) -> Any:
     return getattr(transformers, tiny_models.KINDS[kind][0]).from_pretrained(folder, dtype=torch.float32)
 
 
-def off(x: Tensor, y: Tensor) -> float:
+def relative_error(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm() / x.norm())
 
 
@@ -159,9 +161,9 @@ def test_the_pair_computes_what_the_source_computes(
     start(source, **{"target": TARGETS[kind], **options})
     pair = load_pair(tmp_path / "out", kind)
     expected = outputs(load_source(source, kind))
-    assert off(expected, outputs(pair)) < 1e-5
+    assert relative_error(expected, outputs(pair)) < 1e-5
     with pair.disable_adapter():
-        assert off(expected, outputs(pair)) > 1e-3, "the adapter holds nothing: the comparison above proves nothing"
+        assert relative_error(expected, outputs(pair)) > 1e-3, "the adapter has no effect"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -170,25 +172,25 @@ def test_a_pair_made_from_pickles_computes_what_the_source_computes(
 ) -> None:
     start(pickled(shards))
     expected = outputs(load_source(checkpoint("llama"), "llama"))
-    assert off(expected, outputs(load_pair(tmp_path / "out", "llama"))) < 1e-5
+    assert relative_error(expected, outputs(load_pair(tmp_path / "out", "llama"))) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_16_bit_pair_is_as_near_to_its_source_as_rounding_allows(
+def test_a_16_bit_pair_differs_from_its_source_only_by_rounding(
     dtype: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    """Half a unit in every residual entry, amplified by two layers: a few eps, and far below the component."""
+    """Each residual entry is off by half a unit; two layers amplify this to some eps, far less than the component."""
     source = checkpoint("llama", dtype)
     start(source)
     pair = load_pair(tmp_path / "out", "llama")
     expected = outputs(load_source(source, "llama"))
     with pair.disable_adapter():
-        cut = off(expected, outputs(pair))
-    assert off(expected, outputs(pair)) < min(16 * torch.finfo(getattr(torch, dtype)).eps, cut / 4)
+        without = relative_error(expected, outputs(pair))
+    assert relative_error(expected, outputs(pair)) < min(16 * torch.finfo(getattr(torch, dtype)).eps, without / 4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
-def test_training_starts_from_the_whole_adapter_and_leaves_the_base_alone(
+def test_training_starts_from_the_stored_adapter_and_changes_only_the_adapter(
     kind: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     manifest = start(checkpoint(kind), target=TARGETS[kind], dropout=0.0)
@@ -213,10 +215,10 @@ def test_the_lines_printed_load_the_pair(start: Start, checkpoint: Built) -> Non
     manifest = start(checkpoint("llama"))
     scope: dict[str, Any] = {}
     exec(loading_lines(manifest), scope)
-    assert off(outputs(load_source(checkpoint("llama"), "llama")), outputs(scope["model"])) < 1e-5
+    assert relative_error(outputs(load_source(checkpoint("llama"), "llama")), outputs(scope["model"])) < 1e-5
 
 
-def test_a_new_dtype_is_the_one_that_transformers_loads(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_transformers_loads_the_requested_dtype(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     start(checkpoint("llama", "bfloat16"), dtype="float32")
     base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     written = tensors(tmp_path / "out")
@@ -252,7 +254,7 @@ def test_another_seed_draws_other_components(start: Start, checkpoint: Built, tm
     assert drawn[0] != drawn[1]
 
 
-def test_the_manifest_says_what_was_done(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_the_manifest_records_the_run(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     source = checkpoint("llama", "bfloat16")
     manifest = start(source, dtype="float32", rank=3)
     assert manifest.source == {
@@ -272,7 +274,7 @@ def test_the_manifest_says_what_was_done(start: Start, checkpoint: Built, tmp_pa
         assert min(record.read_s, record.elapsed_s, record.write_s) >= 0
 
 
-def test_directions_of_a_weight_that_lacks_them_are_counted(start: Start, own: Built) -> None:
+def test_untrainable_directions_of_a_rank_deficient_weight_are_counted(start: Start, own: Built) -> None:
     source = own("llama")
     content = tensors(source)
     name = "model.layers.0.self_attn.q_proj.weight"

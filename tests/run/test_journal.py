@@ -1,4 +1,4 @@
-"""journal: what is appended is read again, and a journal of another form is an error that names it."""
+"""journal: appended lines are read back, and an invalid journal is an error that names it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def journal(tmp_path: Path) -> Journal:
     return Journal(tmp_path / "journal.jsonl", out=tmp_path)
 
 
-def test_what_is_appended_is_read_again(journal: Journal) -> None:
+def test_appended_lines_are_read_back(journal: Journal) -> None:
     assert journal.read() == (None, ())
     entries = (entry("a"), entry("b", hashes={"b": "0" * 64}), entry("a", pushed="1" * 64))
     for line in (HEAD, *entries):
@@ -51,7 +51,7 @@ def test_what_is_appended_is_read_again(journal: Journal) -> None:
     ]
 
 
-def test_a_line_that_was_cut_off_is_ignored_and_does_not_damage_the_next(journal: Journal) -> None:
+def test_an_incomplete_line_is_ignored_and_does_not_damage_the_next(journal: Journal) -> None:
     journal.append(HEAD)
     with journal.path.open("ab") as file:
         file.write(json.dumps(entry("a").to_json()).encode()[:40])
@@ -63,12 +63,12 @@ def test_a_line_that_was_cut_off_is_ignored_and_does_not_damage_the_next(journal
 @pytest.mark.parametrize(
     "change",
     [
-        {"records": 3}, {"records": [{}]}, {"records": [{"module": "a"}]}, {"files": ["a"]}, {"hashes": 3},
-        {"shard": "../a"}, {"files": {"/a": 1}},
+        {"records": 3}, {"records": [{}]}, {"records": [{"module": "a"}]}, {"files": 3}, {"files": ["a"]},
+        {"hashes": 3}, {"hashes": ["a"]}, {"shard": "../a"}, {"files": {"/a": 1}},
     ],
     ids=str,
 )  # fmt: skip
-def test_an_entry_of_another_form_is_damaged(change: dict[str, Any], journal: Journal) -> None:
+def test_an_entry_with_invalid_fields_is_damaged(change: dict[str, Any], journal: Journal) -> None:
     journal.append(HEAD)
     with journal.path.open("a") as file:
         file.write(json.dumps(entry().to_json() | change) + "\n")

@@ -1,4 +1,4 @@
-"""output_folder: files of others are never touched, and ours are finished, resumable, or removed."""
+"""output_folder: other files are never changed; files of a run are complete, resumable or removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from support import tiny_models
-from support.interruptions import Count, PulledPlugError, PullThePlug, halfway, shards
+from support.interruptions import InterruptAt, InterruptedRunError, ShardLog, interrupt_after_two_shards, shards
 from support.tiny_models import contents
 
 from milora_init.checkpoint.files import read_chunks
@@ -30,7 +30,7 @@ from milora_init.plan import plan
 from milora_init.plan.plan import make_plan
 from milora_init.run.output_folder import OutputFolder
 from milora_init.run.progress import Progress
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -40,9 +40,7 @@ def states(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_finished_output_holds_the_contracts_files_and_nothing_else(
-    start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
+def test_a_finished_output_holds_exactly_the_documented_files(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     source = checkpoint("llama")
     made = start(source)
     side = {"LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -59,7 +57,7 @@ def test_a_finished_output_holds_the_contracts_files_and_nothing_else(
     "name", ["model.safetensors", "pytorch_model.bin", "config.json", "old.gguf", "lora/notes", "tokenizer.json"]
 )
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_foreign_folder_is_refused_and_left_as_it_was(
+def test_a_folder_with_other_model_files_is_refused_and_unchanged(
     name: str, overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True)
@@ -72,21 +70,21 @@ def test_a_foreign_folder_is_refused_and_left_as_it_was(
     assert states(tmp_path / "out") == before
 
 
-def test_notes_beside_the_output_stay(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_unrelated_files_in_the_output_folder_are_kept(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_bytes(b"mine")
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(0, when="inside"))
     assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
     start(checkpoint("llama"))
     start(checkpoint("llama"), rank=3, overwrite=True)
     assert (tmp_path / "out" / "notes.txt").read_bytes() == b"mine"
 
 
-def test_a_finished_output_is_left_alone(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_finished_output_is_unchanged(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     first = start(checkpoint("llama"))
     before = states(tmp_path / "out")
-    count = Count()
+    count = ShardLog()
     assert start(checkpoint("llama"), progress=count) == first
     assert states(tmp_path / "out") == before
     assert (count.made, count.done_bytes) == ([], -1)
@@ -113,22 +111,22 @@ def test_another_request_is_refused_and_the_difference_named(
     assert states(tmp_path / "out") == before
 
 
-def test_another_source_is_refused_even_halfway(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
+def test_another_source_is_refused_in_an_unfinished_output(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(1, when="inside"))
     before = states(tmp_path / "out")
-    with pytest.raises(OutputError, match="the source's files differ"):
+    with pytest.raises(OutputError, match="the model's files differ"):
         start(checkpoint("llama", "float16"))
     assert states(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
-def test_a_side_file_that_changed_makes_another_request(name: str, start: Start, own: Built, tmp_path: Path) -> None:
+def test_a_changed_side_file_is_another_request(name: str, start: Start, own: Built, tmp_path: Path) -> None:
     source = own("llama")
     (source / "tokenizer.json").write_text("{}")
     start(source)
     (source / name).write_text((source / name).read_text() + " ")
-    with pytest.raises(OutputError, match=f"the source's files differ, {re.escape(name)} first"):
+    with pytest.raises(OutputError, match=f"the model's files differ, {re.escape(name)} first"):
         start(source)
     verdict = verify(str(tmp_path / "out"), model=str(source))
     assert [(d.where, d.what) for d in verdict.differences] == [
@@ -138,9 +136,7 @@ def test_a_side_file_that_changed_makes_another_request(name: str, start: Start,
     assert verify(str(tmp_path / "out"), model=str(source)).ok
 
 
-def test_a_finished_output_that_was_changed_is_not_taken_for_whole(
-    start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
+def test_a_finished_output_with_a_missing_file_is_refused(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     start(checkpoint("llama"))
     (tmp_path / "out" / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(OutputError, match=r"lora/adapter_model\.safetensors has since been changed or removed"):
@@ -149,7 +145,9 @@ def test_a_finished_output_that_was_changed_is_not_taken_for_whole(
     assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").is_file()
 
 
-def test_overwrite_removes_our_files_and_no_others(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_overwrite_removes_only_the_files_of_the_earlier_output(
+    start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     start(checkpoint("llama"))
     (out / "lora" / "trained.txt").write_bytes(b"mine")
@@ -163,16 +161,16 @@ def test_overwrite_removes_our_files_and_no_others(start: Start, checkpoint: Bui
     assert read_manifest(out) is not None
 
 
-def test_overwrite_of_a_half_finished_output_starts_anew(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
-    count = Count()
+def test_overwrite_of_an_unfinished_output_starts_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(1, when="inside"))
+    count = ShardLog()
     start(checkpoint("llama"), rank=3, overwrite=True, progress=count)
     assert count.made == shards(checkpoint("llama"))
     assert not (tmp_path / "out" / WORK_FOLDER).exists()
 
 
-def test_overwrite_removes_nothing_outside_whatever_a_manifest_claims(
+def test_overwrite_removes_nothing_outside_the_output_whatever_its_manifest_lists(
     start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -187,8 +185,8 @@ def test_overwrite_removes_nothing_outside_whatever_a_manifest_claims(
     assert mine.read_bytes() == b"mine"
 
 
-def test_overwrite_loses_nothing_where_it_has_to_refuse(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    """Weights of someone else beside ours would win over our index; the earlier output must survive the refusal."""
+def test_a_refused_overwrite_deletes_nothing(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    """transformers would load another model.safetensors instead of our index. The earlier output must be kept."""
     start(checkpoint("llama"))
     (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")
     before = states(tmp_path / "out")
@@ -198,7 +196,7 @@ def test_overwrite_loses_nothing_where_it_has_to_refuse(start: Start, checkpoint
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", b"{", b'{"format": 99}', b"\xff"])
-def test_a_manifest_of_someone_else_is_refused_and_kept(
+def test_a_manifest_of_another_program_is_refused_and_kept(
     content: bytes, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -254,7 +252,7 @@ def test_a_disk_too_small_is_found_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_overwrite_loses_nothing_where_the_new_output_would_not_fit(
+def test_an_overwrite_that_does_not_fit_on_the_disk_deletes_nothing(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(checkpoint("llama", "float16"))
@@ -265,21 +263,21 @@ def test_overwrite_loses_nothing_where_the_new_output_would_not_fit(
     assert states(tmp_path / "out") == before
 
 
-def test_a_resumed_run_needs_room_only_for_the_rest(
+def test_a_resumed_run_needs_space_only_for_the_rest(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("llama")
     planned = make_plan(InitOptions(model=str(source), out="out", rank=4), source)
     needed = planned.base_bytes + 2 * planned.adapter_bytes
-    halfway(start, source, tmp_path / "out")
+    interrupt_after_two_shards(start, source, tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, needed - 1))
     with pytest.raises(OutputError, match="needs"):
         start(source, out=str(tmp_path / "another"))
     assert start(source).files
 
 
-class Meanwhile(Progress):
-    """Does something once, when the first shard is done."""
+class CallAfterFirstShard(Progress):
+    """Calls `act` once, when the first shard is finished."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self.acts = [act]
@@ -301,7 +299,7 @@ class Meanwhile(Progress):
 def test_a_second_run_at_the_same_time_is_refused_and_does_not_disturb_the_first(
     options: dict[str, Any], message: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    start(checkpoint("llama"), out=str(tmp_path / "straight"))
+    start(checkpoint("llama"), out=str(tmp_path / "uninterrupted"))
 
     def second() -> None:
         before = states(tmp_path / "out")
@@ -311,19 +309,19 @@ def test_a_second_run_at_the_same_time_is_refused_and_does_not_disturb_the_first
         assert states(tmp_path / "out").keys() >= before.keys()
 
     refused: list[str] = []
-    start(checkpoint("llama"), progress=Meanwhile(second))
+    start(checkpoint("llama"), progress=CallAfterFirstShard(second))
     assert len(refused) == 1
     assert "--out" in refused[0]
-    straight, out = contents(tmp_path / "straight"), contents(tmp_path / "out")
-    assert straight.keys() == out.keys()
-    own = {MANIFEST, "lora/adapter_config.json"}  # the one holds seconds, both the name of the folder
-    assert {n: c for n, c in out.items() if n not in own} == {n: c for n, c in straight.items() if n not in own}
+    uninterrupted, out = contents(tmp_path / "uninterrupted"), contents(tmp_path / "out")
+    assert uninterrupted.keys() == out.keys()
+    own = {MANIFEST, "lora/adapter_config.json"}  # the manifest holds times, and both hold the folder's path
+    assert {n: c for n, c in out.items() if n not in own} == {n: c for n, c in uninterrupted.items() if n not in own}
 
 
-def test_a_run_that_looked_before_another_one_and_locks_after_it_is_refused(
+def test_a_run_is_refused_if_another_one_wrote_between_its_check_and_its_lock(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its look at the folder and its lock another run began and ended."""
+    """Another run starts and ends between the check of the folder and the lock."""
     real = OutputFolder._take_lock
 
     def late(self: OutputFolder[Any]) -> None:
@@ -340,10 +338,10 @@ def test_a_run_that_looked_before_another_one_and_locks_after_it_is_refused(
     assert states(tmp_path / "out") == before
 
 
-def test_a_lock_on_a_file_that_is_gone_is_no_lock(
+def test_a_lock_on_a_deleted_file_is_refused(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opened while the other run was at it, locked when that one had removed it: a third may hold the new one."""
+    """The lock file is deleted between open and flock: a third run may hold the lock on the new file."""
 
     def removed_meanwhile(file: int, _: int) -> None:
         (tmp_path / "out" / WORK_FOLDER / "lock").unlink()
@@ -355,7 +353,7 @@ def test_a_lock_on_a_file_that_is_gone_is_no_lock(
     assert start(checkpoint("llama")).files
 
 
-def test_a_run_that_cannot_even_begin_its_journal_leaves_nothing_and_no_lock(
+def test_a_run_that_cannot_write_its_journal_leaves_no_file_and_no_lock(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -369,7 +367,7 @@ def test_a_run_that_cannot_even_begin_its_journal_leaves_nothing_and_no_lock(
     assert start(checkpoint("llama")).files
 
 
-def test_what_a_run_left_that_was_cut_off_behind_its_manifest_is_swept_up(
+def test_work_files_of_a_run_killed_after_its_manifest_are_removed(
     start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     made = start(checkpoint("llama"))
@@ -377,7 +375,9 @@ def test_what_a_run_left_that_was_cut_off_behind_its_manifest_is_swept_up(
     adapter_parts.mkdir()
     (adapter_parts / "model-00001-of-00004.safetensors.adapter").write_bytes(b"half")
     before = contents(tmp_path / "out")
-    with (tmp_path / "out" / WORK_FOLDER / "lock").open("w") as lock:  # not while another run is at it
+    with (tmp_path / "out" / WORK_FOLDER / "lock").open(
+        "w"
+    ) as lock:  # while another run holds the lock, nothing is removed
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert start(checkpoint("llama")) == made
         assert contents(tmp_path / "out").keys() > before.keys()
@@ -389,10 +389,10 @@ def test_what_a_run_left_that_was_cut_off_behind_its_manifest_is_swept_up(
     "name", [WORK_FOLDER, f"{WORK_FOLDER}/journal.jsonl", f"{WORK_FOLDER}/lock", f"{WORK_FOLDER}/source"]
 )
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_link_in_the_place_of_the_journal_is_refused_and_nothing_behind_it_touched(
+def test_a_link_instead_of_the_journal_is_refused_and_its_target_is_unchanged(
     name: str, finished: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    """`--overwrite` empties the journal's folder; through a link that would be anybody's."""
+    """`--overwrite` empties the journal's folder; through a link it would empty another folder."""
     out, home = tmp_path / "out", tmp_path / "home"
     if finished:
         start(checkpoint("llama"))
@@ -408,7 +408,7 @@ def test_a_link_in_the_place_of_the_journal_is_refused_and_nothing_behind_it_tou
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_output_whose_adapter_is_a_link_out_is_not_written_or_cleared_through_it(
+def test_an_adapter_folder_that_is_a_link_out_is_neither_written_nor_cleared(
     overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"))
@@ -421,11 +421,11 @@ def test_an_output_whose_adapter_is_a_link_out_is_not_written_or_cleared_through
 
 
 @pytest.mark.parametrize("name", ["shard", "tokenizer.json", "lora/adapter_model.safetensors"])
-def test_a_link_in_the_place_of_an_unfinished_file_is_not_written_through(
+def test_a_link_instead_of_an_unfinished_file_is_not_followed(
     name: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source, out, mine = checkpoint("llama"), tmp_path / "out", tmp_path / "mine"
-    halfway(start, source, out)
+    interrupt_after_two_shards(start, source, out)
     mine.write_bytes(b"mine")
     path = out / f"{shards(source)[2] if name == 'shard' else name}.partial"
     path.parent.mkdir(exist_ok=True)
@@ -440,9 +440,7 @@ def mode_of(path: Path) -> int:
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o400, 0o444, 0o666, 0o777])
-def test_nobody_may_read_a_copy_who_may_not_read_the_source(
-    mode: int, start: Start, own: Built, tmp_path: Path
-) -> None:
+def test_a_copy_is_not_more_readable_than_its_source(mode: int, start: Start, own: Built, tmp_path: Path) -> None:
     source = own("llama")
     for path in source.iterdir():
         path.chmod(mode)
@@ -457,15 +455,15 @@ def test_nobody_may_read_a_copy_who_may_not_read_the_source(
         assert {mode_of(path) for path in copies} == {mode & 0o644}, out
 
 
-def test_side_files_count_in_the_room_that_is_needed(start: Start, own: Built, tmp_path: Path) -> None:
+def test_side_files_count_in_the_needed_space(start: Start, own: Built, tmp_path: Path) -> None:
     source = own("llama")
     options = InitOptions(model=str(source), out="out", rank=4)
-    before = make_plan(options, source).room_bytes
+    before = make_plan(options, source).required_disk_bytes
     (source / "vocab.txt").write_bytes(bytes(100_000))
-    assert make_plan(options, source).room_bytes == before + 100_000
+    assert make_plan(options, source).required_disk_bytes == before + 100_000
 
 
-def test_a_side_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+def test_a_large_side_file_is_copied_in_chunks(tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(bytes(32 << 20))
     out: OutputFolder[Manifest] = OutputFolder(tmp_path / "out", MANIFEST, read_manifest)
     tracemalloc.start()
@@ -477,7 +475,7 @@ def test_a_side_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [247, 248, 255])
-def test_the_longest_names_that_a_file_system_takes_are_written_resumed_and_cleared(
+def test_file_names_of_up_to_255_bytes_are_written_resumed_and_cleared(
     length: int, start: Start, own: Built, tmp_path: Path
 ) -> None:
     source = own("llama")
@@ -488,8 +486,8 @@ def test_the_longest_names_that_a_file_system_takes_are_written_resumed_and_clea
     index["weight_map"] = {tensor: long[name] for tensor, name in index["weight_map"].items()}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     (source / ("é" * ((length - 4) // 2) + ".txt")).write_bytes(b"x")
-    halfway(start, source, tmp_path / "out")
-    count = Count()
+    interrupt_after_two_shards(start, source, tmp_path / "out")
+    count = ShardLog()
     made = start(source, progress=count)
     assert count.made == shards(source)[2:]
     assert made.files == {n: len(c) for n, c in contents(tmp_path / "out").items() if n != MANIFEST}
@@ -500,7 +498,9 @@ def test_the_longest_names_that_a_file_system_takes_are_written_resumed_and_clea
     assert not unfinished.exists()
 
 
-def test_two_files_of_one_name_are_an_error_of_the_plan(checkpoint: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_output_files_of_one_name_are_an_error_of_the_plan(
+    checkpoint: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan, "side_files", lambda _: ["tokenizer.json", "lora/adapter_model.safetensors"])
     source = checkpoint("llama")
     with pytest.raises(PlanError, match=r"two files of the output would be lora/adapter_model\.safetensors"):
@@ -514,7 +514,7 @@ def test_a_clean_up_that_fails_does_not_hide_why_the_run_failed(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(OutputFolder, "_remove", no_more)
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(0, when="inside"))
     monkeypatch.undo()
     assert start(checkpoint("llama")).files  # the lock is gone too

@@ -1,4 +1,4 @@
-"""pool: one thread solves while another reads, no more than that at once, and the first error ends it."""
+"""pool: on each device one thread solves while another reads, and the first error ends the pool."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from milora_init.run.pool import DeviceLock, HashPool, SolverPool, one_ahead
 from milora_init.run.progress import Progress
 
 CPU = torch.device("cpu")
-PATIENCE_S = 20  # for what happens at once, on a machine that is busy with something else
+TIMEOUT_S = 20  # long enough for a busy machine
 
 
 def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def two_threads() -> Any:
         (2, ["cuda:1", "cpu", "cuda"], ["cuda:1", "cpu", "cuda:0"]),
     ],
 )
-def test_devices_are_those_that_are_there(
+def test_device_names_resolve_to_the_available_devices(
     count: int, names: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(count, monkeypatch)
@@ -64,7 +64,7 @@ def test_devices_are_those_that_are_there(
 @pytest.mark.parametrize(
     ("count", "name"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2"), (2, "gpu"), (0, "meta"), (0, "")]
 )
-def test_a_device_that_is_not_there_is_a_usage_error_that_lists_those_that_are(
+def test_an_unavailable_device_is_a_usage_error_that_lists_the_available_ones(
     count: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(count, monkeypatch)
@@ -73,22 +73,22 @@ def test_a_device_that_is_not_there_is_a_usage_error_that_lists_those_that_are(
     assert caught.value.hint == "this machine has: " + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
 
 
-def test_the_rate_of_this_machine_is_a_rate() -> None:
+def test_the_measured_multiply_rate_is_plausible() -> None:
     assert 1e6 < multiply_rate(torch.device("cpu")) < 1e15
 
 
-def test_weights_are_solved_side_by_side_as_far_as_cores_and_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_weights_at_once_is_limited_by_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 28 < devices.memory_bytes() < 1 << 50
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(pools, "memory_bytes", lambda: 4000)
-    assert pools.weights_at_once([10] * 9) == 4  # a core each
+    assert pools.weights_at_once([10] * 9) == 4  # limited by the cores
     assert pools.weights_at_once([10, 10]) == 2
-    assert pools.weights_at_once([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 that are theirs
-    assert pools.weights_at_once([5000, 1]) == 1  # one there must be
+    assert pools.weights_at_once([600, 1000, 800]) == 2  # the largest two take 1800 of the 2000 bytes available
+    assert pools.weights_at_once([5000, 1]) == 1  # at least one
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_every_job_is_done_once_and_its_result_is_its_own(count: int) -> None:
+def test_every_job_runs_once_and_returns_its_own_result(count: int) -> None:
     done: list[int] = []
 
     def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> tuple[int, str]:
@@ -96,7 +96,7 @@ def test_every_job_is_done_once_and_its_result_is_its_own(count: int) -> None:
         return job, device.type
 
     with SolverPool([CPU] * count) as pool:
-        results = [pool.submit(work, job).result(PATIENCE_S) for job in range(30)]
+        results = [pool.submit(work, job).result(TIMEOUT_S) for job in range(30)]
     assert results == [(job, "cpu") for job in range(30)]
     assert sorted(done) == list(range(30))
 
@@ -113,7 +113,7 @@ def test_one_job_of_a_device_solves_while_another_reads() -> None:
         with device_lock:
             solving.append(job)
             together.append(len(solving))
-            was_read_meanwhile = job == 1 or second_waits.wait(PATIENCE_S)
+            was_read_meanwhile = job == 1 or second_waits.wait(TIMEOUT_S)
             first_left_before = job == 0 or first_left.is_set()
             solving.remove(job)
             if job == 0:
@@ -122,12 +122,12 @@ def test_one_job_of_a_device_solves_while_another_reads() -> None:
 
     with SolverPool([CPU]) as pool:
         futures = [pool.submit(work, job) for job in range(2)]
-        assert all(future.result(PATIENCE_S) for future in futures)
+        assert all(future.result(TIMEOUT_S) for future in futures)
     assert together == [1, 1]
 
 
 def test_devices_solve_at_the_same_time() -> None:
-    together = threading.Barrier(3, timeout=PATIENCE_S)
+    together = threading.Barrier(3, timeout=TIMEOUT_S)
 
     def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> int:
         with device_lock:
@@ -135,34 +135,34 @@ def test_devices_solve_at_the_same_time() -> None:
 
     with SolverPool([CPU] * 3) as pool:
         # Each thread waits at the barrier with its lock: three at once are three devices.
-        assert sorted(f.result(PATIENCE_S) for f in [pool.submit(work, job) for job in range(3)]) == [0, 1, 2]
+        assert sorted(f.result(TIMEOUT_S) for f in [pool.submit(work, job) for job in range(3)]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_no_more_jobs_are_started_than_there_are_threads(count: int) -> None:
-    """What bounds the memory: a job that no thread has holds no tensor."""
+    """This bounds the memory: a queued job holds no tensor."""
     threads_per_device = count * SolverPool.THREADS_PER_DEVICE
     release = threading.Event()
-    all_threads = threading.Barrier(threads_per_device + 1, timeout=PATIENCE_S)
+    all_threads = threading.Barrier(threads_per_device + 1, timeout=TIMEOUT_S)
     running: list[int] = []
 
     def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> bool:
         running.append(job)
         if job < threads_per_device:
             all_threads.wait()
-        return release.wait(PATIENCE_S)
+        return release.wait(TIMEOUT_S)
 
     with SolverPool([CPU] * count) as pool:
         futures = [pool.submit(work, job) for job in range(50)]
         all_threads.wait()
         assert sorted(running) == list(range(threads_per_device))
         release.set()
-        assert all(future.result(PATIENCE_S) for future in futures)
+        assert all(future.result(TIMEOUT_S) for future in futures)
     assert len(running) == 50
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> None:
+def test_an_error_is_raised_unchanged_and_cancels_the_queued_jobs(count: int) -> None:
     release = threading.Event()
     running: list[int] = []
 
@@ -170,12 +170,12 @@ def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> N
         running.append(job)
         if job == 0:
             raise KeyError("the first")
-        release.wait(PATIENCE_S)
+        release.wait(TIMEOUT_S)
 
     def fail() -> None:
         with SolverPool([CPU] * count) as pool:
             futures.extend(pool.submit(work, job) for job in range(500))
-            futures[0].result(PATIENCE_S)
+            futures[0].result(TIMEOUT_S)
 
     futures: list[Any] = []
     with pytest.raises(KeyError, match="the first"):
@@ -183,45 +183,45 @@ def test_an_error_is_raised_as_it_is_and_cancels_what_is_queued(count: int) -> N
     release.set()
     assert len(running) <= 1 + count * SolverPool.THREADS_PER_DEVICE
     with pytest.raises(CancelledError):
-        futures[-1].result(PATIENCE_S)
+        futures[-1].result(TIMEOUT_S)
 
 
-def test_a_failed_run_does_not_wait_for_a_solve_that_goes_on() -> None:
-    """A LAPACK call cannot be interrupted; whoever pressed Ctrl-C does not sit it out."""
+def test_a_failed_run_does_not_wait_for_a_running_solve() -> None:
+    """A LAPACK call cannot be interrupted, and Ctrl-C must not wait for it."""
     solving, release, finished = threading.Event(), threading.Event(), threading.Event()
 
     def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> None:
         with device_lock:
             solving.set()
-            release.wait(PATIENCE_S)
+            release.wait(TIMEOUT_S)
         finished.set()
 
     def interrupted() -> None:
         with SolverPool([CPU]) as pool:
             pool.submit(work, 0)
-            assert solving.wait(PATIENCE_S)
+            assert solving.wait(TIMEOUT_S)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not finished.is_set()
     release.set()
-    assert finished.wait(PATIENCE_S)
+    assert finished.wait(TIMEOUT_S)
 
 
-def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads: None) -> None:
-    """Else it would write into the next run's files, and give it threads that are not its own."""
+def test_the_next_pool_starts_after_the_running_solve_has_ended(two_threads: None) -> None:
+    """Otherwise the old solve could write into files of the next run, and change its number of threads."""
     solving, release = threading.Event(), threading.Event()
 
     def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> None:
         with device_lock:
             solving.set()
-            release.wait(PATIENCE_S)
+            release.wait(TIMEOUT_S)
 
     def interrupted() -> None:
         with SolverPool([CPU]) as pool:
             pool.submit(work, 0)
-            assert solving.wait(PATIENCE_S)
+            assert solving.wait(TIMEOUT_S)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -229,26 +229,26 @@ def test_the_next_run_in_the_process_begins_when_that_solve_is_over(two_threads:
     threading.Timer(0.1, release.set).start()
     with SolverPool([CPU]) as pool:
         assert release.is_set()
-        assert pool.submit(lambda *_: torch.get_num_threads(), 0).result(PATIENCE_S) == 1
+        assert pool.submit(lambda *_: torch.get_num_threads(), 0).result(TIMEOUT_S) == 1
     assert torch.get_num_threads() == 2
 
 
 def test_a_finished_pool_leaves_no_thread() -> None:
     with SolverPool([CPU] * 2) as pool:
-        names = [pool.submit(lambda *_: threading.current_thread().name, job).result(PATIENCE_S) for job in range(4)]
+        names = [pool.submit(lambda *_: threading.current_thread().name, job).result(TIMEOUT_S) for job in range(4)]
     assert all(name.startswith("milora") for name in names)
     assert not [thread for thread in threading.enumerate() if thread.name in names]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_number_of_threads_is_given_back(count: int, fails: bool, two_threads: None) -> None:
+def test_the_number_of_threads_is_restored(count: int, fails: bool, two_threads: None) -> None:
     class FailureError(Exception):
         pass
 
     def run() -> None:
         with SolverPool([CPU] * count) as pool:
-            inside.append(pool.submit(lambda *_: torch.get_num_threads(), 0).result(PATIENCE_S))
+            inside.append(pool.submit(lambda *_: torch.get_num_threads(), 0).result(TIMEOUT_S))
             if fails:
                 raise FailureError
 
@@ -263,15 +263,15 @@ def test_the_number_of_threads_is_given_back(count: int, fails: bool, two_thread
 
 
 def test_every_thread_of_a_pool_computes_on_one_cpu_thread(two_threads: None) -> None:
-    """The sums of a product, and so the last bits, would follow the number of threads."""
+    """The order of sums in a product, and so the last bits, depends on the number of threads."""
 
     def work(job: int, device: torch.device, device_lock: DeviceLock, progress: Progress) -> int:
-        torch.ones(2).add(1)  # what reading a weight does: the first touch of torch in this thread
+        torch.ones(2).add(1)  # the first torch call in this thread, as when a weight is read
         with device_lock:
             return torch.get_num_threads()
 
     with SolverPool([CPU]) as pool:
-        assert {pool.submit(work, job).result(PATIENCE_S) for job in range(4)} == {1}
+        assert {pool.submit(work, job).result(TIMEOUT_S) for job in range(4)} == {1}
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_every_thread_of_a_pool_computes_on_one_cpu_thread(two_threads: None) ->
     ],
     ids=str,
 )
-def test_a_solve_has_the_same_bits_whatever_the_cores_of_its_pool(
+def test_a_solve_has_the_same_bits_for_any_number_of_cores(
     shape: tuple[int, int], mode: Mode, path: str, two_threads: None
 ) -> None:
     W = matrices.language_model_like(*shape)
@@ -325,12 +325,12 @@ def test_several_devices_make_the_same_bytes_as_one(
         )
         start(checkpoint("llama", "bfloat16"), out="out", mode=mode)
         made.append(contents(Path("out")))
-        del made[-1][MANIFEST]  # it holds seconds
+        del made[-1][MANIFEST]  # it holds times
     assert made[0] == made[1] == made[2]
     assert {"lora/adapter_model.safetensors", "model.safetensors.index.json"} < made[0].keys()
 
 
-def test_each_item_comes_after_the_next_was_produced_and_none_is_lost() -> None:
+def test_one_ahead_yields_each_item_after_producing_the_next() -> None:
     events: list[str] = []
 
     def produced(count: int) -> Iterator[int]:
@@ -344,8 +344,8 @@ def test_each_item_comes_after_the_next_was_produced_and_none_is_lost() -> None:
     assert events == ["produce 0", "produce 1", "take 0", "produce 2", "take 1", "take 2"]
 
 
-def test_hashes_are_cancelled_after_a_failure_and_what_is_submitted_is_waited_for(tmp_path: Path) -> None:
-    """An interruption does not wait for the hash of a source, but a finished shard is still recorded."""
+def test_after_a_failure_hashes_are_cancelled_and_submitted_jobs_are_finished(tmp_path: Path) -> None:
+    """An interrupted run does not wait for the hash of a source, but it still records a finished shard."""
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", 1 << 38)  # a sparse file, which takes minutes to hash
     recorded: list[int] = []
@@ -361,10 +361,10 @@ def test_hashes_are_cancelled_after_a_failure_and_what_is_submitted_is_waited_fo
         fail()
     assert recorded == [1]
     with pytest.raises(CancelledError):
-        futures[0].result(PATIENCE_S)
+        futures[0].result(TIMEOUT_S)
 
 
-def test_a_hash_is_that_of_the_file(tmp_path: Path) -> None:
+def test_the_hash_pool_returns_the_sha256_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x" * 3_000_000)
     with HashPool() as pool:
-        assert pool.sha256(tmp_path / "x").result(PATIENCE_S) == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+        assert pool.sha256(tmp_path / "x").result(TIMEOUT_S) == hashlib.sha256(b"x" * 3_000_000).hexdigest()

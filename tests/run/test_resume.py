@@ -1,4 +1,4 @@
-"""A run that was interrupted: the same command resumes it, and the bytes are those of an uninterrupted run."""
+"""An interrupted run: the same command resumes it and writes the bytes of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.interruptions import Count, PulledPlugError, PullThePlug, halfway, shards
+from support.interruptions import InterruptAt, InterruptedRunError, ShardLog, interrupt_after_two_shards, shards
 from support.tiny_models import contents
 
 from milora_init.errors import OutputError
@@ -24,46 +23,46 @@ Start = Callable[..., Manifest]
 
 
 def weights_and_adapter(out: Path) -> dict[str, bytes]:
-    """Everything but the manifest, which holds seconds."""
+    """All files except the manifest, which holds times."""
     return {name: content for name, content in contents(out).items() if name != MANIFEST}
 
 
 @pytest.mark.parametrize("when", ["inside", "after"])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_run_cut_off_anywhere_and_resumed_makes_the_bytes_of_a_straight_one(
+def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_run(
     at: int, when: str, start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("straight", "resumed"):
+    for name in ("uninterrupted", "resumed"):
         (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "straight")
-    straight = start(checkpoint("llama", "bfloat16"), out="out", mode="random")
+    monkeypatch.chdir(tmp_path / "uninterrupted")
+    uninterrupted = start(checkpoint("llama", "bfloat16"), out="out", mode="random")
     monkeypatch.chdir(tmp_path / "resumed")
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=PullThePlug(at, when=when))
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=InterruptAt(at, when=when))
     assert not (Path("out") / "config.json").exists()
     assert not (Path("out") / MANIFEST).exists()
-    count = Count()
+    count = ShardLog()
     resumed = start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=count)
     done = at + (when == "after")
     assert len(count.made) == len(shards(checkpoint("llama", "bfloat16"))) - done
     assert (count.done_bytes > 0) == (done > 0)
-    assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "straight" / "out")
-    assert [record.module for record in resumed.weights] == [record.module for record in straight.weights]
+    assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "uninterrupted" / "out")
+    assert [record.module for record in resumed.weights] == [record.module for record in uninterrupted.weights]
 
 
 def test_a_run_that_fails_before_its_first_shard_leaves_nothing(
     start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(0, when="inside"))
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(0, when="inside"))
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_output_holds_only_whole_shards_and_the_journal(
     start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    with pytest.raises(PulledPlugError):
-        start(checkpoint("llama"), progress=PullThePlug(1, when="inside"))
+    with pytest.raises(InterruptedRunError):
+        start(checkpoint("llama"), progress=InterruptAt(1, when="inside"))
     found = contents(tmp_path / "out")
     assert [name for name in found if not name.startswith(WORK_FOLDER)] == shards(checkpoint("llama"))[:1]
     assert not [name for name in found if name.endswith(".partial")]
@@ -72,11 +71,11 @@ def test_an_unfinished_output_holds_only_whole_shards_and_the_journal(
 def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
     start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards that other threads complete after the failure are not in the journal; they must not bar the way."""
+    """Shards that other threads finish after the failure are not in the journal; the next run must accept them."""
     cpu = torch.device("cpu")
     monkeypatch.setattr(initializing, "solver_devices", lambda _: ((cpu,) * 3, 2))
     monkeypatch.setattr(Journal, "append", _append_only_the_head)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         start(checkpoint("llama"))
     monkeypatch.undo()
     assert start(checkpoint("llama")).files
@@ -85,56 +84,54 @@ def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
 
 def _append_only_the_head(self: Journal, line: Head | Entry) -> None:
     if isinstance(line, Entry):
-        raise PulledPlugError
+        raise InterruptedRunError
     with self.path.open("a") as file:
         file.write(json.dumps(line.to_json()) + "\n")
 
 
-def test_what_was_done_before_is_counted_in_bytes_of_the_source(start: Start, checkpoint: Built) -> None:
-    """The output's are twice as many where a 16-bit weight becomes float32."""
+def test_finished_work_is_counted_in_bytes_of_the_source(start: Start, checkpoint: Built) -> None:
+    """The output has twice as many bytes if a 16-bit weight becomes float32."""
     source = checkpoint("llama", "bfloat16")
-    with pytest.raises(PulledPlugError):
-        start(source, dtype="float32", progress=PullThePlug(1, when="after"))
-    count = Count()
+    with pytest.raises(InterruptedRunError):
+        start(source, dtype="float32", progress=InterruptAt(1, when="after"))
+    count = ShardLog()
     start(source, dtype="float32", progress=count)
     done = [load_file(source / name) for name in shards(source)[:2]]
     assert count.done_bytes == sum(tensor.nbytes for shard in done for tensor in shard.values())
 
 
-def test_a_journal_line_cut_off_in_the_middle_counts_for_nothing(
-    start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
-    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+def test_an_incomplete_journal_line_is_ignored(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    journal = interrupt_after_two_shards(start, checkpoint("llama"), tmp_path / "out")
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
     journal.write_bytes(b"".join(lines[:2]) + lines[2][:40])
-    count = Count()
+    count = ShardLog()
     start(checkpoint("llama"), progress=count)
     assert count.made == shards(checkpoint("llama"))[1:]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
-def test_a_run_cut_off_in_the_middle_of_a_journal_line_may_be_cut_off_again(
+def test_a_run_with_an_incomplete_journal_line_may_be_interrupted_again(
     kept: int, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source = checkpoint("llama")
-    journal = halfway(start, source, tmp_path / "out")
+    journal = interrupt_after_two_shards(start, source, tmp_path / "out")
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:40])
     for name in shards(source)[max(kept - 1, 0) :]:
         (tmp_path / "out" / name).unlink(missing_ok=True)
-    with pytest.raises(PulledPlugError):
-        start(source, progress=PullThePlug(0, when="after"))
-    count = Count()
+    with pytest.raises(InterruptedRunError):
+        start(source, progress=InterruptAt(0, when="after"))
+    count = ShardLog()
     start(source, progress=count)
     assert count.made == shards(source)[max(kept - 1, 0) + 1 :]
 
 
-def test_a_shard_that_lost_its_file_is_made_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    halfway(start, checkpoint("llama"), tmp_path / "out")
+def test_a_truncated_shard_is_written_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    interrupt_after_two_shards(start, checkpoint("llama"), tmp_path / "out")
     shard = tmp_path / "out" / shards(checkpoint("llama"))[1]
     shard.write_bytes(shard.read_bytes()[:-1])
-    count = Count()
+    count = ShardLog()
     start(checkpoint("llama"), progress=count)
     assert count.made == shards(checkpoint("llama"))[1:]
 
@@ -143,19 +140,19 @@ def test_a_shard_that_lost_its_file_is_made_again(start: Start, checkpoint: Buil
 def test_a_damaged_journal_is_an_error_that_names_it(
     content: bytes, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
-    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+    journal = interrupt_after_two_shards(start, checkpoint("llama"), tmp_path / "out")
     journal.write_bytes(content)
     with pytest.raises(OutputError, match=r"journal\.jsonl") as caught:
         start(checkpoint("llama"))
     assert caught.value.hint
 
 
-def test_what_a_killed_run_left_is_taken_up_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_the_files_of_a_killed_run_are_resumed_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     """A kill runs no cleaning code: the partial file of the current shard is still there."""
     source = checkpoint("llama")
     for options in ({}, {"rank": 3, "overwrite": True}):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        halfway(start, source, tmp_path / "out")
+        interrupt_after_two_shards(start, source, tmp_path / "out")
         partial = tmp_path / "out" / f"{shards(source)[2]}.partial"
         partial.write_bytes(b"half")
         assert start(source, **options).files
@@ -168,8 +165,8 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-class Remade(Count):
-    """Also remembers the shards that were reported as made again."""
+class RewriteLog(ShardLog):
+    """Also records the shards that the run reports as written again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,31 +177,31 @@ class Remade(Count):
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_a_shard_whose_bytes_or_factors_changed_is_made_again(
+def test_a_shard_whose_bytes_or_factors_changed_is_written_again(
     part: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
-    start(source, out=str(tmp_path / "straight"))
-    halfway(start, source, out)
+    start(source, out=str(tmp_path / "uninterrupted"))
+    interrupt_after_two_shards(start, source, out)
     shard = next(name for name in shards(source) if (out / WORK_FOLDER / f"{name}.adapter").exists())
     damage(out / WORK_FOLDER / f"{shard}.adapter" if part else out / shard)
-    seen = Remade()
+    seen = RewriteLog()
     start(source, progress=seen)
     assert seen.again == [shard]
     assert seen.made == [shard, *shards(source)[2:]]
     own = "lora/adapter_config.json"
-    straight, resumed = (weights_and_adapter(folder) for folder in (tmp_path / "straight", out))
-    assert {n: c for n, c in resumed.items() if n != own} == {n: c for n, c in straight.items() if n != own}
+    uninterrupted, resumed = (weights_and_adapter(folder) for folder in (tmp_path / "uninterrupted", out))
+    assert {n: c for n, c in resumed.items() if n != own} == {n: c for n, c in uninterrupted.items() if n != own}
 
 
-def test_a_finished_shard_without_a_hash_is_made_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_finished_shard_without_a_hash_is_written_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     source = checkpoint("llama")
-    journal = halfway(start, source, tmp_path / "out")
+    journal = interrupt_after_two_shards(start, source, tmp_path / "out")
     head, *lines = (json.loads(line) for line in journal.read_text().splitlines())
     assert all(line["hashes"].keys() == line["files"].keys() for line in lines)
     del lines[0]["hashes"]
     journal.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
-    seen = Remade()
+    seen = RewriteLog()
     start(source, progress=seen)
     assert seen.again == shards(source)[:1]
 
@@ -212,11 +209,11 @@ def test_a_finished_shard_without_a_hash_is_made_again(start: Start, checkpoint:
 @pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../mine", "a\\mine", ""])
 @pytest.mark.parametrize("where", ["head", "files", "shard"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_journal_that_names_what_lies_outside_is_damaged(
+def test_a_journal_with_an_outside_path_is_damaged(
     name: object, where: str, overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     (tmp_path / "mine").write_bytes(b"mine")
-    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
+    journal = interrupt_after_two_shards(start, checkpoint("llama"), tmp_path / "out")
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     if where == "head":
         lines[0]["files"].append(name)
@@ -229,15 +226,3 @@ def test_a_journal_that_names_what_lies_outside_is_damaged(
     with pytest.raises(OutputError, match=r"journal\.jsonl is damaged"):
         start(checkpoint("llama"), overwrite=overwrite)
     assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("line", [{"files": 3}, {"files": ["a"]}, {"hashes": 3}, {"hashes": ["a"]}])
-def test_a_journal_of_the_wrong_types_is_damaged(
-    line: dict[str, Any], start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
-    journal = halfway(start, checkpoint("llama"), tmp_path / "out")
-    lines = [json.loads(text) for text in journal.read_text().splitlines()]
-    lines[1] |= line
-    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(OutputError, match=r"journal\.jsonl is damaged"):
-        start(checkpoint("llama"))

@@ -1,4 +1,4 @@
-"""Weights large enough for the Krylov path: the same bytes of every shard and of the adapter, whatever the threads."""
+"""Weights large enough for the Krylov solver: the same bytes of shards and adapter for any number of threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ initialize(options)
 """
 
 
-def test_any_number_of_threads_makes_the_same_bytes_of_shards_and_adapter(
+def test_any_number_of_threads_writes_the_same_bytes(
     start: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = transformers.LlamaConfig(
@@ -56,6 +56,6 @@ def test_any_number_of_threads_makes_the_same_bytes_of_shards_and_adapter(
         assert process.returncode == 0, f"{threads} threads: {stderr}"
     for threads in (1, 2, 3):
         made[threads] = contents(tmp_path / str(threads) / "out")
-        del made[threads][MANIFEST]  # it holds seconds
+        del made[threads][MANIFEST]  # it holds times
     assert len([name for name in made[1] if name.endswith(".safetensors")]) >= 3
     assert made[1] == made[2] == made[3]

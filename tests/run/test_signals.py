@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, sent to the real command: gone at once, with a status and a hint, and resumable."""
+"""SIGTERM and SIGINT, sent to the real command: it ends at once with a status and a hint, and can be resumed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ WAIT_S = 60  # on a busy machine; the solve that must not be waited for takes 30
 
 
 def milora_that_solves_for_minutes(solving: Connection, *arguments: str) -> None:
-    """The command line; its last solve is like one of LAPACK, a call that lets other threads run and hears no signal.
+    """The command line, with a last solve that ignores signals and lets other threads run, like a LAPACK call.
 
     Args:
-        solving: Is sent something when that solve begins, and the journal has its head and one shard.
+        solving: Receives a message when that solve has started and the journal has its head and one shard.
     """
     append = Journal.append
     calls: list[int] = []
@@ -46,27 +46,27 @@ def milora_that_solves_for_minutes(solving: Connection, *arguments: str) -> None
             ctypes.CDLL(None).sleep(300)
         return split(*arguments, **options)
 
-    def append_and_tell(self: Journal, line: Any) -> None:
+    def append_and_count(self: Journal, line: Any) -> None:
         append(self, line)
         appended.release()
 
     patch = pytest.MonkeyPatch()
     patch.setattr(weight, "split", split_or_sleep)
-    patch.setattr(Journal, "append", append_and_tell)
+    patch.setattr(Journal, "append", append_and_count)
     fork_server.command_line(*arguments)
 
 
 @pytest.mark.parametrize(
     ("number", "status", "message"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_signal_in_the_middle_of_a_long_solve_is_obeyed_at_once_and_the_run_resumed(
+def test_a_signal_during_a_long_solve_ends_the_run_at_once_and_it_is_resumed(
     number: signal.Signals, status: int, message: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
     command = ["-m", str(source), "-o", str(out), "-r", "4", "--device", "cpu"]
-    solving, told = multiprocessing.Pipe(duplex=False)
-    with fork_server.Fork(milora_that_solves_for_minutes, told, *command) as process:
-        told.close()
+    solving, sender = multiprocessing.Pipe(duplex=False)
+    with fork_server.Fork(milora_that_solves_for_minutes, sender, *command) as process:
+        sender.close()
         assert solving.poll(WAIT_S)
         assert solving.recv(), process.stderr
         with pytest.raises(OutputError, match="another milora-init is writing"):  # two processes, one folder
@@ -80,10 +80,10 @@ def test_a_signal_in_the_middle_of_a_long_solve_is_obeyed_at_once_and_the_run_re
     assert f"{WORK_FOLDER}/journal.jsonl" in left
     assert not [name for name in left if name.endswith(".partial") or name in (MANIFEST, "config.json")]
     start(source)
-    start(source, out=str(tmp_path / "straight"))
-    own = (MANIFEST, "lora/adapter_config.json")  # the one holds seconds, both the name of the folder
-    resumed, straight = (
+    start(source, out=str(tmp_path / "uninterrupted"))
+    own = (MANIFEST, "lora/adapter_config.json")  # the manifest holds times, and both hold the folder's path
+    resumed, uninterrupted = (
         {name: content for name, content in contents(folder).items() if name not in own}
-        for folder in (out, tmp_path / "straight")
+        for folder in (out, tmp_path / "uninterrupted")
     )
-    assert resumed == straight
+    assert resumed == uninterrupted

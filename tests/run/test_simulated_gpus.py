@@ -15,7 +15,7 @@ from support.tiny_models import TARGETS, contents
 
 from milora_init.errors import SolveError
 from milora_init.manifest import MANIFEST, Manifest
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 NAMES = ("q_proj", "k_proj", "up_proj")
 

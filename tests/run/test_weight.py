@@ -1,4 +1,4 @@
-"""weight: a job is a value, a device without memory is replaced by the CPU, and a late write changes no file."""
+"""weight: a job can be pickled, the CPU replaces a device without memory, and a late write changes no file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODULE, TENSOR, SHAPE, RANK = "layers.0.q_proj", "layers.0.q_proj.weight", (12, 
 
 
 class Files:
-    """One weight on disk, and the files that its parts are written to."""
+    """One weight on disk, and the files for its residual and factors."""
 
     def __init__(self, folder: Path, *, fan_in_fan_out: bool = False, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
@@ -57,7 +57,7 @@ class Files:
         )
 
     def run(self, job: WeightJob | None = None) -> WeightRecord:
-        """Do the job and give the files their names."""
+        """Run the job and finish the files."""
         with self.base, self.factors:
             record = run(job or self.job, CPU, nullcontext(), Progress())
             self.base.mark_written(TENSOR)
@@ -68,14 +68,14 @@ class Files:
         return record
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Residual, B and A as they are on disk."""
+        """Residual, B and A as read from disk."""
         factors = load_file(self.folder / "factors.safetensors")
         residual = load_file(self.folder / "base.safetensors")[TENSOR]
         return residual, factors[part_key(MODULE, "B")], factors[part_key(MODULE, "A")]
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
-def test_the_parts_are_written_where_they_belong(fan_in_fan_out: bool, tmp_path: Path) -> None:
+def test_the_residual_and_the_factors_are_written_to_their_files(fan_in_fan_out: bool, tmp_path: Path) -> None:
     files = Files(tmp_path, fan_in_fan_out=fan_in_fan_out)
     record = files.run()
     expected = split(files.W, RANK, scale=2.0, mode="min", dtype=torch.float32, seed=7)
@@ -88,13 +88,13 @@ def test_the_parts_are_written_where_they_belong(fan_in_fan_out: bool, tmp_path:
     assert record.s_first == expected.triplets.s.tolist()[0]
 
 
-def test_a_job_and_its_record_survive_the_way_to_another_machine(tmp_path: Path) -> None:
+def test_a_job_and_its_record_can_be_pickled(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     here, there = Files(tmp_path / "here"), Files(tmp_path / "there")
-    travelled = pickle.loads(pickle.dumps(there.job))
-    assert travelled == there.job
-    record, other = here.run(), there.run(travelled)
+    unpickled = pickle.loads(pickle.dumps(there.job))
+    assert unpickled == there.job
+    record, other = here.run(), there.run(unpickled)
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
     assert pickle.loads(pickle.dumps(other)) == other
     assert {f.name for f in dataclasses.fields(record) if getattr(record, f.name) != getattr(other, f.name)} <= {
@@ -104,16 +104,16 @@ def test_a_job_and_its_record_survive_the_way_to_another_machine(tmp_path: Path)
     }
 
 
-def test_a_job_is_made_of_names_and_numbers(tmp_path: Path) -> None:
-    """Tensors in it would be what the memory bound forbids; an open file could not travel."""
+def test_a_job_is_small_and_frozen(tmp_path: Path) -> None:
+    """A job with tensors would break the memory bound, and one with an open file could not be pickled."""
     job = Files(tmp_path).job
     assert len(pickle.dumps(job)) < 2000
     with pytest.raises(dataclasses.FrozenInstanceError):
         job.mode = "max"  # type: ignore[misc]
 
 
-class TooSmall:
-    """A device that runs out of memory in the first attempts."""
+class SplitOutOfMemory:
+    """Replaces `split` by one that runs out of memory in the first `times` calls."""
 
     def __init__(self, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left, self.attempts = times, 0
@@ -128,22 +128,22 @@ class TooSmall:
 
 
 @pytest.mark.parametrize(("times", "device"), [(1, "cpu"), (2, "cpu, because cpu ran out of memory")])
-def test_a_device_that_runs_out_of_memory_is_tried_again_then_left_and_the_record_says_so(
+def test_a_device_out_of_memory_is_tried_again_then_replaced_by_the_cpu_and_recorded(
     times: int, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("straight", "short"):
+    for name in ("reference", "short"):
         (tmp_path / name).mkdir()
-    straight = Files(tmp_path / "straight")
-    straight.run()
-    small = TooSmall(times, monkeypatch)
+    reference = Files(tmp_path / "reference")
+    reference.run()
+    small = SplitOutOfMemory(times, monkeypatch)
     short = Files(tmp_path / "short")
     record = short.run()
     assert small.attempts == times + 1
     assert record.device == device
-    assert contents(tmp_path / "short") == contents(tmp_path / "straight")
+    assert contents(tmp_path / "short") == contents(tmp_path / "reference")
 
 
-def test_a_weight_that_does_not_fit_beside_the_other_threads_one_waits_for_the_lock(
+def test_a_weight_that_does_not_fit_with_another_one_is_copied_again_under_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight is copied to its device without the lock. If memory is lacking, it is copied again with the lock."""
@@ -170,8 +170,8 @@ def test_a_weight_that_does_not_fit_beside_the_other_threads_one_waits_for_the_l
     assert refused == [SHAPE]
 
 
-def test_an_out_of_memory_that_stays_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, small = Files(tmp_path), TooSmall(9, monkeypatch)
+def test_a_permanent_lack_of_memory_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, small = Files(tmp_path), SplitOutOfMemory(9, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         files.run()
     assert small.attempts == 3
@@ -203,7 +203,7 @@ def test_a_read_error_names_the_file_and_the_tensor(code: int, tmp_path: Path, m
     assert list(contents(tmp_path)) == ["source.safetensors"]
 
 
-def test_a_source_cut_short_names_the_file_and_the_tensor(tmp_path: Path) -> None:
+def test_a_truncated_source_names_the_file_and_the_tensor(tmp_path: Path) -> None:
     files = Files(tmp_path)
     path = tmp_path / "source.safetensors"
     os.truncate(path, path.stat().st_size - 1)
@@ -211,7 +211,7 @@ def test_a_source_cut_short_names_the_file_and_the_tensor(tmp_path: Path) -> Non
         files.run()
 
 
-def test_a_weight_of_several_reads_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_may_need_several_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux moves at most 2 GiB in one call, and a signal may cut any call short."""
     files = Files(tmp_path)
     real = os.preadv
@@ -227,7 +227,7 @@ def test_an_empty_tensor_is_read(tmp_path: Path) -> None:
 
 
 def test_a_late_write_of_a_failed_run_changes_no_file(tmp_path: Path) -> None:
-    """The solve of a failed run cannot be stopped; the next run has its file under the same name by then."""
+    """The solve of a failed run cannot be stopped; the next run may already use the same file name."""
     header = plan_header([("w", "F32", (4,))])
     path = tmp_path / "x.safetensors"
     with SafetensorsWriter(path, header) as failed:
@@ -243,22 +243,22 @@ def test_a_late_write_of_a_failed_run_changes_no_file(tmp_path: Path) -> None:
     assert list(contents(tmp_path)) == [path.name]
 
 
-def test_a_place_in_a_file_that_is_gone_is_an_output_error(tmp_path: Path) -> None:
+def test_a_write_target_in_a_deleted_file_is_an_output_error(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", plan_header([("w", "F32", (4,))])) as failed:
-        place = failed.target("w")
-    with pytest.raises(OutputError, match=r"x\.safetensors\.partial"), place.opened():
+        target = failed.target("w")
+    with pytest.raises(OutputError, match=r"x\.safetensors\.partial"), target.opened():
         pass
     assert contents(tmp_path) == {}
 
 
-def test_places_of_one_file_do_not_touch_each_other(tmp_path: Path) -> None:
+def test_write_targets_of_one_file_do_not_overlap(tmp_path: Path) -> None:
     header = plan_header([("a", "F32", (3,)), ("b", "BF16", (5,)), ("c", "F32", ())])
     given = {"a": torch.tensor([1.0, 2, 3]), "b": torch.arange(5).bfloat16(), "c": torch.tensor(4.0)}
     path = tmp_path / "x.safetensors"
     with SafetensorsWriter(path, header) as writer:
-        places = {name: pickle.loads(pickle.dumps(writer.target(name))) for name in ("b", "c", "a")}
-        for name, place in places.items():
-            with place.opened() as write:
+        targets = {name: pickle.loads(pickle.dumps(writer.target(name))) for name in ("b", "c", "a")}
+        for name, target in targets.items():
+            with target.opened() as write:
                 write(given[name])
             writer.mark_written(name)
         writer.finish()

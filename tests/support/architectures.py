@@ -1,4 +1,4 @@
-"""Tiny random models of every family: built, fed and saved."""
+"""Build tiny random models of the families, make inputs for them, and save them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def config_of(family: Family) -> Any:
 
 
 def build(family: Family) -> nn.Module:
-    """The model, random, wide enough that a missing component shows in its output."""
+    """A random model; its weights are large enough that a missing component changes the output."""
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, family.architecture)(config_of(family))
     with torch.no_grad():
@@ -31,12 +31,12 @@ def build(family: Family) -> nn.Module:
     return model.eval()
 
 
-def feed(family: Family) -> dict[str, Tensor]:
+def model_inputs(family: Family) -> dict[str, Tensor]:
     """Inputs for a forward pass, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     if family.inputs == "speech":
-        sound = torch.randn(1, 8, 32, generator=generator)
-        return {"input_features": sound, "decoder_input_ids": TOKENS}
+        features = torch.randn(1, 8, 32, generator=generator)
+        return {"input_features": features, "decoder_input_ids": TOKENS}
     if family.inputs == "seq2seq":
         return {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
     if family.inputs == "image":

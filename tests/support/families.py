@@ -1,7 +1,7 @@
-"""The architectures that people fine-tune, each as a tiny model: what it is built from, and what is adapted in it.
+"""Architectures that users fine-tune: the configuration of a tiny model of each, and the modules to adapt.
 
-One row is one promise: `test_architectures.py` initialises each, loads the pair as its users do and trains a step,
-and `scripts/support_table.py` turns the rows into the README's table.
+`test_architectures.py` initialises every family, loads the pair with the Auto class and trains one step.
+`scripts/support_table.py` writes the README's table from this list.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-IMAGE = 60  # the token that stands for a patch of an image
+IMAGE = 60  # token id of an image patch
 
 _TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,13 +42,14 @@ class Family:
     """One architecture.
 
     Attributes:
-        architecture: The class that config.json names.
-        config: The class of its config, and `sizes`, its arguments.
-        auto: The class that its users load it with.
-        targets: What the test adapts.
-        note: What is special, for the README.
-        inputs: What it is fed: `text`, `image`, `qwen image`, `seq2seq` or `speech`.
-        stored: The dtype that it is published in.
+        architecture: The class named in config.json.
+        config: The class of its config.
+        sizes: Arguments of the config class.
+        targets: Target modules in the tests.
+        auto: The Auto class that users load the model with.
+        note: A remark for the README's table.
+        inputs: The kind of model inputs: `text`, `image`, `qwen image`, `seq2seq` or `speech`.
+        stored: The dtype of the published weights.
     """
 
     architecture: str

@@ -1,4 +1,4 @@
-"""Train the adapter of a tiny model of a family, and read the model's output."""
+"""Initialise a tiny model of a family, train its adapter, and compute the model's output."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ from torch import Tensor
 
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
 from support import architectures
 from support.families import FAMILIES, Family
-
-NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "t5"]
-# With rsLoRA, a rank of its own for one target and an alpha of its own for another.
-PLAIN: dict[str, Any] = {"alpha": 6}
+from support.runs import initialize
 
 
-def patterned(family: Family) -> dict[str, Any]:
+def pattern_options(family: Family) -> dict[str, Any]:
+    """Options with rsLoRA, a rank pattern for the last target, and alpha patterns for the first and the last."""
     first, last = family.targets[0], family.targets[-1]
     return {"rslora": True, "rank_pattern": {last: 3}, "alpha_pattern": {first: 5, last: 7}}
 
 
-def start(name: str, folder: Path, dtype: str, **options: Any) -> tuple[Path, Path, Manifest]:
+def initialize_family(name: str, folder: Path, dtype: str, **options: Any) -> tuple[Path, Path, Manifest]:
     family = FAMILIES[name]
     source, out = architectures.save(folder / "source", family, dtype), folder / "out"
     asked = InitOptions(
@@ -40,21 +37,21 @@ def load(family: Family, folder: Path, adapter: Path | None = None, *, trainable
     return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
 
 
-def answer(family: Family, model: Any) -> Tensor:
+def model_output(family: Family, model: Any) -> Tensor:
     with torch.no_grad():
-        said: Tensor = model.eval()(**architectures.feed(family))[0]
-    return said
+        output: Tensor = model.eval()(**architectures.model_inputs(family))[0]
+    return output
 
 
 def train(family: Family, out: Path, to: Path) -> Path:
-    """Twenty steps of AdamW on the pair, all of the adapter's tensors moving."""
+    """Train the pair in `out` with 20 steps of AdamW and save the adapter in `to`."""
     torch.manual_seed(0)
     model = load(family, out, out / "lora", trainable=True).train()
-    goal = torch.randn_like(answer(family, model))
+    target_output = torch.randn_like(model_output(family, model))
     model.train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     for _ in range(20):
-        (model(**architectures.feed(family))[0] - goal).square().mean().backward()
+        (model(**architectures.model_inputs(family))[0] - target_output).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(to)

@@ -1,10 +1,10 @@
-"""Processes that need no second for their imports: forks of one server, which has imported torch and transformers.
+"""Start test processes quickly: forks of one server process that has already imported torch and transformers.
 
-The server is that of the standard library (`multiprocessing`, start method "forkserver"): one for each pytest worker,
-started by the first test that needs it, gone when the worker is. It has one thread: OMP_NUM_THREADS is 1 there.
+The server is the one of the standard library (`multiprocessing`, start method "forkserver"). Each pytest worker has
+one: the first test that needs it starts it, and it ends with the worker. It has one thread: OMP_NUM_THREADS is 1.
 
-Modules that read the environment when they are imported are imported anew in every fork: huggingface_hub here, and
-milora_init, which the server has not imported.
+Two packages read the environment when they are imported, so every fork imports them again: huggingface_hub and
+milora_init. The server itself does not import milora_init.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _context.set_forkserver_preload(
 
 
 class Fork:
-    """A process that calls a function, as `subprocess.Popen` starts a program; stdout and stderr go to files.
+    """A forked process that calls a function, with the interface of `subprocess.Popen`; stdout and stderr go to files.
 
     Args:
-        function: Of a module that can be imported. Its exceptions are a traceback on stderr and the status 1.
-        arguments: Of the function; whatever can be pickled, connections of `multiprocessing` too.
-        cwd: The folder it starts in.
-        environment: Variables that differ from this process's; None unsets one.
-        stdout: A file to write to in place of a temporary one; None closes the descriptor. The same for stderr.
+        function: A function of an importable module. If it raises, stderr has the traceback and the exit status is 1.
+        arguments: Arguments of the function. They are pickled; connections of `multiprocessing` are allowed.
+        cwd: The current folder of the process.
+        environment: Environment variables to change; None unsets one.
         stdin: A file to read from; None closes the descriptor.
+        stdout: A file to write to instead of a temporary one; None closes the descriptor. stderr is the same.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Fork:
         folder = Path(self._temporary.name)
         self._stdout, self._stderr = folder / "stdout", folder / "stderr"
         files = (stdin, self._stdout if stdout == "" else stdout, self._stderr if stderr == "" else stderr)
-        # The function is not unpickled, and so its module not imported, before the environment is the test's.
+        # The child unpickles the function, and so imports its module, after it has set the environment of the test.
         self._process = _context.Process(
             target=_child,
             args=(
@@ -80,12 +80,12 @@ class Fork:
 
     @property
     def stdout(self) -> str:
-        """What was written so far."""
+        """The text written so far."""
         return _text(self._stdout)
 
     @property
     def stderr(self) -> str:
-        """What was written so far."""
+        """The text written so far."""
         return _text(self._stderr)
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -99,7 +99,7 @@ class Fork:
         """The exit status.
 
         Raises:
-            subprocess.TimeoutExpired: It still runs after this many seconds.
+            subprocess.TimeoutExpired: The process still runs after `timeout` seconds.
         """
         self._process.join(timeout)
         if self.returncode is None:
@@ -119,7 +119,7 @@ class Fork:
 
 
 def run(function: Callable[..., object], *arguments: Any, timeout: float = 120, **options: Any) -> Done:
-    """Call a function in a fork, wait for its end, and return what it left, as `subprocess.run` does."""
+    """Call a function in a fork, wait until it ends, and return its status and output, as `subprocess.run` does."""
     with Fork(function, *arguments, **options) as fork:
         status = fork.wait(timeout)
         return subprocess.CompletedProcess([*map(str, arguments)], status, fork.stdout, fork.stderr)
@@ -129,12 +129,12 @@ Done = subprocess.CompletedProcess[str]
 
 
 def milora(*arguments: object, **options: Any) -> Done:
-    """Run a command line of `milora-init`. Its options are those of `Fork`, and `timeout` in seconds."""
+    """Run `milora-init` with these arguments. The options are those of `Fork`, and `timeout` in seconds."""
     return run(command_line, *map(str, arguments), **options)
 
 
 def command_line(*arguments: str) -> None:
-    """What the installed command does."""
+    """Do what the installed command `milora-init` does."""
     from milora_init.cli.main import main
 
     sys.argv = ["milora-init", *arguments]
@@ -144,18 +144,18 @@ def command_line(*arguments: str) -> None:
 def _child(
     environment: dict[str, str | None], cwd: str, files: list[str | None], function: bytes, arguments: tuple[Any, ...]
 ) -> None:
-    """Make this fork look like a process that has just been started, and call the function."""
+    """Give this fork the state of a newly started process, and call the function."""
     os.environ.clear()
     os.environ.update({name: value for name, value in environment.items() if value is not None})
     os.chdir(cwd)
     for number, file in enumerate(files):
         _connect(number, file)
-    # Both of each, as the interpreter does: a stream closes its buffer when the last reference to it goes.
+    # sys.stdin and sys.__stdin__ are set together: a stream closes its buffer when its last reference is deleted.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = _stream(number)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    # Also where the tests themselves were started with SIGINT ignored, in the background say.
+    # A test run started in the background ignores SIGINT, and the fork would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     time.tzset()
     for name in list(sys.modules):
@@ -165,6 +165,7 @@ def _child(
 
 
 def _connect(number: int, file: str | None) -> None:
+    """Open a file as standard stream `number`; None closes the descriptor."""
     if file is None:
         os.close(number)
         return
@@ -174,7 +175,7 @@ def _connect(number: int, file: str | None) -> None:
 
 
 def _stream(number: int) -> TextIO | None:
-    """A standard stream as the interpreter makes it: there is none where the descriptor is closed."""
+    """The standard stream `number` as the interpreter creates it: None if the descriptor is closed."""
     try:
         os.fstat(number)
     except OSError:

@@ -1,7 +1,7 @@
-"""A Hub on 127.0.0.1 that speaks what huggingface_hub asks of the real one, and can be told to misbehave.
+"""A fake Hugging Face Hub on 127.0.0.1: the endpoints that huggingface_hub calls, and faults that a test can set.
 
-Repositories are held in memory: each a list of commits, each commit a mapping of paths to contents. Large files are
-those with a suffix of weights, as a repository's .gitattributes has it.
+Repositories are kept in memory. Each one is a list of commits; a commit maps paths to contents. Files with a suffix in
+LARGE are LFS files.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from support.fork_server import Done
 
 LARGE = (".safetensors", ".bin")
 Command = Callable[..., Done]
-Answer = tuple[int, dict[str, str], bytes]
+Response = tuple[int, dict[str, str], bytes]
 
 
 @dataclass
 class Repository:
-    """One model: its commits, the newest last, and who may see it."""
+    """One model repository: its commits, the newest last, and its access rights."""
 
     commits: list[tuple[str, dict[str, bytes]]]
     private: bool = False
@@ -55,17 +55,19 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The server, what it holds, what it was asked, and what it is told to do wrong.
+    """The server: its repositories, a record of the requests, and the faults to simulate.
 
     Attributes:
-        fault: Called with (method, path) before an answer; an int is the status to fail with, "cut" cuts the
+        fault: Called with (method, path) before each response. An int is the error status to send; "cut" closes the
             connection in the middle of the body.
-        damaged: What is sent in a file's stead, by `org/name/path`.
-        ranges: How a range is answered: "right"; "ignored", the whole file as 200; "whole", the whole file as 206;
-            "elsewhere", as 206 from another place than asked; "unnamed", as 206 without a Content-Range.
-        entry: Changes what is said of a file in a listing.
-        served: Bytes served of each file of a repository, as planned; `sent`: bytes of all that went out.
-        uploads: Bytes received of each large file, by its hash; `stored` is their content.
+        damaged: Contents to send instead of a file's own, by `org/name/path`.
+        ranges: The response to a range request: "right"; "ignored", the whole file as 200; "whole", the whole file as
+            206; "elsewhere", as 206 with another range than requested; "unnamed", as 206 without Content-Range.
+        entry: Called with each file entry of a listing; may change it.
+        served: Bytes in the responses for each file of a repository.
+        sent: Bytes that were really sent, of all responses.
+        stored: Contents of the uploaded large files, by hash.
+        uploads: Bytes received of each large file, by hash.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Hub:
         self._server.server_close()
 
     def publish(self, name: str, folder: Path, **rights: bool) -> str:
-        """Put a folder up as a model; returns its commit."""
+        """Add a folder as a commit of a model repository; returns the commit hash."""
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         repository = self.repositories.setdefault(name, Repository([], **rights))
         return repository.commit(files)
@@ -133,14 +135,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send(content)
 
         def send(self, content: bytes) -> None:
-            with suppress(OSError):  # a client that has read enough hangs up
+            with suppress(OSError):  # the client may close the connection early
                 for start in range(0, len(content), 1 << 20):
                     self.wfile.write(content[start : start + (1 << 20)])
                     hub.sent += len(content[start : start + (1 << 20)])
 
         do_GET = do_HEAD = do_POST = do_PUT = respond  # noqa: N815
 
-        def answer(self, path: str, body: bytes) -> Answer:
+        def answer(self, path: str, body: bytes) -> Response:
             if path == "/api/repos/create":
                 return self.create(json.loads(body))
             if path == "/api/validate-yaml":
@@ -186,7 +188,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                               "gated": gated, "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
             return _error(404)
 
-        def resolve(self, name: str, commit: tuple[str, dict[str, bytes]], file: str) -> Answer:
+        def resolve(self, name: str, commit: tuple[str, dict[str, bytes]], file: str) -> Response:
             if file not in commit[1]:
                 status, headers, content = _error(404, "EntryNotFound")
                 return status, {**headers, "X-Repo-Commit": commit[0]}, content
@@ -209,7 +211,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.served[f"{name}/{file}"] += len(data)
             return status, headers, data
 
-        def create(self, asked: dict[str, Any]) -> Answer:
+        def create(self, asked: dict[str, Any]) -> Response:
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
             if self.headers.get("Authorization") != f"Bearer {hub.token}":
                 return _error(401)
@@ -221,7 +223,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
             return _json({"url": f"{hub.url}/{name}", "name": name})
 
-        def batch(self, asked: dict[str, Any]) -> Answer:
+        def batch(self, asked: dict[str, Any]) -> Response:
             objects = []
             for wanted in asked["objects"]:
                 entry = {"oid": wanted["oid"], "size": wanted["size"]}
@@ -230,14 +232,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 objects.append(entry)
             return _json({"transfer": "basic", "objects": objects})
 
-        def receive(self, oid: str, body: bytes) -> Answer:
+        def receive(self, oid: str, body: bytes) -> Response:
             if hashlib.sha256(body).hexdigest() != oid:
                 return _error(422)
             hub.stored[oid] = body
             hub.uploads[oid] += len(body)
             return 200, {}, b""
 
-        def take_commit(self, repository: Repository, body: bytes) -> Answer:
+        def take_commit(self, repository: Repository, body: bytes) -> Response:
             files = dict(repository.files)
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
@@ -267,17 +269,17 @@ def _mode(repository: Repository, path: str) -> dict[str, Any]:
     return {"path": path, "uploadMode": "lfs" if path.endswith(LARGE) else "regular", "shouldIgnore": False, "oid": oid}
 
 
-def _json(content: Any) -> Answer:
+def _json(content: Any) -> Response:
     return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
 
-def _error(status: int, code: str = "") -> Answer:
+def _error(status: int, code: str = "") -> Response:
     headers = {"Content-Type": "application/json", "X-Error-Code": code, "X-Error-Message": code or str(status)}
     return status, headers, json.dumps({"error": code or str(status)}).encode()
 
 
 def client(hub: Hub, folder: Path, function: Callable[..., object] = fork_server.command_line) -> Command:
-    """run(*arguments, **environment) runs the command line in a folder, with that Hub, and an empty cache there."""
+    """run(*arguments, **environment) runs milora-init in `folder`, with this Hub and a Hub cache in that folder."""
 
     def run(*arguments: str, **changes: str | None) -> Done:
         environment = {

@@ -1,4 +1,4 @@
-"""Interrupt a run in a test, and watch one that is resumed."""
+"""Progress callbacks that interrupt a run at a given shard, and that record the work of a resumed run."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from milora_init.plan.plan import Plan
 from milora_init.run.progress import Progress, ShardResult
 
 
-class PulledPlugError(Exception):
+class InterruptedRunError(Exception):
     """Raised to interrupt a run."""
 
 
-class PullThePlug(Progress):
-    """Raises when a given shard begins (0 is the first), or when it is done."""
+class InterruptAt(Progress):
+    """Raises InterruptedRunError in shard `at` (from 0): `when` is "inside" (at a tensor) or "after" (at its end)."""
 
     def __init__(self, at: int, *, when: str) -> None:
         self.at, self.when, self.seen = at, when, 0
 
     def tensor(self, name: str, size_bytes: int) -> None:
         if self.when == "inside" and self.seen == self.at:
-            raise PulledPlugError
+            raise InterruptedRunError
 
     def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
         if self.when == "after" and self.seen == self.at:
-            raise PulledPlugError
+            raise InterruptedRunError
         self.seen += 1
 
 
-class Count(Progress):
-    """Remembers which shards were made, and how much an earlier run had done."""
+class ShardLog(Progress):
+    """Records the shards that this run wrote, and the bytes that an earlier run had finished."""
 
     def __init__(self) -> None:
         self.made: list[str] = []
@@ -48,12 +48,12 @@ class Count(Progress):
 
 
 def shards(source: Path) -> list[str]:
-    """Names of a checkpoint's files of weights, in order."""
+    """Names of the safetensors files of a checkpoint, sorted."""
     return sorted(path.name for path in source.glob("*.safetensors"))
 
 
-def halfway(start: Callable[..., Manifest], source: Path, out: Path) -> Path:
-    """An output with two shards done; returns its journal."""
-    with pytest.raises(PulledPlugError):
-        start(source, progress=PullThePlug(1, when="after"))
+def interrupt_after_two_shards(start: Callable[..., Manifest], source: Path, out: Path) -> Path:
+    """Interrupt a run after two finished shards; returns the path of its journal."""
+    with pytest.raises(InterruptedRunError):
+        start(source, progress=InterruptAt(1, when="after"))
     return out / WORK_FOLDER / "journal.jsonl"

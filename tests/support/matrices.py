@@ -1,4 +1,4 @@
-"""Matrices whose spectrum is known to be hard, small enough that a full float64 SVD is the truth.
+"""Matrices with hard spectra, small enough that a full float64 SVD gives the truth.
 
 Every generator is seeded: the same arguments give the same matrix.
 """
@@ -43,7 +43,7 @@ def language_model_like(m: int, n: int, *, seed: int = 0) -> Tensor:
 
 
 def moderate_head(m: int, n: int, *, seed: int = 1) -> Tensor:
-    """A Gaussian bulk and 48 directions of up to four times its edge, bfloat16: what costs are counted on."""
+    """A Gaussian bulk and 48 directions of up to four times its edge, bfloat16; the cost tests use it."""
     generator = torch.Generator().manual_seed(seed)
     k = min(48, m // 4, n // 4)
     bulk = torch.randn(m, n, generator=generator).mul_(0.02)
@@ -61,12 +61,12 @@ def power_law(m: int, n: int) -> Tensor:
 
 
 def steep(m: int, n: int) -> Tensor:
-    """Six decades, evenly in the logarithm."""
+    """Singular values from 1 to 1e-6, evenly spaced in the logarithm."""
     return with_spectrum(torch.logspace(0, -6, min(m, n), dtype=F64), m, n)
 
 
 def clustered(m: int, n: int, *, lo: int = 6, hi: int = 14) -> Tensor:
-    """Ranks lo to hi, from either end, share one value to twelve digits: a cut at 8 falls inside."""
+    """Singular values lo to hi, from either end, agree to twelve digits: a cut at rank 8 is inside the cluster."""
     q = min(m, n)
     s = torch.linspace(2.0, 1.0, q, dtype=F64)
     for part in (slice(lo, hi), slice(q - hi, q - lo)):
@@ -75,7 +75,7 @@ def clustered(m: int, n: int, *, lo: int = 6, hi: int = 14) -> Tensor:
 
 
 def rank_deficient(m: int, n: int) -> Tensor:
-    """Exact rank q/2: small integers, so that every product is exact."""
+    """Exact rank q/2: the factors are small integers, so that every product is exact."""
     k = max(1, min(m, n) // 2)
     left = gaussian(m, k).mul(3).round()
     return left @ gaussian(k, n, seed=1).mul(3).round()
@@ -100,7 +100,7 @@ def duplicated_rows(m: int, n: int) -> Tensor:
 
 
 def outlier(m: int, n: int) -> Tensor:
-    """One singular value 1e8 times the smallest; the square of that is beyond float64."""
+    """One singular value is 1e8 times the smallest; float64 does not resolve the squared ratio."""
     s = torch.linspace(2.0, 1.0, min(m, n), dtype=F64)
     s[0] = 1e8
     return with_spectrum(s, m, n)
@@ -124,7 +124,7 @@ def huge(m: int, n: int) -> Tensor:
     return gaussian(m, n) * 1e200
 
 
-# The component is well defined: the cut falls between distinct values.
+# The cut is between distinct singular values, so the component is unique.
 DISTINCT: dict[str, Callable[[int, int], Tensor]] = {
     "gaussian": gaussian,
     "language_model_like": language_model_like,
@@ -137,7 +137,7 @@ DISTINCT: dict[str, Callable[[int, int], Tensor]] = {
     "huge": huge,
 }
 
-# The cut falls among equal values, or among zeros: any of many components is right.
+# The cut is between equal or zero singular values, so many components are right.
 AMBIGUOUS: dict[str, Callable[[int, int], Tensor]] = {
     "clustered": clustered,
     "rank_deficient": rank_deficient,

@@ -1,4 +1,4 @@
-"""Safetensors files with any header at all, for tests of what is believed of one."""
+"""Build safetensors files with an arbitrary header, valid or not."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def raw_file(header: Any, data: bytes = b"") -> bytes:
-    """A safetensors file with any header at all: bytes as they are, everything else as JSON."""
+    """The bytes of a safetensors file. A header given as bytes is used unchanged; anything else is written as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
-def written(path: Path, content: bytes) -> Path:
+def write_file(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
 

@@ -1,4 +1,4 @@
-"""The paper's method in slow float64, independent of milora_init: what every fast path is compared with.
+"""The paper's method in float64, independent of milora_init. The tests compare every fast path with it.
 
 MiLoRA, arXiv 2406.09044: W = sum s_i u_i v_i^T; the adapter takes the r components of one end, B = U sqrt(s / scale),
 A = sqrt(s / scale) V^T, and the base keeps W - scale * B @ A.
@@ -28,11 +28,11 @@ class Spectrum:
         return (self.U[:, indices] * self.s[indices]) @ self.V[:, indices].T
 
     def tolerance(self, indices: list[int]) -> float:
-        """Frobenius norm by which scale * B @ A may be off when B and A are stored in float32.
+        """Bound on the error of scale * B @ A in the Frobenius norm, with B and A stored in float32.
 
-        Rounding moves B by at most eps/2 * ||B||_F and A by as much of itself, so the product moves by at most
-        eps * sqrt(sum s) * sqrt(max s). The float64 solver before it is off by eps64 * s_max**2 / gap(s**2) of the
-        component at worst, as for an eigenproblem of the Gram matrix. Twice the sum leaves room for second order.
+        Rounding changes B by at most eps/2 * ||B||_F and A by at most eps/2 * ||A||_F, so the product changes by at
+        most eps * sqrt(sum s) * sqrt(max s). The relative error of the float64 solver is at most eps64 * s_max**2 /
+        gap(s**2), as for an eigenproblem of the Gram matrix. The factor 2 covers second-order terms.
         """
         taken = self.s[indices]
         rest = self.s[[i for i in range(len(self.s)) if i not in set(indices)]]
@@ -54,7 +54,7 @@ def wanted(k: int, r: int, mode: str) -> list[int]:
 
 
 def drawn(spectrum: Spectrum, D: Tensor, r: int) -> list[int]:
-    """Which r components D is the sum of, whatever generator chose them: those on which it has more than half of s."""
+    """Indices of the r components whose sum is D (m, n): those where u^T D v is more than half of s."""
     share = torch.einsum("mk,mn,nk->k", spectrum.U, D.double(), spectrum.V) / spectrum.s
     indices: list[int] = torch.nonzero(share > 0.5).flatten().tolist()
     assert len(indices) == r, f"D is the sum of {len(indices)} components, not of {r}"
@@ -62,14 +62,14 @@ def drawn(spectrum: Spectrum, D: Tensor, r: int) -> list[int]:
 
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance between the two neighbours of x in dtype, in float64."""
+    """Unit in the last place of x in dtype, in float64."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(x.double().abs().clamp_min(info.smallest_normal))
     return torch.ldexp(torch.full_like(x, info.eps, dtype=torch.float64), exponent - 1)
 
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (float64) to the nearest value of dtype, ties to even, without a float32 in between."""
+    """x (float64) rounded to the nearest value of dtype, ties to even, without an intermediate float32."""
     if dtype == torch.float64:
         return x.double()
     unit = ulp(x, dtype)
@@ -77,7 +77,7 @@ def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same to the byte, dtype and shape included."""
+    """Whether two tensors have the same dtype, shape and bytes."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(

@@ -1,20 +1,20 @@
 """CUDA devices simulated on the CPU, for tests of the code that only a GPU would run.
 
-A tensor on a simulated device is a CPU tensor of a subclass that says it is on `cuda:N`. Its arithmetic is the CPU's.
-What the simulation adds:
+A tensor on a simulated device is a CPU tensor of a subclass whose `device` is `cuda:N`. The CPU does its arithmetic.
+The simulation adds:
 
-- Tensors of different devices that meet in one operation raise, as on a real device; a copy between devices does not.
-- Everything that a GPU's time depends on is counted: kernel launches (one for each call of torch that computes, so a
-  lower bound), waits of the host for a value, bytes read and written, floating-point operations by dtype.
+- An operation on tensors of different devices raises, as on a real device; a copy between devices does not.
+- It counts what the time on a GPU depends on: kernel launches (one for each torch call that computes, so a lower
+  bound), waits of the host for a value, bytes read and written, floating-point operations by dtype.
 
     with simulated_cuda.simulated() as counts:
         result = split(W.to("cuda:0"), 64, dtype=torch.bfloat16)
     assert counts.launches.total() <= 450
 
-`machine` pretends as much of `torch.cuda` as the whole job needs: several devices, streams, page-locked memory, and
-failures of memory or of a library where a test wants them.
+`machine` fakes the parts of `torch.cuda` that a whole run needs: several devices, streams, page-locked memory, and
+failures of memory or of a library where a test asks for them.
 
-It shows neither speed nor the use of memory nor the order of streams, nor the rounding of a GPU's libraries.
+It does not simulate speed, memory limits, the order of streams, or the rounding of GPU libraries.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+if TYPE_CHECKING:
+    import pytest
+
 CPU = torch.device("cpu")
-# Calls that only ask for a property, and calls whose result is a Python value, for which the host waits.
+# Calls that only read a property, and calls that return a Python value, for which the host must wait.
 _PROPERTIES = frozenset({"size", "dim", "ndimension", "numel", "stride", "data_ptr", "storage_offset", "element_size"})
 _PROPERTIES |= {"is_floating_point", "is_complex", "is_contiguous", "__len__", "untyped_storage", "type", "__hash__"}
 _WAITS = frozenset({"item", "tolist", "__float__", "__int__", "__bool__", "__index__", "nonzero", "equal", "allclose"})
@@ -41,7 +43,7 @@ _MAY_MIX = frozenset({"copy_", "to", "__setitem__"})
 
 @dataclass
 class Counts:
-    """What a simulated device was asked for."""
+    """Counts of the work on the simulated devices."""
 
     launches: Counter[str] = field(default_factory=Counter)  # by the name of the call
     waits: Counter[str] = field(default_factory=Counter)  # of the host: round trips
@@ -57,19 +59,19 @@ class Counts:
 
 
 Fault = Callable[[str, torch.device], None]
-"""Called with the name of each call that computes on a device or copies to it; it may raise what torch would."""
+"""Called with the name of each call that computes on a device or copies to it; it may raise an error."""
 
 
 @dataclass
 class Machine:
-    """What the pretended `torch.cuda` was asked for.
+    """The state of the faked `torch.cuda`.
 
     Attributes:
-        streams: Of each thread, its device and its stream.
-        pinned: Entries of page-locked memory.
+        streams: The device and the stream of each thread.
+        pinned: The number of entries allocated in page-locked memory.
         caches_emptied: Calls of torch.cuda.empty_cache.
         fault: See `Fault`.
-        may_pin: Whether page-locked memory is to be had.
+        may_pin: Whether page-locked memory can be allocated.
     """
 
     streams: dict[int, tuple[torch.device, object]] = field(default_factory=dict)
@@ -80,11 +82,11 @@ class Machine:
 
 
 _machines: list[Machine] = []
-_counts: list[Counts] = []  # of the simulations that are running, the innermost last
+_counts: list[Counts] = []  # one for each active `simulated()`, the innermost last
 
 
 class SimulatedTensor(torch.Tensor):
-    """A CPU tensor that says it is on a CUDA device."""
+    """A CPU tensor whose `device` is a CUDA device."""
 
     simulated_device: torch.device
 
@@ -103,7 +105,7 @@ class SimulatedTensor(torch.Tensor):
 
 @contextmanager
 def simulated() -> Iterator[Counts]:
-    """While this runs, tensors can be on `cuda:N`; yields the counts."""
+    """Inside this context tensors can be on `cuda:N`. Yields the counts."""
     _counts.append(Counts())
     try:
         with torch.no_grad(), _Mode():
@@ -114,13 +116,14 @@ def simulated() -> Iterator[Counts]:
 
 @contextmanager
 def machine(devices: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """While this runs, torch.cuda has so many devices, for every thread that chooses one of them."""
+    """Fakes `devices` CUDA devices for every thread that calls torch.cuda.set_device; yields the state."""
     made = Machine()
     _machines.append(made)
 
     def set_device(device: torch.device) -> None:
         assert device.index < devices
-        _Mode().__enter__()  # type: ignore[no-untyped-call]  # a mode is of one thread, and lasts as long as the thread does here
+        # A mode belongs to one thread. This one ends with the thread.
+        _Mode().__enter__()  # type: ignore[no-untyped-call]
         made.streams[threading.get_ident()] = (device, None)
 
     def set_stream(stream: torch.device) -> None:
@@ -153,7 +156,7 @@ def machine(devices: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 
 class _Mode(TorchFunctionMode):
-    """Sees the calls that no simulated tensor takes part in, for those that make one."""
+    """Intercepts calls without a simulated argument too: they may create a simulated tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
@@ -194,12 +197,12 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
 def _perform(func: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(func, "__name__", str(func))
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    # A scalar on the CPU may meet any device.
+    # A CPU scalar may be combined with a tensor on any device.
     places = {_device_of(x) for x in tensors if x.ndim > 0 or isinstance(x, SimulatedTensor)}
-    there = next((place for place in places if place != CPU), CPU)
-    source, target = there, None
-    if name == "__get__" and there != CPU:  # an attribute: a view such as .mT, or a property
-        return tree_map(lambda x: _placed(x, there), func(*tree_map(_plain, args), **kwargs))
+    device_found = next((place for place in places if place != CPU), CPU)
+    source, target = device_found, None
+    if name == "__get__" and device_found != CPU:  # an attribute: a view such as .mT, or a property
+        return tree_map(lambda x: _placed(x, device_found), func(*tree_map(_plain, args), **kwargs))
     if kwargs.get("device") is not None:
         target = _named_device(kwargs["device"])
         kwargs = {**kwargs, "device": CPU}
@@ -220,14 +223,14 @@ def _perform(func: Any, args: Any, kwargs: Any) -> Any:
     if len(places) > 1 and name not in _MAY_MIX:
         shapes = [(tuple(x.shape), str(_device_of(x))) for x in tensors]
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} has {shapes}")
-    result_device = there if target is None else target
+    result_device = device_found if target is None else target
     if name in ("copy_", "__setitem__"):
         result_device = _device_of(args[0])
     if _machines and _machines[-1].fault and result_device != CPU and name not in _PROPERTIES:
         _machines[-1].fault(name, result_device)
     out = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
     moved = name in ("to", "cpu", "cuda") and result_device != source
-    if there != CPU or result_device != CPU:
+    if device_found != CPU or result_device != CPU:
         _count(name, tensors, out, result_device == CPU and (moved or name == "copy_"))
     if moved:
         out = _plain(out).clone()

@@ -1,7 +1,7 @@
-"""Tiny random checkpoints, saved as people's are: several shards, an index, config.json, side files.
+"""Tiny random checkpoints in the usual form: several shards, an index, config.json, side files.
 
-Weights are wide enough (standard deviation 0.3) that a missing component shows in the model's output; a library's own
-initialisation is so small that a model without its adapter would still look right.
+The weights have a standard deviation of 0.3, so that a missing component changes the model's output. With the much
+smaller initial weights of transformers, a model without its adapter would give almost the same output.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ KINDS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     ),
 }
 
-# What the five targets of the default recipe are called elsewhere.
+# Targets for each kind; other architectures have other module names than the default recipe.
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "llama": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
     "tied llama": ("q_proj", "v_proj"),
@@ -78,7 +78,7 @@ VOCABULARY = 61
 
 
 def build(kind: str) -> nn.Module:
-    """The model of that kind, random, in float32."""
+    """A random model of this kind in float32."""
     cls, config, sizes = KINDS[kind]
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, cls)(getattr(transformers, config)(**sizes))
@@ -92,7 +92,7 @@ def build(kind: str) -> nn.Module:
 
 
 def on_meta(kind: str) -> nn.Module:
-    """The same model without weights."""
+    """The model of this kind on the meta device."""
     cls, config, sizes = KINDS[kind]
     with torch.device("meta"):
         model: nn.Module = getattr(transformers, cls)(getattr(transformers, config)(**sizes))
@@ -100,19 +100,19 @@ def on_meta(kind: str) -> nn.Module:
 
 
 def save(folder: Path, kind: str, dtype: torch.dtype) -> Path:
-    """Save the model of that kind in several shards, with side files beside it."""
+    """Save the model of this kind in several shards, with side files."""
     transformers.utils.logging.disable_progress_bar()
     model: Any = build(kind).to(dtype)
     model.save_pretrained(folder, max_shard_size="12KB")
     (folder / "tokenizer.json").write_bytes(b'{"version": "1.0"}')
-    (folder / "tokenizer_config.json").write_bytes(b"{}\r\n")  # its line end has to survive
+    (folder / "tokenizer_config.json").write_bytes(b"{}\r\n")  # a copy must keep the CRLF line ending
     (folder / "LICENSE").write_bytes(b"as you like it\n")
     (folder / "README.md").write_bytes(b"# a model card of the source\n")
     return folder
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder of safetensors, read by the safetensors library."""
+    """Every tensor of the safetensors files in a folder, read by the safetensors library."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
@@ -124,7 +124,7 @@ def as_single_file(source: Path, folder: Path) -> Path:
 
 
 def as_pickles(source: Path, folder: Path, *, shards: int) -> Path:
-    """The same checkpoint as pytorch_model*.bin, as transformers before version 5 wrote it; several have an index."""
+    """The same checkpoint as pytorch_model*.bin, the format before transformers 5; several shards have an index."""
     _copy_side_files(source, folder)
     content = tensors(source)
     if shards == 1:
@@ -142,7 +142,7 @@ def as_pickles(source: Path, folder: Path, *, shards: int) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its path relative to it."""
+    """The contents of every file in a folder and its subfolders, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -153,7 +153,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def edit_inputs(manifest: Path, **changes: Any) -> None:
-    """Set keys of a manifest's inputs, as if the run had been asked for that."""
+    """Change inputs in a manifest and update its fingerprint, as if the run had had these inputs."""
     inputs = json.loads(manifest.read_text())["inputs"] | changes
     edit_json(manifest, inputs=inputs, fingerprint=fingerprint(inputs))
 

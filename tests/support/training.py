@@ -1,4 +1,4 @@
-"""A pair trained with PEFT, and what its model says: for the tests of the ways back."""
+"""Train a pair with PEFT and compute logits, for the tests of merge and convert."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def load(base: Path, adapter: Path | None = None, *, trainable: bool = False) ->
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        answer: Tensor = model.eval()(input_ids=TOKENS).logits
-    return answer
+        found: Tensor = model.eval()(input_ids=TOKENS).logits
+    return found
 
 
 def train(out: Path, to: Path, steps: int = 20) -> Path:
-    """Train the pair in `out` for some steps; save the adapter in `to`."""
+    """Train the pair in `out` with AdamW; save the adapter in `to`."""
     torch.manual_seed(0)
     model = load(out, out / "lora", trainable=True).train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
@@ -39,6 +39,7 @@ def train(out: Path, to: Path, steps: int = 20) -> Path:
 
 
 def digests(*folders: Path) -> dict[Path, str]:
+    """SHA-256 of every file in these folders."""
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in folders

@@ -1,4 +1,4 @@
-"""What is promised of singular triplets, judged against a full float64 SVD."""
+"""Checks of singular triplets against a full float64 SVD."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def component(t: Triplets) -> Tensor:
 
 
 def certified(t: Triplets) -> float:
-    """The certified component error, inf where there is none."""
+    """The certified component error; inf if there is none."""
     return math.inf if t.certificate.component_error is None else t.certificate.component_error
 
 
 def check_properties(W: Tensor, t: Triplets, r: int) -> None:
-    """What holds for every matrix, however hard."""
+    """Shapes, order, orthonormality, residual and signs: these must hold for every matrix."""
     m, n = W.shape
     q = min(m, n)
     assert (t.U.shape, t.s.shape, t.V.shape) == ((m, r), (r,), (n, r))
@@ -47,25 +47,25 @@ def check_properties(W: Tensor, t: Triplets, r: int) -> None:
 
 
 def check_values(W: Tensor, t: Triplets, r: int, mode: Mode) -> None:
-    """s against the truth: to the accuracy that the residual promises (Weyl), and never a wrong index."""
+    """Compare s with the truth: within the bound that follows from the residual (Weyl), and with the right indices."""
     truth = torch.linalg.svdvals(W.double())
     wanted = truth[wanted_indices(truth.numel(), r, mode, 0)]
     q = truth.numel()
     assert float((t.s - wanted).abs().max()) <= (10 * q * EPS + 2 * t.certificate.residual) * float(truth[0])
-    rough = mode == "min" and t.certificate.path in ("mixed", "lanczos")  # then s_max is an estimate from below
+    rough = mode == "min" and t.certificate.path in ("mixed", "lanczos")  # these estimate s_max from below
     assert t.s_max == pytest.approx(float(truth[0]), rel=0.1 if rough else 1e-6, abs=1e-300)
 
 
 def check_component(W: Tensor, t: Triplets, r: int, mode: Mode) -> None:
-    """The component against the truth: within what the certificate says, and within the bar of 1e-7."""
+    """Compare the component with the truth: within the certified error, and within 1e-7."""
     scale = float(W.double().abs().max())
     U, s, Vh = torch.linalg.svd(W.double() / scale, full_matrices=False)
     wanted = wanted_indices(s.numel(), r, mode, 0)
     truth = (U[:, wanted] * s[wanted]) @ Vh[wanted]
     error = float((component(t) / scale - truth).norm() / truth.norm())
-    # The reference has an error of its own, q * eps * s_max in each vector over its gap.
+    # The reference has an error too: q * eps * s_max / gap in each vector.
     others = torch.tensor([x for i, x in enumerate(s.tolist()) if i not in wanted.tolist()], dtype=s.dtype)
-    lean = (s[wanted] / (s[wanted].unsqueeze(1) - others).abs().amin(dim=1)).clamp_min(1).norm()
-    reference = s.numel() * EPS * float(s[0] * lean / truth.norm())
+    amplification = (s[wanted] / (s[wanted].unsqueeze(1) - others).abs().amin(dim=1)).clamp_min(1).norm()
+    reference = s.numel() * EPS * float(s[0] * amplification / truth.norm())
     assert error <= 2 * certified(t) + reference
     assert error <= max(1e-7, reference)

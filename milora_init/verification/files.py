@@ -15,7 +15,7 @@ from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, LORA_
 from milora_init.manifest import Manifest
 from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.untrusted import path_inside
-from milora_init.verify.verdict import Finding, Problem
+from milora_init.verification.verdict import Finding, Problem
 
 MAKE_AGAIN = "make the pair again with the same options and --overwrite, or download it again"
 # The file may be hours of training.

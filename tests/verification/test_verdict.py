@@ -1,4 +1,4 @@
-"""The verdict follows from the findings: the most specific one, whatever the order of the checks."""
+"""verdict: the most specific finding decides the code, in any order of the checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from milora_init.verify.verdict import TEXTS, Code, Finding, Problem, Verdict, note, verdict_code
+from milora_init.verification.verdict import TEXTS, Code, Finding, Problem, Verdict, note, verdict_code
 
 CASES: list[tuple[tuple[Problem, ...], Code]] = [
     (("changed",), "damaged"),
@@ -34,7 +34,7 @@ def test_the_most_specific_problem_decides(problems: tuple[Problem, ...], code: 
         assert verdict_code(findings, trained=True) == code
 
 
-def test_notes_alone_are_a_matching_pair() -> None:
+def test_notes_do_not_change_the_verdict() -> None:
     assert verdict_code([note("a", "b")], trained=False) == "pair"
     assert verdict_code([note("a", "b")], trained=True) == "trained_pair"
     verdict = Verdict("out", "pair", (note("a", "b"),), {})
@@ -42,6 +42,6 @@ def test_notes_alone_are_a_matching_pair() -> None:
     assert verdict.to_json()["notes"] == ["a: b"]
 
 
-def test_every_code_has_a_text_of_its_own() -> None:
+def test_every_code_has_its_own_text() -> None:
     assert set(TEXTS) == set(get_args(Code))
     assert len(set(TEXTS.values())) == len(TEXTS)

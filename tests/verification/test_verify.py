@@ -1,4 +1,4 @@
-"""verify: every kind of damage to a finished output is named with its repair, and an intact one passes."""
+"""verify: every kind of damage to a finished output is named with a hint, and an intact output passes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
 from support import fork_server
+from support.runs import initialize
 from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_inputs, edit_json, tensors
 
 from milora_init.checkpoint.hashing import sha256
@@ -24,10 +25,9 @@ from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, UsageError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
 from milora_init.run.progress import Progress, ShardResult
-from milora_init.verify.verdict import TEXTS, Code, Verdict
-from milora_init.verify.verify import verify
+from milora_init.verification.verdict import TEXTS, Code, Verdict
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
@@ -48,7 +48,7 @@ set_peft_model_state_dict(model, state)
 
 @pytest.fixture(scope="module")
 def pristine(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """pristine(**options) is an output made from the tiny llama; never write into it."""
+    """pristine(**options) is an output made from the tiny llama; tests must not write into it."""
     built: dict[str, Path] = {}
 
     def get(kind: str = "llama", source: Path | None = None, **options: Any) -> Path:
@@ -65,7 +65,7 @@ def pristine(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Bui
 
 @pytest.fixture
 def out(pristine: Built, tmp_path: Path) -> Path:
-    """A copy of an output at another place: base_model_name_or_path still names where it was made."""
+    """A copy of an output in another folder; base_model_name_or_path still names the first one."""
     return Path(shutil.copytree(pristine(), tmp_path / "out"))
 
 
@@ -83,7 +83,7 @@ def shard_of(folder: Path, name: str) -> Path:
 
 
 def require(verdict: Verdict, code: Code, *wheres: str) -> None:
-    """The verdict is this one, names all of these places, and has a repair for everything it names."""
+    """The verdict has this code, names all of these places, and has a hint for every difference."""
     assert verdict.code == code
     assert not verdict.ok
     found = [difference.where + ": " + difference.what for difference in verdict.differences]
@@ -106,7 +106,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "dtype", "options"), CASES)
-def test_an_intact_output_passes_also_against_its_source(
+def test_an_intact_output_passes_against_its_source(
     kind: str, dtype: str, options: dict[str, Any], start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source = checkpoint(kind, dtype)
@@ -118,7 +118,9 @@ def test_an_intact_output_passes_also_against_its_source(
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_an_output_of_pickles_passes_against_them(shards: int, start: Start, pickled: Built, tmp_path: Path) -> None:
+def test_an_output_made_from_pickles_passes_against_its_source(
+    shards: int, start: Start, pickled: Built, tmp_path: Path
+) -> None:
     start(pickled(shards))
     verdict = verify(str(tmp_path / "out"), model=str(pickled(shards)), all_components=True)
     assert verdict.differences == ()
@@ -144,7 +146,7 @@ def test_the_manifest_has_the_hash_of_every_file(out: Path) -> None:
     assert manifest.hashes == {name: sha256(out / name) for name in manifest.files}
 
 
-def test_a_resumed_run_has_the_hashes_of_what_was_done_before(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_hashes_of_the_earlier_shards(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     class CutOff(Progress):
         def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
             if finished == 2:
@@ -191,26 +193,26 @@ def test_a_flipped_bit_that_the_manifest_hides_is_found_against_the_source(
     assert len(verdict.differences) == 1
 
 
-def test_a_flipped_bit_in_the_adapter(out: Path) -> None:
+def test_a_flipped_bit_in_the_adapter_is_found(out: Path) -> None:
     path = out / "lora/adapter_model.safetensors"
     flip(path, f"base_model.model.{Q0.removesuffix('.weight')}.lora_A.weight")
     require(verify(str(out)), "damaged", "lora/adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("options", [{"mode": "random", "seed": 1}, {"mode": "max"}])
-def test_the_adapter_of_another_run_is_foreign(options: dict[str, Any], out: Path, pristine: Built) -> None:
+def test_the_adapter_of_another_run_is_a_replaced_adapter(options: dict[str, Any], out: Path, pristine: Built) -> None:
     other = pristine(**options)
     shutil.copy(other / "lora/adapter_model.safetensors", out / "lora")
     require(verify(str(out)), "replaced_adapter", "lora/adapter_model.safetensors")
 
 
-def test_original_shards_beside_a_residuals_adapter(out: Path, checkpoint: Built) -> None:
+def test_original_shards_with_the_adapter_of_a_residual_are_found(out: Path, checkpoint: Built) -> None:
     for path in checkpoint("llama").glob("*.safetensors"):
         shutil.copy(path, out)
     require(verify(str(out)), "original_with_adapter", "holds the weights of the original model")
 
 
-def test_a_residual_base_alone(out: Path) -> None:
+def test_a_residual_base_without_its_adapter_is_found(out: Path) -> None:
     shutil.rmtree(out / "lora")
     require(verify(str(out)), "residual_alone", "lora/adapter_config.json", "lora/adapter_model.safetensors")
 
@@ -223,7 +225,7 @@ def test_a_missing_shard_and_every_other_difference_are_named(out: Path) -> None
     require(verify(str(out)), "damaged", path.name, "tokenizer.json", "r is 5")
 
 
-def test_a_truncated_shard(out: Path) -> None:
+def test_a_truncated_shard_is_found(out: Path) -> None:
     path = shard_of(out, Q0)
     path.write_bytes(path.read_bytes()[:-1])
     require(verify(str(out)), "damaged", f"{path.name}: {path.stat().st_size} bytes")
@@ -232,12 +234,12 @@ def test_a_truncated_shard(out: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "model-00099-of-00099.safetensors", "pytorch_model.bin", "adapter_config.json"]
 )
-def test_a_file_that_could_be_loaded_instead(name: str, out: Path, checkpoint: Built) -> None:
+def test_a_file_that_would_be_loaded_instead_is_found(name: str, out: Path, checkpoint: Built) -> None:
     shutil.copy(next(checkpoint("llama").glob("*.safetensors")), out / name)
     require(verify(str(out)), "damaged", f"{name}: not a file of this pair")
 
 
-def test_an_index_that_names_another_file(out: Path) -> None:
+def test_an_index_that_names_another_file_is_found(out: Path) -> None:
     path = out / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     others = set(index["weight_map"].values()) - {index["weight_map"][Q0]}
@@ -275,7 +277,7 @@ def test_a_path_to_the_original_is_named(out: Path, checkpoint: Built) -> None:
     require(verify(str(out)), "damaged", "is the original model")
 
 
-def test_settings_of_the_training_alone_may_be_edited(out: Path) -> None:
+def test_settings_that_affect_only_training_may_be_edited(out: Path) -> None:
     targets = [f"model.layers.{i}.{name}" for i in (0, 1) for name in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"
     )]  # fmt: skip
@@ -283,7 +285,7 @@ def test_settings_of_the_training_alone_may_be_edited(out: Path) -> None:
     assert verify(str(out)).ok
 
 
-def test_a_folder_without_a_manifest(out: Path) -> None:
+def test_a_folder_without_a_manifest_has_a_code_of_its_own(out: Path) -> None:
     (out / MANIFEST).unlink()
     require(verify(str(out)), "no_manifest", MANIFEST)
     shutil.rmtree(out / "lora")
@@ -300,14 +302,14 @@ def test_another_source_is_named(out: Path, own: Built) -> None:
     assert len(verdict.differences) == 2
 
 
-def test_a_source_that_is_not_there_is_an_error(out: Path, tmp_path: Path) -> None:
+def test_a_missing_source_and_all_without_a_source_are_errors(out: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         verify(str(out), model=str(tmp_path / "nothing"))
     with pytest.raises(UsageError, match="--all needs the original model"):
         verify(str(out), all_components=True)
 
 
-def test_a_component_that_is_not_the_one_asked_for_is_found(pristine: Built, tmp_path: Path, checkpoint: Built) -> None:
+def test_a_component_of_another_mode_is_found(pristine: Built, tmp_path: Path, checkpoint: Built) -> None:
     """A consistent pair of the largest components, whose manifest claims the smallest."""
     out = Path(shutil.copytree(pristine(mode="max"), tmp_path / "out"))
     edit_inputs(out / MANIFEST, mode="min")
@@ -352,7 +354,9 @@ def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: B
     require(verify(str(pristine(rank=2)), adapter=str(trained)), "foreign_adapter", "r is 4", "and 19 more")
 
 
-def test_a_truncated_trained_adapter_says_nothing_of_its_base(trained: Path, pristine: Built, tmp_path: Path) -> None:
+def test_an_unreadable_trained_adapter_is_a_misfit_and_not_foreign(
+    trained: Path, pristine: Built, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -367,12 +371,14 @@ def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: 
     require(verdict, "foreign_adapter", "target_modules", "o_proj", "not adapted in this base, and 15 more")
 
 
-def test_the_command_line(out: Path, checkpoint: Built, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verify_command_prints_the_verdict_and_sets_the_exit_status(
+    out: Path, checkpoint: Built, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["verify", str(out), "--against", str(checkpoint("llama")), "--all"]) == 0
     captured = capsys.readouterr()
-    rests_on = f"21 tensors and all components with {checkpoint('llama')}\n"
+    compared = f"21 tensors and all components with {checkpoint('llama')}\n"
     assert captured.out.startswith(f"{out}: {TEXTS['pair']}\ncompared: ")
-    assert captured.out.endswith(rests_on)
+    assert captured.out.endswith(compared)
     assert captured.err.startswith("note: ")
     shutil.rmtree(out / "lora")
     assert run(["verify", str(out)]) == 1
@@ -390,7 +396,7 @@ def test_the_command_line(out: Path, checkpoint: Built, capsys: pytest.CaptureFi
     assert run(["verify"]) == 2
 
 
-def test_a_config_without_its_patterns_is_told_and_no_exception(
+def test_an_adapter_config_without_its_patterns_is_a_difference(
     start: Callable[..., Manifest], checkpoint: Built, tmp_path: Path
 ) -> None:
     start(checkpoint("llama"), rank_pattern={"v_proj": 2})
@@ -401,7 +407,9 @@ def test_a_config_without_its_patterns_is_told_and_no_exception(
     require(verify(str(tmp_path / "out")), "damaged", "rank_pattern is None")
 
 
-def test_what_a_trained_adapter_learnt_is_not_mended_by_an_edit(trained: Path, pristine: Built, tmp_path: Path) -> None:
+def test_the_hint_for_a_trained_adapter_that_does_not_fit_is_to_train_again(
+    trained: Path, pristine: Built, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
     edit_json(folder / "adapter_config.json", use_dora=True, lora_alpha=99)
     verdict = verify(str(pristine()), adapter=str(folder))
@@ -410,10 +418,10 @@ def test_what_a_trained_adapter_learnt_is_not_mended_by_an_edit(trained: Path, p
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_new_head_beside_the_factors_is_a_note(
+def test_a_new_head_in_the_adapter_is_a_note(
     kind: str, pristine: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT saves `modules_to_save` with the adapter: classifier and score, of which the model has one."""
+    """PEFT saves `modules_to_save` with the adapter: classifier and score, of which the model has only score."""
     (tmp_path / "svd_init").symlink_to(pristine(kind))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -426,7 +434,7 @@ def test_a_new_head_beside_the_factors_is_a_note(
     assert "because of the tensors base_model.model.score.weight" in notes
 
 
-def test_without_a_manifest_a_named_adapter_tells_an_original(
+def test_the_original_with_a_named_adapter_is_recognized_without_a_manifest(
     trained: Path, checkpoint: Built, pristine: Built, tmp_path: Path
 ) -> None:
     assert verify(str(checkpoint("llama")), adapter=str(pristine() / "lora")).code == "original_with_adapter"
@@ -440,10 +448,10 @@ def print_statuses(commands: list[list[str]]) -> None:
     "name", [MANIFEST, "config.json", "lora/adapter_config.json", "tokenizer.json", ".milora-init"]
 )
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_pipe_or_a_device_in_the_place_of_a_file_is_an_error_and_is_never_read(
+def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
     kind: str, name: str, out: Path, tmp_path: Path
 ) -> None:
-    """Read, the one never answers and the other never ends."""
+    """Reading the pipe would block; reading the device would never end."""
     path = out / name
     if name == ".milora-init":
         path.mkdir()
@@ -456,10 +464,10 @@ def test_a_pipe_or_a_device_in_the_place_of_a_file_is_an_error_and_is_never_read
     trained = ["--adapter", str(out / "lora")]
     commands = [["verify", str(out)], ["verify", str(out), *trained], ["report", str(out)]]
     commands += [["merge", str(out), "--out", str(tmp_path / "merged")], ["push", str(out), "me/pair"]]
-    if name == ".milora-init":  # which only the main job reads
+    if name == ".milora-init":  # only the initialisation reads it
         commands = [["-m", str(tmp_path / "source"), "-o", str(out), "-r", "4", "--overwrite"]]
         shutil.copytree(out, tmp_path / "source", ignore=shutil.ignore_patterns(MANIFEST, ".milora-init", "lora"))
-    process = fork_server.run(print_statuses, commands)  # in a process of its own, which can be ended
+    process = fork_server.run(print_statuses, commands)  # in a separate process, which a timeout can end
     only_read_the_manifest = ["report"] if name != MANIFEST else []
     statuses = [0 if command[0] in only_read_the_manifest else 1 for command in commands]
     assert process.stderr.splitlines()[-1] == " ".join(map(str, statuses))

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from milora_init.envelope import envelope
+from milora_init.result import Result
+
 Code = Literal[
     "pair",
     "trained_pair",
@@ -72,8 +75,8 @@ def note(where: str, what: str) -> Finding:
     return Finding(where, what, problem=None)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+@dataclass(frozen=True, slots=True, repr=False)
+class Verdict(Result):
     """The answer of `verify`.
 
     Attributes:
@@ -81,12 +84,16 @@ class Verdict:
         code: What the folder is.
         findings: Differences and notes, in the order of the checks.
         checked: What was compared: the number of files and modules, and of tensors with which model.
+        fingerprint: Of the output, as its manifest has it; None without a manifest.
+        source: The original model, as the manifest names it.
     """
 
     folder: str
     code: Code
     findings: tuple[Finding, ...]
     checked: Mapping[str, Any]
+    fingerprint: str | None = None
+    source: Mapping[str, Any] | None = None
 
     @property
     def text(self) -> str:
@@ -108,17 +115,33 @@ class Verdict:
         """Whether there are no differences."""
         return not self.differences
 
+    @property
+    def compared(self) -> str:
+        """What the verdict rests on, as text."""
+        parts = [f"{self.checked['files']} files and {self.checked['modules']} modules with the manifest"]
+        if "model" in self.checked:
+            which = "all components" if self.checked["components"] == "all" else "a sample of the components"
+            parts.append(f"{self.checked['tensors']} tensors and {which} with {self.checked['model']}")
+        if "adapter" in self.checked:
+            parts.append(f"{self.checked['adapter']} with the initial adapter")
+        return ", ".join(parts)
+
+    def summary(self) -> Mapping[str, object]:
+        return {"ok": self.ok, "folder": self.folder, "code": self.code, "differences": len(self.differences)}
+
     def to_json(self) -> dict[str, Any]:
-        """The object that `verify --json` prints."""
-        return {
-            "status": "ok" if self.ok else "differs",
-            "folder": self.folder,
-            "code": self.code,
-            "kind": self.text,
-            "differences": [{"where": d.where, "what": d.what, "hint": d.hint} for d in self.differences],
-            "notes": list(self.notes),
-            "checked": dict(self.checked),
-        }
+        return envelope(
+            "verify",
+            "ok" if self.ok else "differs",
+            out=self.folder,
+            fingerprint=self.fingerprint,
+            source=self.source,
+            code=self.code,
+            text=self.text,
+            differences=[{"where": d.where, "what": d.what, "hint": d.hint} for d in self.differences],
+            notes=list(self.notes),
+            checked=dict(self.checked),
+        )
 
 
 def verdict_code(findings: Iterable[Finding], *, trained: bool) -> Code:

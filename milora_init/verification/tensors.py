@@ -27,8 +27,8 @@ from milora_init.linalg.svd import singular_triplets
 from milora_init.lora.folder import open_factors
 from milora_init.lora.tensor_layout import initial_block
 from milora_init.manifest import Manifest, WeightRecord
-from milora_init.plan.weights import own_seed
-from milora_init.verify.verdict import Finding
+from milora_init.plan.weights import weight_seed
+from milora_init.verification.verdict import Finding
 
 EPS32 = torch.finfo(torch.float32).eps
 _BLOCK_ELEMENTS = 1 << 20
@@ -212,7 +212,7 @@ def component_error(
     component is not unique. Then the singular values must agree, and the stored directions must be singular
     directions of W; both relative to W's largest singular value.
     """
-    mode, seed = manifest.inputs["mode"], own_seed(manifest.inputs["seed"], record.tensor, record.row)
+    mode, seed = manifest.inputs["mode"], weight_seed(manifest.inputs["seed"], record.tensor, record.row)
     truth = singular_triplets(W, record.rank, mode=mode, seed=seed)
     s, s_max = truth.s, max(truth.s_max, 1e-300)
     left, right = scale * B.double(), A.double()

@@ -1,4 +1,4 @@
-"""A folder without a manifest: the weights show what its adapter belongs to."""
+"""A folder without a manifest: its weights show whether the adapter belongs to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.tiny_models import TARGETS
 from support.training import train
 
 from milora_init.manifest import MANIFEST
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 
@@ -22,7 +22,7 @@ Built = Callable[..., Path]
 @pytest.mark.parametrize("mode", ["min", "max", "mid", "random"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_without_a_manifest_the_tensors_tell(
+def test_without_a_manifest_the_weights_show_which_adapter_fits(
     mode: str, kind: str, steps: int, checkpoint: Built, start: Callable[..., Any], own: Built, tmp_path: Path
 ) -> None:
     """The adapter, trained or not, in the residual's folder, in the original's, and in another model's."""

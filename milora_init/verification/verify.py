@@ -11,18 +11,19 @@ from typing import Any
 
 from milora_init.checkpoint.folder import Checkpoint, open_checkpoint, open_model
 from milora_init.errors import MiloraError, UsageError
+from milora_init.hub.pair import locate_pair
 from milora_init.hub.source import fetch_original
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
 from milora_init.manifest import read_manifest
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
-from milora_init.verify.adapter import (
+from milora_init.verification.adapter import (
     check_adapter_config,
     check_adapter_header,
     check_initial_factors,
     check_trained_adapter,
 )
-from milora_init.verify.files import (
+from milora_init.verification.files import (
     MAKE_AGAIN,
     Pair,
     check_files,
@@ -30,9 +31,9 @@ from milora_init.verify.files import (
     check_stray_files,
     check_weight_records,
 )
-from milora_init.verify.tensors import compare_with_model
-from milora_init.verify.verdict import Finding, Verdict, verdict_code
-from milora_init.verify.without_manifest import verify_without_manifest
+from milora_init.verification.tensors import compare_with_model
+from milora_init.verification.verdict import Finding, Verdict, verdict_code
+from milora_init.verification.without_manifest import verify_without_manifest
 
 _MOST_RECORDS = 20  # that differ and are listed
 
@@ -67,10 +68,8 @@ def verify(  # noqa: PLR0913  the options of the command
         MiloraError: A model on the Hub that cannot be fetched.
     """
     if all_components and model is None:
-        raise UsageError("--all needs the original model to compute the components from", hint="add --against MODEL")
-    folder = Path(pair).expanduser()
-    if not pair or not folder.is_dir():
-        raise UsageError(f"{pair}: no such folder", hint="name the --out of a run of milora-init")
+        raise UsageError("--all needs the original model to compute the components from", hint="add --model MODEL")
+    folder = locate_pair(pair, cache_dir=cache_dir, token=token)
     if adapter is not None and not (adapter and Path(adapter).expanduser().is_dir()):
         raise UsageError(f"{adapter}: no such folder", hint="name the folder that the trainer saved")
     manifest = read_manifest(folder)
@@ -118,13 +117,14 @@ def _verify(
 
     if adapter is not None:
         findings += check_trained_adapter(pair, Path(adapter).expanduser(), modules, compare_values=readable)
-        checked["trained"] = adapter
+        checked["adapter"] = adapter
     if original is not None and base is not None and readable:
         model = open_model(fetch_original(manifest, original))
         findings += compare_with_model(base, pair.folder / LORA_WEIGHTS, model, manifest, all_components=all_components)
         components = "all" if all_components else "sample"
-        checked |= {"against": original.model, "tensors": len(base.tensors), "components": components}
-    return Verdict(pair.given, verdict_code(findings, trained=adapter is not None), tuple(findings), checked)
+        checked |= {"model": original.model, "tensors": len(base.tensors), "components": components}
+    code = verdict_code(findings, trained=adapter is not None)
+    return Verdict(pair.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
 
 
 def _read_structure(pair: Pair, base: Checkpoint, *, trust_remote_code: bool) -> ModelStructure:

@@ -35,8 +35,8 @@ from milora_init.lora.folder import (
 from milora_init.lora.targets import resolve_target_modules
 from milora_init.lora.tensor_layout import initial_block, parse_lora_key
 from milora_init.manifest import WeightRecord
-from milora_init.verify.files import KEEP_A_COPY, MAKE_AGAIN, Pair
-from milora_init.verify.verdict import Finding, note
+from milora_init.verification.files import KEEP_A_COPY, MAKE_AGAIN, Pair
+from milora_init.verification.verdict import Finding, note
 
 # Fields that decide what the pair computes. A trainer may change all others: lora_dropout, task_type, ...
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")

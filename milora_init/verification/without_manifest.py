@@ -21,8 +21,8 @@ from milora_init.errors import MiloraError
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LoraAdapter, read_lora
 from milora_init.manifest import MANIFEST, WORK_FOLDER
 from milora_init.model.adaptable import ModelStructure, read_structure
-from milora_init.verify.tensors import open_tensors
-from milora_init.verify.verdict import Finding, Verdict, note
+from milora_init.verification.tensors import open_tensors
+from milora_init.verification.verdict import Finding, Verdict, note
 
 _CLOSE = 0.3  # training turns the directions a little, and rounding leaves a part of the component in the residual
 _SAMPLE = 5  # modules

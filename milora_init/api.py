@@ -1,0 +1,252 @@
+"""The public functions. Each takes the words of the command line and does all that the command does.
+
+Every heavy import is inside a function, so that `import milora_init` and `milora-init --help` start at once.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from milora_init.errors import UsageError
+from milora_init.options import InitOptions
+from milora_init.result import InitResult
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from milora_init.export.convert import ConvertResult
+    from milora_init.export.merge import MergeResult
+    from milora_init.hub.upload import Published
+    from milora_init.run.progress import Progress
+    from milora_init.verification.verdict import Verdict
+
+StrPath = str | os.PathLike[str]
+
+
+def initialize(
+    model: StrPath | InitOptions,
+    out: StrPath | None = None,
+    *,
+    recipe: str | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> InitResult:
+    """Split a model into a residual base and a PEFT adapter of r singular triplets of each targeted weight.
+
+    For each targeted weight W = U diag(s) V^T (m, n) and the r chosen triplets, the adapter gets
+    B = U_r sqrt(S_r / scale) (m, r) and A = sqrt(S_r / scale) V_r^T (r, n) in float32, and the base W - scale * B @ A
+    (MiLoRA, arXiv 2406.09044, section 3; PiSSA, arXiv 2404.02948). The model is read shard by shard.
+
+    Args:
+        model: The original model: a folder or a Hub id. Or all options as one `InitOptions`.
+        out: The folder to write. If the same request was finished there before, nothing is done.
+        recipe: A recipe by its name, or the path of a YAML file. None is the default recipe.
+        progress: True for a bar on a terminal or in a notebook, and lines elsewhere; False for none; or a `Progress`.
+        options: Fields of `InitOptions`, such as rank=32 or push_to_hub="me/model"; they override the recipe.
+
+    Returns:
+        The result, with the manifest. Its `load` is Python that loads the pair.
+
+    Raises:
+        UsageError: A wrong option.
+        CheckpointError, PlanError, SolveError: The model cannot be read, does not fit the request, or has a weight
+            that cannot be solved.
+        OutputError: `out` holds something else, or cannot be written. An interrupted run is resumed by the same call.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    if isinstance(model, InitOptions):
+        if out is not None or recipe is not None or options:
+            raise UsageError("InitOptions and further options are given", hint="use dataclasses.replace(options, ...)")
+        request = model
+    else:
+        request = InitOptions.from_recipe(recipe, model=os.fspath(model), out=out, **options)
+    return run(request, progress=progress)
+
+
+def run(
+    options: InitOptions, *, progress: bool | Progress = True, overwrite_repository: bool | None = None
+) -> InitResult:
+    """Do what `initialize` does, for checked options.
+
+    Args:
+        options: The request.
+        progress: See `initialize`.
+        overwrite_repository: Push also to a repository that holds something else. None means `options.overwrite`.
+    """
+    from milora_init.hub.source import locate_model
+    from milora_init.plan.finished import finished_output
+
+    folder, remote = locate_model(options)
+    if finished := finished_output(options, folder, remote):
+        return InitResult(options.out, "unchanged", finished)
+    from milora_init.plan.plan import make_plan
+    from milora_init.run.initialize import carry_out
+
+    replace = options.overwrite if overwrite_repository is None else overwrite_repository
+    with _receiver(progress) as receiver:
+        plan = make_plan(options, folder, remote)
+        manifest, status, pushed = carry_out(plan, progress=receiver, overwrite_repository=replace)
+    out = manifest.out if options.low_disk and options.push_to_hub else options.out
+    return InitResult(out, status, manifest, pushed)
+
+
+def verify(  # noqa: PLR0913  the options of the command
+    pair: StrPath,
+    *,
+    model: StrPath | None = None,
+    adapter: StrPath | None = None,
+    all_components: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: StrPath | None = None,
+    token: str | None = None,
+) -> Verdict:
+    """Check what milora-init wrote: do its files belong together, and are they unchanged?
+
+    Args:
+        pair: A folder that milora-init wrote, or its Hub id.
+        model: The original model, to compare every tensor with.
+        adapter: A trained adapter, to check against the base.
+        all_components: With `model`: compute every component again, not a sample of three.
+        revision: Branch, tag or commit of `model`. None is the recorded commit if `model` is the recorded name.
+        trust_remote_code: Run the code in the folder if its config.json names it.
+        cache_dir, token: As in huggingface_hub.
+
+    Returns:
+        The verdict. `ok` is the answer, `code` says what the folder is, `findings` what differs.
+
+    Raises:
+        UsageError: A folder that is not there, or `all_components` without `model`.
+        CheckpointError, OutputError: A model or a manifest that cannot be read.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    from milora_init.verification.verify import verify as verify_pair
+
+    return verify_pair(
+        os.fspath(pair), model=_text(model), adapter=_text(adapter), all_components=all_components,
+        revision=revision, trust_remote_code=trust_remote_code, cache_dir=_text(cache_dir), token=token,
+    )  # fmt: skip
+
+
+def merge(  # noqa: PLR0913
+    pair: StrPath,
+    out: StrPath,
+    *,
+    adapter: StrPath | None = None,
+    model: StrPath | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    cache_dir: StrPath | None = None,
+    token: str | None = None,
+    progress: bool = True,
+) -> MergeResult:
+    """Write one plain model that computes what the residual base and an adapter compute together.
+
+    Args:
+        pair: The folder that `initialize` wrote, or its Hub id.
+        out: The folder to write. If the same merge was finished there before, nothing is done.
+        adapter: The trained adapter; None for the initial one of the pair, which gives the original model again.
+        model: The original model: count the merged entries that have its bits.
+        overwrite: Replace an earlier merge in `out`.
+        revision: Branch, tag or commit of `model`.
+        cache_dir, token: As in huggingface_hub.
+        progress: Show a bar on a terminal or in a notebook, and lines elsewhere.
+
+    Raises:
+        UsageError: A folder that is not there.
+        CheckpointError: A base or an adapter that cannot be read.
+        PlanError: An adapter that does not belong to this base, or holds more than A and B.
+        OutputError: The pair is not finished; `out` holds something else, or cannot be written.
+        SolveError: A merged weight that does not fit the model's dtype.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    from milora_init.cli.progress_bar import by_files
+    from milora_init.export.merge import merge as merge_pair
+
+    with by_files("merging", quiet=not progress) as receiver:
+        return merge_pair(
+            os.fspath(pair), os.fspath(out), adapter=_text(adapter), model=_text(model), overwrite=overwrite,
+            revision=revision, cache_dir=_text(cache_dir), token=token, progress=receiver,
+        )  # fmt: skip
+
+
+def convert(  # noqa: PLR0913
+    pair: StrPath,
+    adapter: StrPath,
+    out: StrPath,
+    *,
+    model: str | None = None,
+    rank: int | None = None,
+    overwrite: bool = False,
+    cache_dir: StrPath | None = None,
+    token: str | None = None,
+) -> ConvertResult:
+    """Write a trained adapter as a plain LoRA of the original model, which needs no residual base.
+
+    Args:
+        pair: The folder that `initialize` wrote, or its Hub id; also the folder of the initial adapter alone.
+        adapter: The trained adapter.
+        out: The folder to write. If the same conversion was finished there before, nothing is done.
+        model: The original model, as adapter_config.json shall name it. None is the name in the manifest.
+        rank: Keep the best `rank` directions of each module. None is twice the trained rank, which is exact.
+        overwrite: Replace an earlier conversion in `out`.
+        cache_dir, token: As in huggingface_hub.
+
+    Raises:
+        UsageError: A folder that is not there, or a rank below 1.
+        CheckpointError: An adapter that cannot be read.
+        PlanError: Adapters that do not belong together, or hold more than A and B.
+        OutputError: `out` holds something else, or cannot be written.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    from milora_init.export.convert import convert as convert_adapter
+
+    return convert_adapter(
+        os.fspath(pair), os.fspath(adapter), os.fspath(out), model=model, rank=rank, overwrite=overwrite,
+        cache_dir=_text(cache_dir), token=token,
+    )  # fmt: skip
+
+
+def push(
+    folder: StrPath,
+    repo: str,
+    *,
+    private: bool = True,
+    branch: str | None = None,
+    token: str | None = None,
+    overwrite: bool = False,
+) -> Published:
+    """Push a finished output to the Hub, with a model card, in one commit.
+
+    Args:
+        folder: A folder that milora-init wrote.
+        repo: The repository: `org/name`. It is created if it is not there.
+        private: Whether it is private, if it is created now.
+        branch: The branch to write to; None is `main`.
+        token: As in huggingface_hub.
+        overwrite: Push also to a repository that holds something else.
+
+    Raises:
+        UsageError: A folder that is not there, or a name that is not `org/name`.
+        OutputError: The folder is not a finished output, or a file of it was changed.
+        PlanError: The repository holds something else.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    from milora_init.hub.upload import push as push_folder
+
+    return push_folder(os.fspath(folder), repo, private=private, branch=branch, token=token, overwrite=overwrite)
+
+
+def _receiver(progress: bool | Progress) -> AbstractContextManager[Progress | None]:
+    """The object that receives the events of a run."""
+    if progress is True:
+        from milora_init.cli.progress_bar import Bar
+
+        return Bar(quiet=False, verbose=False)
+    return nullcontext(progress or None)
+
+
+def _text(path: StrPath | None) -> str | None:
+    return None if path is None else os.fspath(path)

@@ -1,0 +1,65 @@
+"""Options that several commands share, each declared once; and older or foreign spellings of options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from milora_init.options import DTYPE_FLAGS, SYNONYMS
+
+Pair = Annotated[
+    str,
+    typer.Argument(metavar="PAIR", help="The folder that milora-init wrote, or its Hub id.", show_default=False),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="The original model: folder or Hub id.", show_default=False),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", "-a", metavar="DIR", help="The trained adapter, a folder.", show_default=False),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit of the original model.", show_default=False),
+]
+CacheDir = Annotated[str | None, typer.Option(metavar="DIR", help="Cache of the Hub's files.", show_default=False)]
+Token = Annotated[str | None, typer.Option(metavar="TOKEN", help="Hub token.", envvar="HF_TOKEN", show_default=False)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code in the model's own repository.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more: each weight, shard, module or file.")]
+
+# Spellings that are accepted and not shown. None: the value is an argument without an option.
+_OTHER_SPELLINGS: Mapping[str, Mapping[str, str | None]] = {
+    "init": {"--config": "--recipe", **{f"--{old.replace('_', '-')}": f"--{new}" for old, new in SYNONYMS.items()}},
+    "verify": {"--against": "--model"},
+    "merge": {"--against": "--model"},
+    "convert": {"--base": "--model", "--trained": "--adapter", "--init": None},
+    "push": {"--revision": "--branch", "--yes": "--overwrite"},
+}
+
+
+def current_spelling(command: str, words: list[str]) -> list[str]:
+    """The words of a command with the option names that `--help` shows."""
+    spellings = _OTHER_SPELLINGS.get(command, {})
+    found: list[str] = []
+    for place, word in enumerate(words):
+        if word == "--":
+            return [*found, *words[place:]]
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            found.append(word)
+            continue
+        name = name.replace("_", "-")
+        if command == "init" and name.removeprefix("--") in DTYPE_FLAGS and not equals:
+            found += ["--dtype", DTYPE_FLAGS[name.removeprefix("--")]]
+            continue
+        current = spellings.get(name, name)
+        found += [value] * bool(equals) if current is None else [f"{current}{equals}{value}"]
+    return found

@@ -1,0 +1,126 @@
+"""Answer a request that was finished before, or that an earlier output refuses, without torch and transformers.
+
+It takes half a second instead of the seconds that building the model class takes. Whatever is not certain here is left
+to the full plan: `run.output_folder` compares the same fingerprint again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from milora_init import __version__
+from milora_init.checkpoint.folder import RemoteFiles, open_model
+from milora_init.checkpoint.hashing import sha256
+from milora_init.checkpoint.side_files import side_files
+from milora_init.errors import MiloraError, OutputError
+from milora_init.manifest import WORK_FOLDER, Manifest, read_manifest
+from milora_init.options import InitOptions
+from milora_init.untrusted import path_inside
+
+
+def finished_output(options: InitOptions, folder: Path, remote: RemoteFiles | None) -> Manifest | None:
+    """The manifest of `options.out` if the same request was finished there; None if that is not certain.
+
+    Args:
+        options: The request.
+        folder: The folder of the model, or its snapshot in the Hub's cache.
+        remote: What the Hub knows of the model.
+
+    Raises:
+        OutputError: The folder holds the output of another request, or a file of it has another size.
+    """
+    out = Path(options.out).expanduser()
+    if options.overwrite or options.push_to_hub or (out / WORK_FOLDER).exists():
+        return None
+    try:
+        manifest = read_manifest(out)
+        if manifest is None or out.resolve() == folder.resolve():
+            return None
+        inputs = _known_inputs(options, folder, remote)
+    except (MiloraError, OSError):
+        return None  # the full plan raises it, with the checks that come before it
+    changed = {name: value for name, value in inputs.items() if manifest.inputs.get(name) != value}
+    if changed:
+        raise another_request(out, manifest.inputs, changed)
+    if dict(manifest.request) != request(options):
+        return None  # the same weights may be meant in other words
+    require_intact(out, manifest.files)
+    return manifest
+
+
+def request(options: InitOptions) -> dict[str, Any]:
+    """The options that decide the output together with the model's structure, in a form that JSON keeps."""
+    return {
+        "target": None if options.target is None else list(options.target),
+        "exclude": list(options.exclude),
+        "rank_pattern": dict(options.rank_pattern),
+        "alpha_pattern": dict(options.alpha_pattern),
+        "dropout": options.dropout,
+        "task_type": options.task_type,
+        "trust_remote_code": options.trust_remote_code,
+    }
+
+
+def _known_inputs(options: InitOptions, folder: Path, remote: RemoteFiles | None) -> dict[str, Any]:
+    """Those entries of `Plan.inputs` that need no model class."""
+    checkpoint = open_model(folder, remote)
+    return {
+        "version": __version__,
+        "source": dict(checkpoint.digest),
+        "side_files": {name: sha256(folder / name) for name in side_files(folder)},
+        **option_inputs(options),
+    }
+
+
+def option_inputs(options: InitOptions) -> dict[str, Any]:
+    """The entries of `Plan.inputs` that are options as they were given."""
+    return {
+        "rank": options.rank,
+        "mode": options.mode,
+        "alpha": options.lora_alpha,
+        "rslora": options.rslora,
+        "text_only": options.text_only,
+        "dtype": options.dtype,
+        "seed": options.seed,
+    }
+
+
+def another_request(out: Path, recorded: Mapping[str, Any], changed: Mapping[str, Any]) -> OutputError:
+    """The error for a folder with the output of another request; `changed` are the inputs that differ."""
+    differences = "; ".join(_difference(name, recorded.get(name), value) for name, value in changed.items())
+    return OutputError(
+        f"{out} holds the output of another request: {differences}",
+        hint="choose another --out, or replace it with --overwrite",
+    )
+
+
+def require_intact(out: Path, files: Mapping[str, int]) -> None:
+    """Raise OutputError unless every file of a finished output is there with its size."""
+    for name, size_bytes in files.items():
+        try:
+            path = path_inside(out, name)
+        except ValueError as error:
+            raise OutputError(f"--out {out}: {error}", hint="remove the link, or choose another --out") from error
+        if not path.is_file() or path.stat().st_size != size_bytes:
+            raise OutputError(
+                f"{out} was finished, but {name} has since been changed or removed",
+                hint="make it again with --overwrite",
+            )
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What changed in one of the inputs, as text."""
+    if key not in ("source", "side_files"):
+        return f"{key} was {_short(before)}, now {_short(now)}"
+    if isinstance(before, dict) and isinstance(now, dict):
+        first = min(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        return f"the model's files differ, {first} first"
+    return "the model's files differ"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

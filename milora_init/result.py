@@ -1,0 +1,100 @@
+"""What the public functions return: frozen values with a short repr, a table in notebooks, and `to_json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+from milora_init.envelope import envelope
+from milora_init.untrusted import printable
+
+if TYPE_CHECKING:
+    from milora_init.hub.upload import Published
+    from milora_init.manifest import Manifest
+
+
+class Result:
+    """Base class of the results of the public functions."""
+
+    __slots__ = ()
+
+    def summary(self) -> Mapping[str, object]:
+        """The few figures that the repr shows."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that the command prints with `--json`; see `envelope`."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.summary().items())
+        return f"{type(self).__name__}({fields})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(name)}</th><td>{escape(printable(str(value)))}</td></tr>"
+            for name, value in self.summary().items()
+        )
+        return f"<table><caption>{escape(type(self).__name__)}</caption>{rows}</table>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class InitResult(Result):
+    """What `initialize` returns.
+
+    Attributes:
+        out: The output folder as given, or the repository if nothing was kept on the disk.
+        status: `done`, or `unchanged` if the same request was finished before.
+        manifest: The content of milora_init.json: a record of every weight.
+        pushed: What was uploaded; None if nothing was.
+    """
+
+    out: str
+    status: Literal["done", "unchanged"]
+    manifest: Manifest
+    pushed: Published | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that determines the bytes of the output."""
+        return self.manifest.fingerprint
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before training."""
+        from milora_init.report import warnings
+
+        return warnings(self.manifest)
+
+    @property
+    def load(self) -> str:
+        """Python lines that load the pair for training."""
+        from milora_init.report import loading_lines
+
+        return loading_lines(self.manifest)
+
+    def summary(self) -> Mapping[str, object]:
+        return {"status": self.status, "out": self.out, **_figures(self.manifest)}
+
+    def to_json(self) -> dict[str, Any]:
+        from milora_init.report import run_fields
+
+        fields = run_fields(self.manifest)
+        if self.pushed:
+            fields["pushed"] = asdict(self.pushed)
+        return envelope("init", self.status, **{**fields, "out": self.out})
+
+
+def _figures(manifest: Manifest) -> dict[str, object]:
+    from milora_init.report import size
+
+    return {
+        "weights": len(manifest.weights),
+        "rank": manifest.inputs["rank"],
+        "mode": manifest.inputs["mode"],
+        "size": size(sum(manifest.files.values())),
+        "step_0_error": f"{max(weight.rounding.error for weight in manifest.weights):.1e}",
+        "fingerprint": manifest.fingerprint[:12],
+    }
