@@ -5,10 +5,10 @@ smallest ("min", what MiLoRA adapts), the largest ("max"), the middle ("mid"), o
 
 How. X is W or its transpose, with p rows >= q columns. The eigenvectors of the Gram matrix G = X^T X are the right
 singular vectors of X, and G is (q, q) whatever p is. For the largest triplets a Krylov space of G is built, applied as
-X^T (X v); for the smallest one of (G - shift I)^-1, by a Cholesky factor. Interior triplets, small matrices and large r
-take all the eigenvectors of G. On a GPU the smallest triplets are sought in float32 first and corrected in float64
-(mixed_precision.py). One Rayleigh-Ritz step in X itself (a QR of X V and the SVD of its small factor) then
-gives s and U from the weight, not from its square.
+X^T (X v) or as G v, whichever costs less; for the smallest one of (G - shift I)^-1, by a Cholesky factor. Interior
+triplets, small matrices and large r take all the eigenvectors of G (cost.py has the limits). On a GPU both ends are
+computed in float32 first and corrected in float64 (mixed_precision.py). One Rayleigh-Ritz step in X itself (a QR of
+X V and the SVD of its small factor) then gives s and U from the weight, not from its square.
 
 Precision. float64: the upcast of a checkpoint's bfloat16, float16 or float32 is exact, and float64 has the digits that
 the squared condition number of G costs (s is good to about eps * s_max^2 / (2 s)). A float32 SVD is not accurate
@@ -25,7 +25,7 @@ number, so the program solves each weight on one thread.
 Failure. Every solution is measured against W (certificate.py). One that is not accepted is refined by one more
 application of the operator; then the next algorithm is tried: after mixed precision float64; then all eigenvectors of
 G; then, where squaring lost the wanted end, a full float64 SVD, which holds a float64 copy of W. The same happens when
-a library fails. The certificate says which algorithm ran and why.
+LAPACK, cuSOLVER or cuBLAS fails. The certificate says which algorithm ran and why.
 
 Sources: MiLoRA, https://arxiv.org/abs/2406.09044; the Krylov space: lanczos.py; the error bound: certificate.py.
 """
@@ -240,7 +240,7 @@ def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple
     q, arithmetic = X.shape[1], X.arithmetic
     block = arithmetic.krylov_block
     factor, shift = _shifted_factor(X) if mode == "min" else (None, 0.0)
-    apply = X.gram_operator(8 * r) if factor is None else factor.solve
+    apply = X.gram_operator(10 * r + 150) if factor is None else factor.solve
     for angle in _ANGLES:
         pairs = largest_eigenpairs(
             apply,
