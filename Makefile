@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check lint types format bench gpu-check clean
+.PHONY: help demo test check lint types format bench gpu-check docs build clean
 
 help:
 	@echo "make demo    run milora-init on real weights and check the pair with transformers and PEFT"
@@ -14,6 +14,8 @@ help:
 	@echo "make bench   time the solver against the reference method"
 	@echo "make gpu-check  on a machine with a GPU: tests, benchmarks and a whole run, within eight minutes"
 	@echo "make format  format the code"
+	@echo "make docs    write the generated parts of the documentation and build the site"
+	@echo "make build   build sdist and wheel, install each in a clean environment and use it"
 
 $(READY): pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,5 +50,13 @@ bench: $(READY)
 gpu-check: $(READY)
 	$(BIN)/python scripts/gpu_check.py --json gpu_check.json
 
+docs: $(READY)
+	$(BIN)/python scripts/draw_flow.py
+	$(BIN)/python scripts/write_docs.py
+	$(BIN)/mkdocs build --strict
+
+build: $(READY)
+	PYTHON=$(abspath $(BIN))/python scripts/check_build.sh
+
 clean:
-	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,19 +25,18 @@ if TYPE_CHECKING:
         SolveError,
         UsageError,
     )
-    from milora_init.export.convert import ConvertResult
-    from milora_init.export.merge import MergeResult
     from milora_init.hub.upload import Published
     from milora_init.manifest import Manifest
     from milora_init.options import InitOptions
+    from milora_init.records import ConvertResult, MergeResult
     from milora_init.result import InitResult
     from milora_init.run.progress import Progress
     from milora_init.verification.verdict import Verdict
 
 _MODULE_OF = {
     "initialize": "api", "verify": "api", "merge": "api", "convert": "api", "push": "api",
-    "InitOptions": "options", "InitResult": "result", "Verdict": "verification.verdict", "MergeResult": "export.merge",
-    "ConvertResult": "export.convert", "Published": "hub.upload", "Manifest": "manifest", "Progress": "run.progress",
+    "InitOptions": "options", "InitResult": "result", "Verdict": "verification.verdict", "MergeResult": "records",
+    "ConvertResult": "records", "Published": "hub.upload", "Manifest": "manifest", "Progress": "run.progress",
     "MiloraError": "errors", "UsageError": "errors", "CheckpointError": "errors", "PlanError": "errors",
     "OutputError": "errors", "SolveError": "errors", "HubError": "errors",
 }  # fmt: skip

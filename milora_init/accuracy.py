@@ -1,7 +1,7 @@
-"""What is measured of every split weight: how exact its singular triplets are, and what rounding costs.
+"""Define what is measured for every split weight: the accuracy of its singular triplets, and the loss by rounding.
 
-The solver (`linalg`) fills these values in, and `milora_init.json` stores them. This file imports no torch, so that a
-report can be printed without it.
+The solver (`linalg`) computes these values, and `milora_init.json` stores them. This file imports no torch, so that a
+report can be printed without loading torch.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ SolverPath = Literal["mixed", "lanczos", "eigh", "svd"]
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What is known about a solution, measured against W in float64. Plain values, as JSON has them.
+    """How accurate the singular triplets of a weight are, measured against W in float64. All values are JSON values.
 
     Attributes:
         path: The algorithm: "mixed", "lanczos", "eigh" or "svd".
-        reason: Why this one.
+        reason: Why this algorithm was chosen.
         residual: The maximum over the triplets of max(||X v - s u||, ||X^T u - s v||), divided by s_max.
         orthogonality: max(||U^T U - I||_max, ||V^T V - I||_max).
         gap: The distance from the wanted singular values to the nearest unwanted one, divided by the larger of the
-            two. None where nothing is unwanted (r = q).
-        component_error: Estimate of ||D - D_true||_F / ||D||_F for D = U diag(s) V^T. To first order a triplet with
-            residuals of norms a = ||X v - s u|| and b = ||X^T u - s v|| is turned towards an unwanted triplet s_j by an
-            angle of at most sqrt(a^2 + b^2) / |s_j - s|, and D changes by s times that; the r changes add in squares.
-            Where the cut falls in a cluster (gap near 0) it is large, or None for infinite: the component is not
-            unique, and the residual says how close to W the matrix is of which D is exactly a component. Where ||D||_F
-            is below q * eps * s_max * sqrt(r), the resolution of float64, that takes its place.
+            two. None if all triplets are wanted (r = q).
+        component_error: Estimate of ||D - D_true||_F / ||D||_F for D = U diag(s) V^T. A triplet with residuals of norms
+            a = ||X v - s u|| and b = ||X^T u - s v|| is rotated towards an unwanted triplet s_j. To first order the
+            angle is at most sqrt(a^2 + b^2) / |s_j - s|, and D changes by s times the angle. The squares of the r
+            changes add. If the cut is inside a cluster (gap near 0), the estimate is large, or None for infinite: then
+            the component is not unique. D is still exactly a component of a matrix near W, and `residual` says how
+            near. If ||D||_F is below q * eps * s_max * sqrt(r), the resolution of float64, the
+            estimate is divided by that limit and not by ||D||_F.
         complete: The evidence that no wanted triplet was missed.
     """
 
@@ -43,14 +44,17 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What the dtype of the residual costs. D = scale * B @ A, E = W - (stored residual + D). Plain values.
+    """What is lost by rounding the residual to its dtype. All values are JSON values.
+
+    D = scale * B @ A is the component. E = W - (stored residual + D) is the error of the pair. Norms are Frobenius
+    norms.
 
     Attributes:
-        component: ||D|| / ||W||, Frobenius norms here and below. 0 for a zero weight.
-        error: ||E|| / ||W||, how far the pair is from the weight.
-        leak: ||E|| / ||D||, how much of the component stays in the base, or of its opposite. 0 where D is zero.
-        leak_if: The leak that `bfloat16`, `float16` and `float32` would have, measured on an eighth of the rows; None
-            where the residual overflows.
+        component: ||D|| / ||W||; 0 if the weight is zero.
+        error: ||E|| / ||W||, the relative error of the pair.
+        leak: ||E|| / ||D||, how much of the component, or of its opposite, stays in the base. 0 if D is zero.
+        leak_if: The leak by dtype, if the residual were rounded to `bfloat16`, `float16` or `float32`. It is measured
+            on an eighth of the rows. None if the residual overflows in this dtype.
     """
 
     component: float

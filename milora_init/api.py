@@ -16,9 +16,8 @@ from milora_init.result import InitResult
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from milora_init.export.convert import ConvertResult
-    from milora_init.export.merge import MergeResult
     from milora_init.hub.upload import Published
+    from milora_init.records import ConvertResult, MergeResult
     from milora_init.run.progress import Progress
     from milora_init.verification.verdict import Verdict
 

@@ -1,4 +1,8 @@
-"""The position of one expert's matrix in a fused parameter of a mixture-of-experts layer."""
+"""Describe the position of one expert's matrix in a fused parameter.
+
+transformers stores the matrices of all experts of a layer in one parameter. PEFT adapts that parameter as a whole, so
+this position is needed to find the factors of one expert.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ExpertSlot:
-    """The place of a matrix in a parameter that holds one for every expert.
+    """The position of one matrix in a fused parameter.
 
     Attributes:
-        parameter: Its full name.
-        index, count: Which expert's it is, of how many.
-        part, parts: Which of the matrices that are stacked along m: 0 and 1 of 2 are gate and up.
+        parameter: The full name of the parameter.
+        index, count: The index of the expert, and the number of experts.
+        part, parts: The index of the matrix among those that one expert has stacked along m, and their number. For
+            gate_up_proj, part 0 of 2 is gate and part 1 is up.
     """
 
     parameter: str
@@ -23,5 +28,5 @@ class ExpertSlot:
 
     @property
     def suffix(self) -> str:
-        """What a person would name: `experts.down_proj`."""
+        """The last two parts of the parameter's name, such as `experts.down_proj`."""
         return ".".join(self.parameter.split(".")[-2:])

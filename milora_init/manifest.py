@@ -1,6 +1,7 @@
-"""milora_init.json: what was done, to which weight, and how exactly.
+"""Define, read and check milora_init.json, the manifest: what a run did to each weight, and how accurately.
 
-It is written last. A folder without it is unfinished, whatever else it contains.
+The manifest is the last file that a run writes. Therefore an output folder without it is unfinished, even if it
+contains all other files. A manifest may come from a download, so every field is checked before it is used.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from milora_init.untrusted import path_inside, plain_names
 MANIFEST = "milora_init.json"
 WORK_FOLDER = ".milora-init"
 FORMAT = 1
-MOST_MANIFEST_BYTES = 1 << 29  # a record takes some 1,300, and the largest models have 10^5 weights
+MOST_MANIFEST_BYTES = 1 << 29  # a record has about 1,300 bytes, and the largest models have 10^5 weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +53,25 @@ class WeightRecord:
     """One weight that was split.
 
     Attributes:
-        module, tensor: Its names in the model and on disk.
+        module, tensor: The weight's names in the model and on disk.
         shape: (out, in).
-        transposed: Whether it is stored as (in, out).
-        row: Its index in the first dimension of a tensor that holds one matrix for each expert; None elsewhere.
-        expert: Where its factors are among those of the layer's experts; None elsewhere.
-        key: The module part of its tensor names in the adapter.
-        source_dtype, dtype: Of the model's weight and of the residual, in torch's names.
-        rank: Of the component.
+        transposed: Whether the tensor is stored as (in, out).
+        row: The index in the first dimension, if the tensor holds one matrix for each expert; else None.
+        expert: The position in the fused parameter, if this is the weight of an expert; else None.
+        key: The module's part of the tensor names in the adapter, see `lora.tensor_layout.lora_key`.
+        source_dtype, dtype: The dtypes of the model's weight and of the residual, as torch names them.
+        rank: The rank of the component.
         scale: The factor of B @ A: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
         s_first, s_last: Largest and smallest singular value of the component.
         s_max: Largest singular value of the whole weight.
         energy: The component's share of the weight's squared Frobenius norm.
-        untrainable: How many directions have s < 1e-6 * s_max. Their rows of A and columns of B are almost zero, so
-            neither gets a gradient.
-        certificate: How exact the singular triplets are.
-        rounding: What the dtype of the residual costs.
-        device: Where it was solved.
-        elapsed_s: Seconds for solving and splitting.
-        read_s, write_s: Seconds for reading the weight and for writing its parts.
+        untrainable: The number of directions with s < 1e-6 * s_max. Their rows of A and columns of B are almost zero,
+            so they get almost no gradient.
+        certificate: The accuracy of the singular triplets.
+        rounding: The loss by rounding the residual.
+        device: The device that computed the triplets.
+        elapsed_s: Seconds to compute the triplets and to split the weight.
+        read_s, write_s: Seconds to read the weight, and to write the residual and the factors.
     """
 
     module: str
@@ -98,12 +99,12 @@ class WeightRecord:
 
     @property
     def suffix(self) -> str:
-        """The part of its name that is the same in all layers."""
+        """The end of the name, which is the same in all layers."""
         return self.expert.suffix if self.expert else self.module.rpartition(".")[2]
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> WeightRecord:
-        """The record from its JSON object. Raises ValueError, TypeError or KeyError for one of another form."""
+        """Make a record from its JSON object. Raises ValueError, TypeError or KeyError if it is not a record."""
         expert = content["expert"]
         return cls(**{
             **content,
@@ -116,22 +117,24 @@ class WeightRecord:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Manifest:
-    """The whole run.
+    """The record of a whole run.
 
     Attributes:
-        source: The model as given, its revision and its architecture; its config.json, as text, where the output's
-            differs; `other_class`, see `model.adaptable.ModelStructure`.
-        out: The output folder as given.
-        fingerprint: Hash of `inputs`.
-        inputs: All that determines the output's bytes: a hash of each source file, the options, the version.
-        versions: Of this program and of the libraries that it computes with.
-        adapter: Content of adapter_config.json.
-        files: Size in bytes of every file of the output except this one.
-        notices: What a person should know before training.
-        weights: One record a weight, in the model's order.
-        elapsed_s: Seconds for the whole run; for a resumed run, those since it was resumed.
-        checked_with: What confirmed that PEFT loads this adapter: PEFT's version, or the rules used without PEFT.
-        hashes: SHA-256 of each of `files`.
+        source: The model as the user gave it, its revision, and its architecture; the text of its config.json, if the
+            output has another one; `other_class`, see `model.adaptable.ModelStructure`.
+        out: The output folder as the user gave it.
+        fingerprint: SHA-256 of `inputs`.
+        inputs: Everything that determines the bytes of the output: a hash of each source file, the options, the version
+            of milora-init.
+        versions: The versions of milora-init and of the libraries it computes with.
+        adapter: The content of adapter_config.json.
+        files: The size in bytes of every file of the output except the manifest.
+        notices: What the user should know before training.
+        weights: One record for each weight, in the model's order.
+        elapsed_s: Seconds for the whole run; for a resumed run, the seconds since it was resumed.
+        checked_with: How it was checked that PEFT can load this adapter: PEFT's version, or the rules that were applied
+            without PEFT.
+        hashes: The SHA-256 of each of `files`.
         request: The options as they were given, with which a finished run is recognised without the model class.
     """
 
@@ -153,35 +156,35 @@ class Manifest:
         return f"Manifest(out={self.out!r}, weights={len(self.weights)}, fingerprint={self.fingerprint[:12]!r})"
 
     def to_json(self) -> dict[str, Any]:
-        """The content of the file, as plain JSON values."""
+        """The content of the file, as JSON values."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides the output's bytes."""
+    """The SHA-256 of everything that determines the bytes of the output."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a finished output, None where there is none.
+    """The manifest of a finished output; None if the folder has none.
 
     Raises:
-        OutputError: A file of that name which this version cannot read, or a field that no run writes.
+        OutputError: This version cannot read the file, or a field has a value that no run writes.
     """
     path = folder / MANIFEST
     try:
         content = read_object(path, most_bytes=MOST_MANIFEST_BYTES)
         if content is None:
             return None
-        number = content.pop("format", None)
-        if type(number) is not int or number != FORMAT:
-            raise ValueError("written by another version")
+        written_format = content.pop("format", None)
+        if type(written_format) is not int or written_format != FORMAT:
+            raise ValueError(f"its format is {str(written_format)[:60]!r}, this version reads {FORMAT}")
         require_fields(content, _MANIFEST, "")
         require_fields(content["source"], _SOURCE, "source.")
         require_fields(content["inputs"], _INPUTS, "inputs.")
         require_fields(content["adapter"], _ADAPTER, "adapter.")
-        for place, record in enumerate(content["weights"]):
-            where = f"weights[{place}]."
+        for index, record in enumerate(content["weights"]):
+            where = f"weights[{index}]."
             require_fields(record, _RECORD, where)
             require_fields(record["certificate"], _CERTIFICATE, f"{where}certificate.")
             require_fields(record["rounding"], _ROUNDING, f"{where}rounding.")
@@ -195,17 +198,17 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{path} is not a manifest that this version reads: {str(error)[:300]}",
-            hint="put it back from where the output was made, or remove the folder",
+            hint="restore the file from a copy of the output, or remove the folder",
         ) from error
 
 
 def require_inside(folder: Path, names: Iterable[str]) -> None:
-    """Raise OutputError where a file of a finished output is a link that leads out of its folder."""
+    """Raise OutputError if a file of a finished output is a link that leads out of the folder."""
     for name in names:
         try:
             path_inside(folder, name)
         except ValueError as error:
-            raise OutputError(str(error), hint="put the file itself in its place, or fetch the output again") from error
+            raise OutputError(str(error), hint="replace the link by the file, or download the output again") from error
 
 
 def _shape(value: Any) -> bool:
@@ -263,56 +266,64 @@ _ROUNDING: Mapping[str, Check] = {
 }  # fmt: skip
 
 
+def _require(ok: bool, problem: str) -> None:
+    if not ok:
+        raise ValueError(problem)
+
+
 def _require_consistent(manifest: Manifest) -> None:
-    """See that fields agree with each other. Raises ValueError."""
-
-    def require(ok: bool, what: str) -> None:
-        if not ok:
-            raise ValueError(what)
-
-    require(fingerprint(manifest.inputs) == manifest.fingerprint, "fingerprint is not the hash of inputs")
+    """Check that the fields agree with each other. Raises ValueError."""
+    _require(fingerprint(manifest.inputs) == manifest.fingerprint, "fingerprint is not the hash of inputs")
     for w in manifest.weights:
         e = w.expert
-        require(w.rank <= min(w.shape), f"{w.module} has rank {w.rank}, its shape is {list(w.shape)}")
-        require(w.untrainable <= w.rank, f"{w.module} has {w.untrainable} untrainable directions of {w.rank}")
-        require(w.s_last <= w.s_first <= w.s_max * (1 + 1e-6), f"{w.module} has singular values out of order")
-        require(bool(e) or (w.key == w.module and w.row is None), f"{w.module} is no expert's, its key or row is one's")
-        require(not e or (e.index < e.count and e.part < e.parts), f"{w.module} has expert {e}")
-    for what, times in (
-        ("module", Counter(w.module for w in manifest.weights)),
-        ("place on disk", Counter((w.tensor, w.row) for w in manifest.weights)),
-        (
-            "place in the adapter",
-            Counter((w.key, w.expert and (w.expert.part, w.expert.index)) for w in manifest.weights),
-        ),
-    ):
-        (most, found), *_ = times.most_common(1)
-        require(found == 1, f"two weights have one {what}: {most}")
-    # PEFT's layout stacks the experts of a key, so they are alike and all there.
-    kinds: dict[str, set[tuple[Any, ...]]] = {}
-    for w in manifest.weights:
-        e = w.expert
-        kinds.setdefault(w.key, set()).add((w.rank, w.shape, e and (e.parameter, e.count, e.parts)))
-    found_of = Counter(w.key for w in manifest.weights)
-    for key, kind in kinds.items():
-        (_, _, stack), *others = kind
-        wanted = stack[1] * stack[2] if stack else 1
-        require(not others and found_of[key] == wanted, f"the experts of {key} are not alike, or not all there")
-    plain = not manifest.adapter.get("target_parameters")
-    transposed = plain and all(w.transposed for w in manifest.weights)
-    require(manifest.adapter["fan_in_fan_out"] == transposed, "fan_in_fan_out does not agree with `transposed`")
+        _require(w.rank <= min(w.shape), f"{w.module} has rank {w.rank}, but shape {list(w.shape)}")
+        _require(w.untrainable <= w.rank, f"{w.module} has {w.untrainable} untrainable directions of {w.rank}")
+        _require(w.s_last <= w.s_first <= w.s_max * (1 + 1e-6), f"{w.module} has singular values in the wrong order")
+        _require(
+            bool(e) or (w.key == w.module and w.row is None),
+            f"{w.module} has the key or the row of an expert, but is none",
+        )
+        _require(not e or (e.index < e.count and e.part < e.parts), f"{w.module} has the invalid position {e}")
+    _require_unique("the same module name", (w.module for w in manifest.weights))
+    _require_unique("the same place on disk", ((w.tensor, w.row) for w in manifest.weights))
+    _require_unique(
+        "the same place in the adapter",
+        ((w.key, w.expert and (w.expert.part, w.expert.index)) for w in manifest.weights),
+    )
+    _require_complete_experts(manifest.weights)
+    only_modules = not manifest.adapter.get("target_parameters")
+    transposed = only_modules and all(w.transposed for w in manifest.weights)
+    _require(manifest.adapter["fan_in_fan_out"] == transposed, "fan_in_fan_out does not agree with `transposed`")
+
+
+def _require_unique(what: str, values: Iterable[Hashable]) -> None:
+    (value, times), *_ = Counter(values).most_common(1)
+    _require(times == 1, f"two weights have {what}: {value}")
+
+
+def _require_complete_experts(weights: Sequence[WeightRecord]) -> None:
+    """Check the experts that share a key: PEFT stacks them, so none may be missing, and all need one rank and shape."""
+    by_key: dict[str, list[WeightRecord]] = {}
+    for w in weights:
+        by_key.setdefault(w.key, []).append(w)
+    for key, group in by_key.items():
+        layouts = {(w.rank, w.shape, w.expert and (w.expert.parameter, w.expert.count, w.expert.parts)) for w in group}
+        expert = group[0].expert
+        expected = expert.count * expert.parts if expert else 1
+        _require(len(layouts) == 1, f"the experts of {key} differ in rank, shape or parameter")
+        _require(len(group) == expected, f"{key} has {len(group)} weights, expected {expected}")
 
 
 def require_manifest(folder: Path) -> Manifest:
     """The manifest of a finished output.
 
     Raises:
-        OutputError: There is none, or none that this version can read.
+        OutputError: The folder has no manifest, or this version cannot read it.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise OutputError(
-            f"{folder} has no {MANIFEST}: it is no finished output of milora-init",
-            hint="name the --out of a finished run; an unfinished one is resumed by the same command",
+            f"{folder} has no {MANIFEST}: it is not a finished output of milora-init",
+            hint="give the --out folder of a finished run; to finish an interrupted run, repeat its command",
         )
     return manifest

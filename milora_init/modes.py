@@ -1,4 +1,7 @@
-"""Which part of a spectrum is wanted. Imports no torch: the command line reads these names at its start."""
+"""Name the parts of a spectrum that an adapter can be made of.
+
+This file imports no torch, because the command line needs these names before it can load torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The report on a run: a table of the weights, warnings, and the Python lines that load the pair."""
+"""Make the report on a run: a table of the weights, the warnings, and Python code that loads the pair.
+
+Everything is computed from the manifest, so that a finished output can be reported again without the model.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ class WeightGroup:
     """All weights with the same last part of their name, shape and rank.
 
     Attributes:
-        suffix, shape, count, rank: The last part of the name, the shape (m, n), how many there are, and their rank.
+        suffix: The last part of the name.
+        shape: The shape (m, n) of each weight.
+        count: The number of weights.
+        rank: The rank of each component.
         energy: Mean share of the component in the squared Frobenius norm.
         leak: The largest part of a component that rounding left in the base.
         rounding_error: The largest distance of base and component from the weight, relative to the weight.
@@ -82,8 +88,8 @@ def warnings(manifest: Manifest) -> list[str]:
     affected = [weight for weight in manifest.weights if weight.untrainable]
     if affected:
         found.append(
-            f"{sum(w.untrainable for w in affected)} directions in {len(affected)} weights have a singular value of "
-            f"almost zero and can hardly train, {affected[0].module} first"
+            f"{sum(w.untrainable for w in affected)} directions in {len(affected)} weights have a singular value near "
+            f"zero and get almost no gradient; the first of these weights is {affected[0].module}"
         )
     return found
 
@@ -111,29 +117,29 @@ def _and_more(weights: list[WeightRecord]) -> str:
 
 
 def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
-    """The largest leak if the weights were rounded to a dtype; infinite if one overflows."""
+    """The largest leak of all weights, if they were rounded to this dtype; infinite if one of them overflows."""
     found = [weight.rounding.leak_if.get(dtype) for weight in weights]
     return max(math.inf if value is None else value for value in found)
 
 
 def loading_lines(manifest: Manifest) -> str:
-    """Python that loads the pair for training.
+    """Python code that loads the pair for training.
 
-    People run these lines, so text from a file is either a valid identifier in them or a quoted string.
+    Users run this code. Therefore text from a file enters it only as a valid identifier or as a quoted string.
     """
     architecture = str(manifest.source["architecture"])
-    other_by_auto = manifest.source.get("other_class") and not manifest.inputs.get("text_only")
-    causal = manifest.adapter["task_type"] == "CAUSAL_LM" and not other_by_auto
+    auto_builds_other = manifest.source.get("other_class") and not manifest.inputs.get("text_only")
+    causal = manifest.adapter["task_type"] == "CAUSAL_LM" and not auto_builds_other
     cls = architecture if architecture.isidentifier() and not causal else "AutoModelForCausalLM"
     out = printable(json.dumps(manifest.out, ensure_ascii=False))  # JSON's escapes are valid in Python
     branch = manifest.adapter.get("revision")
-    of_branch = f", revision={printable(json.dumps(branch))}" if branch else ""
-    trusted = ", trust_remote_code=True" if manifest.source.get("trust_remote_code") else ""
+    revision = f", revision={printable(json.dumps(branch))}" if branch else ""
+    trust = ", trust_remote_code=True" if manifest.source.get("trust_remote_code") else ""
     return (
         f"from peft import PeftModel\n"
         f"from transformers import {cls}\n\n"
-        f'base = {cls}.from_pretrained({out}, dtype="auto"{of_branch}{trusted})\n'
-        f'model = PeftModel.from_pretrained(base, {out}, subfolder="lora", is_trainable=True{of_branch})'
+        f'base = {cls}.from_pretrained({out}, dtype="auto"{revision}{trust})\n'
+        f'model = PeftModel.from_pretrained(base, {out}, subfolder="lora", is_trainable=True{revision})'
     )
 
 

@@ -1,4 +1,4 @@
-"""Run the tests of every architecture, and write the families that passed into the README's table.
+"""Run the tests of every architecture, and write the families that passed into the table of docs/models.md.
 
 python scripts/support_table.py
 """
@@ -28,8 +28,8 @@ def main() -> int:
         subprocess.run([sys.executable, "-m", "pytest", *TESTS, f"--junitxml={report}"], cwd=ROOT, check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
     passed = [name for name in FAMILIES if _passed(name, cases)]
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), table(passed)), encoding="utf-8")
+    page = ROOT / "docs" / "models.md"
+    page.write_text(with_table(page.read_text(encoding="utf-8"), table(passed)), encoding="utf-8")
     print(f"{len(passed)} of {len(FAMILIES)} families passed")
     return 0 if len(passed) == len(FAMILIES) else 1
 
@@ -44,9 +44,9 @@ def table(names: Collection[str]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README with this table between its marks."""
-    before, _, rest = readme.partition(START)
+def with_table(page: str, table: str) -> str:
+    """The page with this table between its marks."""
+    before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}\n{table}\n{END}{after}"
 

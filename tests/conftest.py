@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from support import tiny_models
+from support import examples, tiny_models
 from support.runs import initialize
 
 from milora_init.manifest import Manifest
@@ -129,3 +130,15 @@ def start(tmp_path: Path) -> Callable[..., Manifest]:
         return initialize(InitOptions(model=str(model), **given), progress=progress)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def example_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """example_files(folder) copies the files of the documentation's examples into a folder."""
+    made = tmp_path_factory.mktemp("examples")
+    examples.make(made)
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+
+    return copy

@@ -14,7 +14,10 @@ from milora_init.cli.streams import may_be_lost
 def convert(
     pair: Pair,
     adapter: Annotated[
-        str, typer.Option("--adapter", "-a", metavar="DIR", help="The trained adapter, a folder.", show_default=False)
+        str,
+        typer.Option(
+            "--adapter", "-a", metavar="DIR", help="The trained adapter: folder or Hub id.", show_default=False
+        ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.", show_default=False)],
     model: Model = None,

@@ -9,7 +9,6 @@ import typer
 from milora_init.cli import output
 from milora_init.cli.params import Adapter, CacheDir, Json, Model, Overwrite, Pair, Quiet, Revision, Token, Verbose
 from milora_init.cli.streams import may_be_lost
-from milora_init.envelope import Status, envelope
 
 
 def merge(
@@ -48,12 +47,7 @@ def merge(
             cache_dir=cache_dir, token=token, progress=progress,
         )  # fmt: skip
     if as_json:
-        from dataclasses import asdict
-
-        content = asdict(merged)
-        status: Status = "unchanged" if content.pop("unchanged") else "done"
-        del content["inputs"]
-        output.json_output.give(envelope("merge", status, **content))
+        output.json_output.give(merged.to_json())
     elif not quiet:
         with may_be_lost():
             output.print_merged(merged, verbose=verbose)

@@ -20,11 +20,10 @@ from milora_init.report import duration, loading_lines, notes, percent, size, wa
 from milora_init.untrusted import printable
 
 if TYPE_CHECKING:
-    from milora_init.export.convert import ConvertResult
-    from milora_init.export.merge import MergeResult
     from milora_init.hub.upload import Published
     from milora_init.manifest import Manifest
     from milora_init.plan.plan import Plan
+    from milora_init.records import ConvertResult, MergeResult
     from milora_init.verification.verdict import Verdict
 
 _MOST_DIFFERENCES = 20  # of a verdict; the rest is counted

@@ -19,7 +19,7 @@ Model = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", "-a", metavar="DIR", help="The trained adapter, a folder.", show_default=False),
+    typer.Option("--adapter", "-a", metavar="DIR", help="The trained adapter: folder or Hub id.", show_default=False),
 ]
 Revision = Annotated[
     str | None,

@@ -34,11 +34,11 @@ def report(
     output.hide_bars_of_the_hub()
     from dataclasses import replace
 
-    from milora_init.hub.pair import locate_manifest
-    from milora_init.manifest import require_manifest
+    from milora_init.hub.pair import locate_pair
+    from milora_init.records import require_pair
 
-    folder = locate_manifest(pair, cache_dir=cache_dir, token=token)
-    manifest = replace(require_manifest(folder), out=pair)  # the folder may have been moved since
+    folder = locate_pair(pair, only=(), cache_dir=cache_dir, token=token)
+    manifest = replace(require_pair(folder, pair), out=pair)  # the folder may have been moved since
     if as_json:
         from milora_init.report import report_json
 

@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,22 +29,8 @@ from milora_init import __version__
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
-from milora_init.envelope import Status, envelope
 from milora_init.errors import OutputError, PlanError, UsageError
-from milora_init.hub.pair import locate_pair
-from milora_init.json_fields import (
-    Check,
-    at_least_1,
-    count,
-    each,
-    file_name,
-    flag,
-    number,
-    read_object,
-    require_fields,
-    sha256_text,
-    text,
-)
+from milora_init.hub.pair import ADAPTER_FILES, is_hub_id, locate_adapter, locate_pair
 from milora_init.lora.compatibility import (
     require_initial_adapter,
     require_same_modules,
@@ -52,97 +38,17 @@ from milora_init.lora.compatibility import (
     require_trained_on,
 )
 from milora_init.lora.config import rank_and_alpha_patterns, stacked_alpha
-from milora_init.lora.folder import CONFIG_FILE, LORA_FOLDER, WEIGHTS_FILE, LoraAdapter, read_lora
+from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, WEIGHTS_FILE, LoraAdapter, read_lora
 from milora_init.lora.tensor_layout import lora_key, stack_factors, stacked_shapes, unstack_factors
-from milora_init.manifest import MANIFEST, Manifest, fingerprint, read_manifest
+from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, read_manifest
 from milora_init.plan.finished import another_request, require_intact
-from milora_init.result import Result
-from milora_init.run.output_folder import require_outside
-
-CONVERTED = "milora_convert.json"
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertedModule:
-    """One module of the plain adapter.
-
-    Attributes:
-        module: Its name.
-        rank: Of its factors.
-        lost: The relative Frobenius norm of what the rank cut off; 0 without a cut.
-    """
-
-    module: str
-    rank: int
-    lost: float
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class ConvertResult(Result):
-    """What was converted: the content of milora_convert.json.
-
-    Attributes:
-        out, pair, adapter: The folders.
-        model: The original model, as adapter_config.json names it.
-        modules: One entry for each module.
-        cut: Whether a rank was given, so that something may be lost.
-        fingerprint: Hash of `inputs`.
-        inputs: All that determines the bytes: the hashes of both adapters, the new config, the version.
-        files, hashes: Size in bytes and SHA-256 of every file of the output except this one.
-        elapsed_s: Seconds.
-        unchanged: Whether the same conversion was finished before.
-    """
-
-    out: str
-    pair: str
-    adapter: str
-    model: str
-    modules: tuple[ConvertedModule, ...]
-    cut: bool
-    fingerprint: str
-    inputs: Mapping[str, Any]
-    files: Mapping[str, int]
-    hashes: Mapping[str, str]
-    elapsed_s: float
-    unchanged: bool = False
-
-    def summary(self) -> Mapping[str, object]:
-        status = "unchanged" if self.unchanged else "done"
-        return {"status": status, "out": self.out, "modules": len(self.modules), "model": self.model}
-
-    def to_json(self) -> dict[str, Any]:
-        content = asdict(self)
-        status: Status = "unchanged" if content.pop("unchanged") else "done"
-        source = {"model": content.pop("model")}
-        del content["inputs"]
-        return envelope("convert", status, source=source, **{**content, "modules": list(content["modules"])})
-
-
-_RECORD: Mapping[str, Check] = {
-    "out": text, "pair": text, "adapter": text, "model": text, "cut": flag, "fingerprint": sha256_text,
-    "modules": lambda value: isinstance(value, list) and bool(value), "inputs": each(text, lambda _: True),
-    "files": each(file_name, count), "hashes": each(file_name, sha256_text), "elapsed_s": number,
-    "unchanged": lambda value: value is False,
-}  # fmt: skip
-_MODULE: Mapping[str, Check] = {"module": text, "rank": at_least_1, "lost": number}
-
-
-def read_converted(folder: Path) -> ConvertResult | None:
-    """The record of a finished conversion, None where there is none. Raises OutputError."""
-    path = folder / CONVERTED
-    try:
-        content = read_object(path)
-        if content is None:
-            return None
-        require_fields(content, _RECORD, "")
-        for place, module in enumerate(content["modules"]):
-            require_fields(module, _MODULE, f"modules[{place}].")
-        content["modules"] = tuple(ConvertedModule(**module) for module in content["modules"])
-        return ConvertResult(**content)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise OutputError(
-            f"{path} is not a record that this version reads: {str(error)[:300]}", hint="choose another --out"
-        ) from error
+from milora_init.records import CONVERTED, RECORDS, ConvertedModule, ConvertResult, read_converted, require_pair
+from milora_init.run.output_folder import (
+    require_no_file,
+    require_no_other_output,
+    require_outside,
+    require_writable,
+)
 
 
 def convert(  # noqa: PLR0913  the options of the command
@@ -164,12 +70,16 @@ def convert(  # noqa: PLR0913  the options of the command
     for name, value in (("PAIR", pair), ("--adapter", adapter), ("--out", out)):
         if not value:  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
-    located = locate_pair(pair, cache_dir=cache_dir, token=token)
-    initial = located / LORA_FOLDER if (located / LORA_FOLDER).is_dir() else located
-    before, after, manifest = _read_adapters(initial, locate_adapter(adapter), pair)
+    located = locate_pair(pair, only=ADAPTER_FILES, cache_dir=cache_dir, token=token)
+    initial = _initial_adapter(located, pair)
+    trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
+    before, after, manifest = _read_adapters(initial, trained, pair)
     if model is None and manifest is None:
         raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")
-    model = model or str(manifest.source["model"] if manifest else "")
+    source = manifest.source if manifest else {"model": None, "revision": None}
+    revision = source["revision"] if model in (None, source["model"]) else None
+    from_hub = revision is not None or (model not in (None, source["model"]) and is_hub_id(str(model)))
+    model = model or str(source["model"])
     ranks = _ranks(before, rank)
     target = Path(out).expanduser()
     for folder in (initial, after.path):
@@ -197,8 +107,11 @@ def convert(  # noqa: PLR0913  the options of the command
                 pair=pair,
                 adapter=adapter,
                 model=model,
+                revision=revision,
+                from_hub=from_hub,
                 modules=tuple(modules),
                 cut=rank is not None,
+                source_files=manifest.inputs["source"] if manifest else {},
                 fingerprint=fingerprint(inputs),
                 inputs=inputs,
                 files={path.name: path.stat().st_size for path in files},
@@ -206,19 +119,20 @@ def convert(  # noqa: PLR0913  the options of the command
                 elapsed_s=round(time.monotonic() - started, 3),
             )
         )
-        (folder / CONVERTED).write_text(json.dumps(asdict(result[0]), indent=1) + "\n")
+        (folder / CONVERTED).write_text(json.dumps(result[0].content(), indent=1) + "\n")
 
     result: list[ConvertResult] = []
     _write_folder(target.resolve(), write)  # a link to a folder stays a link
     return result[0]
 
 
-def locate_adapter(adapter: str) -> Path:
-    """The folder of a trained adapter. Raises UsageError if it is not there."""
-    folder = Path(adapter).expanduser()
-    if not folder.is_dir():
-        raise UsageError(f"{adapter}: no such folder", hint="name the folder that the trainer saved")
-    return folder
+def _initial_adapter(folder: Path, pair: str) -> Path:
+    """The folder of the initial adapter: in a pair, or the folder itself. Raises OutputError for any other folder."""
+    has_record = any((folder / name).exists() for name in RECORDS)
+    is_adapter = (folder / CONFIG_FILE).exists() or (folder / LORA_CONFIG).exists()
+    if has_record or (folder / WORK_FOLDER).is_dir() or not is_adapter:
+        require_pair(folder, pair)
+    return folder / LORA_FOLDER if (folder / LORA_FOLDER).is_dir() else folder
 
 
 def _read_adapters(initial: Path, adapter: Path, pair: str) -> tuple[LoraAdapter, LoraAdapter, Manifest | None]:
@@ -250,10 +164,11 @@ def _finished(out: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> Conve
     Raises:
         OutputError: `out` holds something else.
     """
+    require_no_file(out)
+    require_no_other_output(out, CONVERTED)
     if not out.exists():
+        require_writable(out)
         return None
-    if not out.is_dir():
-        raise OutputError(f"--out {out} is a file", hint="name a folder")
     record = read_converted(out)
     if record is None:
         if any(out.iterdir()):

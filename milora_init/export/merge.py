@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,32 +32,22 @@ from milora_init.checkpoint.side_files import travels
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.export import merge_weight
 from milora_init.export.merge_weight import MergeJob
+from milora_init.hub.pair import locate_adapter, locate_pair
 from milora_init.hub.source import fetch_original
-from milora_init.json_fields import (
-    count,
-    each,
-    file_name,
-    number,
-    or_none,
-    read_object,
-    require_fields,
-    sha256_text,
-    text,
-)
 from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside, require_manifest
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside
 from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
+from milora_init.records import MERGED, MergeResult, read_merged, require_pair
 from milora_init.run.journal import Entry
-from milora_init.run.output_folder import OutputFolder, require_outside
+from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
 from milora_init.run.pool import HashPool, SolverPool, one_ahead, weights_at_once
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.run.shard import ShardWriter
 from milora_init.verification.files import check_weight_records
 from milora_init.verification.tensors import count_bit_equal
 
-MERGED = "milora_merge.json"
 _FETCH_AGAIN = "fetch the output again, from somebody you trust"
 MergeProgress = Callable[[str, int, int], None]
 
@@ -120,60 +110,6 @@ class MergePlan:
         return sum(header.file_bytes for header in self.headers.values())
 
 
-@dataclass(frozen=True, slots=True)
-class MergeResult:
-    """What was merged: the content of milora_merge.json.
-
-    Attributes:
-        out, base, adapter: The folders.
-        modules: How many modules were merged.
-        fingerprint: Hash of `inputs`.
-        inputs: All that determines the bytes: the base's fingerprint, the adapter's hash and scales, the version.
-        files: Size in bytes of every file of the output except this one.
-        elapsed_s: Seconds; for a resumed merge, those since it was resumed.
-        entries: How many entries the merged weights have.
-        bit_equal: How many of these have the bits of the original model; None where that was not asked.
-        unchanged: Whether the same merge was finished before.
-    """
-
-    out: str
-    base: str
-    adapter: str
-    modules: int
-    fingerprint: str
-    inputs: Mapping[str, Any]
-    files: Mapping[str, int]
-    elapsed_s: float
-    entries: int
-    bit_equal: int | None = None
-    unchanged: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-_RECORD = {
-    "out": text, "base": text, "adapter": text, "modules": count, "fingerprint": sha256_text,
-    "inputs": each(text, lambda _: True), "files": each(file_name, count), "elapsed_s": number, "entries": count,
-    "bit_equal": or_none(count), "unchanged": lambda value: value is False,
-}  # fmt: skip
-
-
-def read_merged(folder: Path) -> MergeResult | None:
-    """The record of a finished merge, None where there is none. Raises OutputError."""
-    path = folder / MERGED
-    try:
-        content = read_object(path)
-        if content is None:
-            return None
-        require_fields(content, _RECORD, "")
-        return MergeResult(**content)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise OutputError(
-            f"{path} is not a record that this version reads: {str(error)[:300]}", hint="choose another --out"
-        ) from error
-
-
 def merge(  # noqa: PLR0913  the options of the command
     pair: str,
     out: str,
@@ -189,42 +125,46 @@ def merge(  # noqa: PLR0913  the options of the command
     """Write to `out` one plain model that computes what a residual base and an adapter compute together.
 
     Args:
-        pair: A folder that milora-init wrote: the residual base and the initial adapter.
+        pair: A folder that milora-init wrote, or its Hub id: the residual base and the initial adapter.
         out: Folder to write.
-        adapter: The trained adapter; None for the initial one in `pair`.
+        adapter: The trained adapter, a folder or a Hub id; None for the initial one in `pair`.
         overwrite: Replace an earlier merge in `out`.
         model: The original model, a folder or a Hub id: count the merged entries that have its bits.
-        revision, cache_dir, token: For an original model on the Hub. Without a revision, the recorded commit.
+        revision: Of the original model. Without one, the recorded commit.
+        cache_dir, token: Of the Hub.
         progress: Called for each shard that is finished: its name, the bytes of all finished shards, those of all.
 
     Returns:
         What was merged. If the same merge was finished before, its record.
 
     Raises:
+        UsageError: A folder that is not there.
+        HubError: The Hub refused, or cannot be reached.
         CheckpointError: A base or an adapter that cannot be read.
         PlanError: An adapter that does not belong to this base, or holds more than factors.
-        OutputError: The base is not finished; `out` holds something else, or cannot be written.
+        OutputError: The base is not finished, or is no pair; `out` holds something else, or cannot be written.
         SolveError: A merged weight that does not fit the original's dtype.
     """
     started = time.monotonic()
     for option, value in (("PAIR", pair), ("--out", out), ("--adapter", "-" if adapter is None else adapter)):
         if not value:  # such as an unset variable of a shell: it must not select a default
             raise UsageError(f"{option} is empty", hint="name a folder")
-    plan = plan_merge(Path(pair).expanduser(), Path(adapter).expanduser() if adapter else None, overwrite=overwrite)
+    located = locate_pair(pair, cache_dir=cache_dir, token=token)
+    trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
+    plan = plan_merge(located, trained, overwrite=overwrite, given=pair)
     original = None
     if model:
         options = InitOptions(model=model, out=out, revision=revision, cache_dir=cache_dir, token=token)
         original = _open_original(plan.manifest, options)
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
     require_outside(folder.path, plan.adapter.path, "./merged")
+    require_no_other_output(folder.path, MERGED)
     if (folder.path / "adapter_config.json").exists():
         raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
-    if (folder.path / MANIFEST).exists():
-        raise OutputError(f"{folder.path} holds an output of milora-init", hint="choose another --out")
     if finished := folder.prepare(plan):
         return _compared(replace(finished, unchanged=True), folder.path, original, plan.manifest)
     try:
-        _write_shards(plan, folder, progress)
+        shard_hashes = _write_shards(plan, folder, progress)
         for name in plan.side_files:
             path = source_file(plan.source, name)
             folder.write(name, read_chunks(path), mode=file_mode(path))
@@ -234,18 +174,26 @@ def merge(  # noqa: PLR0913  the options of the command
     except BaseException:
         folder.abandon()
         raise
+    source = plan.manifest.source
     merged = MergeResult(
         out=out,
-        base=pair,
-        adapter=str(plan.adapter.path),
+        pair=pair,
+        adapter=f"{pair}/{LORA_FOLDER}" if adapter is None else adapter,
+        model=source["model"],
+        revision=source["revision"],
+        from_hub=source["revision"] is not None,
+        initial=plan.adapter.digest == plan.manifest.hashes.get(LORA_WEIGHTS),
         modules=len(plan.manifest.weights),
+        entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
+        tensors={name: records[0].dtype for name, records in plan.records.items()},
+        source_files=plan.manifest.inputs["source"],
         fingerprint=plan.fingerprint,
         inputs=plan.inputs,
         files={name: (folder.path / name).stat().st_size for name in plan.files},
+        hashes={name: shard_hashes.get(name) or sha256(folder.path / name) for name in plan.files},
         elapsed_s=round(time.monotonic() - started, 3),
-        entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
     )
-    folder.finish(merged)
+    folder.finish(merged.content())
     return _compared(merged, folder.path, original, plan.manifest)
 
 
@@ -267,9 +215,14 @@ def _compared(merged: MergeResult, folder: Path, original: Checkpoint | None, ma
     return replace(merged, bit_equal=count_bit_equal(open_checkpoint(folder), original, manifest))
 
 
-def plan_merge(pair: Path, adapter: Path | None = None, *, overwrite: bool = False) -> MergePlan:
-    """Read the headers of a base and an adapter, and check that they belong together. Raises as `merge`."""
-    manifest = require_manifest(pair)
+def plan_merge(
+    pair: Path, adapter: Path | None = None, *, overwrite: bool = False, given: str | None = None
+) -> MergePlan:
+    """Read the headers of a base and an adapter, and check that they belong together. Raises as `merge`.
+
+    `given` is the pair as the user wrote it.
+    """
+    manifest = require_pair(pair, given or str(pair))
     require_inside(pair, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
     checkpoint = open_model(pair)
     for name, size_bytes in manifest.files.items():
@@ -304,8 +257,8 @@ def plan_merge(pair: Path, adapter: Path | None = None, *, overwrite: bool = Fal
     return plan
 
 
-def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: MergeProgress) -> None:
-    """Write every shard that the journal does not have."""
+def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: MergeProgress) -> dict[str, str]:
+    """Write every shard that the journal does not have. Returns the SHA-256 of all shards."""
     # glibc returns the memory of each freed block of rows to the system and asks for it again, until it has seen a
     # larger block freed. Without this line, 1.3 million page faults and a quarter of the time, measured on 2.2 GB.
     torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: glibc adapts to blocks up to 32 MiB
@@ -315,6 +268,7 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
         finished = folder.finished_shards(hashing)
         todo = [name for name in plan.headers if name not in finished]
         finished_bytes = sum(plan.headers[name].file_bytes for name in finished)
+        hashes = {name: entry.hashes[name] for name, entry in finished.items()}
 
         def start(name: str) -> tuple[ShardWriter[None], Future[str]]:
             """Give a shard's weights to the solver pool, hash its source, and copy its other tensors."""
@@ -336,6 +290,7 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
             for recording in recordings:
                 entry = recording.result()
                 finished_bytes += entry.files[entry.shard]
+                hashes[entry.shard] = entry.hashes[entry.shard]
                 progress(entry.shard, finished_bytes, plan.weights_bytes)
 
         recordings: deque[Future[Entry]] = deque()
@@ -346,6 +301,7 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
             recordings.append(hashing.submit(folder.record_shard, result))
             report(recordings.popleft() for _ in range(len(recordings) - 1))
         report(recordings)
+    return hashes
 
 
 def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJob:

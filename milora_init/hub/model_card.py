@@ -6,14 +6,17 @@ escaped or written as code: they cannot become links, images or HTML.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
 from milora_init.manifest import Manifest
+from milora_init.records import CONVERTED, MERGED, ConvertResult, MergeResult
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -104,6 +107,120 @@ for the original model.
 }}
 ```
 """
+
+
+def plain_card_data(record: MergeResult | ConvertResult) -> dict[str, Any]:
+    """The metadata of a merged model's or a converted adapter's card, without licence and language."""
+    adapter = isinstance(record, ConvertResult)
+    data: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    data["tags"] = ["lora", "milora-init"] if adapter else ["milora-init"]
+    if record.from_hub:  # and not a folder of somebody's
+        data |= {"base_model": record.model, "base_model_relation": "adapter" if adapter else "finetune"}
+    return data
+
+
+def merged_card(record: MergeResult, config: Mapping[str, Any], repo: str) -> str:
+    """The card's text of a merged model, for the repository that it is written for."""
+    name = _original(record)
+    names = config.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else ""
+    remote = bool(config.get("auto_map"))
+    causal = str(architecture).endswith(("ForCausalLM", "LMHeadModel"))
+    cls = architecture if _is_class(architecture) and not causal and not remote else "AutoModelForCausalLM"
+    trusted = ", trust_remote_code=True" if remote else ""
+    what = (
+        f"{name} again, up to rounding: the initial adapter was merged into its residual base."
+        if record.initial
+        else f"A fine-tuned {name}: an adapter that was trained on a residual base was merged into that base."
+    )
+    return f"""
+# {_escape(repo.rpartition("/")[2])}
+
+{what}
+
+It is a plain model, in the dtype of the original. It needs neither PEFT nor an adapter.
+
+## Load it
+
+```python
+from transformers import {cls}
+
+model = {cls}.from_pretrained({_quoted(repo)}, dtype="auto"{trusted})
+```
+
+## How it was made
+
+`milora-init merge` {_name(record.inputs.get("merge", ""))}, from {_inputs(record)}: \
+W' = round(residual + scale * B A) in {record.modules} weights. All other tensors are the original's, byte for byte.
+
+`{MERGED}` has the SHA-256 of every file; `milora-init verify` reads them.
+"""
+
+
+def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) -> str:
+    """The card's text of a converted adapter, for the repository that it is written for."""
+    name = _original(record)
+    cls = _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel")
+    ranks = sorted({module.rank for module in record.modules})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    worst = max(module.lost for module in record.modules)
+    lost = f" At most {worst:.2e} of a module's update was lost (Frobenius norm)." if record.cut else ""
+    of_commit = f", revision={_quoted(record.revision)}" if record.revision else ""
+    local = "" if record.from_hub else f"\nReplace {_code(record.model)} by the place of the original model.\n"
+    return f"""
+# {_escape(repo.rpartition("/")[2])}
+
+A LoRA adapter for {name}: {rank} in {len(record.modules)} modules.{lost}
+
+It is a plain LoRA of the original model. Do not load it on a residual base.
+
+## Load it
+
+```python
+from peft import PeftModel
+from transformers import {cls}
+
+base = {cls}.from_pretrained({_quoted(record.model)}, dtype="auto"{of_commit})
+model = PeftModel.from_pretrained(base, {_quoted(repo)})
+```
+{local}
+## How it was made
+
+`milora-init convert` {_name(record.inputs.get("convert", ""))}, from {_inputs(record)}: \
+the adapter was trained on a residual base, and residual + s B A = W + s [B, -B0] [A; A0].
+
+`{CONVERTED}` has the SHA-256 of every file; `milora-init verify` reads them.
+"""
+
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}  # fmt: skip
+
+
+def _inputs(record: MergeResult | ConvertResult) -> str:
+    """Return the names of the pair and of the adapter."""
+    return f"{_code(record.pair)} and {_code(record.adapter)}"
+
+
+def _original(record: MergeResult | ConvertResult) -> str:
+    """The original model in a sentence: a link to the Hub, or that it is local."""
+    if not record.from_hub:
+        return "a local model"
+    linked = all(_PLAIN_NAME.fullmatch(part) for part in record.model.split("/"))
+    name = f"[{record.model}](https://huggingface.co/{record.model})" if linked else _code(record.model)
+    return f"{name} at commit {_code(record.revision)}" if record.revision else name
+
+
+def _quoted(value: str) -> str:
+    """Text as a Python string; JSON's escapes are valid in Python."""
+    return printable(json.dumps(value, ensure_ascii=False))
+
+
+def _is_class(value: object) -> bool:
+    return isinstance(value, str) and value.isidentifier() and value.isascii()
 
 
 def write_step_summary(manifest: Manifest) -> None:

@@ -1,20 +1,149 @@
-"""Find an output of milora-init: a local folder."""
+"""Find what milora-init or a trainer wrote: a local folder, or a repository on the Hub, `org/name[@REVISION]`.
+
+Of a repository only the record is fetched at first, which fixes the commit, and then the files that it names.
+huggingface_hub's cache keeps them, so a second call needs no network.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from milora_init.errors import UsageError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from milora_init.errors import OutputError, PlanError, UsageError
+from milora_init.hub.errors import hub_errors
+from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_WEIGHTS, WEIGHTS_FILE
+from milora_init.manifest import Manifest
+from milora_init.options import clean_token
+from milora_init.records import CONVERTED, MERGED, RECORDS, require_output, require_pair
+
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+ADAPTER_FILES = (LORA_CONFIG, LORA_WEIGHTS)
+_NO_FOLDER = "name a folder that milora-init wrote, or its Hub id: org/name"
+_TRAINED = "name the folder that the trainer saved"
 
 
-def locate_pair(pair: str, *, cache_dir: str | None = None, token: str | None = None) -> Path:
-    """The folder of a pair. Raises UsageError if it is not there."""
-    folder = Path(pair).expanduser()
-    if not pair or not folder.is_dir():
-        raise UsageError(f"{pair}: no such folder", hint="name a folder that milora-init wrote, or its Hub id")
+@dataclass(frozen=True, slots=True)
+class _Repository:
+    repo: str
+    revision: str | None
+    cache_dir: str | None
+    token: str | None
+
+    def fetch_first(self, names: Iterable[str], otherwise: OutputError) -> Path:
+        """The snapshot folder with the first of these files that the repository has. Raises HubError, `otherwise`."""
+        absent: EntryNotFoundError | None = None
+        with hub_errors(self.repo, self.revision):
+            for name in names:
+                try:
+                    return self._download(name, self.revision).parent
+                except EntryNotFoundError as error:
+                    absent = error
+            if isinstance(absent, LocalEntryNotFoundError):
+                raise absent
+        raise otherwise
+
+    def fetch(self, snapshot: Path, names: Iterable[str]) -> None:
+        """Fetch files of the snapshot's commit. What the repository lacks is left out. Raises HubError."""
+        with hub_errors(self.repo, self.revision):
+            for name in names:
+                try:
+                    self._download(name, snapshot.name)
+                except LocalEntryNotFoundError:
+                    raise
+                except EntryNotFoundError:
+                    continue
+
+    def _download(self, name: str, revision: str | None) -> Path:
+        return Path(
+            hf_hub_download(self.repo, name, revision=revision, cache_dir=self.cache_dir, token=clean_token(self.token))
+        )
+
+
+def locate_output(given: str, *, cache_dir: str | None = None, token: str | None = None) -> Path:
+    """The folder of an output of any kind; of a Hub id, the snapshot with all files that its record names.
+
+    Raises:
+        UsageError: A folder that is not there.
+        HubError: A Hub id that is not there; no permission, or no connection and not in the cache.
+        OutputError: A repository that is no output, or whose record cannot be read.
+    """
+    found = _find(given, cache_dir=cache_dir, token=token)
+    if isinstance(found, Path):
+        return found
+    snapshot = _fetch_record(found, given)
+    output = require_output(snapshot, given)
+    found.fetch(snapshot, dict.fromkeys((*output.files, *(ADAPTER_FILES if isinstance(output, Manifest) else ()))))
+    return snapshot
+
+
+def locate_pair(
+    given: str, *, only: Iterable[str] | None = None, cache_dir: str | None = None, token: str | None = None
+) -> Path:
+    """The folder of a pair, as `locate_output`; `only` are the files to fetch of a Hub id beside the manifest.
+
+    A local folder is not read here.
+
+    Raises:
+        UsageError, HubError, OutputError: As `locate_output`; also a repository of a merged model or an adapter alone.
+    """
+    found = _find(given, cache_dir=cache_dir, token=token)
+    if isinstance(found, Path):
+        return found
+    snapshot = _fetch_record(found, given)
+    manifest = require_pair(snapshot, given)
+    found.fetch(snapshot, dict.fromkeys((*manifest.files, *ADAPTER_FILES)) if only is None else only)
+    return snapshot
+
+
+def locate_adapter(given: str, *, cache_dir: str | None = None, token: str | None = None) -> Path:
+    """The folder of a trained adapter; of a Hub id, the snapshot with its config and weights.
+
+    Raises:
+        UsageError: A folder that is not there.
+        PlanError: A merged model or a converted adapter, which no pair can be used with.
+        HubError: A Hub id that is not there; no permission, or no connection and not in the cache.
+    """
+    found = _find(given, name="--adapter", hint=_TRAINED, cache_dir=cache_dir, token=token)
+    if isinstance(found, Path):
+        folder = found
+    else:
+        no_adapter = OutputError(f"{given} has no {CONFIG_FILE}: it is no adapter", hint=_TRAINED)
+        folder = found.fetch_first([CONFIG_FILE], no_adapter)
+        found.fetch(folder, [WEIGHTS_FILE, CONVERTED])
+    for record, what in ((MERGED, "a merged model"), (CONVERTED, "a converted adapter, which is for the original")):
+        if (folder / record).is_file():
+            raise PlanError(f"{given} is {what}, not an adapter that was trained on a pair", hint=_TRAINED)
     return folder
 
 
-def locate_manifest(pair: str, *, cache_dir: str | None = None, token: str | None = None) -> Path:
-    """A folder with the manifest of a pair. Raises UsageError if it is not there."""
-    return locate_pair(pair, cache_dir=cache_dir, token=token)
+def _find(
+    given: str, *, name: str = "PAIR", hint: str = _NO_FOLDER, cache_dir: str | None, token: str | None
+) -> Path | _Repository:
+    if not given:  # such as an unset variable of a shell
+        raise UsageError(f"{name} is empty", hint="name a folder")
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    parts = _HUB_ID.fullmatch(given)
+    if parts is None or folder.exists():
+        raise UsageError(f"{given}: no such folder", hint=hint)
+    return _Repository(parts[1], parts[2], cache_dir, token)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `org/name`, and no such folder is here."""
+    parts = _HUB_ID.fullmatch(name)
+    return parts is not None and parts[2] is None and not Path(name).exists()
+
+
+def _fetch_record(repository: _Repository, given: str) -> Path:
+    no_output = OutputError(
+        f"{given} is no output of milora-init: the repository has none of {', '.join(RECORDS)}",
+        hint="name a repository that `milora-init push` wrote",
+    )
+    return repository.fetch_first(RECORDS, no_output)

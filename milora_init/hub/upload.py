@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, metadata_load
+from huggingface_hub.hf_api import RepoFile
 
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
 from milora_init.envelope import Status, envelope
-from milora_init.errors import OutputError, PlanError
+from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
-from milora_init.hub.model_card import card_data, card_text
+from milora_init.hub.publication import Publication, as_published, publication
+from milora_init.json_fields import read_object
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
-from milora_init.manifest import MANIFEST, Manifest, require_inside, require_manifest
+from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, Manifest, require_inside, require_manifest
 from milora_init.options import clean_token, require_repository
+from milora_init.records import RECORDS, Output, require_output
 from milora_init.result import Result
 
 # Files that make a repository look like a complete model or adapter.
@@ -105,7 +107,7 @@ class Repository:
             if self._revision:
                 self._api.create_branch(self.repo, branch=self._revision, exist_ok=True)
             files = self._list_files() - {".gitattributes"}  # the Hub creates this file
-            if files and MANIFEST not in files and _UNFINISHED not in files and not overwrite:
+            if files and not files & {*RECORDS, _UNFINISHED} and not overwrite:
                 raise PlanError(
                     f"{self.repo} exists and is not an output of milora-init: it contains {min(files)}",
                     hint="choose another repository, or add --overwrite to replace the weights in it",
@@ -114,7 +116,7 @@ class Repository:
     def manifest_fingerprint(self) -> str:
         """Return the fingerprint of the finished output in the repository; empty if there is none."""
         with hub_errors(self.repo, self._revision, pushing=True):
-            return str(self._manifest_fields().get("fingerprint", ""))
+            return str(self._record_fields(MANIFEST).get("fingerprint", ""))
 
     def manifest(self) -> Manifest:
         """Return the manifest of the finished output in the repository. Raises OutputError or HubError."""
@@ -124,41 +126,42 @@ class Repository:
 
     def published_manifest(self, manifest: Manifest) -> Manifest:
         """Return the manifest of a local output as `push` writes it into this repository."""
-        return _published_manifest(manifest, self.repo, self._revision)
+        return as_published(manifest, self.repo, self._revision)
 
-    def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str] = ()) -> Published:
+    def push(self, folder: Path, output: Output, *, pushed_before: Collection[str] = ()) -> Published:
         """Push a finished output in one commit. Files of an earlier output that this one does not have are deleted.
+
+        If the repository has the same output already, no commit is made. The model card is not compared, because it
+        may have been edited on the Hub.
 
         Args:
             folder: The folder of the output.
-            manifest: Its manifest.
+            output: Its record.
             pushed_before: Files of the output that `push_shard` pushed. They need not be in the folder.
 
         Raises:
             HubError: A request failed. The same call again uploads only what is missing.
-            OutputError: A file is not the one that the manifest describes.
+            OutputError: A file is not the one that the record describes.
         """
         with hub_errors(self.repo, self._revision, pushing=True):
-            published = self.published_manifest(manifest)
-            generated = {
-                LORA_CONFIG: (json.dumps(published.adapter, indent=2) + "\n").encode(),
-                MANIFEST: (json.dumps(published.to_json(), indent=1) + "\n").encode(),
-                "README.md": self._model_card(manifest, published).encode(),
-            }
-            names = [name for name in manifest.files if name not in generated and name not in pushed_before]
+            plan = publication(folder, output, self.repo, self._revision)
+            generated = {**plan.contents, "README.md": self._model_card(plan).encode()}
+            names = [name for name in output.files if name not in generated and name not in pushed_before]
             require_inside(folder, names)
             additions = [CommitOperationAdd(name, content) for name, content in generated.items()]
             for name in names:
                 addition = CommitOperationAdd(name, folder / name)
-                if addition.upload_info.sha256.hex() != manifest.hashes.get(name):
+                if addition.upload_info.sha256.hex() != output.hashes.get(name):
                     raise OutputError(
                         f"{folder}: {name} was changed after the run", hint=f"milora-init verify {folder}"
                     )
                 additions.append(addition)
-            deletions = self._outdated_files(manifest.files.keys() | generated.keys())
+            deletions = self._outdated_files(output.files.keys() | generated.keys())
+            unchanged = not deletions and self._has(plan, additions)
             operations: list[_Operation] = [*additions, *map(CommitOperationDelete, deletions)]
-            commit = self._commit(operations, "A residual base and its adapter, by milora-init")
-        self.published = Published(self.repo, f"{self._api.endpoint}/{self.repo}", commit, len(operations))
+            commit = self._head() if unchanged else self._commit(operations, plan.message)
+        count = 0 if unchanged else len(operations)
+        self.published = Published(self.repo, f"{self._api.endpoint}/{self.repo}", commit, count, unchanged)
         return self.published
 
     def mark_unfinished(self) -> None:
@@ -197,37 +200,61 @@ class Repository:
     def _list_files(self) -> set[str]:
         return set(self._api.list_repo_files(self.repo, revision=self._revision))
 
-    def _manifest_fields(self) -> dict[str, Any]:
-        """Return the JSON object of the manifest in the repository; empty if there is none, or it is not a manifest."""
-        if MANIFEST not in self._list_files():
+    def _record_fields(self, name: str) -> dict[str, Any]:
+        """Return the JSON object of a record in the repository; empty if there is none, or it is not a record."""
+        if name not in self._list_files():
             return {}
-        path = self._api.hf_hub_download(self.repo, MANIFEST, revision=self._revision)
+        path = self._api.hf_hub_download(self.repo, name, revision=self._revision)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
+            content = read_object(Path(path), most_bytes=MOST_MANIFEST_BYTES)
+        except (OSError, ValueError, RecursionError):
             return {}
-        return content if isinstance(content, dict) and isinstance(content.get("files", {}), dict) else {}
+        return content if content is not None and isinstance(content.get("files", {}), dict) else {}
 
     def _outdated_files(self, kept: Collection[str]) -> list[str]:
         """List the files to delete: those of an earlier output, and those that could be loaded instead of this one."""
-        earlier_output = self._manifest_fields().get("files", {})
+        earlier_output = {
+            name for record in RECORDS for name in (record, *self._record_fields(record).get("files", {}))
+        }
         others = self._list_files().difference(kept)
         return [name for name in sorted(others) if name in earlier_output or _would_be_loaded(name)]
 
     def _commit(self, operations: Sequence[_Operation], message: str) -> str:
-        """Create a commit and return its id. A commit with the manifest ends what `mark_unfinished` began."""
-        if _UNFINISHED in self._list_files() and any(o.path_in_repo == MANIFEST for o in operations):
+        """Create a commit and return its id. A commit with the record ends what `mark_unfinished` began."""
+        if _UNFINISHED in self._list_files() and any(o.path_in_repo in RECORDS for o in operations):
             operations = [*operations, CommitOperationDelete(_UNFINISHED)]
         info = self._api.create_commit(self.repo, operations, commit_message=message, revision=self._revision)
         return str(info.oid)
 
-    def _model_card(self, manifest: Manifest, published: Manifest) -> str:
-        data = ModelCardData(**card_data(manifest), **self._source_card_fields(manifest))
-        return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{card_text(published, self.repo)}"))
+    def _head(self) -> str:
+        """Return the newest commit of the branch."""
+        return str(self._api.repo_info(self.repo, revision=self._revision or "main").sha)
 
-    def _source_card_fields(self, manifest: Manifest) -> dict[str, Any]:
+    def _has(self, plan: Publication, additions: Sequence[CommitOperationAdd]) -> bool:
+        """Return whether the repository has the same output: its record, and every file with its hash."""
+        if _UNFINISHED in self._list_files():
+            return False
+        record = self._record_fields(plan.record)
+        if any(record.get(name) != getattr(plan.output, name) for name in ("fingerprint", "files", "hashes")):
+            return False
+        infos = self._api.get_paths_info(self.repo, list(plan.output.files), revision=self._revision)
+        found = {info.path: info for info in infos if isinstance(info, RepoFile)}
+        added = {addition.path_in_repo: addition for addition in additions}
+        for name, digest in plan.output.hashes.items():
+            info = found.get(name)
+            if info is None or (info.lfs and info.lfs.sha256 != digest):
+                return False
+            # The Hub has no SHA-256 of small files, only git's hash.
+            if not info.lfs and (name not in added or info.blob_id != _git_hash(added[name])):
+                return False
+        return True
+
+    def _model_card(self, plan: Publication) -> str:
+        data = ModelCardData(**plan.card_data, **self._source_card_fields(plan.model, plan.revision))
+        return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{plan.card_text}"))
+
+    def _source_card_fields(self, model: str, revision: str | None) -> dict[str, Any]:
         """Return the licence and the language from the card of the original model; empty if it has none."""
-        model, revision = str(manifest.source["model"]), manifest.source["revision"]
         path: Path | str = Path(model).expanduser() / "README.md"
         try:
             if revision is not None:
@@ -242,7 +269,7 @@ def push(
     folder: str, repo: str, *, private: bool = True, branch: str | None = None, token: str | None = None,
     overwrite: bool = False,
 ) -> Published:  # fmt: skip
-    """Push a finished output folder to the Hub.
+    """Push a finished output to the Hub: a pair, a merged model or a converted adapter.
 
     Args:
         folder: The folder of the output.
@@ -250,41 +277,32 @@ def push(
         overwrite: See `Repository.prepare`.
 
     Raises:
+        UsageError: The folder is not there.
         OutputError: The folder is not a finished output, or a file in it was changed.
         HubError, PlanError: See `Repository.prepare` and `Repository.push`.
     """
+    if not folder:  # such as an unset variable of a shell
+        raise UsageError("PAIR is empty", hint="name a folder")
     out = Path(folder).expanduser()
-    manifest = require_manifest(out)
-    require_inside(out, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
-    for name, size_bytes in manifest.files.items():
+    if not out.is_dir():
+        raise UsageError(f"{folder}: no such folder", hint="name a folder that milora-init wrote")
+    output = require_output(out, folder)
+    adapter_files = (LORA_CONFIG, LORA_WEIGHTS) if isinstance(output, Manifest) else ()
+    require_inside(out, (*output.files, *adapter_files))
+    for name, size_bytes in output.files.items():
         # adapter_config.json may differ: trainers rewrite it, and `Repository.push` writes its own.
         if not (out / name).is_file() or (name != LORA_CONFIG and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
     repository = Repository(repo, private=private, revision=branch, token=token)
     repository.prepare(overwrite=overwrite)
-    return repository.push(out, manifest)
+    return repository.push(out, output)
 
 
-def _published_manifest(manifest: Manifest, repo: str, branch: str | None = None) -> Manifest:
-    """Replace local paths in a manifest: the output is the repository, and a local model is named without its folder.
-
-    adapter_config.json names the repository as its base, so its size and hash are replaced too.
-    """
-    adapter_config = {**manifest.adapter, "base_model_name_or_path": repo}
-    if branch:
-        adapter_config["revision"] = branch
-    encoded = (json.dumps(adapter_config, indent=2) + "\n").encode()
-    source = dict(manifest.source)
-    if source["revision"] is None:
-        source["model"] = Path(source["model"]).name
-    return dataclasses.replace(
-        manifest,
-        source=source,
-        out=repo,
-        adapter=adapter_config,
-        files={**manifest.files, LORA_CONFIG: len(encoded)},
-        hashes={**manifest.hashes, LORA_CONFIG: hashlib.sha256(encoded).hexdigest()},
-    )
+def _git_hash(addition: CommitOperationAdd) -> str:
+    """Return the hash that git gives to a file's content."""
+    with addition.as_file() as file:
+        content = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _would_be_loaded(name: str) -> bool:

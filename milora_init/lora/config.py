@@ -1,8 +1,9 @@
-"""Content of adapter_config.json: ranks, alphas, scales and patterns.
+"""Make the content of adapter_config.json: ranks, alphas, scales and patterns.
 
-The file has only keys that every PEFT since 0.13 knows, because PEFT 0.13 refuses unknown keys; everything else is in
-the manifest. `init_lora_weights` is true and not "pissa": with "pissa" PEFT would run another SVD and change the base.
-Experts, and modules that PEFT would take for experts, are named in `target_parameters`, which needs a newer PEFT.
+The file contains only keys that every PEFT since 0.13 knows, because PEFT 0.13 refuses unknown keys. Everything else is
+in the manifest. `init_lora_weights` is true and not "pissa", because with "pissa" PEFT would compute another SVD and
+change the base. Experts, and modules that PEFT would map to experts, are listed in `target_parameters`, which needs a
+newer PEFT.
 """
 
 from __future__ import annotations
@@ -22,23 +23,26 @@ def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
 
 
 def stacked_alpha(alpha: float, parts: int, *, rslora: bool) -> float:
-    """The alpha that keeps the scale when the rank becomes `parts` times as high."""
+    """The alpha that keeps the scale if the rank is multiplied by `parts`."""
     return alpha * math.sqrt(parts) if rslora and parts > 1 else alpha * parts
 
 
 def match_pattern(patterns: Mapping[str, float]) -> Callable[[str], float | None]:
-    """A function that looks up a name in rank_pattern or alpha_pattern as PEFT does: the first key that is its suffix.
+    """A function that looks up a name in rank_pattern or alpha_pattern as PEFT does.
+
+    The first key that is a suffix of the name gives the value. Without such a key the function returns None.
 
     Raises:
-        ValueError: A key that is not made of plain names. PEFT would use it as a regular expression.
+        ValueError: A key is more than plain names. PEFT would use it as a regular expression.
     """
-    places: dict[str, tuple[int, float]] = {}
-    for place, (key, value) in enumerate(patterns.items()):
+    position_and_value: dict[str, tuple[int, float]] = {}
+    for position, (key, value) in enumerate(patterns.items()):
         for name in plain_names(key):
-            places.setdefault(name, (place, value))
+            position_and_value.setdefault(name, (position, value))
 
     def find(name: str) -> float | None:
-        found = [places[suffix] for suffix in name_suffixes(name) if suffix in places] if places else []
+        suffixes = name_suffixes(name) if position_and_value else []
+        found = [position_and_value[suffix] for suffix in suffixes if suffix in position_and_value]
         return min(found)[1] if found else None
 
     return find
@@ -47,10 +51,14 @@ def match_pattern(patterns: Mapping[str, float]) -> Callable[[str], float | None
 def rank_and_alpha_patterns(
     ranks: Mapping[str, int], alphas: Mapping[str, float], *, rank: int, alpha: float
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """rank_pattern and alpha_pattern, with an entry for each name whose rank or alpha is not the default.
+    """Make rank_pattern and alpha_pattern, with an entry for each name whose rank or alpha is not the default.
+
+    Args:
+        ranks, alphas: The rank and the alpha of every name.
+        rank, alpha: The defaults.
 
     Raises:
-        PlanError: PEFT would find another name's rank or alpha for a name.
+        PlanError: PEFT would use the entry of another name for a name, or cannot have the name as a key.
     """
     not_default = [name for name in ranks if ranks[name] != rank or alphas[name] != alpha]
     rank_pattern = {name: ranks[name] for name in not_default}
@@ -58,18 +66,20 @@ def rank_and_alpha_patterns(
     try:
         rank_of, alpha_of = match_pattern(rank_pattern), match_pattern(alpha_pattern)
     except ValueError as error:
-        raise PlanError(f"a name that PEFT's rank_pattern cannot hold: {error}", hint="--exclude it") from None
+        raise PlanError(
+            f"PEFT's rank_pattern cannot contain a module name: {error}", hint="--exclude the module"
+        ) from None
     for name in ranks:
         found = (rank_of(name) or rank, alpha_of(name) or alpha)
         if found != (ranks[name], alphas[name]):
             raise PlanError(
-                f"PEFT would give {name} the rank and alpha of another module, whose name has the same end",
-                hint="give both the same rank and alpha",
+                f"PEFT would give {name} the rank and alpha of another module, whose name is a suffix of this name",
+                hint="give both modules the same rank and alpha",
             )
     return rank_pattern, alpha_pattern
 
 
-def make_adapter_config(  # noqa: PLR0913  the fields of the file
+def make_adapter_config(  # noqa: PLR0913  one parameter for each field of the file
     *,
     base: str,
     rank: int,
@@ -82,15 +92,20 @@ def make_adapter_config(  # noqa: PLR0913  the fields of the file
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Content of adapter_config.json.
+    """Make the content of adapter_config.json.
 
     Args:
-        base: The residual base, which PEFT's Auto classes load.
-        rank, alpha: The defaults.
-        ranks, alphas: Of every target, by its name in `targets.names`.
+        base: The path or repository of the residual base, from which PEFT's Auto classes load the model.
+        rank, alpha: The default rank and alpha.
+        rslora: Whether the scale is alpha / sqrt(rank).
+        dropout: The dropout of the adapter. It is 0 in the file if there are `target_parameters`.
+        task_type: PEFT's task type, or None.
+        targets: The modules and parameters to adapt.
+        fan_in_fan_out: Whether the modules store their weights as (in, out).
+        ranks, alphas: The rank and alpha of every target, by its name in `targets.names`.
 
     Raises:
-        PlanError: PEFT would find another target's rank or alpha for a target.
+        PlanError: PEFT would use the rank or alpha of another target for a target.
     """
     rank_pattern, alpha_pattern = rank_and_alpha_patterns(ranks, alphas, rank=rank, alpha=alpha)
     return {

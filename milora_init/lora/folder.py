@@ -1,8 +1,8 @@
-"""Read a LoRA folder as PEFT saves it: the factors and the scale of every module.
+"""Read a LoRA folder that PEFT saved: the factors and the scale of every module.
 
-`read_lora` refuses an adapter that holds more than factors (DoRA, biases, retrained modules, ...), because merging or
-converting it without the rest would give another model. The adapter's files do not say how many experts a parameter
-has and which of its tensors' entries belong to which one; the manifest of the base does.
+`read_lora` refuses an adapter that contains more than factors (DoRA, biases, retrained modules, ...), because a merge
+or a conversion without the rest would give another model. The adapter's files do not say how many experts a parameter
+has, nor which rows and columns belong to which expert. This information is in the manifest of the base.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from milora_init.untrusted import read_text
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
-# In the folder of a pair.
+# Paths in the output folder, which contains the base and its initial adapter.
 LORA_FOLDER = "lora"
 LORA_CONFIG = f"{LORA_FOLDER}/{CONFIG_FILE}"
 LORA_WEIGHTS = f"{LORA_FOLDER}/{WEIGHTS_FILE}"
-# Keys of adapter_config.json with which an adapter is more than factors; None, False or empty is off.
-EXTRA_WEIGHT_KEYS = ("modules_to_save", "trainable_token_indices")  # more tensors; the factors mean the same
+# Keys of adapter_config.json that add something to the factors. None, False and empty values switch a key off.
+EXTRA_WEIGHT_KEYS = ("modules_to_save", "trainable_token_indices")  # add tensors and leave the factors unchanged
 UNSUPPORTED_KEYS = (
     *EXTRA_WEIGHT_KEYS, "use_dora", "lora_bias", "layer_replication",
     "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
 )  # fmt: skip
-_TOO_LARGE = 1e9  # for a rank or an alpha
+_RANK_AND_ALPHA_LIMIT = 1e9
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class AdaptedWeight(Protocol):
-    """A weight and the place of its factors, as in a `WeightRecord`."""
+    """A weight and the position of its factors; the attributes are those of `WeightRecord`."""
 
     @property
     def module(self) -> str: ...
@@ -66,7 +66,7 @@ class AdaptedWeight(Protocol):
 
 
 class FactorReader:
-    """Reads factors from an adapter's file. It keeps the last tensors, because the experts of a layer share them."""
+    """Reads factors from an adapter's file. It caches the last tensors, because the experts of a layer share them."""
 
     def __init__(self, path: Path) -> None:
         self._shard = SafetensorsShard(path)
@@ -75,7 +75,7 @@ class FactorReader:
         self._tensors: tuple[Tensor, Tensor] | None = None
 
     def read(self, weight: AdaptedWeight) -> tuple[Tensor, Tensor]:
-        """B (m, R) and A (R, n) of a weight (m, n), see `weight_factors`. Raises CheckpointError."""
+        """Read B (m, R) and A (R, n) of a weight (m, n), see `weight_factors`. Raises CheckpointError."""
         if self._tensors is None or self._key != weight.key:
             A, B = (self._shard.read(lora_key(weight.key, factor)) for factor in "AB")
             self._key, self._tensors = weight.key, (A, B)
@@ -88,7 +88,7 @@ class FactorReader:
 
 @contextmanager
 def open_factors(path: Path) -> Iterator[FactorReader]:
-    """A FactorReader that is closed at the end of the `with` block. Raises CheckpointError."""
+    """Open a FactorReader and close it at the end of the `with` block. Raises CheckpointError."""
     reader = FactorReader(path)
     try:
         yield reader
@@ -97,25 +97,25 @@ def open_factors(path: Path) -> Iterator[FactorReader]:
 
 
 def expected_tensors(records: Iterable[WeightRecord]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the adapter of these weights."""
-    wanted: dict[str, tuple[int, ...]] = {}
+    """The name and shape of every tensor in the adapter for these weights."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for record in records:
         for factor, shape in zip("AB", factor_shapes(record.rank, record.shape, record.expert), strict=True):
-            wanted[lora_key(record.key, factor)] = shape
-    return wanted
+            shapes[lora_key(record.key, factor)] = shape
+    return shapes
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
-    """The factors of a module, which adds scale * B @ A to its weight.
+    """The factors of a module or of a fused parameter. PEFT adds scale * B @ A to its weight.
 
     Attributes:
         name: The name that PEFT looks up in rank_pattern and alpha_pattern.
-        A, B: Names of the tensors. Experts are stacked as in `tensor_layout`.
-        rank: Of one expert, like `shape`.
-        shape: (m, n), of the weight.
+        A, B: The names of the tensors. The factors of experts are stacked, see `tensor_layout`.
+        rank: The rank of the module, or of one expert.
+        shape: The shape (m, n) of the module's weight, or of one expert's matrix.
         scale: The factor of B @ A.
-        experts: How many are stacked; 1 for a plain module.
+        experts: The number of stacked experts; 1 for a module.
     """
 
     name: str
@@ -129,7 +129,14 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter on disk: its config, the header of its weights, and its modules by their key in tensor names."""
+    """A LoRA adapter on disk.
+
+    Attributes:
+        path: The folder.
+        config: The content of adapter_config.json.
+        header: The header of the weights file.
+        modules: The factors by the `key` of `lora_key`.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -138,25 +145,26 @@ class LoraAdapter:
 
     @property
     def weights(self) -> Path:
-        """The file of its weights."""
+        """The path of the weights file."""
         return self.path / WEIGHTS_FILE
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights. Raises CheckpointError."""
+        """The SHA-256 of the weights file. Raises CheckpointError."""
         return sha256(self.weights)
 
 
 def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
-    """Read a LoRA folder's config and header.
+    """Read the config and the header of a LoRA folder.
 
     Args:
         path: The folder.
-        records: The weights of its residual base, from the manifest. An adapter of experts cannot be read without.
+        records: The weights of the adapter's base, from the manifest. They are required if the adapter has factors of
+            experts.
 
     Raises:
-        CheckpointError: A file is missing or damaged, a factor has no partner, or shapes contradict the config.
-        PlanError: The adapter holds more than factors, or factors of experts for which there are no records.
+        CheckpointError: A file is missing or damaged, a module has only one factor, or shapes contradict the config.
+        PlanError: The adapter contains more than factors, or factors of experts without records.
     """
     config = _lora_config(path)
     if not (path / WEIGHTS_FILE).is_file():
@@ -169,29 +177,32 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
         parsed = parse_lora_key(key)
         if not parsed:
             raise PlanError(
-                f"{path / WEIGHTS_FILE}: {key} is not a factor of a Linear, and would be lost",
+                f"{path / WEIGHTS_FILE}: {key} is not a factor of a linear layer, and would be lost",
                 hint="merge with PEFT's merge_and_unload, or train without modules_to_save, bias and embeddings",
             )
         if info.dtype not in _FLOATS or len(info.shape) != 2:
-            raise PlanError(f"{path / WEIGHTS_FILE}: {key} is {info.dtype} {list(info.shape)}, not a floating matrix")
+            raise PlanError(
+                f"{path / WEIGHTS_FILE}: {key} is {info.dtype} {list(info.shape)}, not a floating-point matrix"
+            )
         keys.setdefault(parsed[0], {})[parsed[1]] = key
     if not keys:
-        raise CheckpointError(f"{path / WEIGHTS_FILE} holds no factors", hint="save the adapter again")
+        raise CheckpointError(f"{path / WEIGHTS_FILE} contains no factors", hint="save the adapter again")
     experts = {record.key: record.expert for record in records if record.expert}
-    wrapped = {name.removesuffix(".weight"): name for name in config.get("target_parameters") or ()}
-    unknown = [name for module, name in wrapped.items() if module not in keys]
-    if len(unknown) != len({expert.parameter for expert in experts.values()}):
+    target_parameters = {name.removesuffix(".weight"): name for name in config.get("target_parameters") or ()}
+    # A module that is a target as `<module>.weight` has tensors of its own name. A fused parameter has none.
+    fused = [name for module, name in target_parameters.items() if module not in keys]
+    if len(fused) != len({expert.parameter for expert in experts.values()}):
         raise PlanError(
-            f"{path / CONFIG_FILE}: {unknown[0] if unknown else min(experts)} is a parameter of experts; "
+            f"{path / CONFIG_FILE}: {fused[0] if fused else min(experts)} is a parameter of experts; "
             f"only the manifest of the base says which experts these factors belong to",
-            hint="keep the adapter in the folder that milora-init wrote, beside milora_init.json",
+            hint="keep the adapter in the folder that milora-init wrote, together with milora_init.json",
         )
     rank_of = _pattern_lookup(config, "rank_pattern", "r", path)
     alpha_of = _pattern_lookup(config, "alpha_pattern", "lora_alpha", path)
     modules = {}
     for key, names in keys.items():
         slot = experts.get(key)
-        name = slot.parameter if slot else wrapped.get(key, key)
+        name = slot.parameter if slot else target_parameters.get(key, key)
         rank, shape = _rank_and_shape(path, header, name, names, rank_of(name), slot.count if slot else 1)
         scale = lora_scale(rank, alpha_of(name), rslora=bool(config.get("use_rslora")))
         modules[key] = LoraFactors(name, names["A"], names["B"], rank, shape, scale, slot.count if slot else 1)
@@ -199,15 +210,16 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Content of an adapter_config.json. Raises CheckpointError where it is not a readable JSON object."""
+    """The content of an adapter_config.json. Raises CheckpointError if it is not a readable JSON object."""
     try:
         config = json.loads(read_text(path))
         if not isinstance(config, dict):
-            raise ValueError(f"a {type(config).__name__}")
+            raise ValueError(f"it contains a {type(config).__name__}")
     except OSError as error:
-        inside = path.parent / LORA_FOLDER
-        hint = f"name the adapter in it: {inside}" if (inside / CONFIG_FILE).is_file() else ""
-        hint = hint or f"name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        subfolder = path.parent / LORA_FOLDER
+        hint = f"give the folder that contains {CONFIG_FILE} and {WEIGHTS_FILE}"
+        if (subfolder / CONFIG_FILE).is_file():
+            hint = f"give the adapter inside this folder: {subfolder}"
         raise CheckpointError(f"{path}: {error.strerror}", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -217,10 +229,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _lora_config(path: Path) -> dict[str, Any]:
+    """The config of a LoRA folder that has only factors.
+
+    Raises:
+        CheckpointError: The config cannot be read.
+        PlanError: The adapter is not LoRA, or contains more than factors.
+    """
     config = read_config(path / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise PlanError(
-            f"{path / CONFIG_FILE} does not describe a LoRA adapter", hint="name the folder of a LoRA adapter"
+            f"{path / CONFIG_FILE} does not describe a LoRA adapter", hint="give the folder of a LoRA adapter"
         )
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
@@ -232,7 +250,7 @@ def _lora_config(path: Path) -> dict[str, Any]:
         extra.append(f"bias = {config['bias']!r}")
     if extra:
         raise PlanError(
-            f"{path / CONFIG_FILE}: {', '.join(extra)}: more than two factors per module, and would be lost",
+            f"{path / CONFIG_FILE}: {', '.join(extra)}: these settings add more than factors, and would be lost",
             hint="merge with PEFT's merge_and_unload instead",
         )
     return config
@@ -241,7 +259,19 @@ def _lora_config(path: Path) -> dict[str, Any]:
 def _rank_and_shape(
     path: Path, header: Header, module: str, keys: Mapping[str, str], rank: float, experts: int
 ) -> tuple[int, tuple[int, int]]:
-    """A module's rank, and the shape (m, n) of its weight. Raises CheckpointError unless the tensors agree with it."""
+    """The rank of a module and the shape (m, n) of its weight.
+
+    Args:
+        path: The folder.
+        header: The header of the weights file.
+        module: The module's name, for messages.
+        keys: The names of its tensors, by `A` and `B`.
+        rank: The rank by adapter_config.json.
+        experts: The number of stacked experts; 1 for a module.
+
+    Raises:
+        CheckpointError: A factor is missing, or the shapes contradict the rank.
+    """
     if missing := {"A", "B"} - keys.keys():
         raise CheckpointError(
             f"{path / WEIGHTS_FILE}: {module} has no lora_{missing.pop()}: the adapter is incomplete",
@@ -250,18 +280,29 @@ def _rank_and_shape(
     (a_rank, n), (m, b_rank) = header.tensors[keys["A"]].shape, header.tensors[keys["B"]].shape
     if not a_rank == b_rank == rank * experts:
         raise CheckpointError(
-            f"{path / WEIGHTS_FILE}: {module} has A {[a_rank, n]} and B {[m, b_rank]}, {CONFIG_FILE} says rank {rank}",
+            f"{path / WEIGHTS_FILE}: {module} has A {[a_rank, n]} and B {[m, b_rank]}, {CONFIG_FILE} gives rank {rank}",
             hint="save the adapter and its config again, together",
         )
     return int(rank), (m, n)
 
 
 def _pattern_lookup(config: Mapping[str, Any], pattern: str, default: str, path: Path) -> Callable[[str], float]:
-    """A function that finds a module's rank or alpha as PEFT does. Both raise CheckpointError."""
+    """A function that finds the rank or the alpha of a module as PEFT does.
+
+    Args:
+        config: The content of adapter_config.json.
+        pattern: `rank_pattern` or `alpha_pattern`.
+        default: The key of the default value.
+        path: The folder, for messages.
+
+    Raises:
+        CheckpointError: The pattern cannot be used. The returned function raises it for a value that is no positive
+            number.
+    """
     try:
-        found = match_pattern(config.get(pattern) or {})
+        find_in_pattern = match_pattern(config.get(pattern) or {})
     except ValueError as error:
-        hint = "use the modules' names as keys, as milora-init does"
+        hint = "use module names as keys, as milora-init does"
         raise CheckpointError(f"{path / CONFIG_FILE}: {pattern}: {error}", hint=hint) from None
     except AttributeError:
         raise CheckpointError(
@@ -269,9 +310,9 @@ def _pattern_lookup(config: Mapping[str, Any], pattern: str, default: str, path:
         ) from None
 
     def find(module: str) -> float:
-        value = found(module)
+        value = find_in_pattern(module)
         value = config.get(default) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _TOO_LARGE:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _RANK_AND_ALPHA_LIMIT:
             what = f"{default} or {pattern} gives {module} the value {str(value)[:80]}, not a positive number"
             raise CheckpointError(f"{path / CONFIG_FILE}: {what}", hint="save the adapter again")
         return float(value)

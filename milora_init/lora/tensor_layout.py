@@ -1,9 +1,10 @@
-"""PEFT's layout of adapter tensors: one pair of factors per module, one stacked pair for all experts of a layer.
+"""Convert between the factors of single weights and the adapter tensors that PEFT reads.
 
-A module has A (r, n) and B (m, r). The experts of a layer are one parameter (experts, m, n), and their factors are
-stacked as PEFT's ParamWrapper expects: A is (experts * r, n), expert after expert; B is (m, r * experts), and column
-j * experts + e is column j of expert e. Where a parameter stacks two matrices along m (gate and up), its rank is the
-sum of both ranks, A has the rows of both, and B is block-diagonal.
+A module has one pair of factors, A (r, n) and B (m, r), which are stored unchanged. The experts of a layer are one
+parameter (experts, m, n), and PEFT's ParamWrapper expects their factors stacked. A is (experts * r, n), and its row
+e * r + j is row j of expert e. B is (m, r * experts), and its column j * experts + e is column j of expert e. If the
+parameter stacks two matrices of each expert along m (gate and up), its rank is the sum of both ranks, A has the rows of
+both, and B is block-diagonal.
 """
 
 from __future__ import annotations
@@ -22,40 +23,42 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 def lora_key(key: str, factor: str) -> str:
-    """PEFT's name for the tensor of factor `A` or `B`.
+    """The name of an adapter tensor in PEFT.
 
-    `key` is the module's name. For a parameter of experts it is the name of its owner, with `.base_layer` for each
-    parameter of the same owner that PEFT wraps later.
+    Args:
+        key: The module's name. For a fused parameter it is the name of the module that owns the parameter, followed by
+            `.base_layer` for each parameter of the same module that PEFT wraps later.
+        factor: `A` or `B`.
     """
     return f"base_model.model.{key}.lora_{factor}.weight"
 
 
 def parse_lora_key(name: str) -> tuple[str, str] | None:
-    """The arguments of `lora_key` that give this name; None for a tensor that is not a factor."""
+    """The arguments (key, factor) for which `lora_key` returns this name; None if the tensor is not a factor."""
     match = _KEY.fullmatch(name)
     return (match[1], match[2]) if match else None
 
 
 def stacked_shapes(rank: int, shape: tuple[int, int], experts: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the tensors A and B for `experts` matrices (m, n) of one rank; of a plain module `experts` is 1."""
+    """The shapes of the tensors A and B for `experts` matrices (m, n) of one rank. For a module, `experts` is 1."""
     m, n = shape
     return (experts * rank, n), (m, rank * experts)
 
 
 def stack_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The tensors A (experts * r, n) and B (m, r * experts) out of A (experts, r, n) and B (experts, m, r)."""
+    """The adapter tensors A (experts * r, n) and B (m, r * experts), from A (experts, r, n) and B (experts, m, r)."""
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1, 2)
 
 
 def unstack_factors(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The factors A (experts, r, n) and B (experts, m, r) out of an adapter's tensors, as views."""
+    """Views A (experts, r, n) and B (experts, m, r) of the adapter tensors; the inverse of `stack_factors`."""
     return A.reshape(experts, -1, A.shape[1]), B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
 
 
 def factor_shapes(
     rank: int, shape: tuple[int, int], expert: ExpertSlot | None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the tensors A and B that hold the factors of a weight (m, n) at its rank."""
+    """The shapes of the tensors A and B that contain the factors of a weight (m, n) of this rank."""
     if expert is None:
         return stacked_shapes(rank, shape, 1)
     m, n = shape
@@ -63,20 +66,20 @@ def factor_shapes(
 
 
 def weight_factors(A: Tensor, B: Tensor, rows: int, expert: ExpertSlot | None) -> tuple[Tensor, Tensor]:
-    """The factors of one weight (rows, n) out of an adapter's tensors: B (rows, R) and A (R, n), as views.
+    """Views B (rows, R) and A (R, n) of the adapter tensors: the factors of one weight (rows, n).
 
-    R is the weight's rank; for stacked matrices it is the sum of their ranks, because training fills B outside its
-    diagonal blocks.
+    R is the weight's rank. If matrices are stacked along m, R is the sum of their ranks, because training changes B
+    outside the diagonal blocks too.
     """
     if expert is None:
         return B, A
     A_experts, B_experts = unstack_factors(A, B, expert.count)
-    top = expert.part * rows
-    return B_experts[expert.index, top : top + rows], A_experts[expert.index]
+    first = expert.part * rows
+    return B_experts[expert.index, first : first + rows], A_experts[expert.index]
 
 
 def store_expert_factors(A: Tensor, B: Tensor, own_A: Tensor, own_B: Tensor, expert: ExpertSlot) -> None:
-    """Write the factors of one expert's weight, own_A (r, n) and own_B (m, r), into its layer's A and B."""
+    """Write the factors own_A (r, n) and own_B (m, r) of one expert's weight into the layer's tensors A and B."""
     rank, rows = own_A.shape[0], own_B.shape[0]
     expert_B, expert_A = weight_factors(A, B, rows, expert)
     first = expert.part * rank
@@ -85,13 +88,13 @@ def store_expert_factors(A: Tensor, B: Tensor, own_A: Tensor, own_B: Tensor, exp
 
 
 def initial_block(B: Tensor, A: Tensor, rank: int, expert: ExpertSlot | None) -> tuple[Tensor, Tensor]:
-    """The block of `weight_factors` that was not zero before training: B (m, rank) and A (rank, n)."""
+    """The part of the result of `weight_factors` that was not zero before training: B (m, rank) and A (rank, n)."""
     first = expert.part * rank if expert else 0
     return B[:, first : first + rank], A[first : first + rank]
 
 
 def adapter_header(weights: Iterable[tuple[str, int, Adaptable]]) -> Header:
-    """Header of the adapter's file, in float32, for each (key, rank, weight); the experts of a layer share a key."""
+    """The header of the adapter's file, in float32, from (key, rank, weight). The experts of a layer share one key."""
     tensors: dict[str, tuple[int, int]] = {}
     for key, rank, weight in weights:
         A, B = factor_shapes(rank, weight.shape, weight.expert)

@@ -1,17 +1,17 @@
 """Find the weights of a model that PEFT can adapt.
 
-Tensor names in a checkpoint are not the module names of the model: transformers renames while it loads (prefixes are
-added or removed, experts are fused, `embed_out` becomes `lm_head`). An adapter names modules. So the model is built on
-the meta device, and `meta_model` says which tensors fill which parameter.
+An adapter names modules, and a checkpoint names tensors. These names differ, because transformers renames tensors while
+it loads them: it adds or removes prefixes, fuses experts, and turns `embed_out` into `lm_head`. Therefore the model is
+built on the meta device, and `meta_model` finds the tensors that fill each parameter.
 
-Every module that cannot be adapted has a recorded reason. PEFT can wrap a module only if calling the module computes x
-@ W.T, so each candidate is called once on the meta device, and the model itself must call it too.
+PEFT can adapt a module only if a call of the module computes x @ W.T. Therefore each candidate is called once on the
+meta device, and the model's own forward pass must call it too. A module that cannot be adapted gets a recorded reason.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,23 +27,32 @@ from milora_init.model import meta_model
 from milora_init.model.meta_model import ParameterSource
 
 EXPERTS = "experts"
-# What PEFT takes for the names that experts had before transformers 5 fused them, and turns into the fused ones.
-_FORMER_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
-_MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})  # whose out_proj PEFT refuses
-_FUSIONS: Mapping[tuple[str, ...], int] = {("MergeModulelist(0)",): 1, ("MergeModulelist(0)", "Concatenate(1)"): 2}
+# Names that expert layers had before transformers 5 fused them. PEFT maps a target with such a name to the fused
+# parameter, even if the target is an ordinary module.
+_LEGACY_EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
+# PEFT refuses to adapt the out_proj of these model types.
+_MAMBA_MODEL_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+# How transformers may fuse experts, and the number of matrices that each expert then has.
+_PARTS_BY_FUSION: Mapping[tuple[str, ...], int] = {
+    ("MergeModulelist(0)",): 1,
+    ("MergeModulelist(0)", "Concatenate(1)"): 2,
+}
+_NO_TENSOR = "filled by no tensor of the checkpoint"
+_SEVERAL_TENSORS = "built from several tensors when transformers loads the model"
+_ONE_MODEL_HINT = "config.json and the weights are of different models: use the files of one model"
 
 
 @dataclass(frozen=True, slots=True)
 class Adaptable:
-    """A weight that an adapter can stand beside.
+    """A weight that an adapter can be added to.
 
     Attributes:
-        module: Its module, as PEFT names it; for an expert's, a name of its own.
-        tensor: Its name on disk.
-        shape: (out, in), whichever way it is stored.
-        transposed: Stored as (in, out), as GPT-2's Conv1D does.
-        row: Its place in the first dimension of a tensor that holds one for every expert; None for a tensor of its own.
-        expert: Its place in the fused parameter, None for a module's weight.
+        module: The module's name in PEFT. One expert is no module; its name here is unique, but PEFT does not know it.
+        tensor: The tensor's name on disk.
+        shape: (out, in), also if the tensor is stored as (in, out).
+        transposed: Whether the tensor is stored as (in, out), as in GPT-2's Conv1D.
+        row: The index in the first dimension, if the tensor holds one matrix for each expert; else None.
+        expert: The position in the fused parameter; None for the weight of a module.
     """
 
     module: str
@@ -55,33 +64,34 @@ class Adaptable:
 
     @property
     def target(self) -> str:
-        """What PEFT is told to adapt: the module, or the fused parameter."""
+        """The name that PEFT gets as a target: the module, or the fused parameter."""
         return self.expert.parameter if self.expert else self.module
 
     @property
     def suffix(self) -> str:
-        """The part of its name that all layers share."""
+        """The end of the name, which is the same in all layers."""
         return self.expert.suffix if self.expert else self.module.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStructure:
-    """What a checkpoint's model is made of.
+    """The modules of a checkpoint's model, and which of them can be adapted.
 
     Attributes:
         architecture: The class that config.json names.
-        task_type: PEFT's task type for it, None where PEFT has none that fits every use.
-        task_types: Those with which PEFT takes an adapter of this class.
-        modules: Every module name, in the model's order: what PEFT will match targets against.
-        adaptable: The modules' weights that can be adapted, by module name.
-        experts: The experts' weights that can be adapted, by the name of the fused parameter.
-        refused: Modules and parameters that look adaptable and are not, with the reason.
-        heads: Adaptable modules that `all-linear` leaves out: the task heads.
-        towers: Models inside the model that see or hear, which a target must name to adapt them.
-        as_parameters: Last parts of module names that PEFT, on this kind of model, takes for experts'. Such a module
-            can be adapted only as the parameter `<module>.weight`.
-        other_class: A class that is built of the same config.json by AutoModelForCausalLM, or without it, and lacks
-            modules of these names; empty where there is none.
+        task_type: PEFT's task type for this class; None if no type fits every use of the class.
+        task_types: All task types with which PEFT can load an adapter for this class.
+        modules: Every module name, in the model's order. PEFT matches targets against these names.
+        adaptable: The module weights that can be adapted, by module name.
+        experts: The expert weights that can be adapted, by the name of the fused parameter.
+        refused: Reasons by the name of a module or parameter that cannot be adapted. Each completes "NAME is ...".
+        heads: Adaptable modules that `all-linear` does not select: the task heads.
+        towers: Vision and audio models inside the model. A target adapts their modules only if it names the tower.
+        legacy_expert_names: Last parts of module names that PEFT, for this model type, maps to fused experts. Such a
+            module can be adapted only as the parameter `<module>.weight`.
+        other_class: A second class that can be built from the same config.json, and in which the adapted modules have
+            other names. With `text_only` it is the class in config.json, else the class that AutoModelForCausalLM
+            builds. Empty if there is none.
     """
 
     architecture: str
@@ -93,288 +103,334 @@ class ModelStructure:
     refused: Mapping[str, str]
     heads: frozenset[str]
     towers: tuple[str, ...]
-    as_parameters: frozenset[str]
+    legacy_expert_names: frozenset[str]
     other_class: str = ""
 
 
-def read_structure(  # noqa: PLR0913  what is known of a checkpoint
+def read_structure(  # noqa: PLR0913  each parameter is one fact about the checkpoint
     folder: Path,
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     packed: Mapping[str, str] = {},
-    unfilled: Collection[str] = (),
+    missing_tensors: Collection[str] = (),
     trust_remote_code: bool = False,
     text_only: bool = False,
 ) -> ModelStructure:
     """Build the model on the meta device and find the module of every tensor.
 
     Args:
-        folder: A folder that holds config.json.
+        folder: A folder that contains config.json.
         config: The content of config.json.
-        shapes: Shape of every tensor of the checkpoint, by its name on disk.
-        packed: Tensors that look quantised, and how they do.
-        unfilled: Names of tensors that an index promises and no file has.
-        trust_remote_code: Run the code in the folder if config.json names it.
-        text_only: Take the class that AutoModelForCausalLM builds, not the one that config.json names.
+        shapes: The shape of every tensor of the checkpoint, by its name on disk.
+        packed: Tensors that look quantised, with a description of each.
+        missing_tensors: Tensors that the index lists and no file contains.
+        trust_remote_code: Run the code in the folder if config.json refers to it.
+        text_only: Build the class that AutoModelForCausalLM chooses, not the class in config.json.
 
     Raises:
-        CheckpointError: config.json names no class that transformers has, or is quantised, or the tensors are not
-            this class's, or the model wants one that is unfilled.
-        PlanError: `text_only`, and AutoModelForCausalLM has no text-only class for it.
+        CheckpointError: config.json names no class of transformers, or describes a quantised model; or the tensors do
+            not fit this class; or the class needs a missing tensor.
+        PlanError: `text_only` is set, but AutoModelForCausalLM has no text-only class for this config.json.
     """
     _refuse_quantised(config)
     _refuse_more_layers_than_tensors(folder, config, len(shapes))
     model = meta_model.build_meta_model(folder, config, trust_remote_code=trust_remote_code, text_only=text_only)
-    homes = meta_model.parameter_sources(model, shapes)
-    if not homes:
+    architecture = type(model).__name__
+    sources = meta_model.parameter_sources(model, shapes)
+    if not sources:
         raise CheckpointError(
-            f"{folder}: no tensor belongs to {type(model).__name__}, which config.json names; "
-            f"the first is {next(iter(shapes), None)}",
-            hint="config.json and the weights are of different models",
+            f"{folder}: no tensor belongs to {architecture}, the class in config.json; "
+            f"the first tensor is {next(iter(shapes), None)}",
+            hint=_ONE_MODEL_HINT,
         )
-    _refuse_packed(model, homes, shapes, packed)
-    if wanted := meta_model.wanted(model, homes, unfilled):
+    _refuse_packed(model, sources, shapes, packed)
+    if needed := meta_model.needed_tensors(model, sources, missing_tensors):
         raise CheckpointError(
-            f"{folder}: the index names {wanted[0]}, which its file lacks and {type(model).__name__} needs",
+            f"{folder}: the index names {needed[0]}, which {architecture} needs, but its file does not contain it",
             hint=REFETCH,
         )
-    modules = dict(model.named_modules())
-    why_not = _Objections(model)
-    packed_as = {tensor.rpartition(".")[0]: f"{what}: it is stored as {tensor}" for tensor, what in packed.items()}
+    adaptable, refused_modules = _find_modules(model, sources, shapes, packed)
+    experts, refused_experts = _find_experts(model, sources, shapes)
+    towers = tuple(meta_model.find_towers(model))
+    other = _build_class_in_config(folder, config, trust_remote_code) if text_only else _build_auto_class(model)
+    adapted = [*adaptable, *(name.rpartition(".")[0] for name in experts)]
+    return ModelStructure(
+        architecture=architecture,
+        task_type=_task_type(model),
+        task_types=_task_types(model),
+        modules=tuple(name for name, _ in model.named_modules() if name),
+        adaptable=adaptable,
+        experts=experts,
+        refused=refused_modules | refused_experts,
+        heads=frozenset(name for name in adaptable if name in ("score", "classifier", "qa_outputs")),
+        towers=towers,
+        legacy_expert_names=_LEGACY_EXPERT_NAMES if meta_model.fuses_experts(model) else frozenset(),
+        other_class="" if other is None or _has_modules(other, adapted, towers) else type(other).__name__,
+    )
+
+
+def _find_modules(
+    model: nn.Module,
+    sources: Mapping[str, ParameterSource],
+    shapes: Mapping[str, tuple[int, ...]],
+    packed: Mapping[str, str],
+) -> tuple[dict[str, Adaptable], dict[str, str]]:
+    """The modules whose weights can be adapted, and the reasons for those that cannot.
+
+    Raises:
+        CheckpointError: A tensor has another shape than the module's weight.
+    """
+    reasons = _RefusalReasons(model)
+    packed_modules = {tensor.rpartition(".")[0]: f"{what}: it is stored as {tensor}" for tensor, what in packed.items()}
     adaptable: dict[str, Adaptable] = {}
     refused: dict[str, str] = {}
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not name or not isinstance(weight, nn.Parameter):
             continue
         if weight.dim() > 2:
             refused[name] = f"a {type(module).__name__}, not a linear layer"
             continue
-        home = homes.get(f"{name}.weight", ParameterSource())
-        if reason := why_not(name, module) or _not_one_tensor(home, packed_as.get(name, "")):
+        source = sources.get(f"{name}.weight", ParameterSource())
+        if reason := reasons.find(name, module) or _not_one_tensor(source, packed_modules.get(name, "")):
             refused[name] = reason
         else:
-            _require_shape(home.tensors[0], shapes, tuple(weight.shape))
-            adaptable[name] = Adaptable(name, home.tensors[0], _out_in(module), _is_conv1d(module))
+            _require_shape(source.tensors[0], shapes, tuple(weight.shape))
+            adaptable[name] = Adaptable(name, source.tensors[0], _out_in(module), _is_conv1d(module))
+    return adaptable, refused
+
+
+def _find_experts(
+    model: nn.Module, sources: Mapping[str, ParameterSource], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[Adaptable, ...]], dict[str, str]]:
+    """The fused parameters whose experts can be adapted, and the reasons for those that cannot.
+
+    Raises:
+        CheckpointError: A tensor has another shape than its part of the parameter.
+    """
+    modules = dict(model.named_modules())
     experts: dict[str, tuple[Adaptable, ...]] = {}
+    refused: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         owner = modules[name.rpartition(".")[0]]
-        if parameter.dim() != 3 or not _holds_experts(name, owner):
+        if parameter.dim() != 3 or not _is_expert_parameter(name, owner):
             continue
-        found = _experts(name, parameter, owner, homes.get(name, ParameterSource()), shapes)
+        found = _expert_weights(name, parameter, owner, sources.get(name, ParameterSource()), shapes)
         if isinstance(found, str):
             refused[name] = found
         else:
             experts[name] = found
-    towers = tuple(meta_model.towers(model))
-    other = _by_class_of_config(folder, config, trust_remote_code) if text_only else _by_auto_class(model)
-    names = [*adaptable, *(name.rpartition(".")[0] for name in experts)]
-    return ModelStructure(
-        architecture=type(model).__name__,
-        task_type=_task_type(model),
-        task_types=_task_types(model),
-        modules=tuple(name for name in modules if name),
-        adaptable=adaptable,
-        experts=experts,
-        refused=refused,
-        heads=frozenset(name for name in adaptable if name in ("score", "classifier", "qa_outputs")),
-        towers=towers,
-        as_parameters=_FORMER_EXPERTS if meta_model.fuses_experts(model) else frozenset(),
-        other_class="" if other is None or _has(other, names, towers) else type(other).__name__,
-    )
+    return experts, refused
 
 
-def _by_class_of_config(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> nn.Module | None:
-    with suppress(CheckpointError):  # what cannot be built cannot be loaded either, and says so
+def _build_class_in_config(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> nn.Module | None:
+    """The model of the class in config.json; None if it cannot be built, because then nobody can load it by mistake."""
+    with suppress(CheckpointError):
         return meta_model.build_meta_model(folder, config, trust_remote_code=trust_remote_code)
     return None
 
 
-def _by_auto_class(model: nn.Module) -> nn.Module | None:
-    """What AutoModelForCausalLM builds of a model's config, where somebody may load it so and get another class."""
+def _build_auto_class(model: nn.Module) -> nn.Module | None:
+    """The model that AutoModelForCausalLM builds from the model's config, if it is of another class; else None.
+
+    Encoder-decoder models and masked language models are excluded: they are not loaded with AutoModelForCausalLM.
+    """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     config: Any = model.config
     cls = meta_model.causal_class(config)
-    never_so_loaded = getattr(config, "is_encoder_decoder", False) or type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    if cls is not None and cls is not type(model) and not never_so_loaded:
-        with suppress(Exception):  # as above
-            return meta_model.causal_model(config)
+    is_not_causal = getattr(config, "is_encoder_decoder", False) or type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    if cls is not None and cls is not type(model) and not is_not_causal:
+        with suppress(Exception):  # nobody can load by mistake what cannot be built
+            return meta_model.build_causal_model(config)
     return None
 
 
-def _has(model: nn.Module, names: Iterable[str], towers: tuple[str, ...]) -> bool:
-    """Whether a model has all modules of these names, those inside `towers` left aside."""
+def _has_modules(model: nn.Module, names: Iterable[str], towers: tuple[str, ...]) -> bool:
+    """Whether the model has all modules of these names, not counting those inside `towers`."""
     own = {name for name, _ in model.named_modules()}
     return all(name in own or name.startswith(tuple(f"{tower}." for tower in towers)) for name in names)
 
 
-class _Objections:
-    """Why a module of a model cannot be adapted, empty if it can; see what each looks at."""
+class _RefusalReasons:
+    """Finds the reason why a module of a model cannot be adapted."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._owners: dict[int, list[str]] = {}
+        self._names_by_parameter: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._owners.setdefault(id(parameter), []).append(name)
-        self._head = _output_head(model)
-        self._never_called = meta_model.uncalled_modules(model)
-        holds_experts = any(_are_experts(name, module) for name, module in model.named_modules())
-        self._choosing = meta_model.choosing(model) if holds_experts else set()
-        self._mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS
+            self._names_by_parameter.setdefault(id(parameter), []).append(name)
+        self._output_head = _output_head(model)
+        self._uncalled = meta_model.uncalled_modules(model)
+        has_experts = any(_is_expert_module(name, module) for name, module in model.named_modules())
+        self._routers = meta_model.routing_modules(model) if has_experts else set()
+        self._is_mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_MODEL_TYPES
 
-    def __call__(self, name: str, module: nn.Module) -> str:
+    def find(self, name: str, module: nn.Module) -> str:
+        """The reason, as a text that completes "NAME is ..."; empty if the module can be adapted."""
         parent = self._model.get_submodule(name.rpartition(".")[0])
         if not isinstance(module, nn.Linear) and not _is_conv1d(module):
             return f"a {type(module).__name__}, not a linear layer"
-        if isinstance(parent, nn.MultiheadAttention) or name in self._never_called:
-            return f"read by its parent, a {type(parent).__name__}, and never called"
-        if not _computes_a_product(module):
+        if isinstance(parent, nn.MultiheadAttention) or name in self._uncalled:
+            return f"never called: its parent, a {type(parent).__name__}, reads the weight directly"
+        if not _computes_linear_product(module):
             return f"a {type(module).__name__}, which does not compute x @ W.T"
-        if module is self._head:
+        if module is self._output_head:
             return "the output head"
-        if others := [o for o in self._owners[id(module.weight)] if o != f"{name}.weight"]:
-            return f"tied to {others[0]}"
-        if name in self._choosing or self._routes(name, module):
+        if tied := [other for other in self._names_by_parameter[id(module.weight)] if other != f"{name}.weight"]:
+            return f"tied to {tied[0]}"
+        if name in self._routers or self._has_router_shape(name, module):
             return "a router: it chooses experts"
-        if any("router" in f"{own} {type(inner).__name__}".lower() for own, inner in self._around(name)):
+        if any("router" in f"{part} {type(outer).__name__}".lower() for part, outer in self._with_parents(name)):
             return "a part of a router"
-        if self._mamba and name.rpartition(".")[2] == "out_proj":
-            return "the out_proj of a Mamba mixer, whose weight is read past an adapter"
+        if self._is_mamba and name.rpartition(".")[2] == "out_proj":
+            return "the out_proj of a Mamba mixer, which reads the weight directly and would ignore an adapter"
         return ""
 
-    def _around(self, name: str) -> Iterator[tuple[str, nn.Module]]:
-        """A module and those around it, outward to the next whole model."""
+    def _with_parents(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        """The last part of the name, and the module, of a module and of each of its parents, the module first.
+
+        Stops before the first module that is a whole transformers model.
+        """
         while name and not hasattr(module := self._model.get_submodule(name), "config_class"):
             yield name.rpartition(".")[2], module
             name = name.rpartition(".")[0]
 
-    def _routes(self, name: str, module: nn.Module) -> bool:
-        """Whether a linear layer of a block with experts has one output for each of them, or one for all.
+    def _has_router_shape(self, name: str, module: nn.Module) -> bool:
+        """Whether the number of outputs of a linear layer, and its place near experts, are those of a router.
 
-        As many outputs as there are experts mean something only where no module of the block was seen to choose, and
-        farther from the experts than beside them only in a gate.
+        With one output it is the gate of a shared expert. With one output for each expert it is a router, unless the
+        forward pass showed that another module of the block is the router. If the layer is not a sibling of the
+        experts, it must also be called a gate, or be inside one.
         """
-        rows, beside, gate = _out_in(module)[0], True, False
-        for own, inner in self._around(name):
-            if own.isdigit() and not beside:  # a layer: what is around it holds other layers' experts
+        outputs, is_sibling, is_gate = _out_in(module)[0], True, False
+        for part, outer in self._with_parents(name):
+            if part.isdigit() and not is_sibling:  # a whole layer: outside it are the experts of other layers
                 return False
-            words = own.split("_")  # a gate_proj is half of a gated MLP
-            named = "gate" in words and "proj" not in words
-            gate = gate or named or type(inner).__name__.endswith(("Gate", "Gating"))
+            words = part.split("_")
+            has_gate_name = "gate" in words and "proj" not in words  # gate_proj belongs to a gated MLP
+            is_gate = is_gate or has_gate_name or type(outer).__name__.endswith(("Gate", "Gating"))
             name = name.rpartition(".")[0]
             children = self._model.get_submodule(name).named_children()
-            experts = [child for child_name, child in children if _are_experts(child_name, child)]
-            if experts and rows == 1:
+            experts = [child for child_name, child in children if _is_expert_module(child_name, child)]
+            if experts and outputs == 1:
                 return True
-            if experts and (beside or gate) and rows in _counts(experts):
-                return not any(chooser.startswith(f"{name}.") for chooser in self._choosing)
-            beside = False
+            if experts and (is_sibling or is_gate) and outputs in _expert_counts(experts):
+                return not any(router.startswith(f"{name}.") for router in self._routers)
+            is_sibling = False
         return False
 
 
 def _refuse_packed(
     model: nn.Module,
-    homes: Mapping[str, ParameterSource],
+    sources: Mapping[str, ParameterSource],
     shapes: Mapping[str, tuple[int, ...]],
     packed: Mapping[str, str],
 ) -> None:
+    """Raise CheckpointError if a tensor looks quantised and has another shape than the parameter that it fills."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in homes.keys() & parameters.keys():
-        for tensor in homes[name].tensors:
-            if tensor in packed and not homes[name].operations and shapes[tensor] != tuple(parameters[name].shape):
+    for name in sources.keys() & parameters.keys():
+        for tensor in sources[name].tensors:
+            shape = tuple(parameters[name].shape)
+            if tensor in packed and not sources[name].operations and shapes[tensor] != shape:
                 raise CheckpointError(
-                    f"{tensor} is {packed[tensor]}: {list(shapes[tensor])} on disk, {list(parameters[name].shape)} in "
+                    f"{tensor} is {packed[tensor]}: its shape is {list(shapes[tensor])} on disk and {list(shape)} in "
                     "the model, and config.json has no quantization_config",
                     hint="start from the unquantised checkpoint, or dequantise it and save it again",
                 )
 
 
-def _not_one_tensor(home: ParameterSource, packed_as: str) -> str:
-    if not home.tensors:
-        return packed_as or "no tensor of the checkpoint fills it"
-    if home.operations or len(home.tensors) > 1:
-        return "transformers builds it from several tensors while loading"
-    return ""
+def _not_one_tensor(source: ParameterSource, packed_reason: str) -> str:
+    """The reason if a weight is not exactly one tensor on disk, else empty."""
+    if not source.tensors:
+        return packed_reason or _NO_TENSOR
+    return _SEVERAL_TENSORS if source.operations or len(source.tensors) > 1 else ""
 
 
 def _require_shape(tensor: str, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> None:
     if shapes[tensor] != shape:
         raise CheckpointError(
-            f"{tensor} is {list(shapes[tensor])} on disk, config.json makes it {list(shape)}",
-            hint="config.json and the weights are of different models",
+            f"{tensor} has shape {list(shapes[tensor])} on disk, but {list(shape)} by config.json",
+            hint=_ONE_MODEL_HINT,
         )
 
 
-def _holds_experts(parameter: str, owner: nn.Module) -> bool:
-    return _called_experts(parameter) or type(owner).__name__.endswith("Experts")
+def _is_expert_parameter(parameter: str, owner: nn.Module) -> bool:
+    return _is_named_experts(parameter) or type(owner).__name__.endswith("Experts")
 
 
-def _called_experts(parameter: str) -> bool:
+def _is_named_experts(parameter: str) -> bool:
     return EXPERTS in parameter.split(".")[-2:]
 
 
-def _experts(
-    name: str, parameter: nn.Parameter, owner: nn.Module, home: ParameterSource, shapes: Mapping[str, tuple[int, ...]]
+def _expert_weights(
+    name: str, parameter: nn.Parameter, owner: nn.Module, source: ParameterSource, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Adaptable, ...] | str:
-    """The matrices of a fused parameter, or why they cannot be adapted."""
+    """The matrices of a fused parameter, or the reason why they cannot be adapted."""
     count, *matrix = parameter.shape
-    # PEFT takes (count, out, in), unless the module says that it holds (count, in, out).
+    # PEFT expects (count, out, in), unless the module declares that it stores (count, in, out).
     transposed = bool(getattr(owner, "is_transposed", False))
     rows, columns = reversed(matrix) if transposed else matrix
-    if not _called_experts(name):
-        return f"of a {type(owner).__name__} that is not called `{EXPERTS}`"
+    if not _is_named_experts(name):
+        return f"a parameter of a {type(owner).__name__} whose name is not `{EXPERTS}`"
     if count < 2:
-        return "a single expert, which PEFT takes for a plain layer"
-    if not home.tensors:
-        return "no tensor of the checkpoint fills it"
-    if not home.operations:
-        if len(home.tensors) > 1:
-            return "transformers builds it from several tensors while loading"
-        (tensor,) = home.tensors
+        return "a single expert, which PEFT treats as an ordinary layer"
+    if not source.tensors:
+        return _NO_TENSOR
+    if not source.operations:
+        if len(source.tensors) > 1:
+            return _SEVERAL_TENSORS
+        (tensor,) = source.tensors
         _require_shape(tensor, shapes, tuple(parameter.shape))
         return tuple(
             Adaptable(f"{name}[{e}]", tensor, (rows, columns), transposed, e, ExpertSlot(name, e, count, 0, 1))
             for e in range(count)
         )
-    if _FUSIONS.get(home.operations) != len(home.parts) or transposed:
-        return f"fused by {', '.join(home.operations)}, which milora-init does not know"
+    if _PARTS_BY_FUSION.get(source.operations) != len(source.parts) or transposed:
+        return f"fused by {', '.join(source.operations)}, which milora-init does not support"
     found = []
-    for part, tensors in enumerate(home.parts):
-        numbers = [re.findall(r"\d+", tensor) for tensor in tensors]
-        running = [place for place in zip(*numbers, strict=True) if len(set(place)) > 1] if tensors else []
-        if len(tensors) != count or running != [tuple(str(e) for e in range(count))]:
-            return f"the checkpoint has not all of its {count} experts, or numbers them in another way"
+    for part, tensors in enumerate(source.parts):
+        if len(tensors) != count or not _are_numbered_from_0(tensors):
+            return f"incomplete: the checkpoint does not have all of its {count} experts, numbered from 0"
         for e, tensor in enumerate(tensors):
-            shape = (rows // len(home.parts), columns)
+            shape = (rows // len(source.parts), columns)
             _require_shape(tensor, shapes, shape)
-            place = ExpertSlot(name, e, count, part, len(home.parts))
-            found.append(Adaptable(tensor.removesuffix(".weight"), tensor, shape, False, None, place))
+            slot = ExpertSlot(name, e, count, part, len(source.parts))
+            found.append(Adaptable(tensor.removesuffix(".weight"), tensor, shape, False, None, slot))
     return tuple(found)
 
 
-def _computes_a_product(module: nn.Module) -> bool:
+def _are_numbered_from_0(tensors: Sequence[str]) -> bool:
+    """Whether exactly one number differs between these names, and it counts 0, 1, 2, ... in their order."""
+    numbers = [re.findall(r"\d+", tensor) for tensor in tensors]
+    differing = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
+    return differing == [tuple(str(e) for e in range(len(tensors)))]
+
+
+def _computes_linear_product(module: nn.Module) -> bool:
+    """Whether the module, called with (2, in) on the meta device, returns one tensor (2, out)."""
     out_features, in_features = _out_in(module)
     try:
         with torch.no_grad():
             result = module(torch.empty(2, in_features, device="meta", dtype=torch.bfloat16))
         return isinstance(result, torch.Tensor) and result.shape == (2, out_features)
-    except Exception:  # a router may raise anything when called as a linear layer
+    except Exception:  # a router may raise any error when it is called as a linear layer
         return False
 
 
-def _are_experts(name: str, module: nn.Module) -> bool:
+def _is_expert_module(name: str, module: nn.Module) -> bool:
     return EXPERTS in name.rpartition(".")[2].split("_") or type(module).__name__.endswith("Experts")
 
 
-def _counts(groups: Iterable[nn.Module]) -> set[int]:
-    """How many experts each group holds."""
-    counts = {len(group) for group in groups if isinstance(group, (nn.ModuleList, nn.ModuleDict))}
-    return counts | {p.shape[0] for group in groups for p in group.parameters(recurse=False) if p.dim() == 3}
+def _expert_counts(modules: Iterable[nn.Module]) -> set[int]:
+    """The numbers of experts that these modules contain, as lists of modules or as fused parameters."""
+    counts = {len(module) for module in modules if isinstance(module, (nn.ModuleList, nn.ModuleDict))}
+    return counts | {p.shape[0] for module in modules for p in module.parameters(recurse=False) if p.dim() == 3}
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:
+    """The shape (out, in) of a module's weight, also if it is stored as (in, out)."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     rows, columns = weight.shape
@@ -396,7 +452,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _task_type(model: nn.Module) -> str | None:
-    # Only where the task follows from the class alone; PEFT's model without a task type serves all the others.
+    """PEFT's task type, if it follows from the class alone; else None, with which PEFT can load every class."""
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
@@ -407,9 +463,10 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def _task_types(model: nn.Module) -> frozenset[str]:
-    """Those whose PeftModel can wrap this class, and whose Auto class gives its modules the same names.
+    """The task types whose PeftModel can wrap this class, and whose Auto class gives the modules the same names.
 
-    A task with a head of its own is none of them: PEFT wants the head's weights in the adapter's file.
+    Task types with their own head, such as SEQ_CLS, are not included: PEFT expects the head's weights in the adapter's
+    file.
     """
     found = set()
     if hasattr(model, "prepare_inputs_for_generation"):
@@ -426,12 +483,13 @@ def _refuse_more_layers_than_tensors(folder: Path, config: Mapping[str, Any], co
             _refuse_more_layers_than_tensors(folder, value, count)
         elif "layers" in key and isinstance(value, int) and value > max(count, 1000):
             raise CheckpointError(
-                f"{folder}/config.json: {key} is {value}, and the checkpoint has {count} tensors",
-                hint="config.json and the weights are of different models",
+                f"{folder}/config.json: {key} is {value}, but the checkpoint has only {count} tensors",
+                hint=_ONE_MODEL_HINT,
             )
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if config.json, or a config inside it, describes a quantised model."""
     for key in ("quantization_config", "compression_config"):
         if quantisation := config.get(key):
             method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"

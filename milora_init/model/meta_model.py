@@ -1,8 +1,9 @@
-"""Build the model of a config.json without weights, and ask transformers for its parameter names.
+"""Build a model without weights from its config.json, and find the tensors that fill each of its parameters.
 
-The model is built on the meta device, where it needs no memory. transformers' own mapping then says which tensors of
-the checkpoint fill which parameter, and a forward pass without data shows which modules are called. That mapping is
-private, but PEFT imports the same one; its parts are called by position, which works for every transformers 5.
+The model is built on the meta device, where it needs no memory. transformers' own mapping from checkpoint names to
+parameter names then gives the tensors of each parameter. A forward pass on the meta device, which computes shapes and
+no values, shows the modules that are called. The mapping is private to transformers, but PEFT imports it too. Its
+functions are called with positional arguments, because that works for every transformers 5.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from torch.utils._pytree import tree_leaves
 
 from milora_init.errors import CheckpointError, PlanError, out_of_memory
 
-_TEXT_LENGTH = 8
-_CHOICES = frozenset({"topk", "argmax", "sort", "argsort"})
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm"})
-_IDENTITIES = frozenset({"Force16BytesAlignment"})  # values stay; before transformers 5.4
+_TEXT_LENGTH = 8  # tokens of a forward pass on the meta device
+_RANKING_OPERATIONS = frozenset({"topk", "argmax", "sort", "argsort"})
+_MATRIX_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm"})
+# Operations that do not change the values; transformers before 5.4 has this one.
+_IDENTITIES = frozenset({"Force16BytesAlignment"})
 
 
 @dataclass(slots=True)
 class ParameterSource:
-    """The tensors that fill one parameter.
+    """The tensors of a checkpoint that fill one parameter.
 
     Attributes:
-        parts: Their names, by the part of the parameter that they fill. There is one part where tensors are taken as
-            they are, and one for each source pattern where transformers builds the parameter from several.
-        operations: What transformers does to them on the way; empty where they are taken as they are.
+        parts: The names of the tensors, one list for each part of the parameter. There is one part if transformers
+            loads a tensor unchanged, and one part for each source pattern if it builds the parameter from several.
+        operations: The operations with which transformers builds the parameter; empty if it loads a tensor unchanged.
     """
 
     parts: list[list[str]] = field(default_factory=list)
@@ -43,19 +45,20 @@ class ParameterSource:
 
     @property
     def tensors(self) -> list[str]:
+        """The names of the tensors of all parts."""
         return [name for part in self.parts for name in part]
 
 
 def build_meta_model(
     folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False, text_only: bool = False
 ) -> nn.Module:
-    """The model of a folder's config.json, on meta, in bfloat16, its tied weights tied.
+    """Build the model of a folder's config.json on the meta device, in bfloat16, and tie its weights.
 
-    It is of the class that config.json names; with `text_only`, of the one that AutoModelForCausalLM builds of it.
+    The class is the one that config.json names. With `text_only` it is the one that AutoModelForCausalLM chooses.
 
     Raises:
-        CheckpointError: config.json names no class that transformers has, or does not build it.
-        PlanError: `text_only`, and AutoModelForCausalLM has no text-only class for it.
+        CheckpointError: config.json names no class of transformers, or the class cannot be built from it.
+        PlanError: `text_only` is set, but AutoModelForCausalLM has no text-only class for this config.json.
     """
     import transformers
 
@@ -63,11 +66,11 @@ def build_meta_model(
     if not isinstance(architectures, list) or not architectures:
         raise CheckpointError(
             f"{folder}/config.json names no class under `architectures`",
-            hint='add it, e.g. "architectures": ["LlamaForCausalLM"]',
+            hint='add the class, e.g. "architectures": ["LlamaForCausalLM"]',
         )
     name = str(architectures[0])
     remote = _remote_class(config, name)
-    if remote and not trust_remote_code and not _known(config, name):
+    if remote and not trust_remote_code and not _is_in_transformers(config, name):
         raise CheckpointError(
             f"{folder}/config.json names {name}, whose code is in the model's own repository ({remote})",
             hint="read that code; if you trust it, add --trust-remote-code",
@@ -86,23 +89,23 @@ def build_meta_model(
             parsed = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=bool(remote and trust_remote_code)
             )
-            _build_plainly(parsed, trusted=trust_remote_code)
+            _remove_kernels_and_code(parsed, trusted=trust_remote_code)
             with torch.device("meta"):
-                model: nn.Module = (_text_model(parsed) if text_only else cls(parsed)).eval()
-                for parameter in model.parameters():  # the fused experts' kernels take nothing longer
+                model: nn.Module = (_build_text_only_model(parsed) if text_only else cls(parsed)).eval()
+                for parameter in model.parameters():  # the kernels of fused experts accept no wider dtype
                     parameter.data = parameter.data.bfloat16()
     except (CheckpointError, PlanError):
         raise
-    except Exception as error:  # a config can be wrong in as many ways as there are model classes
+    except Exception as error:  # with a wrong config, a model class may raise any error
         if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300]
         if type(error).__name__ == "OfflineModeIsEnabled":
             raise CheckpointError(
-                f"{folder}/config.json asks for something from the network to build a {name}: {reason}",
-                hint="put what it names into config.json itself; if you trust it, add --trust-remote-code",
+                f"{folder}/config.json refers to a file on the network, which is needed to build a {name}: {reason}",
+                hint="copy the content of that file into config.json; if you trust the file, add --trust-remote-code",
             ) from error
-        raise CheckpointError(f"{folder}/config.json does not build a {name}: {reason}") from error
+        raise CheckpointError(f"a {name} cannot be built from {folder}/config.json: {reason}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     model.tie_weights()  # type: ignore[operator]
@@ -110,15 +113,18 @@ def build_meta_model(
 
 
 def causal_class(config: Any) -> type | None:
-    """The class that AutoModelForCausalLM builds of a config; None where it has none."""
+    """The class that AutoModelForCausalLM builds from a config; None if it has none."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return found if isinstance(found, type) else None
 
 
-def causal_model(config: Any) -> nn.Module:
-    """What AutoModelForCausalLM builds of a config: of some models with towers, their language model alone."""
+def build_causal_model(config: Any) -> nn.Module:
+    """Build the model that AutoModelForCausalLM chooses for a config, on the meta device.
+
+    For some models with vision or audio towers this is only the language model.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -126,22 +132,30 @@ def causal_model(config: Any) -> nn.Module:
     return model
 
 
-def _text_model(config: Any) -> nn.Module:
+def _build_text_only_model(config: Any) -> nn.Module:
+    """The model that AutoModelForCausalLM builds. Raises PlanError unless it is only a part of the whole model."""
     cls = causal_class(config)
-    model = causal_model(config) if cls else None
+    model = build_causal_model(config) if cls else None
     if model is None or type(model.config) is type(config):
-        found = f"builds a {cls.__name__}, which is not" if cls else "builds nothing"
+        name = type(config).__name__
         raise PlanError(
-            f"AutoModelForCausalLM {found} a text-only class of a {type(config).__name__}", hint="drop --text-only"
+            f"AutoModelForCausalLM builds a {cls.__name__} for a {name}, which is not a text-only class"
+            if cls
+            else f"AutoModelForCausalLM has no class for a {name}",
+            hint="remove --text-only",
         )
     return model
 
 
 def parameter_sources(model: nn.Module, names: Iterable[str]) -> dict[str, ParameterSource]:
-    """Parameter name -> the tensors of a checkpoint that fill it, through transformers' own mapping.
+    """The tensors that fill each parameter, by parameter name, from transformers' own mapping.
+
+    Args:
+        model: The model on the meta device.
+        names: The names of the checkpoint's tensors. Tensors that fill no parameter are not in the result.
 
     Raises:
-        CheckpointError: A transformers that keeps this mapping elsewhere.
+        CheckpointError: The installed transformers does not have this mapping where transformers 5 has it.
     """
     from transformers import __version__
 
@@ -150,92 +164,113 @@ def parameter_sources(model: nn.Module, names: Iterable[str]) -> dict[str, Param
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError as error:
         raise CheckpointError(
-            f"transformers {__version__} keeps its weight names elsewhere ({error})",
-            hint="pip install 'transformers>=5', or one that this version of milora-init knows",
+            f"transformers {__version__} does not have the weight name mapping of transformers 5 ({error})",
+            hint="pip install 'transformers>=5', or a version that this milora-init supports",
         ) from error
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    known = model.state_dict(keep_vars=True)
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    parameters = model.state_dict(keep_vars=True)
     prefix = model.base_model_prefix
     found: dict[str, ParameterSource] = {}
-    # transformers collects the experts of a layer in this order, and their place is their number.
-    for name in sorted(names, key=_natural):
-        home, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if home not in known and name in known:
-            home, pattern = rename_source_key(name, [], [], prefix, known)
-        if home not in known:
+    # transformers stacks the experts of a layer in this order, so that the index of an expert is its number.
+    for name in sorted(names, key=_natural_sort_key):
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if parameter not in parameters and name in parameters:
+            parameter, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if parameter not in parameters:
             continue
-        patterns = list(of_pattern[pattern].source_patterns) if pattern else [None]
-        entry = found.setdefault(home, ParameterSource([[] for _ in patterns]))
-        entry.parts[patterns.index(pattern)].append(name)
+        patterns = list(converter_of[pattern].source_patterns) if pattern else [None]
+        source = found.setdefault(parameter, ParameterSource([[] for _ in patterns]))
+        source.parts[patterns.index(pattern)].append(name)
         if pattern:
-            operations = [_described(operation) for operation in of_pattern[pattern].operations]
-            entry.operations = tuple(name for name in operations if name not in _IDENTITIES)
+            operations = [_describe_operation(operation) for operation in converter_of[pattern].operations]
+            source.operations = tuple(name for name in operations if name not in _IDENTITIES)
     return found
 
 
-def wanted(model: nn.Module, filled: Mapping[str, ParameterSource], names: Iterable[str]) -> list[str]:
-    """Those of some further tensors that would fill a parameter which `filled` does not fill, tied ones included."""
-    known = model.state_dict(keep_vars=True)
-    by_tie = {id(known[home]) for home in filled}
-    found = parameter_sources(model, names)
-    return [name for home, entry in found.items() if home in filled or id(known[home]) not in by_tie
-            for name in entry.tensors]  # fmt: skip
+def needed_tensors(model: nn.Module, sources: Mapping[str, ParameterSource], missing: Iterable[str]) -> list[str]:
+    """The missing tensors that the model needs.
+
+    A tensor is needed if it is one of several that fill a parameter, or if no tensor in `sources` fills its parameter
+    or one that is tied to it.
+
+    Args:
+        model: The model on the meta device.
+        sources: The tensors that the checkpoint has, by the parameter that they fill.
+        missing: The names of tensors that the checkpoint does not have.
+    """
+    parameters = model.state_dict(keep_vars=True)
+    filled = {id(parameters[name]) for name in sources}
+    return [
+        tensor
+        for name, source in parameter_sources(model, missing).items()
+        if name in sources or id(parameters[name]) not in filled
+        for tensor in source.tensors
+    ]
 
 
 def fuses_experts(model: nn.Module) -> bool:
-    """Whether transformers builds fused experts for this kind of model, even where this one has none.
+    """Whether transformers fuses experts for this model type, even if this model has no experts.
 
-    For these PEFT takes targets of the names that experts had before as meaning the fused ones.
+    For such a model type, PEFT maps targets with the old names of experts to the fused parameters.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    return any("experts" in str(pattern) for entry in get_model_conversion_mapping(model)
-               if hasattr(entry, "operations") for pattern in entry.target_patterns)  # fmt: skip
+    return any(
+        "experts" in str(pattern)
+        for entry in get_model_conversion_mapping(model)
+        if hasattr(entry, "operations")
+        for pattern in entry.target_patterns
+    )
 
 
-def choosing(model: nn.Module) -> set[str]:
-    """Modules whose outputs compete with each other in a forward pass: a topk, argmax or sort chooses among them.
+def routing_modules(model: nn.Module) -> set[str]:
+    """The modules whose outputs are ranked in a forward pass: a topk, argmax or sort selects some of them.
 
-    The pass is over a few tokens without data. It can end early, in the first layer whose experts need values: what is
-    true of a module is true of the module of that name in every layer.
+    The forward pass runs on the meta device with a few tokens. It may stop in the first layer whose experts need real
+    values. Therefore a result for one layer is applied to the modules of the same name in all layers.
     """
-    flow = _Choices({id(module.weight): name for name, module in model.named_modules() if _is_matrix(module)})
-    _run(model, flow)
-    layer = re.compile(r"\d+")
-    kinds = {layer.sub("", name) for name in flow.choosing}
-    return {name for name, _ in model.named_modules() if layer.sub("", name) in kinds}
+    tracker = _RankingTracker({id(module.weight): name for name, module in model.named_modules() if _is_matrix(module)})
+    _run_forward_pass(model, tracker)
+    layer_number = re.compile(r"\d+")
+    routers = {layer_number.sub("", name) for name in tracker.ranked}
+    return {name for name, _ in model.named_modules() if layer_number.sub("", name) in routers}
 
 
 def uncalled_modules(model: nn.Module) -> set[str]:
-    """Modules that a forward pass does not call although it runs the module that holds them.
+    """The modules that a forward pass does not call, although it calls their parent.
 
-    Such a module's weight is read by its parent, past any adapter around it. The pass is over a few tokens without
-    data. Where it does not reach a module's parent (a vision tower without an image), nothing is said of it.
+    The parent reads the weight of such a module directly, so an adapter around the module has no effect. The forward
+    pass runs on the meta device with a few tokens. If it does not reach a parent (a vision tower without an image),
+    the modules of that parent are not in the result.
     """
     names = {module: name for name, module in model.named_modules()}
     called: set[str] = set()
     hooks = [
         module.register_forward_hook(lambda module, *_: called.add(names[module])) for module in names if names[module]
     ]
-    _run(model, _AnswerEveryValueWithOne())  # type: ignore[no-untyped-call]
+    _run_forward_pass(model, _ReadValuesAsOne())  # type: ignore[no-untyped-call]
     for hook in hooks:
         hook.remove()
-    missed = set()
+    uncalled = set()
     for module, name in names.items():
         if name in called or any(True for _ in module.children()):
             continue
-        holder = _holder(model, name)
-        # A whole model decides by its inputs which of its parts run; what is in it says nothing.
-        if holder in called and not hasattr(model.get_submodule(holder), "config_class"):
-            missed.add(name)
-    return missed
+        parent = _calling_parent(model, name)
+        # A whole transformers model calls only the parts that its inputs need, so an uncalled part proves nothing.
+        if parent in called and not hasattr(model.get_submodule(parent), "config_class"):
+            uncalled.add(name)
+    return uncalled
 
 
-class _AnswerEveryValueWithOne(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A pass on meta may ask for values: is all of the mask set, is nothing packed? Yes is the usual answer."""
+class _ReadValuesAsOne(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Returns 1 when a forward pass reads a value of a meta tensor, which has none.
+
+    Models read values to test, for example, whether the attention mask is set everywhere. 1 answers such a test with
+    true, the common case, and the pass can go on.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -243,41 +278,48 @@ class _AnswerEveryValueWithOne(TorchDispatchMode):  # type: ignore[no-untyped-ca
         return func(*args, **(kwargs or {}))
 
 
-class _Choices(_AnswerEveryValueWithOne):
-    """Follows what each weight computes, as long as its outputs stay apart in the last dimension, to a choice.
+class _RankingTracker(_ReadValuesAsOne):
+    """Finds the weights whose outputs are ranked: it records which tensors were computed from which weight.
 
-    Tensors that are followed are kept, so that no later one gets the id of one that is gone.
+    A tensor is tracked as the output of a weight as long as its last dimension has the weight's number of outputs.
+    Tensors are identified by `id`. They are kept alive, because Python may give the id of a deleted tensor to a new
+    one.
+
+    Attributes:
+        ranked: The modules whose outputs an operation in `_RANKING_OPERATIONS` received.
     """
 
     def __init__(self, weights: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.choosing: set[str] = set()
+        self.ranked: set[str] = set()
+        # The module names behind a tensor, by its id: the modules of a weight, and those of an output.
         self._weights: dict[int, frozenset[str]] = {key: frozenset({name}) for key, name in weights.items()}
-        self._computed: dict[int, frozenset[str]] = {}
-        self._kept: list[torch.Tensor] = []
+        self._outputs: dict[int, frozenset[str]] = {}
+        self._kept_alive: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
-        kind = func.overloadpacket.__name__
-        if kind in _CHOICES:
-            self.choosing.update(*(self._computed.get(id(t), ()) for t in given))
-        for made in (t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.dim()):
-            if kind in _PRODUCTS:
-                self._note(made, self._computed, [self._weights.get(id(t)) for t in given])
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+        operation = func.overloadpacket.__name__
+        if operation in _RANKING_OPERATIONS:
+            self.ranked.update(*(self._outputs.get(id(t), ()) for t in inputs))
+        for tensor in (t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.dim()):
+            if operation in _MATRIX_PRODUCTS:
+                self._record(tensor, self._outputs, [self._weights.get(id(t)) for t in inputs])
                 continue
-            same = [self._computed.get(id(t)) for t in given if t.shape[-1] == made.shape[-1]]
-            self._note(made, self._computed, same)
-            if made.dim() == 2:  # a weight that was transposed or cast is still that weight
-                self._note(made, self._weights, [self._weights.get(id(t)) for t in given])
+            same_width = [self._outputs.get(id(t)) for t in inputs if t.shape[-1] == tensor.shape[-1]]
+            self._record(tensor, self._outputs, same_width)
+            if tensor.dim() == 2:  # a weight that was transposed or cast is still a weight
+                self._record(tensor, self._weights, [self._weights.get(id(t)) for t in inputs])
         return result
 
-    def _note(
-        self, made: torch.Tensor, names: dict[int, frozenset[str]], sources: Iterable[frozenset[str] | None]
+    def _record(
+        self, tensor: torch.Tensor, table: dict[int, frozenset[str]], sources: Iterable[frozenset[str] | None]
     ) -> None:
-        if found := frozenset().union(*filter(None, sources)):
-            names[id(made)] = found
-            self._kept.append(made)
+        """Enter a tensor into a table with the modules of all its sources, if there are any."""
+        if modules := frozenset().union(*filter(None, sources)):
+            table[id(tensor)] = modules
+            self._kept_alive.append(tensor)
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -285,33 +327,35 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
-def _run(model: nn.Module, mode: TorchDispatchMode) -> None:
-    """A forward pass without data, under `mode`, as far as it goes."""
+def _run_forward_pass(model: nn.Module, mode: TorchDispatchMode) -> None:
+    """Run a forward pass on the meta device under `mode`, until it ends or raises an error."""
     with suppress(Exception), _offline(), torch.no_grad(), torch.device("meta"), mode:
-        model(**_tokens(model))
+        model(**_meta_inputs(model))
 
 
-def towers(model: nn.Module) -> list[str]:
-    """The models inside a model that see images or hear sound: `model.vision_tower`, `model.visual`, ..."""
-    kinds = tuple({type(config) for config in _sensory_configs(getattr(model, "config", None))})
+def find_towers(model: nn.Module) -> list[str]:
+    """The names of the vision and audio models inside a model: `model.vision_tower`, `model.visual`, ..."""
+    config_types = tuple({type(config) for config in _tower_configs(getattr(model, "config", None))})
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{tower}.") for tower in found)
-        if name and not inside and kinds and isinstance(getattr(module, "config", None), kinds):
+        if name and not inside and config_types and isinstance(getattr(module, "config", None), config_types):
             found.append(name)
     return found
 
 
-def _sensory_configs(config: Any) -> Iterator[Any]:
+def _tower_configs(config: Any) -> Iterator[Any]:
+    """The configs of vision and audio models inside a config."""
     for key, value in vars(config).items() if config is not None else ():
         if hasattr(value, "to_dict") and key.endswith("_config"):
             if any(word in key for word in ("vision", "audio", "speech")):
                 yield value
             else:
-                yield from _sensory_configs(value)
+                yield from _tower_configs(value)
 
 
-def _tokens(model: nn.Module) -> dict[str, Any]:
+def _meta_inputs(model: nn.Module) -> dict[str, Any]:
+    """Inputs for a forward pass on the meta device: a few tokens, and an image or sound if the model requires one."""
     ids = torch.ones(1, _TEXT_LENGTH, dtype=torch.long, device="meta")
     main = getattr(model, "main_input_name", "input_ids")
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -334,51 +378,54 @@ def _tokens(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name in known}
 
 
-def _holder(model: nn.Module, name: str) -> str:
-    """The nearest module around `name` that has a forward of its own."""
-    holder = name.rpartition(".")[0]
-    while holder and isinstance(model.get_submodule(holder), (nn.ModuleList, nn.ModuleDict)):
-        holder = holder.rpartition(".")[0]
-    return holder
+def _calling_parent(model: nn.Module, name: str) -> str:
+    """The nearest parent of a module that has its own forward method; lists and dicts of modules have none."""
+    parent = name.rpartition(".")[0]
+    while parent and isinstance(model.get_submodule(parent), (nn.ModuleList, nn.ModuleDict)):
+        parent = parent.rpartition(".")[0]
+    return parent
 
 
 def _require_model_class(folder: Path, name: str, cls: Any) -> None:
+    """Raise CheckpointError unless `cls` is one model class of transformers, and not an Auto class."""
     import transformers
     from transformers.utils import DummyObject
 
-    version, fits = transformers.__version__, isinstance(cls, type)
-    if not fits:
-        what, hint = f"which transformers {version} has not", "upgrade transformers, or name the class it has"
+    version = transformers.__version__
+    if not isinstance(cls, type):
+        problem, hint = f"which transformers {version} does not have", "upgrade transformers, or name a class it has"
     elif name.startswith("AutoModel"):
-        what, hint = "which stands for many classes", "name the one that the weights are of"
-    # A dummy stands for a class whose library is not installed, and says so when it is called.
+        problem, hint = "which can build many classes", "name the class that the weights were saved from"
+    # A DummyObject replaces a class whose library is not installed. A call of it raises an error with that library.
     elif not issubclass(cls, transformers.PreTrainedModel) and not isinstance(cls, DummyObject):
-        what, hint = f"which is no model class of transformers {version}", "name the class of the model"
+        problem, hint = f"which is not a model class of transformers {version}", "name the class of the model"
     else:
         return
-    raise CheckpointError(f"{folder}/config.json names {name}, {what}", hint=f"{hint} under `architectures`")
+    raise CheckpointError(f"{folder}/config.json names {name}, {problem}", hint=f"{hint} under `architectures`")
 
 
-def _build_plainly(config: Any, *, trusted: bool) -> None:
-    """Take out of a parsed config, and of those in it, what asks for kernels or for code and changes no weight.
+def _remove_kernels_and_code(config: Any, *, trusted: bool) -> None:
+    """Remove the settings for kernels and remote code from a parsed config and the configs inside it.
 
-    Else transformers looks for a flash attention that is not installed, or for a kernel in somebody's repository, or
-    asks at the terminal whether a part's code may run.
+    No weight depends on them. With them, transformers may require a flash attention that is not installed, look for a
+    kernel in another repository, or ask in the terminal whether it may run the code of an inner config.
     """
     config._attn_implementation_internal = "eager"
     config._experts_implementation_internal = None
     if not trusted:
         vars(config).pop("auto_map", None)
-    for part in vars(config).values():
-        for inner in part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else [part]:
+    for value in vars(config).values():
+        for inner in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        ):
             if hasattr(inner, "_attn_implementation_internal"):
-                _build_plainly(inner, trusted=trusted)
+                _remove_kernels_and_code(inner, trusted=trusted)
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep transformers from fetching what a config names: another repository's config, a kernel."""
-    from transformers.utils.hub import constants  # huggingface_hub's own
+    """Stop transformers from downloading what a config refers to, such as another repository's config or a kernel."""
+    from transformers.utils.hub import constants  # the module huggingface_hub.constants
 
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
@@ -389,13 +436,14 @@ def _offline() -> Iterator[None]:
 
 
 def _remote_class(config: Mapping[str, Any], name: str) -> str:
-    """Where config.json says that this class's code lies, empty where it says nothing."""
+    """The reference in config.json to the code of this class; empty if there is none."""
     auto_map = config.get("auto_map")
     references = auto_map.values() if isinstance(auto_map, dict) else ()
     return next((str(r) for r in references if isinstance(r, str) and r.rpartition(".")[2] == name), "")
 
 
-def _known(config: Mapping[str, Any], name: str) -> bool:
+def _is_in_transformers(config: Mapping[str, Any], name: str) -> bool:
+    """Whether transformers itself has this class and this model type."""
     import transformers
 
     return (
@@ -403,10 +451,12 @@ def _known(config: Mapping[str, Any], name: str) -> bool:
     )
 
 
-def _described(operation: Any) -> str:
+def _describe_operation(operation: Any) -> str:
+    """An operation of transformers' mapping as text, such as `Concatenate(1)`."""
     dim = getattr(operation, "dim", None)
     return type(operation).__name__ + (f"({dim})" if dim is not None else "")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_sort_key(name: str) -> list[tuple[int, str]]:
+    """A key that sorts the numbers in names by value: `experts.2` before `experts.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -204,7 +204,7 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         checkpoint.config,
         {name: info.shape for name, info in checkpoint.tensors.items()},
         packed=quantised_tensors(checkpoint),
-        unfilled=checkpoint.missing_tensors,
+        missing_tensors=checkpoint.missing_tensors,
         trust_remote_code=options.trust_remote_code,
         text_only=options.text_only,
     )

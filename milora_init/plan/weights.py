@@ -15,7 +15,7 @@ from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.header import safetensors_name
 from milora_init.errors import PlanError
 from milora_init.lora.config import lora_scale, make_adapter_config, stacked_alpha
-from milora_init.lora.targets import PeftTargets, matching, names_fused, peft_targets, select
+from milora_init.lora.targets import PeftTargets, matching, peft_targets, select, selects_experts
 from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.options import DEFAULT_TARGET, InitOptions
 
@@ -117,7 +117,7 @@ def _require_task_type(task_type: str | None, structure: ModelStructure) -> None
     if task_type in _TASKS_WITH_HEAD:
         raise PlanError(
             f"task type {task_type}: PEFT expects the head's weights in the adapter, but milora-init writes none",
-            hint="leave --task-type out; the README's section `A new head` shows how to train a head with the pair",
+            hint="leave --task-type out; `A new head` in docs/trainers.md shows how to train a head with the pair",
         )
     reason = ": AutoModel gives its modules other names" if task_type == "FEATURE_EXTRACTION" else ""
     raise PlanError(
@@ -152,8 +152,8 @@ def _values_by_target(option: str, patterns: Mapping[str, int], selected: Sequen
     names = {name for w in selected for name in (w.target, w.target.rpartition(".")[0])}
     for pattern, value in patterns.items():
         matched_names = matching([pattern], names)
-        matches_experts = names_fused(pattern, matched_names)
-        targets = {w.target for w in selected if (matches_experts(w.target) if w.expert else w.target in matched_names)}
+        targets = {w.target for w in selected if not w.expert and w.target in matched_names}
+        targets |= {w.target for w in selected if w.expert and selects_experts(pattern, matched_names, w.target)}
         if not targets:
             raise PlanError(
                 f"{option} names {pattern!r}, which matches no weight that is adapted",

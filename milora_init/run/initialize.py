@@ -140,7 +140,7 @@ def run_plan(
     if uploader:
         out.discard(plan.files)
     else:
-        out.finish(manifest)
+        out.finish(manifest.to_json())
     return manifest, "done"
 
 

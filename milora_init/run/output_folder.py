@@ -24,6 +24,7 @@ from milora_init.checkpoint.writer import partial_of, sync_folder, writing
 from milora_init.errors import OutputError
 from milora_init.manifest import WORK_FOLDER
 from milora_init.plan.finished import another_request, require_intact
+from milora_init.records import RECORDS
 from milora_init.run.journal import Entry, Head, Journal
 from milora_init.run.pool import HashPool
 from milora_init.run.progress import ShardResult
@@ -75,9 +76,6 @@ class OutputRecord(Protocol):
     def files(self) -> Mapping[str, int]:
         """Size in bytes of each file except the record."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Its content, as plain JSON values."""
-
 
 Record = TypeVar("Record", bound=OutputRecord)
 
@@ -86,6 +84,31 @@ def require_outside(out: Path, folder: Path, instead: str) -> None:
     """Raise OutputError where an output would be inside a folder that is read."""
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise OutputError(f"--out {out} lies inside {folder}", hint=f"write beside it: --out {instead}")
+
+
+def require_no_file(out: Path) -> None:
+    """Raise OutputError where an output's path is a file, or a link that leads nowhere."""
+    if out.is_symlink() and not out.exists():
+        raise OutputError(f"--out {out} is a link to what is not there", hint="make that folder, or name another")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out} is a file", hint="name a folder")
+
+
+def require_writable(out: Path) -> Path:
+    """The folder, or the nearest existing one above it. Raises OutputError without permission to write there."""
+    parent = out.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"--out {out} cannot be written: no permission in {parent}")
+    return parent
+
+
+def require_no_other_output(out: Path, own_record: str) -> None:
+    """Raise OutputError where a folder holds an output of another command."""
+    for name in RECORDS:
+        if name != own_record and (out / name).exists():
+            raise OutputError(f"--out {out} holds another output of milora-init: {name}", hint="choose another --out")
 
 
 class OutputFolder(Generic[Record]):
@@ -221,10 +244,10 @@ class OutputFolder(Generic[Record]):
                 raise
             sync_folder(path.parent)
 
-    def finish(self, record: Record) -> None:
-        """Write the record: the output is finished. Then remove the work folder."""
+    def finish(self, content: Mapping[str, Any]) -> None:
+        """Write the record's content: the output is finished. Then remove the work folder."""
         try:
-            self.write(self._record_name, (json.dumps(record.to_json(), indent=1) + "\n").encode())
+            self.write(self._record_name, (json.dumps(content, indent=1) + "\n").encode())
             shutil.rmtree(self.work, ignore_errors=True)
         finally:
             self._release_lock()
@@ -289,11 +312,7 @@ class OutputFolder(Generic[Record]):
         if out == model or model in out.parents:
             where = "is the model's folder" if out == model else "lies inside the model's folder"
             raise OutputError(f"--out {self.path} {where}", hint="write beside it: --out ./svd_init")
-        if self.path.is_symlink() and not self.path.exists():
-            hint = "make that folder, or name another"
-            raise OutputError(f"--out {self.path} is a link to what is not there", hint=hint)
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"--out {self.path} is a file", hint="name a folder")
+        require_no_file(self.path)
 
     def _require_no_links(self, names: Iterable[str]) -> None:
         """Raise OutputError where one of our names is a link that leads out of the folder."""
@@ -333,11 +352,7 @@ class OutputFolder(Generic[Record]):
                 )
 
     def _require_disk_space(self, plan: OutputPlan, earlier_files: Iterable[str]) -> None:
-        parent = self.path.absolute()
-        while not parent.exists():
-            parent = parent.parent
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"--out {self.path} cannot be written: no permission in {parent}")
+        parent = require_writable(self.path)
         existing = earlier_files or [name for entry in self.journal.shards().values() for name in entry.files]
         existing_bytes = sum(path.stat().st_size for path in map(self._path_of, existing) if path.is_file())
         needed = plan.required_disk_bytes - existing_bytes

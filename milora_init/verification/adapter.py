@@ -117,6 +117,8 @@ def _check_base_path(name: str, path: object, pair: Pair) -> list[Finding]:
     hint = _set_field(key, pair.given)
     if isinstance(path, str) and path and Path(path).resolve() == pair.folder.resolve():
         return []
+    if path == pair.given.partition("@")[0] and not Path(pair.given).exists():  # fetched from this repository
+        return []
     if isinstance(path, str) and path == original:
         return [Finding(name, f"{key} is the original model {path}, not the residual base", hint)]
     if path == recorded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -59,19 +59,20 @@ def check_files(pair: Pair) -> list[Finding]:
             if not present:
                 what = "missing"
             elif name != LORA_CONFIG:
-                what = _changed(path, size_bytes, pair.manifest.hashes.get(name))
+                what = changed_file(path, size_bytes, pair.manifest.hashes.get(name))
         if what:
             findings.append(Finding(name, what, hint, _problem(name, present=present)))
     return findings
 
 
-def _changed(path: Path, size_bytes: int, digest: str | None) -> str:
+def changed_file(path: Path, size_bytes: int, digest: str | None, record: str = "manifest") -> str:
+    """How a file differs from its recorded size and SHA-256; empty if it does not. Raises CheckpointError."""
     found_bytes = path.stat().st_size
     if found_bytes != size_bytes:
-        return f"{found_bytes} bytes, the manifest says {size_bytes}"
+        return f"{found_bytes} bytes, the {record} says {size_bytes}"
     if digest is None:
-        return "the manifest has no SHA-256 of it"
-    return "" if sha256(path) == digest else "its SHA-256 is not the one in the manifest: the file was changed"
+        return f"the {record} has no SHA-256 of it"
+    return "" if sha256(path) == digest else f"its SHA-256 is not the one in the {record}: the file was changed"
 
 
 def _problem(name: str, *, present: bool) -> Problem:
@@ -80,16 +81,16 @@ def _problem(name: str, *, present: bool) -> Problem:
     return "changed_weights" if name.endswith(".safetensors") and "/" not in name else "changed"
 
 
-def check_stray_files(pair: Pair) -> list[Finding]:
-    """No other file may hold weights, or make transformers or PEFT load something else than the pair."""
+def check_stray_files(folder: Path, files: Collection[str], what_it_is: str = "pair") -> list[Finding]:
+    """No other file may hold weights, or make transformers or PEFT load something else than the output's `files`."""
     findings = []
-    for path in sorted([*pair.folder.iterdir(), *pair.folder.glob(f"{LORA_FOLDER}/*")]):
-        name = path.relative_to(pair.folder).as_posix()
-        if name in pair.manifest.files or not path.is_file():
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{LORA_FOLDER}/*")]):
+        name = path.relative_to(folder).as_posix()
+        if name in files or not path.is_file():
             continue
         is_weights = path.suffix.lower() in WEIGHT_SUFFIXES
         if is_weights or path.name == CONFIG_FILE or path.name.endswith(SAFETENSORS_INDEX):
-            what = "not a file of this pair, and could be loaded instead of one"
+            what = f"not a file of this {what_it_is}, and could be loaded instead of one"
             findings.append(Finding(name, what, f"move {name} out of the folder"))
     return findings
 

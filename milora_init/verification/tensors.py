@@ -10,7 +10,7 @@ Letters: W (m, n) is an original weight, R (m, n) its residual, B (m, r) and A (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -35,6 +35,7 @@ _BLOCK_ELEMENTS = 1 << 20
 _SAMPLE = 3
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an integer dtype by the bytes of a float
 _MAKE_AGAIN = "make the pair again"
+_MERGE_AGAIN = "merge again"
 
 
 class TensorReader:
@@ -95,7 +96,7 @@ def compare_with_model(
     Raises:
         CheckpointError: A file that cannot be read.
     """
-    hint = f"name the model it was made from: --against {manifest.source['model']}"
+    hint = f"name the model it was made from: --model {manifest.source['model']}"
     found = _compare(base, adapter, model, manifest, hint, all_components=all_components)
     if model.has_weights(manifest.inputs["source"]):
         return list(found)
@@ -153,6 +154,58 @@ def count_bit_equal(merged: Checkpoint, model: Checkpoint, manifest: Manifest) -
             bits = _BITS[one.itemsize]
             count += one.numel() - int((one.view(bits) != other.view(bits)).count_nonzero())
     return count
+
+
+def compare_merged(
+    merged: Checkpoint, model: Checkpoint, residuals: Mapping[str, str], *, initial: bool
+) -> Iterator[Finding]:
+    """Every tensor of a merged model that was not adapted must have the original's bytes.
+
+    If the initial adapter was merged, the adapted ones must be the original's up to two roundings, of the residual
+    R = W - D and of the merged W' = R + D. The component D is a part of the SVD of W, so |R|_F <= |W|_F, and
+    |W' - W|_F <= u_R |R|_F + u_W |W'|_F with the unit roundoffs u of both dtypes.
+
+    Args:
+        merged: The merged model.
+        model: The original model.
+        residuals: The adapted tensors, and the dtype of each one's residual, in torch's names.
+        initial: Whether the initial adapter was merged.
+
+    Raises:
+        CheckpointError: A tensor that cannot be read.
+    """
+    for name in sorted(merged.tensors.keys() ^ model.tensors.keys()):
+        where = "the original model" if name in merged.tensors else "the merged model"
+        yield Finding(name, f"{where} has no such tensor", _MERGE_AGAIN)
+    with open_tensors(merged) as after, open_tensors(model) as before:
+        for name in (name for name in merged.tensors if name in model.tensors):
+            now, W = after.read(name), before.read(name)
+            if (now.dtype, now.shape) != (W.dtype, W.shape):
+                what = f"{now.dtype} {list(now.shape)}, in the original model {W.dtype} {list(W.shape)}"
+                yield Finding(name, what, _MERGE_AGAIN)
+            elif name not in residuals:
+                if not _same_bytes(now, W):
+                    yield Finding(name, "not adapted, but its bytes are not the original model's", _MERGE_AGAIN)
+            elif initial:
+                distance, most = _rounding_distance(now, W, residuals[name])
+                if not distance <= most:
+                    what = f"differs from the original by {distance:.2e} (Frobenius norm), rounding explains {most:.2e}"
+                    yield Finding(name, what, _MERGE_AGAIN)
+
+
+def _rounding_distance(merged: Tensor, W: Tensor, residual_dtype: str) -> tuple[float, float]:
+    """|W' - W|_F, and the most that rounding the residual and the sum makes of it; see `compare_merged`."""
+    square, norm_square = 0.0, 0.0
+    for now, before in zip(*(torch.split(t.reshape(-1), _BLOCK_ELEMENTS) for t in (merged, W)), strict=True):
+        square += float((now.double() - before.double()).square().sum())
+        norm_square += float(before.double().square().sum())
+    most = 64 * EPS * math.sqrt(norm_square)  # of the products in float64
+    for dtype in (getattr(torch, residual_dtype), W.dtype):
+        finfo = torch.finfo(dtype)
+        # 1.01: products of unit roundoffs, and the product in float32 before a rounding to 16 bits.
+        most += 1.01 * finfo.eps / 2 * math.sqrt(norm_square)
+        most += finfo.smallest_normal * finfo.eps / 2 * math.sqrt(W.numel())
+    return math.sqrt(square), most
 
 
 def _check_weight(  # noqa: PLR0913  both sides of a comparison

@@ -20,6 +20,10 @@ Code = Literal[
     "other_model",
     "damaged",
     "no_manifest",
+    "merged",
+    "damaged_merged",
+    "converted",
+    "damaged_converted",
     "unfinished",
     "unknown",
 ]
@@ -36,6 +40,10 @@ TEXTS: Mapping[Code, str] = {
     "other_model": "an output that was made from another source",
     "damaged": "an output of milora-init that was changed",
     "no_manifest": "a residual base and its adapter, by their tensors; its manifest is gone",
+    "merged": "a merged model: it needs no adapter",
+    "damaged_merged": "a merged model that was changed",
+    "converted": "a converted adapter: a plain LoRA of the original model",
+    "damaged_converted": "a converted adapter that was changed",
     "unfinished": "an unfinished output",
     "unknown": "not an output of milora-init, as far as can be told",
 }
@@ -84,8 +92,8 @@ class Verdict(Result):
         code: What the folder is.
         findings: Differences and notes, in the order of the checks.
         checked: What was compared: the number of files and modules, and of tensors with which model.
-        fingerprint: Of the output, as its manifest has it; None without a manifest.
-        source: The original model, as the manifest names it.
+        fingerprint: Of the output, as its record has it; None without a record.
+        source: The original model, as the record names it.
     """
 
     folder: str
@@ -118,10 +126,17 @@ class Verdict(Result):
     @property
     def compared(self) -> str:
         """What the verdict rests on, as text."""
-        parts = [f"{self.checked['files']} files and {self.checked['modules']} modules with the manifest"]
-        if "model" in self.checked:
+        if self.code in ("merged", "converted"):
+            parts = [f"{self.checked['files']} files with the record"]
+        else:
+            parts = [f"{self.checked['files']} files and {self.checked['modules']} modules with the manifest"]
+        if "components" in self.checked:
             which = "all components" if self.checked["components"] == "all" else "a sample of the components"
             parts.append(f"{self.checked['tensors']} tensors and {which} with {self.checked['model']}")
+        elif "tensors" in self.checked:
+            parts.append(f"{self.checked['tensors']} tensors with {self.checked['model']}")
+        elif "model" in self.checked:
+            parts.append(f"the recorded hashes of the original with {self.checked['model']}")
         if "adapter" in self.checked:
             parts.append(f"{self.checked['adapter']} with the initial adapter")
         return ", ".join(parts)

@@ -11,12 +11,13 @@ from typing import Any
 
 from milora_init.checkpoint.folder import Checkpoint, open_checkpoint, open_model
 from milora_init.errors import MiloraError, UsageError
-from milora_init.hub.pair import locate_pair
+from milora_init.hub.pair import locate_adapter, locate_output
 from milora_init.hub.source import fetch_original
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
-from milora_init.manifest import read_manifest
+from milora_init.manifest import Manifest
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
+from milora_init.records import read_output
 from milora_init.verification.adapter import (
     check_adapter_config,
     check_adapter_header,
@@ -31,6 +32,7 @@ from milora_init.verification.files import (
     check_stray_files,
     check_weight_records,
 )
+from milora_init.verification.plain import verify_plain
 from milora_init.verification.tensors import compare_with_model
 from milora_init.verification.verdict import Finding, Verdict, verdict_code
 from milora_init.verification.without_manifest import verify_without_manifest
@@ -49,52 +51,64 @@ def verify(  # noqa: PLR0913  the options of the command
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Verdict:
-    """Verify the folder of a pair.
+    """Verify what milora-init wrote: a pair, a merged model or a converted adapter.
 
     Args:
-        pair: The folder that milora-init wrote.
-        model: The original model, to compare every tensor with: a folder or a Hub id.
+        pair: The folder that milora-init wrote, or its Hub id.
+        model: The original model, to compare with: a folder or a Hub id. Of a pair every tensor is compared.
         revision: Branch, tag or commit of `model`. None is the recorded commit if `model` is the recorded name.
         all_components: Compute every component again from the model, not a sample of three.
-        adapter: The folder of a trained adapter, to check against the base.
+        adapter: A trained adapter, to check against the base: a folder or a Hub id.
         trust_remote_code: Run the code in the folder if its config.json names it.
-        cache_dir: The Hub's cache, for `model`.
-        token: The Hub's access token, for `model`.
+        cache_dir: The Hub's cache.
+        token: The Hub's access token.
 
     Raises:
-        UsageError: A folder that is not there, or `all_components` without `model`.
+        UsageError: A folder that is not there, `all_components` without `model`, or an option that this kind of output
+            does not have.
         CheckpointError: A model that cannot be read.
-        OutputError: A milora_init.json that cannot be read.
-        MiloraError: A model on the Hub that cannot be fetched.
+        OutputError: A record, such as milora_init.json, that cannot be read.
+        HubError: The Hub refused, or cannot be reached.
     """
     if all_components and model is None:
         raise UsageError("--all needs the original model to compute the components from", hint="add --model MODEL")
-    folder = locate_pair(pair, cache_dir=cache_dir, token=token)
-    if adapter is not None and not (adapter and Path(adapter).expanduser().is_dir()):
-        raise UsageError(f"{adapter}: no such folder", hint="name the folder that the trainer saved")
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return verify_without_manifest(pair, folder, adapter, trust_remote_code=trust_remote_code)
+    folder = locate_output(pair, cache_dir=cache_dir, token=token)
+    trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
+    output = read_output(folder)
+    if output is None:
+        return verify_without_manifest(pair, folder, trained, trust_remote_code=trust_remote_code)
     original = None
     if model is not None:
         original = InitOptions(model=model, out=pair, revision=revision, cache_dir=cache_dir, token=token)
+    if not isinstance(output, Manifest):
+        if all_components or adapter is not None:
+            option = "--all" if all_components else "--adapter"
+            raise UsageError(f"{pair} is no pair: {option} means nothing for it", hint=f"drop {option}")
+        return verify_plain(pair, folder, output, original)
     return _verify(
-        Pair(pair, folder, manifest),
+        Pair(pair, folder, output),
         original,
-        adapter,
+        trained,
+        given_adapter=adapter,
         all_components=all_components,
         trust_remote_code=trust_remote_code,
     )
 
 
 def _verify(
-    pair: Pair, original: InitOptions | None, adapter: str | None, *, all_components: bool, trust_remote_code: bool
+    pair: Pair,
+    original: InitOptions | None,
+    adapter: Path | None,
+    *,
+    given_adapter: str | None,
+    all_components: bool,
+    trust_remote_code: bool,
 ) -> Verdict:
     manifest = pair.manifest
     modules = tuple(record.module for record in manifest.weights)
     checked: dict[str, Any] = {"files": len(manifest.files), "modules": len(set(modules))}
     file_findings = check_files(pair)
-    findings = [*file_findings, *check_stray_files(pair)]
+    findings = [*file_findings, *check_stray_files(pair.folder, manifest.files)]
     base = None
     try:
         base = open_checkpoint(pair.folder)
@@ -116,8 +130,8 @@ def _verify(
         findings += check_initial_factors(pair)
 
     if adapter is not None:
-        findings += check_trained_adapter(pair, Path(adapter).expanduser(), modules, compare_values=readable)
-        checked["adapter"] = adapter
+        findings += check_trained_adapter(pair, adapter, modules, compare_values=readable)
+        checked["adapter"] = given_adapter
     if original is not None and base is not None and readable:
         model = open_model(fetch_original(manifest, original))
         findings += compare_with_model(base, pair.folder / LORA_WEIGHTS, model, manifest, all_components=all_components)

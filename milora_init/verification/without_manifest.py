@@ -21,6 +21,7 @@ from milora_init.errors import MiloraError
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LoraAdapter, read_lora
 from milora_init.manifest import MANIFEST, WORK_FOLDER
 from milora_init.model.adaptable import ModelStructure, read_structure
+from milora_init.records import MERGED
 from milora_init.verification.tensors import open_tensors
 from milora_init.verification.verdict import Finding, Verdict, note
 
@@ -29,7 +30,7 @@ _SAMPLE = 5  # modules
 BaseWeights = Literal["original", "residual", "other"]
 
 
-def verify_without_manifest(given: str, folder: Path, adapter: str | None, *, trust_remote_code: bool) -> Verdict:
+def verify_without_manifest(given: str, folder: Path, adapter: Path | None, *, trust_remote_code: bool) -> Verdict:
     """The verdict on a folder without a manifest.
 
     Args:
@@ -40,13 +41,13 @@ def verify_without_manifest(given: str, folder: Path, adapter: str | None, *, tr
     """
     checked = {"files": 0}
     if (folder / WORK_FOLDER).is_dir():
-        what = "missing: a run writes it last, so this run has not finished"
-        missing = Finding(MANIFEST, what, "run the same command again: it resumes")
+        what = f"neither {MANIFEST} nor {MERGED}: the record is written last, so this run has not finished"
+        missing = Finding(given, what, "run the same command again: it resumes")
         return Verdict(given, "unfinished", (missing,), checked)
     hint = "if milora-init made this folder, copy milora_init.json from where it was made"
     missing = Finding(MANIFEST, "missing: nothing says what was written", hint)
     lora_folder = folder / LORA_FOLDER if (folder / LORA_CONFIG).is_file() else folder
-    lora_folder = Path(adapter).expanduser() if adapter else lora_folder
+    lora_folder = adapter or lora_folder
     weights: BaseWeights = "other"
     with suppress(MiloraError):  # a folder that cannot be read is unknown
         base = open_checkpoint(folder)

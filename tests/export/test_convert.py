@@ -20,6 +20,7 @@ from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanEr
 from milora_init.export.convert import best_rank
 from milora_init.export.merge import merge
 from milora_init.manifest import Manifest
+from milora_init.records import CONVERTED
 from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
@@ -196,11 +197,11 @@ def test_a_pattern_from_an_adapter_config_is_not_run(key: str, pair: Path, tmp_p
         edit(out / "lora", **{key: value})
         assert key in "".join(d.what for d in verify(str(out)).differences)
         if key != "target_modules":  # merge and convert use the tensor names and not target_modules
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(trained))
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 convert(pair / "out" / "lora", trained, tmp_path / "plain")
-            with pytest.raises(CheckpointError, match="patterns out of a file are not run"):
+            with pytest.raises(CheckpointError, match="patterns from a file are not run"):
                 merge(str(out), str(tmp_path / "merged"))
     edit(trained, target_modules=[f"re:{SLOW}"], rank_pattern={}, alpha_pattern={})
     assert "target_modules misses" in "".join(
@@ -225,14 +226,16 @@ def test_conversion_does_not_depend_on_the_path_of_the_base(pair: Path, tmp_path
     edit(tmp_path / "trained", base_model_name_or_path="org/pushed-since")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "one")
     convert(pair / "out" / "lora", tmp_path / "trained", tmp_path / "two")
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    one, two = (contents(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == [CONVERTED]  # it names the folders, and the time
     merge(str(pair / "out"), str(tmp_path / "merged"), adapter=str(tmp_path / "trained"))
 
 
 def test_an_existing_output_is_refused_and_unchanged(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mine").write_text("keep")
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match="holds something else"):
         convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
     assert [(p.name, p.read_text()) for p in (tmp_path / "plain").iterdir()] == [("mine", "keep")]
 
@@ -256,7 +259,9 @@ def test_other_files_in_the_parent_folder_are_unchanged(pair: Path, tmp_path: Pa
     (tmp_path / "plain.partial").mkdir()
     (tmp_path / "plain.partial" / "mine.txt").write_bytes(b"mine")
     convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain")
-    assert {p.name for p in (tmp_path / "plain").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", CONVERTED,
+    }  # fmt: skip
     assert (tmp_path / "plain.partial" / "mine.txt").read_bytes() == b"mine"
     assert not list(tmp_path.glob(".plain.*"))
 
@@ -289,7 +294,7 @@ def test_the_convert_command_prints_json_or_nothing_and_refuses_an_existing_outp
     assert run(["convert", *again, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
     assert run(["convert", *words]) == 1
-    assert "exists" in capsys.readouterr().err
+    assert "holds the output of another request: rank was 2, now null" in capsys.readouterr().err
 
 
 def test_an_output_name_of_255_bytes_is_written(pair: Path, tmp_path: Path) -> None:

@@ -283,15 +283,17 @@ def test_the_merge_command_prints_json_progress_and_a_summary(
     assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged"), "--json"]) == 0
     answer, lines = capsys.readouterr()
     said = json.loads(answer)
-    assert (said["status"], said["modules"]) == ("done", 10)
+    assert (said["command"], said["status"], said["modules"]) == ("merge", "done", 10)
+    assert lines == ""
     shards = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
+    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "third")]) == 0
+    summary, lines = capsys.readouterr()
+    assert "10 modules merged" in summary
     assert [line.split()[1] for line in lines.splitlines()] == [f"{shard}:" for shard in shards]
     total = lines.split(" of ")[-1].strip()
     assert lines.endswith(f"{total} of {total}\n")
-    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
-    assert capsys.readouterr() == ("", "")
-    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
-    assert "10 modules merged" in capsys.readouterr().out
 
 
 def test_merge_counts_the_entries_that_equal_the_original(

@@ -1,4 +1,4 @@
-"""The README's training examples, run on a tiny model: train, save, resume, merge and convert."""
+"""The training examples of docs/trainers.md, run on a tiny model: train, save, resume, merge and convert."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from milora_init.options import InitOptions
 from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
 BLOCKS = dict(
-    re.findall(r"<!-- run by tests/export/test_training\.py: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
+    re.findall(r"<!-- run by tests/export/test_training\.py: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL)
 )
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(57))]
 NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -60,7 +60,7 @@ def tokens(count: int = 16) -> Dataset:
 
 
 def short_run(config: Any, **more: Any) -> Callable[..., Any]:
-    """A config class of a trainer with the README's arguments, shortened to six steps on the CPU."""
+    """A config class of a trainer with the page's arguments, shortened to six steps on the CPU."""
 
     def make(folder: str, **given: Any) -> Any:
         quick = {"max_steps": 6, "learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True}
@@ -71,7 +71,7 @@ def short_run(config: Any, **more: Any) -> Callable[..., Any]:
 
 
 def run(block: str, names: dict[str, Any], **replaced: Any) -> dict[str, Any]:
-    """Run a code block of the README in `names`. `replaced` overrides names that the block imports."""
+    """Run a code block of the page in `names`. `replaced` overrides names that the block imports."""
     code = BLOCKS[block].replace("meta-llama/Llama-2-7b-hf", "own")
     lines = code.splitlines()
     at = max((i for i, line in enumerate(lines) if line.startswith("from ")), default=-1) + 1

@@ -1,4 +1,4 @@
-"""Every architecture of the README's table: the pair loads with its Auto class, computes the source, and trains."""
+"""Every architecture in docs/models.md: the pair loads with its Auto class, computes the source, and trains."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_a_linear_whose_weight_its_parent_reads_is_refused(tmp_path: Path) -> No
     assert reasons
     assert all("never called" in reason for reason in reasons.values())
     assert not any(weight.module.endswith("dt_proj") for weight in select(structure, ["all-linear"]))
-    with pytest.raises(PlanError, match="dt_proj is read by its parent, a JambaMambaMixer, and never called"):
+    with pytest.raises(PlanError, match="dt_proj is never called: its parent, a JambaMambaMixer"):
         select(structure, ["dt_proj"])
 
 
@@ -161,9 +161,9 @@ def test_an_incomplete_set_of_experts_is_not_adapted(what: str, tmp_path: Path) 
     structure = structure_of(folder)
     parameter = "model.layers.0.mlp.experts.down_proj"
     assert parameter not in structure.experts
-    assert "has not all of its 4 experts" in structure.refused[parameter]
+    assert "does not have all of its 4 experts" in structure.refused[parameter]
     assert "model.layers.0.mlp.experts.gate_up_proj" in structure.experts
-    with pytest.raises(PlanError, match="has not all of its 4 experts"):
+    with pytest.raises(PlanError, match="does not have all of its 4 experts"):
         select(structure, [parameter])
 
 
@@ -207,7 +207,7 @@ def test_a_transformers_without_its_conversion_mapping_is_one_clear_error(
     checkpoint: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(import_module("transformers.conversion_mapping"), "get_model_conversion_mapping")
-    with pytest.raises(CheckpointError, match=r"transformers .* keeps its weight names elsewhere") as caught:
+    with pytest.raises(CheckpointError, match=r"transformers .* does not have the weight name mapping") as caught:
         structure_of(checkpoint("llama"))
     assert "pip install" in caught.value.hint
 
@@ -244,7 +244,7 @@ def test_building_a_model_downloads_nothing(tmp_path: Path, monkeypatch: pytest.
     config |= {"backbone_config": None, "backbone": "somebody/backbone", "use_timm_backbone": False}
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(CheckpointError, match="asks for something from the network") as caught:
+    with pytest.raises(CheckpointError, match="refers to a file on the network") as caught:
         meta_model.build_meta_model(tmp_path, config)
     assert "--trust-remote-code" in caught.value.hint
     assert not import_module("huggingface_hub.constants").HF_HUB_OFFLINE

@@ -192,4 +192,4 @@ def test_a_router_is_found_by_the_use_of_its_outputs(breaks: bool) -> None:
         model = Model(breaks=breaks)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    assert meta_model.choosing(model) == {"layers.0.decider.proj", "layers.1.decider.proj"}
+    assert meta_model.routing_modules(model) == {"layers.0.decider.proj", "layers.1.decider.proj"}

@@ -285,7 +285,7 @@ def test_a_tensor_that_only_the_index_names_is_missed_where_a_module_wants_it(na
     file = json.loads((folder / SAFETENSORS_INDEX).read_text())["weight_map"][name]
     kept = {key: tensor for key, tensor in load_file(folder / file).items() if key != name}
     save_file(kept, folder / file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"the index names {name}, which its file lacks and LlamaForCausalLM"):
+    with pytest.raises(CheckpointError, match=rf"the index names {name}, which LlamaForCausalLM needs"):
         plan(folder)
 
 

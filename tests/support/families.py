@@ -1,7 +1,7 @@
 """Architectures that users fine-tune: the configuration of a tiny model of each, and the modules to adapt.
 
 `test_architectures.py` initialises every family, loads the pair with the Auto class and trains one step.
-`scripts/support_table.py` writes the README's table from this list.
+`scripts/support_table.py` writes the table of docs/models.md from this list.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Family:
         sizes: Arguments of the config class.
         targets: Target modules in the tests.
         auto: The Auto class that users load the model with.
-        note: A remark for the README's table.
+        note: A remark for the table of docs/models.md.
         inputs: The kind of model inputs: `text`, `image`, `qwen image`, `seq2seq` or `speech`.
         stored: The dtype of the published weights.
     """

@@ -22,7 +22,7 @@ from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_input
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.cli.main import run
-from milora_init.errors import CheckpointError, UsageError
+from milora_init.errors import UsageError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.progress import Progress, ShardResult
@@ -303,7 +303,7 @@ def test_another_source_is_named(out: Path, own: Built) -> None:
 
 
 def test_a_missing_source_and_all_without_a_source_are_errors(out: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(UsageError, match="no such folder"):
         verify(str(out), model=str(tmp_path / "nothing"))
     with pytest.raises(UsageError, match="--all needs the original model"):
         verify(str(out), all_components=True)
@@ -379,7 +379,7 @@ def test_the_verify_command_prints_the_verdict_and_sets_the_exit_status(
     compared = f"21 tensors and all components with {checkpoint('llama')}\n"
     assert captured.out.startswith(f"{out}: {TEXTS['pair']}\ncompared: ")
     assert captured.out.endswith(compared)
-    assert captured.err.startswith("note: ")
+    assert captured.err.startswith("reading and comparing\nnote: ")
     shutil.rmtree(out / "lora")
     assert run(["verify", str(out)]) == 1
     captured = capsys.readouterr()
@@ -387,9 +387,12 @@ def test_the_verify_command_prints_the_verdict_and_sets_the_exit_status(
     assert captured.err.count("differs: ") == captured.err.count("hint: ") == 2
     assert run(["verify", str(out), "--json"]) == 1
     content = json.loads(capsys.readouterr().out)
-    assert list(content) == ["status", "folder", "code", "kind", "differences", "notes", "checked"]
+    assert list(content) == [
+        "schema", "command", "status", "out", "fingerprint", "source", "warnings", "code", "text", "differences",
+        "notes", "checked",
+    ]  # fmt: skip
     assert (content["status"], content["code"]) == ("differs", "residual_alone")
-    assert content["kind"] == TEXTS["residual_alone"]
+    assert content["text"] == TEXTS["residual_alone"]
     assert len(content["differences"]) == 2
     assert run(["verify", str(out / "nothing")]) == 2
     assert run(["verify", str(out), "--all"]) == 2

@@ -1,0 +1,259 @@
+"""milora_merge.json and milora_convert.json: what a merged model and a converted adapter were made of.
+
+Like milora_init.json, each is written last and names every file with its size and SHA-256. `read_output` reads
+whichever of the three a folder has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_init.envelope import Status, envelope
+from milora_init.errors import OutputError
+from milora_init.json_fields import (
+    Check,
+    at_least_1,
+    count,
+    each,
+    file_name,
+    flag,
+    number,
+    one_of,
+    or_none,
+    read_object,
+    require_fields,
+    sha256_text,
+    text,
+)
+from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, read_manifest
+from milora_init.result import Result
+
+MERGED = "milora_merge.json"
+CONVERTED = "milora_convert.json"
+RECORDS = (MANIFEST, MERGED, CONVERTED)
+_FORMAT = 1
+_OF_THE_CALL = ("unchanged", "bit_equal")  # not in the file
+_NOT_PRINTED = ("inputs", "source_files", "tensors", "from_hub", "model", "revision", "unchanged")
+
+
+class _Recorded(Result):
+    """A result that is also the record of a finished output."""
+
+    __slots__ = ()
+
+    def content(self) -> dict[str, Any]:
+        """The content of the record's file, as plain JSON values."""
+        fields = asdict(self)  # type: ignore[call-overload]  # the subclasses are dataclasses
+        return {"format": _FORMAT, **{name: value for name, value in fields.items() if name not in _OF_THE_CALL}}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeResult(_Recorded):
+    """What was merged: the content of milora_merge.json.
+
+    Attributes:
+        out, pair, adapter: The folders as given.
+        model, revision: The original model and its commit, as the manifest of the pair names them.
+        from_hub: Whether `model` is a Hub id, and not a folder.
+        initial: Whether the adapter was the initial one, so that this is the original model again, up to rounding.
+        modules: How many modules were merged.
+        entries: How many entries the merged weights have.
+        tensors: The tensors with merged weights, and the dtype of each one's residual.
+        source_files: A hash of each file of the original model, as in the manifest's `inputs`.
+        fingerprint: Hash of `inputs`.
+        inputs: All that determines the bytes: the pair's fingerprint, the adapter's hash and scales, the version.
+        files, hashes: Size in bytes and SHA-256 of every file of the output except this one.
+        elapsed_s: Seconds; for a resumed merge, those since it was resumed.
+        bit_equal: How many of the entries have the bits of the original model; None where that was not asked.
+        unchanged: Whether the same merge was finished before.
+    """
+
+    out: str
+    pair: str
+    adapter: str
+    model: str
+    revision: str | None
+    from_hub: bool
+    initial: bool
+    modules: int
+    entries: int
+    tensors: Mapping[str, str]
+    source_files: Mapping[str, str]
+    fingerprint: str
+    inputs: Mapping[str, Any]
+    files: Mapping[str, int]
+    hashes: Mapping[str, str]
+    elapsed_s: float
+    bit_equal: int | None = None
+    unchanged: bool = False
+
+    def summary(self) -> Mapping[str, object]:
+        status = "unchanged" if self.unchanged else "done"
+        found = {"status": status, "out": self.out, "modules": self.modules, "model": self.model}
+        return found if self.bit_equal is None else {**found, "bit_equal": f"{self.bit_equal / self.entries:.4%}"}
+
+    def to_json(self) -> dict[str, Any]:
+        return _envelope("merge", self)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedModule:
+    """One module of the plain adapter.
+
+    Attributes:
+        module: Its name.
+        rank: Of its factors.
+        lost: The relative Frobenius norm of what the rank cut off; 0 without a cut.
+    """
+
+    module: str
+    rank: int
+    lost: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ConvertResult(_Recorded):
+    """What was converted: the content of milora_convert.json.
+
+    Attributes:
+        out, pair, adapter: The folders as given.
+        model, revision: The original model, as adapter_config.json names it, and its commit if the pair records one.
+        from_hub: Whether `model` is a Hub id, and not a folder.
+        modules: One entry for each module.
+        cut: Whether a rank was given, so that something may be lost.
+        source_files: A hash of each file of the original model, from the manifest of the pair; empty without one.
+        fingerprint: Hash of `inputs`.
+        inputs: All that determines the bytes: the hashes of both adapters, the new config, the version.
+        files, hashes: Size in bytes and SHA-256 of every file of the output except this one.
+        elapsed_s: Seconds.
+        unchanged: Whether the same conversion was finished before.
+    """
+
+    out: str
+    pair: str
+    adapter: str
+    model: str
+    revision: str | None
+    from_hub: bool
+    modules: tuple[ConvertedModule, ...]
+    cut: bool
+    source_files: Mapping[str, str]
+    fingerprint: str
+    inputs: Mapping[str, Any]
+    files: Mapping[str, int]
+    hashes: Mapping[str, str]
+    elapsed_s: float
+    unchanged: bool = False
+
+    def summary(self) -> Mapping[str, object]:
+        status = "unchanged" if self.unchanged else "done"
+        return {"status": status, "out": self.out, "modules": len(self.modules), "model": self.model}
+
+    def to_json(self) -> dict[str, Any]:
+        return _envelope("convert", self)
+
+
+Output = Manifest | MergeResult | ConvertResult
+
+
+def _envelope(command: str, result: MergeResult | ConvertResult) -> dict[str, Any]:
+    fields = {name: value for name, value in asdict(result).items() if name not in _NOT_PRINTED}
+    if isinstance(result, ConvertResult):
+        fields["modules"] = list(fields["modules"])
+    status: Status = "unchanged" if result.unchanged else "done"
+    return envelope(command, status, source={"model": result.model, "revision": result.revision}, **fields)
+
+
+_COMMON: Mapping[str, Check] = {
+    "format": lambda value: type(value) is int and value == _FORMAT,
+    "out": text, "pair": text, "adapter": text, "model": text, "revision": or_none(text), "from_hub": flag,
+    "source_files": each(text, text), "fingerprint": sha256_text, "inputs": each(text, lambda _: True),
+    "files": each(file_name, count), "hashes": each(file_name, sha256_text), "elapsed_s": number,
+}  # fmt: skip
+_DTYPE = one_of("float64", "float32", "bfloat16", "float16")
+_MERGE: Mapping[str, Check] = {
+    **_COMMON, "initial": flag, "modules": at_least_1, "entries": at_least_1, "tensors": each(text, _DTYPE),
+}  # fmt: skip
+_CONVERT: Mapping[str, Check] = {
+    **_COMMON, "cut": flag, "modules": lambda value: isinstance(value, list) and bool(value),
+}  # fmt: skip
+_MODULE: Mapping[str, Check] = {"module": text, "rank": at_least_1, "lost": number}
+_LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "adapter_model.safetensors")}
+
+
+def read_merged(folder: Path) -> MergeResult | None:
+    """The record of a finished merge, None where there is none. Raises OutputError."""
+    content = _read(folder / MERGED, _MERGE)
+    return None if content is None else MergeResult(**content)
+
+
+def read_converted(folder: Path) -> ConvertResult | None:
+    """The record of a finished conversion, None where there is none. Raises OutputError."""
+    content = _read(folder / CONVERTED, _CONVERT)
+    return None if content is None else ConvertResult(**content)
+
+
+def _read(path: Path, fields: Mapping[str, Check]) -> dict[str, Any] | None:
+    """The checked fields of a record, None where there is no file. Raises OutputError."""
+    try:
+        content = read_object(path)
+        if content is None:
+            return None
+        require_fields(content, fields, "")
+        if unknown := content.keys() - fields.keys():
+            raise ValueError(f"{min(unknown)} is no field of it")
+        if missing := [name for name in _LEAST_FILES[path.name] if name not in content["files"]]:
+            raise ValueError(f"files lacks {missing[0]}")
+        if content["files"].keys() != content["hashes"].keys() or content["files"].keys() & set(RECORDS):
+            raise ValueError("files and hashes do not name the files of one output")
+        if fingerprint(content["inputs"]) != content["fingerprint"]:
+            raise ValueError("fingerprint is not the hash of inputs")
+        if fields is _CONVERT:
+            for place, module in enumerate(content["modules"]):
+                require_fields(module, _MODULE, f"modules[{place}].")
+            content["modules"] = tuple(ConvertedModule(**module) for module in content["modules"])
+        del content["format"]
+        return content
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{path} is not a record that this version reads: {str(error)[:300]}",
+            hint="make the output again, in another --out",
+        ) from error
+
+
+def read_output(folder: Path) -> Output | None:
+    """The record of the finished output in a folder, None where there is none. Raises OutputError."""
+    return read_manifest(folder) or read_merged(folder) or read_converted(folder)
+
+
+def require_output(folder: Path, given: str) -> Output:
+    """The record of the finished output in a folder.
+
+    Args:
+        folder: The folder.
+        given: The folder or Hub id as the user wrote it.
+
+    Raises:
+        OutputError: The output is unfinished, or the folder is no output of milora-init.
+    """
+    output = read_output(folder)
+    if output is not None:
+        return output
+    if (folder / WORK_FOLDER).is_dir():
+        hint = "run the command that writes it again: it resumes"
+        raise OutputError(f"{given} is an unfinished output of milora-init", hint=hint)
+    raise OutputError(
+        f"{given} has no {MANIFEST}: it is no finished output of milora-init", hint="name the --out of a finished run"
+    )
+
+
+def require_pair(folder: Path, given: str) -> Manifest:
+    """The manifest of a pair. Raises OutputError as `require_output`, and for a merged model or converted adapter."""
+    output = require_output(folder, given)
+    if isinstance(output, Manifest):
+        return output
+    what = "a merged model" if isinstance(output, MergeResult) else "a converted adapter"
+    raise OutputError(f"{given} is {what}, not a pair", hint=f"name the pair that it was made of: {output.pair}")
