@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check lint types format bench docs build clean
+.PHONY: help demo test check lint types format bench gpu-check docs build clean
 
 help:
 	@echo "make demo    run milora-init on real weights and check the pair with transformers and PEFT"
 	@echo "make test    run the tests"
 	@echo "make check   lint, check types and run the tests"
 	@echo "make bench   time the solver against the reference method"
+	@echo "make gpu-check  on a machine with a GPU: tests, benchmarks and a whole run, within eight minutes"
 	@echo "make format  format the code"
 	@echo "make docs    write the generated parts of the documentation and build the site"
 	@echo "make build   build sdist and wheel, install each in a clean environment and use it"
@@ -45,6 +46,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/bench_svd.py
+
+gpu-check: $(READY)
+	$(BIN)/python scripts/gpu_check.py --json gpu_check.json
 
 docs: $(READY)
 	$(BIN)/python scripts/draw_flow.py

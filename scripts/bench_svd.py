@@ -2,13 +2,18 @@
 
 For the minor components the other methods are a full `torch.linalg.svd` in float32, as in the reference implementation,
 and a float64 `eigh` of the Gram matrix; for the principal components also `torch.svd_lowrank` with niter=16. The eigh
-result, after a Rayleigh-Ritz step in float64, is the truth for the component errors.
+result, after a Rayleigh-Ritz step in float64, is the truth for the component errors. On CUDA the full SVD is timed with
+each of cuSOLVER's drivers gesvd and gesvdj too.
+
+With --simulate no time is measured: the solver runs on a simulated GPU, which counts kernel launches, waits, bytes and
+operations. The milliseconds printed with the counts are estimates from data sheets, not measurements.
 
 The weights are synthetic, in bfloat16, with a Gaussian bulk and a power-law head, like the spectra of trained weights.
 
     python scripts/bench_svd.py                        # TinyLlama's layers, r = 64, under a minute
     python scripts/bench_svd.py --model llama-2-7b     # some minutes
     python scripts/bench_svd.py --full --json bench.json
+    python scripts/bench_svd.py --simulate --model llama-2-7b
 """
 
 from __future__ import annotations
@@ -26,7 +31,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.linalg.svd import singular_triplets
+from milora_init.linalg.arithmetic import arithmetic_of
+from milora_init.linalg.cost import uses_krylov
+from milora_init.linalg.split import split
+from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.modes import Mode
 
 # For each model: how many target weights of one layer have this shape (out, in).
@@ -37,7 +45,17 @@ MODELS: dict[str, dict[tuple[int, int], int]] = {
     "qwen2.5-72b": {(8192, 29568): 1},
 }
 PRINCIPAL_ONLY = ("svd_lowrank niter=16", "milora-init tol=1e-3")
+CUDA_ONLY = ("gesvd float32", "gesvdj float32")
 RANKS = (16, 64, 128)
+# Peak operations per second in float64 and float32 (no TF32), and bytes per second of memory, from data sheets.
+GPUS = {
+    "H100 SXM": (67e12, 67e12, 3.35e12),
+    "A100": (19.5e12, 19.5e12, 2.0e12),
+    "RTX 4090": (1.29e12, 82e12, 1.0e12),
+    "L4": (0.47e12, 30e12, 0.3e12),
+}
+REACHED = 0.7  # assumed share of the peaks
+LAUNCH_S = 8e-6  # assumed time of a kernel launch from Python
 Factors = tuple[Tensor, Tensor, Tensor]  # U (m, r), s (r,), V (n, r)
 
 
@@ -56,6 +74,8 @@ class Row:
     error: float
     peak_extra_bytes: int | None
     note: str
+    path: str  # of our solver: the algorithm, else empty
+    fell_back: bool  # whether our solver's first algorithm was given up
 
 
 def weight(m: int, n: int, *, device: torch.device) -> Tensor:
@@ -71,20 +91,27 @@ def weight(m: int, n: int, *, device: torch.device) -> Tensor:
     return (normal(m, n).mul_(0.02).addmm_(left * head, right.mT)).to(torch.bfloat16).to(device)
 
 
-def ours(W: Tensor, r: int, mode: Mode) -> Factors:
-    t = singular_triplets(W, r, mode=mode)
-    return t.U, t.s, t.V
+def ours(W: Tensor, r: int, mode: Mode) -> Triplets:
+    return singular_triplets(W, r, mode=mode)
 
 
-def ours_rough(W: Tensor, r: int, mode: Mode) -> Factors:
-    t = singular_triplets(W, r, mode=mode, tolerance=1e-3)
-    return t.U, t.s, t.V
+def ours_rough(W: Tensor, r: int, mode: Mode) -> Triplets:
+    return singular_triplets(W, r, mode=mode, tolerance=1e-3)
 
 
 def svd_float32(W: Tensor, r: int, mode: Mode) -> Factors:
     U, s, Vh = torch.linalg.svd(W.to(torch.float32), full_matrices=False)
     end = slice(-r, None) if mode == "min" else slice(r)
     return U[:, end], s[end], Vh[end].mT
+
+
+def with_driver(driver: str) -> Callable[[Tensor, int, Mode], Factors]:
+    def solve(W: Tensor, r: int, mode: Mode) -> Factors:
+        U, s, Vh = torch.linalg.svd(W.to(torch.float32), full_matrices=False, driver=driver)
+        end = slice(-r, None) if mode == "min" else slice(r)
+        return U[:, end], s[end], Vh[end].mT
+
+    return solve
 
 
 def eigh_float64(W: Tensor, r: int, mode: Mode) -> Factors:
@@ -102,9 +129,11 @@ def lowrank_niter_16(W: Tensor, r: int, _mode: Mode) -> Factors:
     return U, s, V
 
 
-SOLVERS: dict[str, Callable[[Tensor, int, Mode], Factors]] = {
+SOLVERS: dict[str, Callable[[Tensor, int, Mode], Factors | Triplets]] = {
     "milora-init": ours,
     "svd float32": svd_float32,
+    "gesvd float32": with_driver("gesvd"),
+    "gesvdj float32": with_driver("gesvdj"),
     "eigh float64": eigh_float64,
     "milora-init tol=1e-3": ours_rough,
     "svd_lowrank niter=16": lowrank_niter_16,
@@ -119,7 +148,22 @@ def component_error(a: Factors, truth: Factors) -> float:
     return float((left @ right.mT).norm() / st.norm())
 
 
-def timed(solve: Callable[[Tensor, int, Mode], Factors], W: Tensor, r: int, mode: Mode) -> tuple[float, Factors]:
+Result = Factors | Triplets
+
+
+def factors(result: Result) -> Factors:
+    return (result.U, result.s, result.V) if isinstance(result, Triplets) else result
+
+
+def fell_back(shape: tuple[int, int], r: int, mode: Mode, path: str, device: torch.device) -> bool:
+    """Whether `path` is not the first algorithm that the solver tries for a weight on a device."""
+    arithmetic = arithmetic_of(device)
+    if not uses_krylov(max(shape), min(shape), r, mode, gpu=arithmetic.crossing == "gpu"):
+        return path != "eigh"
+    return path != ("mixed" if arithmetic.mixed_precision else "lanczos")
+
+
+def timed(solve: Callable[[Tensor, int, Mode], Result], W: Tensor, r: int, mode: Mode) -> tuple[float, Result]:
     if W.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -167,14 +211,14 @@ def bench(args: argparse.Namespace) -> list[Row]:
             for mode in args.mode:
                 for r in args.rank:
                     names = [n for n in SOLVERS if mode == "max" or n not in PRINCIPAL_ONLY]
-                    names = [n for n in names if n not in args.skip]
+                    names = [n for n in names if n not in args.skip and (W.is_cuda or n not in CUDA_ONLY)]
                     results = {}
                     for name in names:
                         runs = [timed(SOLVERS[name], W, r, mode) for _ in range(args.repeat)]
                         results[name] = min(runs, key=lambda run: run[0])
                     base = results["milora-init"][0]
-                    truth = results["eigh float64"][1] if "eigh float64" in results else None
-                    for name, (seconds, factors) in results.items():
+                    truth = factors(results["eigh float64"][1]) if "eigh float64" in results else None
+                    for name, (seconds, result) in results.items():
                         peak = None
                         if args.memory and name == "milora-init":
                             with spawn.Pool(1) as pool:
@@ -185,8 +229,11 @@ def bench(args: argparse.Namespace) -> list[Row]:
                         if name == "eigh float64":
                             note = "the truth"
                         elif truth is not None:
-                            error = component_error(factors, truth)
-                        row = Row(model, shape, count, r, mode, name, seconds, seconds / base, error, peak, note)
+                            error = component_error(factors(result), truth)
+                        path = result.certificate.path if isinstance(result, Triplets) else ""
+                        other = name == "milora-init" and fell_back(shape, r, mode, path, device)
+                        ratio = seconds / base
+                        row = Row(model, shape, count, r, mode, name, seconds, ratio, error, peak, note, path, other)
                         rows.append(row)
                         print(line(row), flush=True)
     return rows
@@ -198,7 +245,7 @@ def line(row: Row) -> str:
     size = f"{row.shape[0]} x {row.shape[1]}"
     return (
         f"{row.model:12} {row.count} x {size:13} r={row.r:<4}{row.mode:4} {row.solver:21}"
-        f"{row.time_s:9.2f} s {row.ratio:7.1f}x  {error:>9} {memory}"
+        f"{row.time_s:9.2f} s {row.ratio:7.1f}x  {error:>9} {memory} {row.path}"
     )
 
 
@@ -224,6 +271,53 @@ def totals(rows: list[Row]) -> list[dict[str, object]]:
                 }
             )
     return out
+
+
+def fallbacks(rows: list[Row]) -> str:
+    """The share of weights for which our solver's first algorithm was given up."""
+    mine = [row for row in rows if row.solver == "milora-init"]
+    count = sum(row.fell_back for row in mine)
+    return f"fallbacks: {count} of {len(mine)} solves"
+
+
+def simulate(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Count what a split of each weight asks of a simulated GPU, and print estimates of its time."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from support import simulated_cuda
+
+    rows: list[dict[str, object]] = []
+    for model in args.model:
+        for shape in MODELS[model]:
+            W = weight(*shape, device=torch.device("cpu"))
+            for mode in args.mode:
+                for r in args.rank:
+                    with simulated_cuda.simulated() as counts:
+                        made = split(W.to("cuda:0"), r, mode=mode, dtype=torch.bfloat16)
+                    certificate = made.triplets.certificate
+                    print(f"{model} {shape[0]} x {shape[1]} r={r} {mode} {certificate.path}: {counts}")
+                    estimates = {}
+                    for gpu, (float64, float32, bandwidth) in GPUS.items():
+                        arithmetic = counts.flops["float64"] / float64 + counts.flops["float32"] / float32
+                        traffic = counts.bytes_touched / bandwidth
+                        parts = arithmetic / REACHED, traffic / REACHED, counts.launches.total() * LAUNCH_S
+                        estimates[gpu] = dict(zip(("arithmetic_s", "traffic_s", "launches_s"), parts, strict=True))
+                        text = " / ".join(f"{1e3 * part:.1f}" for part in parts)
+                        print(f"    {gpu:9} estimate in ms, arithmetic / traffic / launches: {text}", flush=True)
+                    rows.append(
+                        {
+                            "model": model,
+                            "shape": shape,
+                            "r": r,
+                            "mode": mode,
+                            "path": certificate.path,
+                            "launches": counts.launches.total(),
+                            "waits": counts.waits.total(),
+                            "bytes_touched": counts.bytes_touched,
+                            "flops": dict(counts.flops),
+                            "estimates": estimates,
+                        }
+                    )
+    return rows
 
 
 def machine(device: str) -> dict[str, object]:
@@ -252,6 +346,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--full", action="store_true", help=f"every model, r = {RANKS}: hours on a CPU")
+    parser.add_argument("--simulate", action="store_true", help="count on a simulated GPU; measure no time")
     parser.add_argument("--json", type=Path, help="write the rows, totals and machine here")
     args = parser.parse_args(argv)
     if args.full:
@@ -263,7 +358,13 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     about = machine(args.device)
     print("  ".join(f"{key} {value}" for key, value in about.items() if value is not None))
+    if args.simulate:
+        counted = simulate(args)
+        if args.json:
+            args.json.write_text(json.dumps({"simulated": counted}, indent=2) + "\n")
+        return 0
     rows = bench(args)
+    print(fallbacks(rows))
     print("\nOne layer's targeted weights:")
     summary = totals(rows)
     for entry in summary:

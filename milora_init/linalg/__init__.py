@@ -8,7 +8,8 @@ can be read without torch. The front doors are `linalg.split.split` and `linalg.
     blocked_matrix   the weight, read in float64 one block of rows at a time
     cholesky         factor and inverse of the Gram matrix
     lanczos          the largest eigenpairs of a symmetric operator
-    mixed_precision  the smallest triplets by float32 work, corrected in float64
+    filtered_subspace  the same by few and large products, in float32
+    mixed_precision  the smallest or largest triplets by float32 work, corrected in float64
     certificate      how far a computed solution is from the weight's own
     svd              the solver
     rounding         one rounding to a short dtype

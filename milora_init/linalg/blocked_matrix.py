@@ -108,9 +108,17 @@ class BlockedMatrix:
             out[rows] = block
         return out
 
-    def gram_operator(self) -> Operator:
-        """V -> X^T X V, without the Gram matrix. Holds X in float64 where that takes no more than 3 q^2 numbers."""
+    def gram_operator(self, columns: int) -> Operator:
+        """V -> X^T X V, for about so many columns altogether.
+
+        The Gram matrix is computed where that costs less. Otherwise X is held in float64 where it takes no more than
+        3 q^2 numbers.
+        """
         p, q = self.shape
+        if 0.28 * q < columns * (1 - q / (2 * p)) and p >= 2 * q:
+            G = self.gram().tril_()
+            G += G.tril(-1).mT
+            return lambda V: G @ V
         if p <= 3 * q:
             full = self.to_float64()
             return lambda V: full.mT @ (full @ V)

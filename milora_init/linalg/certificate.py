@@ -82,37 +82,41 @@ def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
     the part of b along s_j changes D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that
     falls with s_j. Where the solution has an inverse of X^T X, it gives the weights 1 / s_j.
     """
-    s, right = solution.s, solution.right
-    a = (solution.image - solution.left * s).norm(dim=0)
-    residual = X.transposed_times(solution.left) - right * s
-    b = residual.norm(dim=0)
-    identity = torch.eye(s.numel(), dtype=s.dtype, device=s.device)
-    skew = [(Q.mT @ Q - identity).abs().max() for Q in (solution.left, right)]
+    left, right, r = solution.left, solution.right, solution.s.numel()
+    residual = torch.addcmul(X.transposed_times(left), right, solution.s, value=-1)
+    figures = [
+        torch.addcmul(solution.image, left, solution.s, value=-1).norm(dim=0),
+        residual.norm(dim=0),
+        solution.s,
+        gaps.nearest,
+        gaps.distance,
+        left.mT @ left,
+        right.mT @ right,
+    ]
+    if solution.inverse is not None:
+        outside = torch.addmm(residual, right, right.mT @ residual, alpha=-1)
+        figures.append((outside * solution.inverse(outside)).sum(dim=0))
+    # Read at once, because each reading waits for the device.
+    on_host = torch.cat([figure.flatten() for figure in figures]).cpu()
+    a, b, s, nearest, distance, *grams = torch.split(on_host, [r] * 5 + [r * r] * 2 + [r] * (len(figures) - 7))
     scale = max(solution.s_max, _TINY)
-    larger = torch.maximum(s, gaps.nearest).clamp_min(_TINY)
-    per_residual = (s / gaps.distance.clamp_min(_TINY)).clamp_min(1.0)
+    larger = torch.maximum(s, nearest).clamp_min(_TINY)
+    per_residual = (s / distance.clamp_min(_TINY)).clamp_min(1.0)
     change_by_b = b * per_residual
     if solution.inverse is not None:
-        outside = residual - right @ (right.mT @ residual)
-        weighted = (outside * solution.inverse(outside)).sum(dim=0).clamp_min(0).sqrt()
-        factor = gaps.nearest * torch.hypot(gaps.nearest, s) / (gaps.distance * (gaps.nearest + s)).clamp_min(_TINY)
+        weighted = grams.pop().clamp_min(0).sqrt()
+        factor = nearest * torch.hypot(nearest, s) / (distance * (nearest + s)).clamp_min(_TINY)
         change_by_b = torch.minimum(change_by_b, s * weighted * factor)
-    # Read at once, because each reading waits for the device.
-    figures = [
-        torch.hypot(a * per_residual, change_by_b).norm(),
-        s.norm(),
-        (gaps.distance / larger).min(),
-        torch.maximum(a, b).max(),
-        *skew,
-    ]
-    change, component_norm, gap, worst, left_skew, right_skew = torch.stack(figures).tolist()
+    skew = torch.stack([gram.view(r, r) - torch.eye(r, dtype=gram.dtype) for gram in grams]).abs().max()
+    change = float(torch.hypot(a * per_residual, change_by_b).norm())
+    component_norm, gap = float(s.norm()), float((distance / larger).min())
     resolution = X.shape[1] * EPS * scale * math.sqrt(s.numel())
     error = change / max(component_norm, resolution)
     return Certificate(
         path=solution.path,
         reason=solution.reason,
-        residual=worst / scale,
-        orthogonality=max(left_skew, right_skew),
+        residual=float(torch.maximum(a, b).max()) / scale,
+        orthogonality=float(skew),
         gap=gap if math.isfinite(gap) else None,
         component_error=error if math.isfinite(error) else None,
         complete=solution.complete,

@@ -40,7 +40,6 @@ from milora_init.linalg.certificate import NotConverged
 
 PROBE_COLUMNS = 24
 _MOST_STEPS_UNTESTED = 8
-_PROBE_STEPS = 2
 _ESTIMATE_STEPS = 4
 _FLOAT32_CONDITION = 1e4  # of a block: beyond it a few digits of orthogonality are lost, which float32 work survives
 
@@ -53,14 +52,14 @@ class RitzPairs:
         values: (r + extra,), descending, on the CPU in float64.
         vectors: (q, r + extra), an orthonormal basis of their eigenvectors, in float64.
         next_value: The largest Ritz value below the r wanted ones.
-        probe_value: The largest Ritz value of the probe.
+        probe: The operator projected on the probe (b, b), on the device: its norm is the probe's largest Ritz value.
         steps: Blocks in the basis.
     """
 
     values: Tensor
     vectors: Tensor
     next_value: float
-    probe_value: float
+    probe: Tensor
     steps: int
 
 
@@ -138,8 +137,8 @@ def largest_eigenpairs(  # noqa: PLR0913  the parameters of the method
     largest = values[: r + extra].to(device)
     improved = K.to(y.dtype) @ y + newest.to(y.dtype) @ (factor.to(y.dtype) @ y[-block:]) / largest
     improved, _ = arithmetic.orthonormalise(improved, condition=math.inf if dtype == y.dtype else 10)
-    probe_value = _largest_in_complement(apply, K, start[:, block:], arithmetic)
-    return RitzPairs(values[: r + extra], improved, float(values[r]), probe_value, step)
+    probe = complement_projection(apply, K, start[:, block:], arithmetic)
+    return RitzPairs(values[: r + extra], improved, float(values[r]), probe, step)
 
 
 def krylov_projection(
@@ -148,11 +147,9 @@ def krylov_projection(
     """A float32 operator (q, q) projected on a small Krylov space: its largest eigenvalue, to a few percent."""
     generator = torch.Generator().manual_seed(1)
     newest = torch.randn(q, block, generator=generator, dtype=torch.float32).to(device)
-    basis, _ = arithmetic.orthonormalise(newest)
-    newest = basis
+    basis = newest = arithmetic.normalise(newest)
     for _ in range(_ESTIMATE_STEPS - 1):
-        image = apply(newest)
-        newest, _ = arithmetic.orthonormalise(image - basis @ (basis.mT @ image))
+        newest = arithmetic.normalise(outside(basis, apply(newest)))
         basis = torch.cat([basis, newest], dim=1)
     projected: Tensor = basis.mT @ apply(basis)
     return projected
@@ -165,7 +162,7 @@ def power_projection(
     block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block = block.to(device, dtype)
     for _ in range(2):
-        block, _ = arithmetic.orthonormalise(apply(block))
+        block = arithmetic.normalise(apply(block))
     projected: Tensor = block.mT @ apply(block)
     return projected
 
@@ -176,6 +173,11 @@ def largest_eigenvalues(*projections: Tensor) -> list[float]:
     parts = on_host.tensor_split(list(accumulate(projection.numel() for projection in projections))[:-1])
     shaped = [part.view(projection.shape) for part, projection in zip(parts, projections, strict=True)]
     return [float(torch.linalg.eigvalsh(x)[-1]) if bool(x.isfinite().all()) else math.nan for x in shaped]
+
+
+def spectral_norm(x: Tensor) -> float:
+    """The largest singular value of a small matrix on the CPU."""
+    return float(torch.linalg.matrix_norm(x, ord=2))
 
 
 def round_down(x: float) -> float:
@@ -192,12 +194,17 @@ def _steps_to_convergence(previous: tuple[int, float], now: tuple[int, float], t
     return max(1, min(_MOST_STEPS_UNTESTED, math.ceil(math.log(now[1] / tolerance) / fall)))
 
 
-def _largest_in_complement(apply: Operator, K: Tensor, start: Tensor, arithmetic: DeviceArithmetic) -> float:
-    """The largest Ritz value of the operator on the complement of K (q, k), from a block start (q, b)."""
-    block = before = start
-    for _ in range(_PROBE_STEPS):
-        for _ in range(2):
-            block = torch.addmm(block, K, K.mT @ block, alpha=-1)
-        block, _ = arithmetic.orthonormalise(block)
-        block, before = apply(block), block
-    return float(torch.linalg.matrix_norm((before.mT @ block).cpu(), ord=2))
+def complement_projection(apply: Operator, K: Tensor, start: Tensor, arithmetic: DeviceArithmetic) -> Tensor:
+    """The operator on the complement of an orthonormal K (q, k), projected on a block that it was applied to, (b, b).
+
+    The block starts as `start` (q, b).
+    """
+    block = apply(outside(K, start))
+    block = arithmetic.normalise(outside(K, outside(K, block)))
+    projection: Tensor = block.mT @ apply(block)
+    return projection
+
+
+def outside(K: Tensor, Y: Tensor) -> Tensor:
+    """Y (q, b) without its part in the span of an orthonormal K (q, k)."""
+    return torch.addmm(Y, K, K.mT @ Y, alpha=-1)

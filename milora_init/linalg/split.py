@@ -87,41 +87,40 @@ def _residual(
     exact = B.device  # W's, or the CPU where W's has no float64
     B64, A64 = B.to(torch.float64), scale * A.to(torch.float64)
     residual = torch.empty(m, n, dtype=dtype, device=W.device)
-    # Squared norms of W and E; of D and of each candidate's E over the sample. On the device, and read once.
-    sums = torch.zeros(2, dtype=torch.float64, device=exact)
-    sample = torch.zeros(1 + len(_CANDIDATES), dtype=torch.float64, device=exact)
     rows = max(1, arithmetic.residual_block_bytes // (8 * n))
     step = _SAMPLE if m * n > _SMALL else 1
+    others = {name: candidate for name, candidate in _CANDIDATES.items() if candidate != dtype}
+    # For each block the norms of W and E, and over the sample those of D and of each other candidate's E. They stay on
+    # the device, and are read once.
+    norms: list[Tensor] = []
     for top in range(0, m, rows):
         block = slice(top, top + rows)
         R = W[block].to(exact, torch.float64, copy=True)
-        W2 = torch.linalg.vector_norm(W[block], dtype=torch.float64).square().to(exact)
+        norms.append(torch.linalg.vector_norm(R))
         R.addmm_(B64[block], A64, alpha=-1)
         stored = round_once(R, dtype, search=arithmetic.search_ties)
         residual[block] = stored
-        sums += torch.stack([W2, _square(R - stored.to(exact))])
-        D, R = B64[block][::step] @ A64, R[::step]
-        sample += torch.stack([_square(D), *(_square(R - R.to(candidate)) for candidate in _CANDIDATES.values())])
-    D2 = ((B64.mT @ B64) * (A64 @ A64.mT)).sum()  # ||B A||^2 = tr(B^T B A A^T)
-    D2, W2, E2, sampled_D2, *sampled_E2 = torch.cat([D2[None], sums, sample]).tolist()
+        norms.append(torch.linalg.vector_norm(R - stored.to(exact)))
+        sample = R[::step]
+        norms.append(torch.linalg.vector_norm(B64[block][::step] @ A64))
+        norms += [torch.linalg.vector_norm(sample - sample.to(candidate)) for candidate in others.values()]
+    product = ((B64.mT @ B64) * (A64 @ A64.mT)).sum()  # ||B A||^2 = tr(B^T B A A^T)
+    D2, *of_blocks = torch.stack([product, *norms]).tolist()
+    sums = torch.tensor(of_blocks, dtype=torch.float64).view(-1, 3 + len(others)).square().sum(dim=0)
+    W2, E2, sampled_D2, *sampled_E2 = sums.tolist()
     if not math.isfinite(E2):
         raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
     leak = _norm_ratio(E2, D2)
+    leaks = {
+        name: _norm_ratio(e2, sampled_D2) if math.isfinite(e2) else None
+        for name, e2 in zip(others, sampled_E2, strict=True)
+    }
     return residual, Rounding(
         component=_norm_ratio(D2, W2),
         error=_norm_ratio(E2, W2),
         leak=leak,
-        leak_if={
-            name: leak if _CANDIDATES[name] == dtype else _norm_ratio(e2, sampled_D2) if math.isfinite(e2) else None
-            for name, e2 in zip(_CANDIDATES, sampled_E2, strict=True)
-        },
+        leak_if={name: leaks.get(name, leak) for name in _CANDIDATES},
     )
-
-
-def _square(x: Tensor) -> Tensor:
-    """The squared Frobenius norm of a matrix."""
-    norm: Tensor = torch.linalg.vector_norm(x)
-    return norm.square()
 
 
 def _norm_ratio(squared: float, squared_whole: float) -> float:

@@ -5,10 +5,10 @@ smallest ("min", what MiLoRA adapts), the largest ("max"), the middle ("mid"), o
 
 How. X is W or its transpose, with p rows >= q columns. The eigenvectors of the Gram matrix G = X^T X are the right
 singular vectors of X, and G is (q, q) whatever p is. For the largest triplets a Krylov space of G is built, applied as
-X^T (X v); for the smallest one of (G - shift I)^-1, by a Cholesky factor. Interior triplets, small matrices and large r
-take all the eigenvectors of G. On a GPU the smallest triplets are sought in float32 first and corrected in float64
-(mixed_precision.py). One Rayleigh-Ritz step in X itself (a QR of X V and the SVD of its small factor) then
-gives s and U from the weight, not from its square.
+X^T (X v) or as G v, whichever costs less; for the smallest one of (G - shift I)^-1, by a Cholesky factor. Interior
+triplets, small matrices and large r take all the eigenvectors of G (cost.py has the limits). On a GPU both ends are
+computed in float32 first and corrected in float64 (mixed_precision.py). One Rayleigh-Ritz step in X itself (a QR of
+X V and the SVD of its small factor) then gives s and U from the weight, not from its square.
 
 Precision. float64: the upcast of a checkpoint's bfloat16, float16 or float32 is exact, and float64 has the digits that
 the squared condition number of G costs (s is good to about eps * s_max^2 / (2 s)). A float32 SVD is not accurate
@@ -25,7 +25,7 @@ number, so the program solves each weight on one thread.
 Failure. Every solution is measured against W (certificate.py). One that is not accepted is refined by one more
 application of the operator; then the next algorithm is tried: after mixed precision float64; then all eigenvectors of
 G; then, where squaring lost the wanted end, a full float64 SVD, which holds a float64 copy of W. The same happens when
-a library fails. The certificate says which algorithm ran and why.
+LAPACK, cuSOLVER or cuBLAS fails. The certificate says which algorithm ran and why.
 
 Sources: MiLoRA, https://arxiv.org/abs/2406.09044; the Krylov space: lanczos.py; the error bound: certificate.py.
 """
@@ -33,7 +33,9 @@ Sources: MiLoRA, https://arxiv.org/abs/2406.09044; the Krylov space: lanczos.py;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,11 +62,14 @@ from milora_init.linalg.lanczos import (
     largest_eigenvalues,
     power_projection,
     round_down,
+    spectral_norm,
 )
-from milora_init.linalg.mixed_precision import smallest_triplets
+from milora_init.linalg.mixed_precision import extreme_triplets
 from milora_init.modes import MODES, Mode
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+_OF_A_LIBRARY = re.compile("CUSOLVER_|CUBLAS_|cusolver error|cublas error|MAGMA", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile("(CUSOLVER|CUBLAS)_STATUS_ALLOC_FAILED|CUDA error: out of memory")
 TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below
 _SHIFT_BLOCK = 48  # columns, to estimate the smallest eigenvalue in a few steps
 _SHIFT = 0.95  # of the smallest eigenvalue of X^T X
@@ -113,6 +118,7 @@ def singular_triplets(
     Raises:
         ValueError: W is not a floating-point matrix, has NaN or Inf entries, r is out of range; or no algorithm
             converges, not even the full SVD.
+        torch.OutOfMemoryError: The device's memory is too small.
     """
     if W.ndim != 2 or not W.is_floating_point():
         raise ValueError(f"W is {W.dtype} of shape {tuple(W.shape)}, expected a floating-point matrix")
@@ -164,40 +170,60 @@ def wanted_indices(q: int, r: int, mode: Mode, seed: int) -> Tensor:
 
 def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: float) -> tuple[Solution, Certificate]:
     """The triplets of X at the indices `wanted` (r,), by the first algorithm whose solution is accepted."""
-    q, r = X.shape[1], wanted.numel()
-    if uses_krylov(q, r, mode):
+    (p, q), r = X.shape, wanted.numel()
+    if uses_krylov(p, q, r, mode, gpu=X.arithmetic.crossing == "gpu"):
         attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: _by_lanczos(X, r, mode, tolerance)]
-        if mode == "min" and X.arithmetic.mixed_precision:
-            attempts.insert(0, lambda: smallest_triplets(X, r, tolerance))
+        if X.arithmetic.mixed_precision:
+            attempts.insert(0, lambda: extreme_triplets(X, r, tolerance, largest=mode == "max"))
         failures: list[str] = []
         for attempt in attempts:
             try:
-                solution, certificate = attempt()
+                with _library_failures():
+                    solution, certificate = attempt()
                 return solution, replace(certificate, reason="; ".join([*failures, certificate.reason]))
-            except NotConverged as failure:
-                failures.append(failure.reason)
-            except LinAlgError as error:
-                failures.append(_first_line(error))
+            except (NotConverged, _LibraryFailure) as failure:
+                failures.append(str(failure))
         reason = "; ".join(failures)
     elif mode in ("min", "max"):
-        reason = f"r = {r} of q = {q} is beyond a Krylov space"
+        reason = f"all eigenvectors cost less for r = {r} of q = {q}"
     else:
         reason = f"mode {mode} needs interior triplets"
     try:
-        solution, certificate = _by_eigh(X, wanted, seed, reason)
+        with _library_failures():
+            solution, certificate = _by_eigh(X, wanted, seed, reason)
         if is_accepted(solution, certificate, tolerance):
             return solution, certificate
         reason = f"{reason}; {_too_far('eigh', certificate)}"
-    except LinAlgError as error:
-        reason = f"{reason}; eigh failed: {_first_line(error)}"
+    except _LibraryFailure as failure:
+        reason = f"{reason}; eigh failed: {failure}"
     try:
-        return _by_svd(X, wanted, reason)
-    except LinAlgError as error:
-        raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {_first_line(error)}") from error
+        with _library_failures():
+            return _by_svd(X, wanted, reason)
+    except _LibraryFailure as failure:
+        raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {failure}") from failure
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+class _LibraryFailure(Exception):  # noqa: N818  the next algorithm is tried
+    """LAPACK or a library of the device failed; the text is the first line of its own."""
+
+
+@contextmanager
+def _library_failures() -> Iterator[None]:
+    """Raise `_LibraryFailure` for what a library of linear algebra raises, and no other RuntimeError.
+
+    Where a library of a GPU lacks memory, torch may raise a plain RuntimeError: it becomes a torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if _OUT_OF_MEMORY.search(text):
+            raise torch.OutOfMemoryError(text) from error
+        if not (isinstance(error, LinAlgError) or _OF_A_LIBRARY.search(text)):
+            raise
+        raise _LibraryFailure(text.partition("\n")[0]) from error
 
 
 def _too_far(path: str, certificate: Certificate) -> str:
@@ -214,7 +240,7 @@ def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple
     q, arithmetic = X.shape[1], X.arithmetic
     block = arithmetic.krylov_block
     factor, shift = _shifted_factor(X) if mode == "min" else (None, 0.0)
-    apply = X.gram_operator() if factor is None else factor.solve
+    apply = X.gram_operator(10 * r + 150) if factor is None else factor.solve
     for angle in _ANGLES:
         pairs = largest_eigenpairs(
             apply,
@@ -226,7 +252,7 @@ def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple
             arithmetic=arithmetic,
             device=X.stored.device,
         )
-        if not pairs.probe_value < float(pairs.values[-1]):
+        if not spectral_norm(pairs.probe.cpu()) < float(pairs.values[-1]):
             raise NotConverged("an independent block found what the Krylov space had missed")
         basis = pairs.vectors
         for refined in ("", ", refined"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +69,18 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
 
     Raises:
         CheckpointError: The weight cannot be read.
-        SolveError: It cannot be split, or its residual does not fit the dtype.
+        SolveError: It cannot be split, its residual does not fit the dtype, or the GPU failed.
         OutputError: The result cannot be written.
     """
-    with job.residual.opened() as write_residual, job.A.opened() as write_A, job.B.opened() as write_B:
+    with (
+        _gpu_errors(job, device),
+        job.residual.opened() as write_residual,
+        job.A.opened() as write_A,
+        job.B.opened() as write_B,
+    ):
         read_started = time.monotonic()
         pinned = device.type == "cuda"
-        W = job.source.read(pinned=pinned)
+        W = _read(job.source, pinned=pinned)
         with suppress(torch.OutOfMemoryError):  # then it is copied under the lock, when the other thread's weight left
             W = W.to(device, non_blocking=pinned)
         read = time.monotonic()
@@ -94,11 +100,38 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
     return record
 
 
+@contextmanager
+def _gpu_errors(job: WeightJob, device: torch.device) -> Iterator[None]:
+    """Raise a SolveError for what a GPU raises. Its errors come late: any call may raise them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise SolveError(
+            f"{job.source.name} in {job.source.path}: {device} failed: {reason}",
+            hint="run the same command again to resume, or with --device cpu",
+        ) from error
+
+
+def _read(source: TensorSource, *, pinned: bool) -> torch.Tensor:
+    """The weight, in page-locked memory if `pinned` and if the machine has enough of it."""
+    if pinned:
+        with suppress(RuntimeError):
+            return source.read(pinned=True)
+    return source.read()
+
+
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU. From a GPU it is copied into page-locked memory, which is several times as fast."""
     if not tensor.is_cuda:
         return tensor.cpu()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    try:
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:  # page-locked memory is limited
+        return tensor.cpu()
+    return buffer.copy_(tensor)
 
 
 def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import matrices, reference, simulated_cuda
-from support.triplets import check_component, check_properties, check_values
+from support.triplets import certified, check_component, check_properties, check_values
 
 from milora_init.linalg.split import Split, split
 from milora_init.linalg.svd import Triplets, singular_triplets
@@ -43,7 +43,7 @@ def test_every_spectrum_is_solved_as_on_a_cpu(name: str, shape: tuple[int, int],
     if name in matrices.DISTINCT and name != "outlier":  # float64 does not resolve its squared values
         check_component(W, t, r, mode)
     else:
-        assert t.certificate.residual <= 1e-9
+        assert t.certificate.residual <= 1e-9 or certified(t) <= 5e-8
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -59,8 +59,9 @@ def test_small_weights_are_solved_as_on_a_cpu(name: str, shape: tuple[int, int],
 
 @pytest.mark.parametrize("shape", [(640, 640), (560, 1400), (1400, 560)], ids=str)
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "float16_near_overflow"])
-def test_the_smallest_triplets_are_found_in_mixed_precision(name: str, shape: tuple[int, int]) -> None:
-    t = solve_on_gpu(HARD[name](*shape), 10, "min")
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_both_ends_are_found_in_mixed_precision(mode: Mode, name: str, shape: tuple[int, int]) -> None:
+    t = solve_on_gpu(HARD[name](*shape), 10, mode)
     assert t.certificate.path == "mixed", t.certificate.reason
     assert t.certificate.component_error is not None
     assert t.certificate.component_error <= 5e-8
@@ -96,7 +97,12 @@ def test_the_same_weight_gives_the_same_bytes_twice() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "launches", "waits", "gigabytes", "float64_gflop"),
-    [((2048, 2048), 580, 12, 3.2, 8), ((5632, 2048), 650, 13, 5.7, 14)],
+    [
+        ((2048, 2048), 400, 12, 3.0, 9),
+        ((5632, 2048), 500, 12, 5.7, 17),
+        pytest.param((4096, 4096), 400, 12, 10, 30, marks=pytest.mark.slow),
+        pytest.param((11008, 4096), 500, 12, 20, 65, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_the_cost_of_a_weight_is_bounded(

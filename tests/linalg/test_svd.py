@@ -23,7 +23,8 @@ from milora_init.linalg.svd import singular_triplets, wanted_indices
 from milora_init.modes import MODES, Mode
 
 EPS = torch.finfo(torch.float64).eps
-ARITHMETIC = {"cpu": CPU, "gpu": GPU}
+KRYLOV = replace(CPU, crossing="gpu")  # a Krylov space for smaller matrices than a CPU would take one for
+ARITHMETIC = {"cpu": KRYLOV, "gpu": GPU}
 SHAPES = [(64, 64), (65, 64), (192, 64), (64, 192), (1600, 32)]
 
 
@@ -111,7 +112,7 @@ KRYLOV_NAMES = ["gaussian", "language_model_like", "flat", "power_law", "steep",
 @pytest.mark.parametrize("name", KRYLOV_NAMES)
 def test_the_krylov_solver_agrees_with_the_full_svd(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
-    t = singular_triplets(W, r, mode=mode)
+    t = singular_triplets(W, r, mode=mode, arithmetic=KRYLOV)
     if name in ("language_model_like", "power_law"):
         assert t.certificate.path == "lanczos", t.certificate.reason
     check_properties(W, t, r)
@@ -123,7 +124,7 @@ def test_the_krylov_solver_agrees_with_the_full_svd(name: str, shape: tuple[int,
 @pytest.mark.parametrize("name", ["outlier", *matrices.AMBIGUOUS])
 def test_the_krylov_solver_handles_hard_spectra(name: str, mode: Mode) -> None:
     W, r = {**matrices.DISTINCT, **matrices.AMBIGUOUS}[name](600, 530), 10
-    t = singular_triplets(W, r, mode=mode)
+    t = singular_triplets(W, r, mode=mode, arithmetic=KRYLOV)
     check_properties(W, t, r)
     check_values(W, t, r, mode)
     assert t.certificate.residual <= 1e-9
@@ -164,23 +165,27 @@ def test_a_lapack_failure_falls_back_or_is_a_clear_error(failing: list[str], mon
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "subnormal", "huge"])
 def test_mixed_precision_works_with_the_arithmetic_of_a_cpu(name: str, shape: tuple[int, int]) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
-    t = singular_triplets(W, r, arithmetic=replace(CPU, mixed_precision=True))
+    t = singular_triplets(W, r, arithmetic=replace(KRYLOV, mixed_precision=True))
     assert t.certificate.path == "mixed", t.certificate.reason
     check_properties(W, t, r)
     check_values(W, t, r, "min")
     check_component(W, t, r, "min")
 
 
-def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arithmetic", [replace(KRYLOV, mixed_precision=True), GPU], ids=["cpu", "gpu"])
+def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(
+    arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The corrections may converge to triplets that are not the smallest; only the probe detects this."""
+    true_space = mixed_precision.first_space
 
-    def with_missed_triplet(*args: Any, **kwargs: Any) -> RitzPairs:
-        pairs = lanczos.largest_eigenpairs(*args, **kwargs)
-        return replace(pairs, probe_value=1.01 * float(pairs.values[7]))
+    def with_missed_triplet(*args: Any) -> tuple[RitzPairs, str]:
+        pairs, how = true_space(*args)
+        return replace(pairs, probe=1.5 * float(pairs.values[7]) * torch.eye(2)), how
 
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(mixed_precision, "largest_eigenpairs", with_missed_triplet)
-    t = singular_triplets(W, 8, arithmetic=replace(CPU, mixed_precision=True))
+    monkeypatch.setattr(mixed_precision, "first_space", with_missed_triplet)
+    t = singular_triplets(W, 8, arithmetic=arithmetic)
     assert t.certificate.path == "lanczos"
     assert "missed" in t.certificate.reason
     check_component(W, t, 8, "min")
@@ -198,7 +203,7 @@ def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkey
 
     W = matrices.gaussian(600, 560)
     monkeypatch.setattr(mixed_precision, "gram_of_blocks", wrong)
-    t = singular_triplets(W, 8, arithmetic=replace(CPU, mixed_precision=True))
+    t = singular_triplets(W, 8, arithmetic=replace(KRYLOV, mixed_precision=True))
     assert certified(t) <= 5e-8
     check_component(W, t, 8, "min")
 

@@ -278,7 +278,7 @@ def test_every_thread_of_a_pool_computes_on_one_cpu_thread(two_threads: None) ->
     ("shape", "mode", "path"),
     [
         ((600, 600), "min", "lanczos"),
-        ((560, 1700), "min", "lanczos"),
+        ((800, 1700), "min", "lanczos"),
         ((600, 600), "max", "lanczos"),
         ((300, 200), "mid", "eigh"),
     ],

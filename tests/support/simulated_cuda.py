@@ -9,22 +9,29 @@ The simulation adds:
 
     with simulated_cuda.simulated() as counts:
         result = split(W.to("cuda:0"), 64, dtype=torch.bfloat16)
-    assert counts.launches <= 450
+    assert counts.launches.total() <= 450
 
-It does not simulate speed, memory limits, streams, or the rounding and the failures of GPU libraries.
+`machine` fakes the parts of `torch.cuda` that a whole run needs: several devices, streams, page-locked memory, and
+failures of memory or of a library where a test asks for them.
+
+It does not simulate speed, memory limits, the order of streams, or the rounding of GPU libraries.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    import pytest
 
 CPU = torch.device("cpu")
 # Calls that only read a property, and calls that return a Python value, for which the host must wait.
@@ -51,6 +58,30 @@ class Counts:
         )
 
 
+Fault = Callable[[str, torch.device], None]
+"""Called with the name of each call that computes on a device or copies to it; it may raise an error."""
+
+
+@dataclass
+class Machine:
+    """The state of the faked `torch.cuda`.
+
+    Attributes:
+        streams: The device and the stream of each thread.
+        pinned: The number of entries allocated in page-locked memory.
+        caches_emptied: Calls of torch.cuda.empty_cache.
+        fault: See `Fault`.
+        may_pin: Whether page-locked memory can be allocated.
+    """
+
+    streams: dict[int, tuple[torch.device, object]] = field(default_factory=dict)
+    pinned: int = 0
+    caches_emptied: int = 0
+    fault: Fault | None = None
+    may_pin: bool = True
+
+
+_machines: list[Machine] = []
 _counts: list[Counts] = []  # one for each active `simulated()`, the innermost last
 
 
@@ -81,6 +112,47 @@ def simulated() -> Iterator[Counts]:
             yield _counts[-1]
     finally:
         _counts.pop()
+
+
+@contextmanager
+def machine(devices: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Fakes `devices` CUDA devices for every thread that calls torch.cuda.set_device; yields the state."""
+    made = Machine()
+    _machines.append(made)
+
+    def set_device(device: torch.device) -> None:
+        assert device.index < devices
+        # A mode belongs to one thread. This one ends with the thread.
+        _Mode().__enter__()  # type: ignore[no-untyped-call]
+        made.streams[threading.get_ident()] = (device, None)
+
+    def set_stream(stream: torch.device) -> None:
+        device, before = made.streams[threading.get_ident()]
+        assert before is None
+        made.streams[threading.get_ident()] = (device, stream)
+
+    def empty_cache() -> None:
+        made.caches_emptied += 1
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+    replaced = {
+        "is_available": lambda: devices > 0,
+        "device_count": lambda: devices,
+        "set_device": set_device,
+        "set_stream": set_stream,
+        "Stream": Stream,
+        "empty_cache": empty_cache,
+    }
+    try:
+        with monkeypatch.context() as patched:
+            for name, value in replaced.items():
+                patched.setattr(torch.cuda, name, value)
+            yield made
+    finally:
+        _machines.pop()
 
 
 class _Mode(TorchFunctionMode):
@@ -143,20 +215,32 @@ def _perform(func: Any, args: Any, kwargs: Any) -> Any:
             elif isinstance(value, torch.Tensor):
                 target = _device_of(value)
     elif name in ("cpu", "cuda"):
+        source = _device_of(args[0])
         target, func, args = _named_device(name), torch.Tensor.to, (args[0], CPU)
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+        _pin(args[0])
     if len(places) > 1 and name not in _MAY_MIX:
         shapes = [(tuple(x.shape), str(_device_of(x))) for x in tensors]
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} has {shapes}")
     result_device = device_found if target is None else target
     if name in ("copy_", "__setitem__"):
         result_device = _device_of(args[0])
+    if _machines and _machines[-1].fault and result_device != CPU and name not in _PROPERTIES:
+        _machines[-1].fault(name, result_device)
     out = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
     moved = name in ("to", "cpu", "cuda") and result_device != source
     if device_found != CPU or result_device != CPU:
-        _count(name, tensors, out, moved and result_device == CPU)
+        _count(name, tensors, out, result_device == CPU and (moved or name == "copy_"))
     if moved:
         out = _plain(out).clone()
     return tree_map(lambda x: _placed(x, result_device), out)
+
+
+def _pin(shape: Any) -> None:
+    if not _machines or not _machines[-1].may_pin:
+        raise RuntimeError("CUDA error: page-locked memory is exhausted")
+    _machines[-1].pinned += torch.Size(shape).numel()
 
 
 def _count(name: str, tensors: list[torch.Tensor], out: Any, to_host: bool) -> None:
