@@ -16,7 +16,6 @@ from support.training import train
 from milora_init import untrusted
 from milora_init.api import convert, merge
 from milora_init.errors import OutputError
-from milora_init.export.merge import read_merged
 from milora_init.manifest import fingerprint
 from milora_init.options import InitOptions
 from milora_init.records import (
@@ -25,6 +24,7 @@ from milora_init.records import (
     ConvertResult,
     MergeResult,
     read_converted,
+    read_merged,
     read_output,
     require_output,
     require_pair,

@@ -20,9 +20,10 @@ from support.training import digests, load, logits, train
 from milora_init.api import convert
 from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
-from milora_init.export.merge import MERGED, merge
+from milora_init.export.merge import merge
 from milora_init.export.merge_weight import merged_weight
 from milora_init.manifest import WORK_FOLDER, Manifest
+from milora_init.records import MERGED
 from milora_init.run.shard import ShardWriter
 from milora_init.verification.verify import verify
 
@@ -212,7 +213,7 @@ def odd_parameters(out: Path, trained: Path) -> None:
         (with_dora, PlanError, "use_dora"),
         (not_finite, PlanError, "NaN or infinite"),
         (another_initial, PlanError, "is not the adapter that its base was made with"),
-        (another_scale, PlanError, "its base was made with 1"),
+        (another_scale, PlanError, "its base was made with scale 1"),
         (trained_elsewhere, PlanError, "another residual base"),
         (pickled, CheckpointError, "only adapter_model.bin"),
         (odd_parameters, CheckpointError, "target_parameters is 5"),

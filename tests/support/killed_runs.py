@@ -20,10 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from milora_init.export.merge import MERGED, merge
+from milora_init.export.merge import merge
 from milora_init.manifest import MANIFEST, WORK_FOLDER, read_manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
+from milora_init.records import MERGED
 from milora_init.run.initialize import run_plan
 from milora_init.run.journal import Entry, Head, Journal
 from support.tiny_models import contents
