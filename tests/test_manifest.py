@@ -20,10 +20,11 @@ from support.tiny_models import TARGETS, edit_inputs
 from milora_init.checkpoint.folder import open_checkpoint
 from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, OutputError
-from milora_init.export.merge import MERGED, merge, read_merged
+from milora_init.export.merge import merge
 from milora_init.hub.model_card import card_data, card_text, step_summary
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import InitOptions
+from milora_init.records import MERGED, read_merged
 from milora_init.report import report_json
 from milora_init.verification.files import check_weight_records
 from milora_init.verification.verify import verify
