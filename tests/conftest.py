@@ -28,6 +28,8 @@ from milora_init.run.initialize import initialize
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
+pytest_plugins = ["support.workplace"]
+
 Built = Callable[..., Path]
 
 
