@@ -73,10 +73,8 @@ def main() -> int:
     training, _ = split(64, 0, seed=0)
     data = write_lines(DEMO / "problems.jsonl", [problem.training_row() for problem in training])
     # bfloat16 is many times slower than float32 on most CPUs.
-    options = (
-        f"--data {data} --max-steps {STEPS} --warmup-steps 0 --total-batch 8 --device-batch 8 --dtype float32".split()
-    )
-    python("train.py", "milora", PAIR, RUN, *options)
+    options = f"--data {data} --max-steps {STEPS} --warmup-steps 0 --total-batch 8 --device-batch 8 --dtype float32"
+    python("train.py", "milora", PAIR, RUN, *options.split())
     milora_init("verify", PAIR, "--adapter", RUN / "adapter")
     milora_init("merge", PAIR, "--adapter", RUN / "adapter", "--out", MERGED)
     milora_init("convert", "--init", PAIR / "lora", "--trained", RUN / "adapter", "--out", PLAIN)

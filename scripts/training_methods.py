@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.options import read_recipe
@@ -152,6 +152,15 @@ def folder_of(base: str) -> str:
     if found is None:
         return ""
     return str(snapshot_download(base, allow_patterns=[MANIFEST, f"{ADAPTER_FOLDER}/*"]))
+
+
+def make_start(method: Method, model: str, out: Path, *, rank: int) -> None:
+    """Run milora-init for a method that has an initial adapter, in float32, with alpha = rank."""
+    from milora_init import InitOptions, initialize
+
+    initialize(
+        InitOptions(model=model, out=str(out), rank=rank, mode=cast(Any, method.mode), dtype="float32", device=("cpu",))
+    )
 
 
 def merge_pair(base: str, adapter: str | None, out: Path) -> None:
