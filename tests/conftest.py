@@ -29,6 +29,8 @@ from milora_init.options import InitOptions
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
+pytest_plugins = ["support.workplace"]
+
 Built = Callable[..., Path]
 
 

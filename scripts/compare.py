@@ -1,0 +1,235 @@
+"""Learning against forgetting, for every training method, on a tiny model: offline, on a CPU.
+
+A tiny Llama is pre-trained on docstrings (cached in compare/base). Every method then trains it on generated word
+problems through run_train.sh, at several learning rates and seeds. Measured are the loss on other word problems (what
+it learned), the loss on held-out docstrings (what it forgot), and the share of right answers by the GSM8K task file.
+LoRA is trained twice: with the authors' alpha = 2r, and with alpha = r, which gives the scale of all others. Dropout is
+the same for all. Writes compare/results.json, results.md, and a plot as PNG and SVG. Asserts nothing about which is
+better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tiny_language_model import pretrain
+from training_methods import METHODS, make_start
+from word_problems import split, write_lines
+
+HERE = Path(__file__).resolve().parent
+RANK = 8
+DROPOUT = 0  # of every adapter
+BATCH, WARMUP = 16, 10
+COMPARED = ("lora", "milora", "pissa", "olora-tail", "rlmo", "mica", "full")  # those of them that METHODS has
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method and its alpha; None with `full`."""
+
+    method: str
+    alpha: int | None
+
+    @property
+    def label(self) -> str:
+        return self.method if self.alpha is None else f"{self.method}, alpha {self.alpha // RANK}r"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One training.
+
+    Attributes:
+        variant: What was trained.
+        rate, seed: Its learning rate and seed.
+        before_new, before_old: Mean loss per token on held-out word problems and docstrings before the training.
+        new, old: The same after it.
+        right: Share of held-out word problems with the right answer after "The answer is: ".
+        seconds: Of the training alone.
+    """
+
+    variant: Variant
+    rate: float
+    seed: int
+    before_new: float
+    before_old: float
+    new: float
+    old: float
+    right: float
+    seconds: float
+
+
+def main() -> int:
+    """Pre-train, initialise, train all, report."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path("compare"))
+    options.add_argument("--tokens", type=int, default=1_500_000, help="of the pre-training")
+    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the adapters")
+    options.add_argument("--full-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="of full")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time, one thread each")
+    args = options.parse_args()
+    began = time.monotonic()
+    print("pre-training", flush=True)
+    base = pretrain(args.out / "base", tokens=args.tokens)
+
+    runs, data = args.out / "runs", args.out / "data"
+    for folder in (runs, data):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    training, held = split(2000, 100, seed=0)
+    write_lines(data / "train.jsonl", [problem.training_row() for problem in training])
+    write_lines(data / "new.jsonl", [problem.training_row() for problem in held])
+    write_lines(data / "gsm8k.jsonl", [problem.gsm8k_row() for problem in held])
+
+    starts = initialise(base, args.out)
+    jobs = [
+        (variant, rate, seed)
+        for variant in variants()
+        for rate in (args.full_rates if variant.method == "full" else args.rates)
+        for seed in args.seeds
+    ]
+    print(f"{len(jobs)} trainings, {args.jobs} at a time", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(lambda job: train(*job, starts=starts, out=args.out, steps=args.steps), jobs))
+
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings |= {"rank": RANK, "dropout": DROPOUT, "batch": BATCH, "warmup": WARMUP}
+    content = {
+        "settings": settings,
+        "pretraining": json.loads((base / "pretraining.json").read_text()),
+        "seconds": time.monotonic() - began,
+        "results": [asdict(result) for result in results],
+    }
+    (args.out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    text = table(results)
+    (args.out / "results.md").write_text(text + "\n")
+    plot(results, args.out)
+    print(f"\n{text}\n\n{time.monotonic() - began:.0f} s; {args.out}/results.json, .md, .png, .svg")
+    return 0
+
+
+def variants() -> list[Variant]:
+    """What is compared: LoRA at both scales, all others at alpha = r."""
+    chosen = [METHODS[name] for name in COMPARED if name in METHODS]
+    return [
+        Variant(method.name, None if method.starts_from == "full" else factor * RANK)
+        for method in chosen
+        for factor in sorted({1, method.alpha_per_rank}, reverse=True)
+    ]
+
+
+def initialise(base: Path, out: Path) -> dict[str, Path]:
+    """What each method starts from: the base, or an output of milora-init of it."""
+    starts = {}
+    for variant in variants():
+        method = METHODS[variant.method]
+        starts[method.name] = base
+        if method.mode is not None:
+            starts[method.name] = out / "starts" / method.name
+            shutil.rmtree(starts[method.name], ignore_errors=True)
+            make_start(method, str(base), starts[method.name], rank=RANK)
+    return starts
+
+
+def train(variant: Variant, rate: float, seed: int, *, starts: dict[str, Path], out: Path, steps: int) -> Result:
+    """Train and evaluate in a process of its own. Raises SystemExit if it fails."""
+    run = out / "runs" / f"{variant.method}-{variant.alpha}-{rate:g}-{seed}"
+    adapter = [] if variant.alpha is None else f"--rank {RANK} --alpha {variant.alpha} --dropout {DROPOUT}".split()
+    command = [
+        "bash", str(HERE / "run_train.sh"), variant.method, str(starts[variant.method]), str(run), *adapter,
+        *f"--data {out}/data/train.jsonl --eval-data new={out}/data/new.jsonl".split(),
+        *f"--eval-data old={out}/base/held-out.jsonl --learning-rate {rate} --seed {seed}".split(),
+        *f"--max-steps {steps} --warmup-steps {WARMUP} --total-batch {BATCH} --device-batch {BATCH}".split(),
+        *f"--max-length 256 -- --tasks gsm8k --data gsm8k={out}/data/gsm8k.jsonl".split(),
+        *["--max-new-tokens", "24", "--batch-size", "100", "--device", "cpu"],
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    record = json.loads((run / "training.json").read_text())
+    graded = json.loads((run / "results" / "gsm8k" / f"{variant.method}.json").read_text())
+    shutil.rmtree(run / "checkpoints")
+    result = Result(
+        variant, rate, seed, record["before"]["new"], record["before"]["old"], record["after"]["new"],
+        record["after"]["old"], graded["metrics"]["exact_match,none"], record["seconds"],
+    )  # fmt: skip
+    print(f"    {variant.label}, {rate:g}, seed {seed}: {result.new:.3f} new, {result.old:.3f} old", flush=True)
+    return result
+
+
+def grouped(results: Iterable[Result]) -> dict[Variant, dict[float, list[Result]]]:
+    """The results of all seeds, by variant and learning rate."""
+    groups: dict[Variant, dict[float, list[Result]]] = {}
+    for result in results:
+        groups.setdefault(result.variant, {}).setdefault(result.rate, []).append(result)
+    return groups
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results in Markdown, a line for each variant and learning rate, every seed's value shown."""
+    first = results[0]
+    lines = [
+        f"Before training: {first.before_new:.3f} on word problems (new), {first.before_old:.3f} on docstrings (old).",
+        "",
+        "| method | learning rate | loss, new | loss, old | right answers |",
+        "|---|---|---|---|---|",
+    ]
+    for variant, rates in grouped(results).items():
+        for rate, seeds in rates.items():
+            figures = (
+                " / ".join(f"{getattr(result, name):{form}}" for result in seeds)
+                for name, form in (("new", ".3f"), ("old", ".3f"), ("right", ".0%"))
+            )
+            lines.append(f"| {variant.label} | {rate:g} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], out: Path) -> None:
+    """One curve for each variant over its learning rates: the mean of the seeds, and every seed as a small point."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "milora-init"  # the same results give the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    for number, (variant, rates) in enumerate(grouped(results).items()):
+        color = f"C{number}"
+        new = [statistics.mean(result.new for result in seeds) for seeds in rates.values()]
+        old = [statistics.mean(result.old for result in seeds) for seeds in rates.values()]
+        axes.plot(new, old, marker="o", color=color, label=variant.label)
+        every = [result for seeds in rates.values() for result in seeds]
+        axes.scatter([result.new for result in every], [result.old for result in every], s=10, color=color, alpha=0.5)
+    first: Any = results[0]
+    axes.axhline(first.before_old, color="grey", linewidth=0.8, linestyle="--", label="before training")
+    axes.set_xscale("log")
+    axes.set_xlabel("loss on new word problems (further left: learned more)")
+    axes.set_ylabel("loss on held-out docstrings (lower: forgot less)")
+    axes.set_title("Learning against forgetting; each point of a curve is a learning rate")
+    axes.legend()
+    figure.tight_layout()
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"results.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

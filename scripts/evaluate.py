@@ -1,0 +1,191 @@
+"""Evaluate a trained or untrained model with lm-evaluation-harness, always together with its adapter.
+
+    python scripts/evaluate.py MODEL [--adapter ADAPTER] [--tasks gsm8k MATH ...]
+
+MODEL is a SAVE_ROOT of train.py, an output of milora-init, or a plain (original or merged) model. The base of a pair
+alone is never evaluated: without --adapter the pair has its initial one. gsm8k and MATH are the two task files in
+scripts/evaluation; all other names are lm-evaluation-harness's own. Writes OUT/TASK/NAME.json with every sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training_methods import ADAPTER_FOLDER, MismatchError, folder_of, manifest_of, merge_pair
+
+TASK_FILES = Path(__file__).parent / "evaluation"
+OWN_TASKS = ("gsm8k", "MATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is evaluated: a model, or a base with its adapter.
+
+    Attributes:
+        model: Folder or Hub id of the weights.
+        adapter: Folder of the adapter; None for a plain model.
+        is_residual: Whether the weights are a residual base, which must not be evaluated without the adapter.
+        name: Of the result files.
+    """
+
+    model: str
+    adapter: str | None
+    is_residual: bool
+    name: str
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("model", help="SAVE_ROOT of train.py, output of milora-init, or plain model")
+    options.add_argument("--adapter", help="trained adapter of MODEL (default: the one that belongs to MODEL)")
+    options.add_argument("--tasks", nargs="+", default=list(OWN_TASKS))
+    options.add_argument(
+        "--data", action="append", default=[], metavar="TASK=FILE",
+        help="problems of gsm8k or MATH from a file of JSON lines instead of the Hub; repeatable",
+    )  # fmt: skip
+    options.add_argument("--include", help="folder with more task files of lm-evaluation-harness")
+    options.add_argument("--out", type=Path, help="(default: MODEL/results, or ./results for a Hub id)")
+    options.add_argument("--name", help="of the result files (default: the method, or the folder's name)")
+    options.add_argument("--limit", type=int, help="only the first LIMIT problems of each task")
+    options.add_argument("--batch-size", default="8")
+    options.add_argument("--max-new-tokens", type=int, help="(default: the task's: 1024 for gsm8k, 2048 for MATH)")
+    options.add_argument("--dtype", default="auto")
+    options.add_argument("--device", help="(default: the GPU, or the CPU without one)")
+    options.add_argument(
+        "--backend", choices=("hf", "vllm"), default="hf", help="vllm merges a pair first, into OUT/merged"
+    )
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate and write the results."""
+    args = parser().parse_args(argv)
+    try:
+        for task, _, file in (pair.partition("=") for pair in args.data):
+            if task not in OWN_TASKS or not Path(file).is_file():
+                raise MismatchError(f"--data {task}={file}: name {' or '.join(OWN_TASKS)}, and a file that exists")
+        subject = find_subject(args.model, args.adapter)
+    except MismatchError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    out = args.out or (Path(args.model) if Path(args.model).is_dir() else Path()) / "results"
+    adapter = f" with {subject.adapter}" if subject.adapter else ""
+    print(f"evaluating {subject.model}{adapter}: {', '.join(args.tasks)}", flush=True)
+    results = run(subject, args, out)
+    # Under `accelerate launch` the harness gives the results to the first process only.
+    for task, metrics in (results or {"results": {}})["results"].items():
+        path = out / task / f"{args.name or subject.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "task": task,
+            "model": subject.model,
+            "adapter": subject.adapter,
+            "metrics": {key: value for key, value in metrics.items() if isinstance(value, int | float)},
+            "config": results["configs"].get(task),
+            "samples": results.get("samples", {}).get(task, []),
+        }
+        path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        figures = ", ".join(f"{key.partition(',')[0]} {value:.4f}" for key, value in content["metrics"].items())
+        print(f"{task}: {figures} -> {path}")
+    return 0
+
+
+def find_subject(model: str, adapter: str | None = None) -> Subject:
+    """The model and the adapter that belong together.
+
+    Args:
+        model: As on the command line.
+        adapter: A trained adapter; None for the one that belongs to the model.
+
+    Raises:
+        MismatchError: The training is unfinished, or the adapter was trained on another base.
+    """
+    record = Path(model) / "training.json"
+    name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
+    if record.is_file():
+        training = json.loads(record.read_text(encoding="utf-8"))
+        if not training["finished"]:
+            raise MismatchError(f"the training in {model} is not finished: run train.py with --resume")
+        name, start = training["method"], training["start"]
+        if start["method"]["starts_from"] == "full":
+            return Subject(str(Path(model) / "model"), None, False, name)
+        pair = start["method"]["starts_from"] == "pair"
+        return Subject(start["model"], adapter or str(Path(model) / "adapter"), pair, name)
+    manifest = manifest_of(model)
+    if manifest is None:
+        return Subject(model, adapter, False, name)
+    return Subject(model, adapter or str(Path(folder_of(model)) / ADAPTER_FOLDER), True, name)
+
+
+def run(subject: Subject, args: argparse.Namespace, out: Path) -> Any:
+    """lm-evaluation-harness's results."""
+    import torch
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory() as changed:
+        for task, _, file in (pair.partition("=") for pair in args.data):
+            (Path(changed) / f"{task}.yaml").write_text(_from_file(task, file), encoding="utf-8")
+        # Of two files for one task the later folder's counts. The index of the harness's own tasks takes seconds.
+        folders = [str(TASK_FILES), *([args.include] if args.include else []), changed]
+        known = TaskManager(include_path=folders, include_defaults=False)
+        if not set(args.tasks) <= set(known.all_tasks):
+            known = TaskManager(include_path=folders)
+        tasks = list(known.load(args.tasks)["tasks"].values())
+        return simple_evaluate(
+            model=args.backend,
+            model_args=_vllm_arguments(subject, args, out) if args.backend == "vllm" else _hf_arguments(subject, args),
+            tasks=tasks,
+            task_manager=known,
+            batch_size=int(args.batch_size) if args.batch_size.isdigit() else args.batch_size,
+            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            limit=args.limit,
+            gen_kwargs={"max_gen_toks": args.max_new_tokens} if args.max_new_tokens else None,
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+
+
+def _from_file(task: str, file: str) -> str:
+    """A task file that reads the test problems of one of our tasks from JSON lines."""
+    changes = {
+        "include": str((TASK_FILES / f"{task}.yaml").resolve()),
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}},
+        "custom_dataset": None,
+    }
+    return json.dumps(changes)  # JSON is YAML
+
+
+def _hf_arguments(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"pretrained": subject.model, "dtype": args.dtype}
+    if subject.adapter:
+        arguments["peft"] = subject.adapter
+    return arguments
+
+
+def _vllm_arguments(subject: Subject, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"pretrained": subject.model, "dtype": args.dtype}
+    if subject.is_residual:
+        merge_pair(subject.model, subject.adapter, out / "merged")
+        arguments["pretrained"] = str(out / "merged")
+    elif subject.adapter:
+        config = json.loads((Path(subject.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        arguments |= {"lora_local_path": subject.adapter, "max_lora_rank": config["r"]}
+    return arguments
+
+
+if __name__ == "__main__":
+    # Some of the harness's tasks import a package with the name of this file.
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The training methods: what each one trains, and which folders fit it.
+
+train.py, evaluate.py and compare.py read METHODS. All that they need of milora_init is in this file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.options import read_recipe
+
+ADAPTER_FOLDER = "lora"  # of the initial adapter in an output of milora-init
+RECIPE = "math"  # rank, targets and dropout of a fresh LoRA, and of the paper's GSM8K and MATH runs
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        name: As on the command line.
+        starts_from: `pair`: the residual base and its initial adapter. `adapter`: the initial adapter on the original
+            model, for methods that write no base. `fresh`: a new LoRA (B = 0) on the original model. `full`: every
+            weight of the original model.
+        mode: What `milora-init --mode` must have been; None without an initial adapter.
+        alpha_per_rank: alpha / rank in the authors' experiments. LoRA has 2, all others 1.
+    """
+
+    name: str
+    starts_from: Literal["pair", "adapter", "fresh", "full"]
+    mode: str | None = None
+    alpha_per_rank: int = 1
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("milora", "pair", mode="min"),
+        Method("pissa", "pair", mode="max"),
+        Method("mid", "pair", mode="mid"),
+        Method("random", "pair", mode="random"),
+        Method("lora", "fresh", alpha_per_rank=2),
+        Method("full", "full"),
+    )
+}
+
+
+class MismatchError(Exception):
+    """METHOD, BASE and the options do not fit together. The message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a training starts from.
+
+    Attributes:
+        method: The method.
+        model: Folder or Hub id of the weights to load.
+        adapter: Folder of the initial adapter; None for `fresh` and `full`.
+        rank, alpha, scale, dropout: Of the adapter; None for `full`.
+        targets: Modules of a fresh LoRA; empty for an initial adapter, which has its own.
+    """
+
+    method: Method
+    model: str
+    adapter: str | None
+    rank: int | None = None
+    alpha: int | None = None
+    scale: float | None = None
+    dropout: float | None = None
+    targets: tuple[str, ...] = ()
+
+
+def find_start(
+    name: str, base: str, *, rank: int | None = None, alpha: int | None = None, dropout: float | None = None
+) -> Start:
+    """What `name` starts from in `base`. Reads no weights.
+
+    Args:
+        name: A key of METHODS.
+        base: For `pair` and `adapter` an output of milora-init, for `fresh` and `full` an original model.
+        rank, alpha: Of a fresh LoRA; for an initial adapter they must be its own.
+        dropout: None means the adapter's own, or the recipe's.
+
+    Raises:
+        MismatchError: The base does not fit the method, or an option does not fit the adapter.
+    """
+    method, manifest = METHODS[name], manifest_of(base)
+    if method.mode is None:
+        if manifest is not None:
+            raise MismatchError(
+                f"{base} is an output of milora-init, its base is not the original model: "
+                f"train {name} on {manifest.source['model']}"
+            )
+        if method.starts_from == "full":
+            if (rank, alpha, dropout) != (None, None, None):
+                raise MismatchError("full trains all weights: leave --rank, --alpha and --dropout out")
+            return Start(method, base, None)
+        recipe = read_recipe(RECIPE)
+        rank = rank or int(recipe["rank"])
+        alpha = alpha or method.alpha_per_rank * rank
+        dropout = float(recipe["dropout"]) if dropout is None else dropout
+        return Start(method, base, None, rank, alpha, alpha / rank, dropout, tuple(recipe["target"]))
+    if manifest is None:
+        raise MismatchError(
+            f"{base} has no {MANIFEST}: make the base first, with "
+            f"milora-init --model {base} --mode {method.mode} --out FOLDER"
+        )
+    if mode_of(manifest) != method.mode:
+        fits = [other.name for other in METHODS.values() if other.mode == mode_of(manifest)]
+        raise MismatchError(
+            f"{base} was made with mode {mode_of(manifest)}, {name} needs mode {method.mode}: "
+            f"train {' or '.join(fits)} on it, or make another base with --mode {method.mode}"
+        )
+    adapter = Path(folder_of(base)) / ADAPTER_FOLDER
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    for option, given, own in (("rank", rank, config["r"]), ("alpha", alpha, config["lora_alpha"])):
+        if given not in (None, own):
+            raise MismatchError(
+                f"the adapter of {base} has {option} {own}, not {given}: give it to milora-init instead"
+            )
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    model = base if method.starts_from == "pair" else str(config["base_model_name_or_path"])
+    own_dropout = float(config["lora_dropout"])
+    chosen = own_dropout if dropout is None else dropout
+    return Start(method, model, str(adapter), config["r"], config["lora_alpha"], scale, chosen)
+
+
+def mode_of(manifest: Manifest) -> str:
+    """The mode that an output was made with."""
+    return str(manifest.inputs["mode"])
+
+
+def manifest_of(base: str) -> Manifest | None:
+    """The manifest of a folder or Hub repository, None where there is none."""
+    folder = folder_of(base)
+    return read_manifest(Path(folder)) if folder else None
+
+
+def folder_of(base: str) -> str:
+    """The local folder of an output of milora-init; of a Hub repository its snapshot. Empty where there is none."""
+    if Path(base).is_dir():
+        return base
+    from huggingface_hub import snapshot_download
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(base, MANIFEST, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        return ""
+    return str(snapshot_download(base, allow_patterns=[MANIFEST, f"{ADAPTER_FOLDER}/*"]))
+
+
+def make_start(method: Method, model: str, out: Path, *, rank: int) -> None:
+    """Run milora-init for a method that has an initial adapter, in float32, with alpha = rank."""
+    from milora_init import InitOptions, initialize
+
+    initialize(
+        InitOptions(model=model, out=str(out), rank=rank, mode=cast(Any, method.mode), dtype="float32", device=("cpu",))
+    )
+
+
+def merge_pair(base: str, adapter: str | None, out: Path) -> None:
+    """Write base and adapter as one plain model; a finished one is left as it is."""
+    from milora_init.export.merge import merge
+
+    merge(base, str(out), adapter=adapter)

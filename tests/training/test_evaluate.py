@@ -1,0 +1,50 @@
+"""evaluate.py: the pair, the source and the merged model give the same log-likelihoods."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import evaluate
+import pytest
+from support.workplace import Workplace, lines, sentence
+
+from milora_init.export.merge import merge
+
+pytest.importorskip("lm_eval", reason="needs the extra: pip install '.[train]'")
+CHOICES = """
+task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: 0
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def likelihoods(model: Path, tasks: Path, out: Path, *more: str) -> list[float]:
+    options = ["--tasks", "choices", "--include", str(tasks), "--out", str(out), "--name", "x", "--device", "cpu"]
+    assert evaluate.main([str(model), *options, *more]) == 0
+    content = json.loads((out / "choices" / "x.json").read_text())
+    return [float(answer[0][0]) for sample in content["samples"] for answer in sample["resps"]]
+
+
+def test_pair_source_and_merged_have_the_same_log_likelihoods(workplace: Workplace, tmp_path: Path) -> None:
+    rows = [{"question": sentence(n, 4), "choices": [sentence(n + 9, 3), sentence(n + 5, 3)]} for n in range(4)]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "choices.yaml").write_text(CHOICES % lines(tmp_path / "choices.jsonl", rows))
+    source = likelihoods(workplace.source, tasks, tmp_path / "of-source")
+    assert len(source) == 8
+    pair = likelihoods(workplace.pair, tasks, tmp_path / "of-pair")
+    assert pair == pytest.approx(source, abs=1e-4)
+    merge(str(workplace.pair), str(tmp_path / "merged"))
+    assert likelihoods(tmp_path / "merged", tasks, tmp_path / "of-merged") == pytest.approx(pair, abs=1e-4)
+
+
+def test_data_for_a_task_that_is_not_ours_is_refused(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(workplace.pair), "--tasks", "boolq", "--data", f"boolq={workplace.data}"]) == 2
+    assert "gsm8k or MATH" in capsys.readouterr().err
