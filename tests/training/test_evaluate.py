@@ -7,7 +7,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
-from support.workplace import Workplace, lines, sentence
+from support.training_folders import TrainingFolders, lines, sentence
 
 from milora_init.export.merge import merge
 
@@ -32,19 +32,25 @@ def likelihoods(model: Path, tasks: Path, out: Path, *more: str) -> list[float]:
     return [float(answer[0][0]) for sample in content["samples"] for answer in sample["resps"]]
 
 
-def test_pair_source_and_merged_have_the_same_log_likelihoods(workplace: Workplace, tmp_path: Path) -> None:
+def test_pair_source_and_merged_have_the_same_log_likelihoods(
+    training_folders: TrainingFolders, tmp_path: Path
+) -> None:
     rows = [{"question": sentence(n, 4), "choices": [sentence(n + 9, 3), sentence(n + 5, 3)]} for n in range(4)]
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "choices.yaml").write_text(CHOICES % lines(tmp_path / "choices.jsonl", rows))
-    source = likelihoods(workplace.source, tasks, tmp_path / "of-source")
+    source = likelihoods(training_folders.source, tasks, tmp_path / "of-source")
     assert len(source) == 8
-    pair = likelihoods(workplace.pair, tasks, tmp_path / "of-pair")
+    pair = likelihoods(training_folders.pair, tasks, tmp_path / "of-pair")
     assert pair == pytest.approx(source, abs=1e-4)
-    merge(str(workplace.pair), str(tmp_path / "merged"))
+    merge(str(training_folders.pair), str(tmp_path / "merged"))
     assert likelihoods(tmp_path / "merged", tasks, tmp_path / "of-merged") == pytest.approx(pair, abs=1e-4)
 
 
-def test_data_for_a_task_that_is_not_ours_is_refused(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main([str(workplace.pair), "--tasks", "boolq", "--data", f"boolq={workplace.data}"]) == 2
+def test_data_for_a_task_that_is_not_ours_is_refused(
+    training_folders: TrainingFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        evaluate.main([str(training_folders.pair), "--tasks", "boolq", "--data", f"boolq={training_folders.data}"]) == 2
+    )
     assert "gsm8k or MATH" in capsys.readouterr().err

@@ -7,28 +7,28 @@ from pathlib import Path
 import evaluate
 import pytest
 import train
-from support.workplace import Workplace
+from support.training_folders import TrainingFolders
 from training_methods import METHODS, MismatchError, find_start
 
 
-def test_the_pair_gives_its_own_rank_alpha_and_dropout(workplace: Workplace) -> None:
-    start = find_start("milora", str(workplace.pair))
-    assert (start.model, start.adapter) == (str(workplace.pair), str(workplace.pair / "lora"))
+def test_the_pair_gives_its_own_rank_alpha_and_dropout(training_folders: TrainingFolders) -> None:
+    start = find_start("milora", str(training_folders.pair))
+    assert (start.model, start.adapter) == (str(training_folders.pair), str(training_folders.pair / "lora"))
     assert (start.rank, start.alpha, start.scale, start.dropout) == (4, 4, 1, 0.05)
-    assert find_start("milora", str(workplace.pair), dropout=0).dropout == 0
+    assert find_start("milora", str(training_folders.pair), dropout=0).dropout == 0
 
 
-def test_a_fresh_lora_has_the_authors_scale_unless_alpha_is_given(workplace: Workplace) -> None:
-    start = find_start("lora", str(workplace.source))
+def test_a_fresh_lora_has_the_authors_scale_unless_alpha_is_given(training_folders: TrainingFolders) -> None:
+    start = find_start("lora", str(training_folders.source))
     assert (start.rank, start.alpha, start.scale, start.dropout) == (64, 128, 2, 0.05)
-    assert find_start("lora", str(workplace.source), rank=8, alpha=8).scale == 1
+    assert find_start("lora", str(training_folders.source), rank=8, alpha=8).scale == 1
 
 
-def test_a_mode_is_never_read_from_a_path(workplace: Workplace) -> None:
-    assert "min" in str(workplace.source)
-    assert find_start("lora", str(workplace.source)).adapter is None
+def test_a_mode_is_never_read_from_a_path(training_folders: TrainingFolders) -> None:
+    assert "min" in str(training_folders.source)
+    assert find_start("lora", str(training_folders.source)).adapter is None
     with pytest.raises(MismatchError, match=r"milora_init\.json"):
-        find_start("milora", str(workplace.source))
+        find_start("milora", str(training_folders.source))
 
 
 @pytest.mark.parametrize(
@@ -44,16 +44,16 @@ def test_a_mode_is_never_read_from_a_path(workplace: Workplace) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    workplace: Workplace, method: str, base: str, options: dict[str, int], message: str
+    training_folders: TrainingFolders, method: str, base: str, options: dict[str, int], message: str
 ) -> None:
     with pytest.raises(MismatchError, match=message):
-        find_start(method, str(getattr(workplace, base)), **options)
+        find_start(method, str(getattr(training_folders, base)), **options)
 
 
 def test_the_script_refuses_with_status_2_and_writes_nothing(
-    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train.main(["lora", str(workplace.pair), str(tmp_path / "run")]) == 2
+    assert train.main(["lora", str(training_folders.pair), str(tmp_path / "run")]) == 2
     assert "train lora on" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -64,7 +64,7 @@ def test_every_method_that_has_an_initial_adapter_names_its_mode() -> None:
         assert (method.mode is None) == (method.starts_from in ("fresh", "full"))
 
 
-def test_the_base_of_a_pair_is_never_evaluated_alone(workplace: Workplace) -> None:
-    subject = evaluate.find_subject(str(workplace.pair))
-    assert (subject.adapter, subject.is_residual) == (str(workplace.pair / "lora"), True)
-    assert evaluate.find_subject(str(workplace.source)).adapter is None
+def test_the_base_of_a_pair_is_never_evaluated_alone(training_folders: TrainingFolders) -> None:
+    subject = evaluate.find_subject(str(training_folders.pair))
+    assert (subject.adapter, subject.is_residual) == (str(training_folders.pair / "lora"), True)
+    assert evaluate.find_subject(str(training_folders.source)).adapter is None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.training import digests
-from support.workplace import Workplace, lines
+from support.training_folders import TrainingFolders, lines
 
 pytest.importorskip("lm_eval", reason="needs the extra: pip install '.[train]'")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_train.sh"
@@ -23,14 +23,14 @@ def run_train(*options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_three_steps_and_an_evaluation(workplace: Workplace, tmp_path: Path) -> None:
-    before = digests(workplace.pair, workplace.source)
-    options = ("--data", workplace.data, "--max-steps", 3, "--total-batch", 4, "--learning-rate", "1e-2")
-    how = ("--tasks", "gsm8k", "--data", f"gsm8k={workplace.problems}", "--max-new-tokens", 8)
-    done = run_train("milora", workplace.pair, "run", *options, "--", *how, cwd=tmp_path)
+def test_three_steps_and_an_evaluation(training_folders: TrainingFolders, tmp_path: Path) -> None:
+    before = digests(training_folders.pair, training_folders.source)
+    options = ("--data", training_folders.data, "--max-steps", 3, "--total-batch", 4, "--learning-rate", "1e-2")
+    how = ("--tasks", "gsm8k", "--data", f"gsm8k={training_folders.problems}", "--max-new-tokens", 8)
+    done = run_train("milora", training_folders.pair, "run", *options, "--", *how, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "rank 4, alpha 4, scale 1, dropout 0.05, learning rate 0.01" in done.stdout
-    assert digests(workplace.pair, workplace.source) == before
+    assert digests(training_folders.pair, training_folders.source) == before
 
     result = json.loads((tmp_path / "run" / "results" / "gsm8k" / "milora.json").read_text())
     assert result["adapter"] == "run/adapter"
@@ -44,12 +44,12 @@ def test_three_steps_and_an_evaluation(workplace: Workplace, tmp_path: Path) -> 
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
 
 
-def test_a_failed_training_is_not_evaluated(workplace: Workplace, tmp_path: Path) -> None:
+def test_a_failed_training_is_not_evaluated(training_folders: TrainingFolders, tmp_path: Path) -> None:
     data = lines(tmp_path / "bad.jsonl", [{"question": "w1", "answer": "w2"}])
-    done = run_train("milora", workplace.pair, "run", "--data", data, cwd=tmp_path)
+    done = run_train("milora", training_folders.pair, "run", "--data", data, cwd=tmp_path)
     assert done.returncode == 1
     assert "has no field 'query'; it has question, answer" in done.stderr
     assert "evaluating" not in done.stdout
     assert not (tmp_path / "run" / "results").exists()
-    refused = run_train("pissa", workplace.pair, "other", "--data", workplace.data, cwd=tmp_path)
+    refused = run_train("pissa", training_folders.pair, "other", "--data", training_folders.data, cwd=tmp_path)
     assert refused.returncode == 2

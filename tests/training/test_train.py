@@ -12,18 +12,18 @@ import torch
 import train
 import transformers
 from safetensors.torch import load_file
-from support.workplace import WORDS, Workplace
+from support.training_folders import WORDS, TrainingFolders
 from training_methods import find_start
 
-from milora_init.verify.verify import verify
+from milora_init.verification.verify import verify
 
 QUICK = ("--total-batch", "4", "--learning-rate", "1e-2", "--warmup-steps", "1")
 
 
-def arguments(workplace: Workplace, method: str, run: Path, *more: str) -> list[str]:
-    base = workplace.pair if method == "milora" else workplace.source
-    held = f"held={workplace.held}"
-    return [method, str(base), str(run), "--data", str(workplace.data), "--eval-data", held, *QUICK, *more]
+def arguments(training_folders: TrainingFolders, method: str, run: Path, *more: str) -> list[str]:
+    base = training_folders.pair if method == "milora" else training_folders.source
+    held = f"held={training_folders.held}"
+    return [method, str(base), str(run), "--data", str(training_folders.data), "--eval-data", held, *QUICK, *more]
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -31,11 +31,11 @@ def record(run: Path) -> dict[str, Any]:
     return content
 
 
-def losses_of(model: Any, workplace: Workplace) -> float:
+def losses_of(model: Any, training_folders: TrainingFolders) -> float:
     """The mean loss on the responses and their ends, computed without TRL."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(workplace.source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(training_folders.source)
     total, count = 0.0, 0
-    for line in workplace.held.read_text().splitlines():
+    for line in training_folders.held.read_text().splitlines():
         row = json.loads(line)
         prompt = tokenizer(train.PROMPT.format(instruction=row["query"]))["input_ids"]
         whole = tokenizer(train.PROMPT.format(instruction=row["query"]) + row["response"] + "</s>")["input_ids"]
@@ -48,27 +48,27 @@ def losses_of(model: Any, workplace: Workplace) -> float:
     return total / count
 
 
-def test_at_step_0_every_method_has_the_loss_of_the_source(workplace: Workplace, tmp_path: Path) -> None:
-    source = transformers.AutoModelForCausalLM.from_pretrained(workplace.source).eval()
-    truth = losses_of(source, workplace)
-    alone = transformers.AutoModelForCausalLM.from_pretrained(workplace.pair).eval()
-    assert abs(losses_of(alone, workplace) - truth) > 1e-3, "the base alone looks like the source: no test"
+def test_at_step_0_every_method_has_the_loss_of_the_source(training_folders: TrainingFolders, tmp_path: Path) -> None:
+    source = transformers.AutoModelForCausalLM.from_pretrained(training_folders.source).eval()
+    truth = losses_of(source, training_folders)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(training_folders.pair).eval()
+    assert abs(losses_of(alone, training_folders) - truth) > 1e-3, "the base alone looks like the source: no test"
     for method, more in (("milora", ()), ("lora", ("--rank", "4")), ("full", ())):
         run = tmp_path / method
-        assert train.main(arguments(workplace, method, run, "--max-steps", "2", *more)) == 0
+        assert train.main(arguments(training_folders, method, run, "--max-steps", "2", *more)) == 0
         content = record(run)
         assert content["before"]["held"] == pytest.approx(truth, rel=1e-5), method
         assert content["after"]["held"] != content["before"]["held"]
         assert content["finished"]
         assert content["steps"] == 2
-    assert verify(str(workplace.pair), adapter=str(tmp_path / "milora" / "adapter")).code == "trained_pair"
+    assert verify(str(training_folders.pair), adapter=str(tmp_path / "milora" / "adapter")).code == "trained_pair"
 
 
-def test_only_the_response_and_its_end_have_labels(workplace: Workplace, tmp_path: Path) -> None:
-    args = train.parser().parse_args(arguments(workplace, "milora", tmp_path / "run"))
-    trainer = train.make_trainer(args, find_start("milora", str(workplace.pair)))
+def test_only_the_response_and_its_end_have_labels(training_folders: TrainingFolders, tmp_path: Path) -> None:
+    args = train.parser().parse_args(arguments(training_folders, "milora", tmp_path / "run"))
+    trainer = train.make_trainer(args, find_start("milora", str(training_folders.pair)))
     batch = next(iter(trainer.get_eval_dataloader("held")))
-    rows = [json.loads(line) for line in workplace.held.read_text().splitlines()]
+    rows = [json.loads(line) for line in training_folders.held.read_text().splitlines()]
     assert batch["labels"].shape == batch["input_ids"].shape
     for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
         said = [WORDS[token] for token in labels[labels != -100].tolist()]
@@ -79,10 +79,10 @@ def test_only_the_response_and_its_end_have_labels(workplace: Workplace, tmp_pat
 
 
 def test_a_resumed_training_ends_where_a_straight_one_does(
-    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    options = arguments(workplace, "milora", run, "--max-steps", "4", "--save-steps", "2")
+    options = arguments(training_folders, "milora", run, "--max-steps", "4", "--save-steps", "2")
     assert train.main(options) == 0
     straight = load_file(run / "adapter" / "adapter_model.safetensors")
 
@@ -126,7 +126,7 @@ def interrupt(options: list[str], after_step: int) -> None:
             train.main(options)
 
 
-def test_a_batch_that_cannot_be_divided_is_an_error(workplace: Workplace, tmp_path: Path) -> None:
-    args = train.parser().parse_args(arguments(workplace, "milora", tmp_path, "--device-batch", "3"))
+def test_a_batch_that_cannot_be_divided_is_an_error(training_folders: TrainingFolders, tmp_path: Path) -> None:
+    args = train.parser().parse_args(arguments(training_folders, "milora", tmp_path, "--device-batch", "3"))
     with pytest.raises(ValueError, match="no multiple of 3"):
-        train.make_trainer(args, find_start("milora", str(workplace.pair)))
+        train.make_trainer(args, find_start("milora", str(training_folders.pair)))

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from milora_init.options import InitOptions
-from milora_init.run.initialize import initialize
 from support import tiny_models
+from support.runs import initialize
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -26,7 +26,7 @@ WORDS = (*SPECIAL, *PROMPT_WORDS, *(f"w{number}" for number in range(61 - len(SP
 
 
 @dataclass(frozen=True)
-class Workplace:
+class TrainingFolders:
     """Folders and files that the tests read and never write.
 
     Attributes:
@@ -44,15 +44,17 @@ class Workplace:
 
 
 @pytest.fixture
-def workplace(shared_workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+def training_folders(
+    shared_training_folders: TrainingFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> TrainingFolders:
     """The shared one, with a cache of `datasets` for each test, and no way to the Hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return shared_workplace
+    return shared_training_folders
 
 
 @pytest.fixture(scope="session")
-def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def shared_training_folders(tmp_path_factory: pytest.TempPathFactory) -> TrainingFolders:
     """All of it, in a folder whose name has "min" in it: no code may look for a mode in a path."""
     folder = tmp_path_factory.mktemp("admin")
     source = tiny_models.save(folder / "source", "llama", torch.float32)
@@ -64,7 +66,7 @@ def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(source)
     initialize(InitOptions(model=str(source), out=str(folder / "svd_init"), rank=4, device=("cpu",)))
-    return Workplace(
+    return TrainingFolders(
         source,
         folder / "svd_init",
         lines(folder / "data.jsonl", [row(number) for number in range(16)]),
