@@ -116,7 +116,7 @@ def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
 
 
 def loading_lines(manifest: Manifest) -> str:
-    """Python that loads the pair for training.
+    """Python that loads the pair, or an adapter on its original model, for training.
 
     People run these lines, so text from a file is either a valid identifier in them or a quoted string.
     """
@@ -124,16 +124,33 @@ def loading_lines(manifest: Manifest) -> str:
     other_by_auto = manifest.source.get("other_class") and not manifest.inputs.get("text_only")
     causal = manifest.adapter["task_type"] == "CAUSAL_LM" and not other_by_auto
     cls = architecture if architecture.isidentifier() and not causal else "AutoModelForCausalLM"
-    out = printable(json.dumps(manifest.out, ensure_ascii=False))  # JSON's escapes are valid in Python
-    branch = manifest.adapter.get("revision")
-    of_branch = f", revision={printable(json.dumps(branch))}" if branch else ""
+    out = _quoted(manifest.out)
     trusted = ", trust_remote_code=True" if manifest.source.get("trust_remote_code") else ""
+    if not manifest.method.writes_base:
+        model = _quoted(str(manifest.adapter["base_model_name_or_path"]))
+        commit = manifest.adapter.get("revision")
+        of_commit = f", revision={_quoted(str(commit))}" if commit else ""
+        # Without it PEFT would compute its own factors of every weight first, by a full SVD.
+        no_svd = ", low_cpu_mem_usage=True" if manifest.method.init_lora_weights is not True else ""
+        return (
+            f"from peft import PeftModel\n"
+            f"from transformers import {cls}\n\n"
+            f'base = {cls}.from_pretrained({model}, dtype="auto"{of_commit}{trusted})\n'
+            f"model = PeftModel.from_pretrained(base, {out}, is_trainable=True{no_svd})"
+        )
+    branch = manifest.adapter.get("revision")
+    of_branch = f", revision={_quoted(branch)}" if branch else ""
     return (
         f"from peft import PeftModel\n"
         f"from transformers import {cls}\n\n"
         f'base = {cls}.from_pretrained({out}, dtype="auto"{of_branch}{trusted})\n'
         f'model = PeftModel.from_pretrained(base, {out}, subfolder="lora", is_trainable=True{of_branch})'
     )
+
+
+def _quoted(text: str) -> str:
+    """Text as a Python string."""
+    return printable(json.dumps(text, ensure_ascii=False))  # JSON's escapes are valid in Python
 
 
 def run_fields(manifest: Manifest) -> dict[str, Any]:
@@ -145,6 +162,7 @@ def run_fields(manifest: Manifest) -> dict[str, Any]:
         "source": manifest.source,
         "warnings": warnings(manifest),
         "notes": notes(manifest),
+        "method": manifest.method.name,
         "mode": inputs["mode"],
         "rank": inputs["rank"],
         "alpha": inputs["alpha"],

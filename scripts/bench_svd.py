@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from milora_init.linalg.svd import singular_triplets
-from milora_init.modes import Mode
+from milora_init.methods import Mode
 
 # For each model: how many target weights of one layer have this shape (out, in).
 MODELS: dict[str, dict[tuple[int, int], int]] = {

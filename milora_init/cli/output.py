@@ -135,7 +135,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     from milora_init.checkpoint.header import torch_name
 
     console = _stdout()
-    options = plan.options
+    method = plan.options.chosen
     rows = [
         (suffix, f"{m} x {n}", torch_name(dtype), str(count), str(rank))
         for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
@@ -143,16 +143,18 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
     download = sum(header.file_bytes for header in plan.absent.values())
     console.print(
-        f"{plan.structure.architecture}, mode {options.mode}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
+        f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
-    console.print(f"base      {size(plan.base_bytes)} (model {size(plan.source_bytes)})")
+    console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
+    written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
+    console.print(f"base      {written} (model {size(plan.source_bytes)})")
     console.print(f"adapter   {size(plan.adapter_bytes)}")
     console.print(f"memory    about {size(memory_bytes)}")
     if download:
         console.print(f"download  {size(download)}")
     console.print(f"time      about {duration(estimate_s)} for solving, on this machine; copying comes on top")
     for job in plan.jobs:
-        target = "" if job.target == job.source.name else f" -> {job.target}"
+        target = "" if job.target == job.source.name or not job.header else f" -> {job.target}"
         console.print(f"  {job.source.name}{target}  ({count_weights(job.splits)})")
     print_warnings(plan.notices)
     console.print("nothing was written")
@@ -225,7 +227,8 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
     print_warnings(warnings(manifest))
     for note in notes(manifest):
         stderr_console().print(Text("note:", "bold"), note)
-    for line in ("", "Load the pair, for training or inference:", "", *loading_lines(manifest).splitlines()):
+    what = "pair" if manifest.method.writes_base else "adapter on the original model"
+    for line in ("", f"Load the {what}, for training or inference:", "", *loading_lines(manifest).splitlines()):
         console.print(line)
 
 

@@ -54,7 +54,7 @@ from milora_init.lora.compatibility import (
 from milora_init.lora.config import rank_and_alpha_patterns, stacked_alpha
 from milora_init.lora.folder import CONFIG_FILE, LORA_FOLDER, WEIGHTS_FILE, LoraAdapter, read_lora
 from milora_init.lora.tensor_layout import lora_key, stack_factors, stacked_shapes, unstack_factors
-from milora_init.manifest import MANIFEST, Manifest, fingerprint, read_manifest
+from milora_init.manifest import MANIFEST, Manifest, fingerprint, read_manifest, require_pair
 from milora_init.plan.finished import another_request, require_intact
 from milora_init.result import Result
 from milora_init.run.output_folder import require_outside
@@ -166,6 +166,8 @@ def convert(  # noqa: PLR0913  the options of the command
             raise UsageError(f"{name} is empty", hint="name a folder")
     located = locate_pair(pair, cache_dir=cache_dir, token=token)
     initial = located / LORA_FOLDER if (located / LORA_FOLDER).is_dir() else located
+    if own := read_manifest(located):
+        require_pair(located, own, "nothing is to convert: the trained adapter is a plain LoRA of the original model")
     before, after, manifest = _read_adapters(initial, locate_adapter(adapter), pair)
     if model is None and manifest is None:
         raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")

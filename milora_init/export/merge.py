@@ -46,7 +46,15 @@ from milora_init.json_fields import (
 )
 from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside, require_manifest
+from milora_init.manifest import (
+    MANIFEST,
+    Manifest,
+    WeightRecord,
+    fingerprint,
+    require_inside,
+    require_manifest,
+    require_pair,
+)
 from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
 from milora_init.run.journal import Entry
@@ -270,6 +278,7 @@ def _compared(merged: MergeResult, folder: Path, original: Checkpoint | None, ma
 def plan_merge(pair: Path, adapter: Path | None = None, *, overwrite: bool = False) -> MergePlan:
     """Read the headers of a base and an adapter, and check that they belong together. Raises as `merge`."""
     manifest = require_manifest(pair)
+    require_pair(pair, manifest, "load the trained adapter on its model and call PEFT's merge_and_unload")
     require_inside(pair, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
     checkpoint = open_model(pair)
     for name, size_bytes in manifest.files.items():

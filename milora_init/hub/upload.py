@@ -27,7 +27,7 @@ from milora_init.errors import OutputError, PlanError
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.model_card import card_data, card_text
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
-from milora_init.manifest import MANIFEST, Manifest, require_inside, require_manifest
+from milora_init.manifest import MANIFEST, Manifest, require_inside, require_manifest, require_pair
 from milora_init.options import clean_token, require_repository
 from milora_init.result import Result
 
@@ -255,6 +255,7 @@ def push(
     """
     out = Path(folder).expanduser()
     manifest = require_manifest(out)
+    require_pair(out, manifest, "upload the folder with `hf upload`")
     require_inside(out, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
     for name, size_bytes in manifest.files.items():
         # adapter_config.json may differ: trainers rewrite it, and `Repository.push` writes its own.

@@ -7,7 +7,7 @@ The constants were fitted to trained weights on a CPU; `svd` says which steps th
 
 from __future__ import annotations
 
-from milora_init.modes import Mode
+from milora_init.methods import Mode
 
 KRYLOV_MIN_COLUMNS = 512  # the smallest q for which a Krylov space is faster than all eigenvectors
 _FLOAT64_BYTES = 8

@@ -62,7 +62,7 @@ from milora_init.linalg.lanczos import (
     round_down,
 )
 from milora_init.linalg.mixed_precision import smallest_triplets
-from milora_init.modes import MODES, Mode
+from milora_init.methods import MODES, Mode
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below

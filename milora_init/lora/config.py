@@ -2,6 +2,7 @@
 
 The file has only keys that every PEFT since 0.13 knows, because PEFT 0.13 refuses unknown keys; everything else is in
 the manifest. `init_lora_weights` is true and not "pissa": with "pissa" PEFT would run another SVD and change the base.
+Only with "mica" does PEFT freeze B, so that method has it; PEFT runs no SVD if it loads with `low_cpu_mem_usage=True`.
 Experts, and modules that PEFT would take for experts, are named in `target_parameters`, which needs a newer PEFT.
 """
 
@@ -72,10 +73,12 @@ def rank_and_alpha_patterns(
 def make_adapter_config(  # noqa: PLR0913  the fields of the file
     *,
     base: str,
+    revision: str | None = None,
     rank: int,
     alpha: int,
     rslora: bool,
     dropout: float,
+    init_lora_weights: bool | str = True,
     task_type: str | None,
     targets: PeftTargets,
     fan_in_fan_out: bool,
@@ -85,7 +88,8 @@ def make_adapter_config(  # noqa: PLR0913  the fields of the file
     """Content of adapter_config.json.
 
     Args:
-        base: The residual base, which PEFT's Auto classes load.
+        base: The residual base, which PEFT's Auto classes load; or the original model, where nothing was taken out.
+        revision: The commit of `base`, if it is on the Hub.
         rank, alpha: The defaults.
         ranks, alphas: Of every target, by its name in `targets.names`.
 
@@ -97,6 +101,7 @@ def make_adapter_config(  # noqa: PLR0913  the fields of the file
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base,
+        **({"revision": revision} if revision else {}),
         "r": rank,
         "lora_alpha": alpha,
         # PEFT's wrapper of a parameter supports neither dropout nor Conv1D.
@@ -104,7 +109,7 @@ def make_adapter_config(  # noqa: PLR0913  the fields of the file
         "bias": "none",
         "target_modules": targets.modules,
         **({"target_parameters": targets.parameters} if targets.parameters else {}),
-        "init_lora_weights": True,
+        "init_lora_weights": init_lora_weights,
         "inference_mode": False,
         "fan_in_fan_out": fan_in_fan_out and not targets.parameters,
         "use_rslora": rslora,

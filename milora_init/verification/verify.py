@@ -14,7 +14,7 @@ from milora_init.errors import MiloraError, UsageError
 from milora_init.hub.pair import locate_pair
 from milora_init.hub.source import fetch_original
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
-from milora_init.manifest import read_manifest
+from milora_init.manifest import read_manifest, require_pair
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.verification.adapter import (
@@ -75,6 +75,7 @@ def verify(  # noqa: PLR0913  the options of the command
     manifest = read_manifest(folder)
     if manifest is None:
         return verify_without_manifest(pair, folder, adapter, trust_remote_code=trust_remote_code)
+    require_pair(folder, manifest, "run the same milora-init command again: it compares the files' sizes")
     original = None
     if model is not None:
         original = InitOptions(model=model, out=pair, revision=revision, cache_dir=cache_dir, token=token)
