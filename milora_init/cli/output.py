@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milora_init.errors import UsageError
+from milora_init.methods import METHODS, method_of_mode
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -256,11 +257,14 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
         (
             f"{name} (default)" if name == default else name,
             ", ".join(_short_targets(recipe["target"])),
-            *(str(recipe.get(key, "")) for key in ("rank", "mode", "dropout")),
+            str(recipe.get("rank", "")),
+            method.name,
+            str(recipe.get("dropout", method.dropout)),
         )
         for name, recipe in recipes.items()
+        for method in [METHODS.get(recipe.get("method", "")) or method_of_mode(recipe.get("mode", "min"))]
     ]
-    _print_table(console, ("recipe", "target", "rank", "mode", "dropout"), rows, spare=("mode", "dropout", "rank"))
+    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, spare=("dropout", "rank", "method"))
 
 
 def _short_targets(targets: Sequence[str]) -> list[str]:

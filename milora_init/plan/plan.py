@@ -28,6 +28,7 @@ from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, WEIGHTS_FILE
 from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
+from milora_init.methods import METHODS
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.plan.finished import option_inputs
@@ -271,16 +272,17 @@ def _refuse_residual(folder: Path) -> None:
     try:
         manifest = json.loads(read_text(folder / MANIFEST, most_bytes=MOST_MANIFEST_BYTES))
         original = manifest["source"]["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        original = None
+        is_adapter = not METHODS[manifest["inputs"].get("method", "milora")].writes_base
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        original, is_adapter = None, False
     hint = "name the original model that it was made from"
     if isinstance(original, str):
         hint += f": --model {printable(original[:200])}"
     elif found == LORA_CONFIG:
         hint += f"; if {LORA_FOLDER}/ is another adapter, move it away"
-    raise CheckpointError(
-        f"{folder} holds {found}: it is a residual base of milora-init, whose components are in its adapter", hint=hint
-    )
+    what = "an adapter" if is_adapter else "a residual base"
+    where = "not a model" if is_adapter else "whose components are in its adapter"
+    raise CheckpointError(f"{folder} holds {found}: it is {what} of milora-init, {where}", hint=hint)
 
 
 def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, Any]:

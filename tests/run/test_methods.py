@@ -258,6 +258,8 @@ def test_commands_that_do_not_know_an_adapter_alone_say_so(start: Start, checkpo
         lambda: api.convert(out, out, tmp_path / "plain"),
         lambda: api.push(out, "me/model"),
     ]
+    with pytest.raises(MiloraError, match="it is an adapter of milora-init, not a model"):
+        start(out, out=str(tmp_path / "again"))
     for call in calls:
         with pytest.raises(MiloraError, match="has no residual base: it is an adapter of"):
             call()
