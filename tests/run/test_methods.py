@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import reference
 from support.families import FAMILIES, Family
 from support.family_training import initialize_family, load, model_output
 from support.interruptions import InterruptAt, InterruptedRunError, ShardLog
-from support.tiny_models import TARGETS, contents, tensors
+from support.tiny_models import TARGETS, contents, edit_inputs, tensors
 from support.training import TOKENS
 from torch import Tensor
 
@@ -303,3 +303,28 @@ def test_verify_sees_an_adapter_of_other_factors(start: Start, checkpoint: Built
     assert api.verify(out).code == "replaced_adapter"
     with pytest.raises(PlanError):
         api.merge(out, tmp_path / "merged", progress=False)
+
+
+@pytest.mark.parametrize(("made", "claimed"), [("olora-tail", "milora"), ("milora", "olora-tail")])
+def test_verify_sees_a_manifest_that_claims_other_factors(
+    made: str, claimed: str, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    start(source, method=made, dropout=0.0)
+    edit_inputs(out / MANIFEST, method=claimed)
+    assert api.verify(out, model=source, all_components=True).code == "damaged"
+
+
+def test_orthonormal_factors_of_a_singular_weight_are_verified_by_their_directions(
+    start: Start, own: Built, tmp_path: Path
+) -> None:
+    source, out = own("llama"), tmp_path / "out"
+    for path in source.glob("*.safetensors"):
+        weights = load_file(path)
+        for name in weights:
+            if "q_proj" in name:
+                weights[name][5:12] = 0  # seven singular values of 32 are zero
+        save_file(weights, path, metadata={"format": "pt"})
+    start(source, method="olora-tail", target=("q_proj",))
+    verdict = api.verify(out, model=source, all_components=True)
+    assert verdict.ok, verdict.findings
