@@ -153,7 +153,10 @@ def _require_same_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:
     """
     if not plan.overwrite:
         return  # `OutputFolder.prepare` refuses every other request
-    record, (head, _) = read_manifest(out.path), out.journal.read()
+    try:
+        record, (head, _) = read_manifest(out.path), out.journal.read()
+    except OutputError:
+        return  # `OutputFolder.prepare` raises it, after the checks that come before it
     earlier = record.inputs if record else head.inputs if head else None
     if earlier is None or not {"method", "mode"} & earlier.keys():
         return
