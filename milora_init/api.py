@@ -38,6 +38,9 @@ def initialize(
     B = U_r sqrt(S_r / scale) (m, r) and A = sqrt(S_r / scale) V_r^T (r, n) in float32, and the base W - scale * B @ A
     (MiLoRA, arXiv 2406.09044, section 3; PiSSA, arXiv 2404.02948). The model is read shard by shard.
 
+    Other methods make other factors; `methods` has the table. With `rlmo`, `rlpo` and `mica` no base is written, only
+    the weights that are adapted are read, and `out` is the PEFT folder of an adapter of the original model.
+
     Args:
         model: The original model: a folder or a Hub id. Or all options as one `InitOptions`.
         out: The folder to write. If the same request was finished there before, nothing is done.

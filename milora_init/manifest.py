@@ -39,7 +39,7 @@ from milora_init.json_fields import (
     sha256_text,
     text,
 )
-from milora_init.modes import MODES
+from milora_init.methods import METHODS, MODES, Method, method_of_inputs
 from milora_init.untrusted import path_inside, plain_names
 
 MANIFEST = "milora_init.json"
@@ -155,6 +155,11 @@ class Manifest:
     def __repr__(self) -> str:
         return f"Manifest(out={self.out!r}, weights={len(self.weights)}, fingerprint={self.fingerprint[:12]!r})"
 
+    @property
+    def method(self) -> Method:
+        """The method of the run."""
+        return method_of_inputs(self.inputs)
+
     def to_json(self) -> dict[str, Any]:
         """The content of the file, as JSON values."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
@@ -239,6 +244,7 @@ _SOURCE: Mapping[str, Check] = {
 _INPUTS: Mapping[str, Check] = {
     "version": text, "source": lambda value: each(text, text)(value) and "config.json" in value,
     "side_files": each(file_name, sha256_text), "rank": at_least_1, "mode": one_of(*MODES),
+    "method": or_absent(one_of(*METHODS)),
     "alpha": at_least_1, "rslora": flag, "seed": count, "text_only": or_absent(flag),
 }  # fmt: skip
 _ADAPTER: Mapping[str, Check] = {
@@ -274,6 +280,7 @@ def _require(ok: bool, problem: str) -> None:
 def _require_consistent(manifest: Manifest) -> None:
     """Check that the fields agree with each other. Raises ValueError."""
     _require(fingerprint(manifest.inputs) == manifest.fingerprint, "fingerprint is not the hash of inputs")
+    _require(manifest.method.mode == manifest.inputs["mode"], "inputs.method does not agree with inputs.mode")
     for w in manifest.weights:
         e = w.expert
         _require(w.rank <= min(w.shape), f"{w.module} has rank {w.rank}, but shape {list(w.shape)}")
@@ -327,3 +334,19 @@ def require_manifest(folder: Path) -> Manifest:
             hint="give the --out folder of a finished run; to finish an interrupted run, repeat its command",
         )
     return manifest
+
+
+def require_residual_base(folder: Path, manifest: Manifest, instead: str) -> None:
+    """Raise OutputError unless the output has a residual base.
+
+    Args:
+        folder: The output.
+        manifest: Its manifest.
+        instead: What to do with an adapter of an original model.
+    """
+    if not manifest.method.writes_base:
+        raise OutputError(
+            f"{folder} has no residual base: it is an adapter of {manifest.source['model']!r}, of method "
+            f"{manifest.method.name}, which this command does not know yet",
+            hint=instead,
+        )

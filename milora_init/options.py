@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from milora_init.errors import UsageError
-from milora_init.modes import MODES, Mode
+from milora_init.methods import METHODS, MODES, Method, Mode, method_of_mode
 
 DEFAULT_RECIPE = "llm-adapters"
 DEFAULT_TARGET = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -48,7 +48,9 @@ class InitOptions:
         out: The output folder. It is written into adapter_config.json as given, so it should be the path from
             which training will load it.
         rank: Number of singular triplets per weight.
-        mode: Which triplets: `min` (MiLoRA), `max` (PiSSA), `mid` or `random`.
+        method: A name of `methods.METHODS`: which triplets, and what is made of them. None is the method of `mode`.
+        mode: Which triplets, with MiLoRA's factors: `min` (MiLoRA), `max` (PiSSA), `mid` or `random`. None is the mode
+            of `method`; without both, `min`.
         target: What to adapt, as in PEFT: module suffixes, full module names, `all-linear`; also `re:PATTERN`, a
             regular expression that must match a module's full name. None is the five linear layers of the MiLoRA
             paper, or `all-linear` for a model that lacks one of them.
@@ -56,11 +58,11 @@ class InitOptions:
         alpha: `lora_alpha`. None is the rank, which makes the scale 1. B and A are divided by the square root of
             the scale, so that scale * B @ A is the component for every alpha.
         rslora: Use the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732).
-        dropout: `lora_dropout` for training.
+        dropout: `lora_dropout` for training. None is that of the method: 0.05 for `milora`, 0 for the others.
         task_type: PEFT's task type. None derives it from the architecture.
         text_only: For a multimodal model: make the adapter for the text model that AutoModelForCausalLM builds, and
             not for the class that config.json names. Only for models of which it builds one.
-        dtype: The dtype of the residual weights; `auto` keeps the model's.
+        dtype: The dtype of the residual weights; `auto` keeps the model's. Not for a method that writes no base.
         device: `auto` (every visible GPU, else the CPU), `cpu`, `cuda` or `cuda:N`; several share the work.
         seed: For `random`, and for the solver's start vectors.
         rank_pattern, alpha_pattern: Other ranks and alphas for some targets, in the form of `target`. If several match
@@ -79,12 +81,13 @@ class InitOptions:
     model: str
     out: str
     rank: int = 64
-    mode: Mode = "min"
+    method: str | None = None
+    mode: Mode | None = None
     target: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     alpha: int | None = None
     rslora: bool = False
-    dropout: float = 0.05
+    dropout: float | None = None
     task_type: str | None = None
     text_only: bool = False
     dtype: str = "auto"
@@ -109,10 +112,15 @@ class InitOptions:
         for name in ("rslora", "text_only", "trust_remote_code", "low_disk", "private", "overwrite"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {_short(value)}, expected true or false")
-        for name, choices in (("mode", MODES), ("dtype", DTYPES), ("task_type", (None, *TASK_TYPES))):
+        choices_of: Mapping[str, Iterable[str | None]] = {
+            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": DTYPES, "task_type": (None, *TASK_TYPES),
+        }  # fmt: skip
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             known = [choice for choice in choices if choice is not None]
-            _require(value in choices, f"{name} is {_short(value)}", f"choose one of: {', '.join(known)}")
+            ok = isinstance(value, str | None) and value in choices
+            _require(ok, f"{name} is {_short(value)}", f"choose one of: {', '.join(known)}")
+        self._check_method()
 
     def _normalise(self) -> None:
         """Convert paths to text and lists to tuples; replace synonyms of values."""
@@ -142,6 +150,18 @@ class InitOptions:
         if self.push_to_hub is not None:
             require_repository(self.push_to_hub)
 
+    def _check_method(self) -> None:
+        method = self.chosen
+        agree = self.mode is None or method.mode == self.mode
+        _require(agree, f"method {method.name} takes the `{method.mode}` triplets, not `{self.mode}`", "drop --mode")
+        if method.writes_base:
+            return
+        why = f"method {method.name} writes no base: the output is an adapter of the original model"
+        _require(self.dtype == "auto", f"dtype is {self.dtype}, but {why}", "drop --dtype")
+        _require(not self.low_disk, f"low_disk is set, but {why}", "drop --low-disk")
+        hint = "initialise without --push-to-hub, then upload the folder with `hf upload`"
+        _require(self.push_to_hub is None, f"push_to_hub does not know an adapter alone yet, and {why}", hint)
+
     def _check_targets(self) -> None:
         _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")
         for name in (*(self.target or ()), *self.exclude):
@@ -160,7 +180,7 @@ class InitOptions:
         _require(_is_int(self.rank) and 1 <= self.rank < _LIMIT, f"rank is {_short(self.rank)}, {at_least_1}")
         alpha_ok = self.alpha is None or (_is_int(self.alpha) and 1 <= self.alpha < _LIMIT)
         _require(alpha_ok, f"alpha is {_short(self.alpha)}, {at_least_1}")
-        dropout_ok = isinstance(self.dropout, int | float) and 0 <= self.dropout < 1
+        dropout_ok = self.dropout is None or (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1)
         _require(dropout_ok, f"dropout is {_short(self.dropout)}, expected 0 <= dropout < 1")
         seed_ok = _is_int(self.seed) and 0 <= self.seed < _LIMIT
         _require(seed_ok, f"seed is {_short(self.seed)}, expected 0 <= seed < 2^63")
@@ -171,6 +191,15 @@ class InitOptions:
     @property
     def lora_alpha(self) -> int:
         return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def lora_dropout(self) -> float:
+        return self.chosen.dropout if self.dropout is None else self.dropout
+
+    @property
+    def chosen(self) -> Method:
+        """The method of `method` or `mode`."""
+        return METHODS[self.method] if self.method is not None else method_of_mode(self.mode or "min")
 
     @classmethod
     def from_recipe(cls, recipe: str | None = None, /, **overrides: Any) -> InitOptions:
@@ -188,7 +217,13 @@ class InitOptions:
         if recipe is None:
             del values["target"]
         given = {key: value for key, value in overrides.items() if value is not None}
-        values |= canonical(given, "", known=_OPTIONS)
+        given = canonical(given, "", known=_OPTIONS)
+        if {"method", "mode"} & given.keys():
+            if _method_name(given) != _method_name(values) and (recipe is None or recipe in recipe_names()):
+                values.pop("dropout", None)  # the package chose it for the recipe's method
+            values.pop("method", None)
+            values.pop("mode", None)
+        values |= given
         missing = [name for name in ("model", "out") if name not in values]
         _require(not missing, f"no --{' and no --'.join(missing)} given", "milora-init MODEL --out DIR")
         return cls(**values)
@@ -281,6 +316,13 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     options = canonical(values, f"recipe {recipe}: ", known=_RECIPE_KEYS)
     _require(options.get("target", ()) is not None, f"recipe {recipe}: target is empty", "name at least one target")
     return options
+
+
+def _method_name(values: Mapping[str, Any]) -> str:
+    """The method that a recipe or arguments ask for. A wrong name is returned as it is."""
+    mode = str(values.get("mode") or "min")
+    mode = _VALUE_SYNONYMS["mode"].get(mode, mode)
+    return str(values.get("method") or (method_of_mode(mode).name if mode in MODES else mode))
 
 
 def _configs() -> Path:

@@ -123,7 +123,7 @@ def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
 
 
 def loading_lines(manifest: Manifest) -> str:
-    """Python code that loads the pair for training.
+    """Python code that loads the pair, or an adapter on its original model, for training.
 
     Users run this code. Therefore text from a file enters it only as a valid identifier or as a quoted string.
     """
@@ -131,16 +131,33 @@ def loading_lines(manifest: Manifest) -> str:
     auto_builds_other = manifest.source.get("other_class") and not manifest.inputs.get("text_only")
     causal = manifest.adapter["task_type"] == "CAUSAL_LM" and not auto_builds_other
     cls = architecture if architecture.isidentifier() and not causal else "AutoModelForCausalLM"
-    out = printable(json.dumps(manifest.out, ensure_ascii=False))  # JSON's escapes are valid in Python
-    branch = manifest.adapter.get("revision")
-    revision = f", revision={printable(json.dumps(branch))}" if branch else ""
+    out = _quoted(manifest.out)
     trust = ", trust_remote_code=True" if manifest.source.get("trust_remote_code") else ""
+    if not manifest.method.writes_base:
+        model = _quoted(str(manifest.adapter["base_model_name_or_path"]))
+        commit = manifest.adapter.get("revision")
+        of_commit = f", revision={_quoted(str(commit))}" if commit else ""
+        # Without it PEFT would compute its own factors of every weight first, by a full SVD.
+        no_svd = ", low_cpu_mem_usage=True" if manifest.method.init_lora_weights is not True else ""
+        return (
+            f"from peft import PeftModel\n"
+            f"from transformers import {cls}\n\n"
+            f'base = {cls}.from_pretrained({model}, dtype="auto"{of_commit}{trust})\n'
+            f"model = PeftModel.from_pretrained(base, {out}, is_trainable=True{no_svd})"
+        )
+    branch = manifest.adapter.get("revision")
+    revision = f", revision={_quoted(branch)}" if branch else ""
     return (
         f"from peft import PeftModel\n"
         f"from transformers import {cls}\n\n"
         f'base = {cls}.from_pretrained({out}, dtype="auto"{revision}{trust})\n'
         f'model = PeftModel.from_pretrained(base, {out}, subfolder="lora", is_trainable=True{revision})'
     )
+
+
+def _quoted(text: str) -> str:
+    """Text as a Python string."""
+    return printable(json.dumps(text, ensure_ascii=False))  # JSON's escapes are valid in Python
 
 
 def run_fields(manifest: Manifest) -> dict[str, Any]:
@@ -152,6 +169,7 @@ def run_fields(manifest: Manifest) -> dict[str, Any]:
         "source": manifest.source,
         "warnings": warnings(manifest),
         "notes": notes(manifest),
+        "method": manifest.method.name,
         "mode": inputs["mode"],
         "rank": inputs["rank"],
         "alpha": inputs["alpha"],

@@ -93,6 +93,7 @@ def _figures(manifest: Manifest) -> dict[str, object]:
     return {
         "weights": len(manifest.weights),
         "rank": manifest.inputs["rank"],
+        "method": manifest.method.name,
         "mode": manifest.inputs["mode"],
         "size": size(sum(manifest.files.values())),
         "step_0_error": f"{max(weight.rounding.error for weight in manifest.weights):.1e}",

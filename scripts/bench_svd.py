@@ -35,7 +35,7 @@ from milora_init.linalg.arithmetic import arithmetic_of
 from milora_init.linalg.cost import uses_krylov
 from milora_init.linalg.split import split
 from milora_init.linalg.svd import Triplets, singular_triplets
-from milora_init.modes import Mode
+from milora_init.methods import Mode
 
 # For each model: how many target weights of one layer have this shape (out, in).
 MODELS: dict[str, dict[tuple[int, int], int]] = {

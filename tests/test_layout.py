@@ -79,7 +79,7 @@ def test_linalg_and_checkpoint_do_not_import_each_other() -> None:
             assert own_folders(file) & set(INDEPENDENT) <= {folder_of(file)}
         if folder_of(file) == "linalg":
             above = {name for name in imports(file) if name.startswith("milora_init.") and ".linalg" not in name}
-            assert {name.split(".")[1] for name in above} <= {"modes", "accuracy"}
+            assert {name.split(".")[1] for name in above} <= {"methods", "accuracy"}
             assert {name.split(".")[0] for name in imports(file)} & {"os", "pathlib", "safetensors", "io"} == set()
 
 

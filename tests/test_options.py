@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from milora_init.errors import UsageError
+from milora_init.methods import METHODS
 from milora_init.options import DEFAULT_RECIPE, DEFAULT_TARGET, InitOptions, read_recipe, recipe_names
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -40,7 +41,7 @@ def test_every_recipe_sets_the_values_of_its_file(name: str) -> None:
 def test_the_recipes_have_the_settings_of_the_paper(name: str, rank: int, dropout: float) -> None:
     """MiLoRA paper (NAACL 2025), tables 10 to 12: five linears, alpha = r."""
     made = InitOptions.from_recipe(name, model="m", out="o")
-    assert (made.rank, made.dropout, made.mode, made.lora_alpha) == (rank, dropout, "min", rank)
+    assert (made.rank, made.lora_dropout, made.chosen.mode, made.lora_alpha) == (rank, dropout, "min", rank)
     assert made.target == Q_K_V_UP_DOWN
 
 
@@ -113,7 +114,7 @@ def test_an_unknown_recipe_lists_the_known_ones(name: str, tmp_path: Path, monke
     [
         ("model", ""), ("out", ""),
         ("rank", 0), ("rank", -4), ("rank", 1.5), ("rank", True), ("rank", "8"), ("rank", None),
-        ("mode", "minor"), ("mode", "MIN"), ("mode", None),
+        ("mode", "minor"), ("mode", "MIN"), ("method", "min"), ("method", 1), ("method", ["milora"]),
         ("target", ()), ("target", ("",)), ("target", "q_proj"), ("target", (1,)), ("exclude", ("",)),
         ("alpha", 0), ("alpha", -1), ("alpha", 1.5), ("alpha", True),
         ("rslora", 1), ("rslora", "yes"), ("text_only", 1),
@@ -193,3 +194,55 @@ def test_a_recipe_with_a_number_that_yaml_cannot_read_is_refused(tmp_path: Path)
 def test_a_nul_character_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} contains a NUL"):
         InitOptions.from_recipe(**{"model": "m", "out": "o", name: "a\0b"})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_decides_triplets_factors_and_dropout(name: str) -> None:
+    made = request(method=name)
+    assert (made.chosen.name, made.lora_dropout) == (name, 0.05 if name == "milora" else 0.0)
+    assert made == request(method=name, mode=None)
+    assert request(method=name, mode=made.chosen.mode).chosen is made.chosen
+    assert request(method=name, dropout=0.1).lora_dropout == 0.1
+
+
+def test_a_mode_alone_has_the_factors_of_milora() -> None:
+    assert [request(mode=mode).chosen.name for mode in ("min", "max", "mid", "random")] == [
+        "milora", "pissa", "mid", "random",
+    ]  # fmt: skip
+    assert request(mode="pissa").chosen.name == "pissa"  # the reference's words
+    assert request().chosen.name == "milora"
+
+
+def test_a_mode_that_contradicts_the_method_is_refused() -> None:
+    with pytest.raises(UsageError, match="method rlmo takes the `min` triplets, not `max`"):
+        request(method="rlmo", mode="max")
+
+
+@pytest.mark.parametrize("name", ["rlmo", "rlpo", "mica"])
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"low_disk": True}, {"push_to_hub": "me/model"}])
+def test_options_of_a_base_are_refused_where_none_is_written(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"method {name} writes no base"):
+        request(method=name, **options)
+
+
+def test_an_argument_replaces_the_method_of_a_recipe_and_its_dropout(tmp_path: Path) -> None:
+    def made(recipe: str, **options: Any) -> tuple[str, float]:
+        found = InitOptions.from_recipe(recipe, model="m", out="o", **options)
+        return found.chosen.name, found.lora_dropout
+
+    assert made("math", method="olora-tail") == ("olora-tail", 0.0)
+    assert made("qlora", mode="max") == ("pissa", 0.0)
+    assert made("qlora", mode="min") == ("milora", 0.1)
+    assert made("qlora", mode="max", dropout=0.2) == ("pissa", 0.2)
+    assert made("rl", mode="min") == ("milora", 0.05)
+    own = tmp_path / "own.yaml"
+    own.write_text("method: rlmo\ndropout: 0.1\n")
+    assert made(str(own)) == ("rlmo", 0.1)
+    assert made(str(own), method="mica") == ("mica", 0.1)  # its writer asked for it
+
+
+def test_the_rl_recipe_writes_no_base_and_has_no_dropout() -> None:
+    made = InitOptions.from_recipe("rl", model="m", out="o")
+    assert (made.chosen.name, made.rank, made.lora_alpha, made.lora_dropout) == ("rlmo", 16, 32, 0.0)
+    assert made.target
+    assert len(made.target) == 7

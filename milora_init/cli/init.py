@@ -37,11 +37,19 @@ def init(
             "--rank", "-r", metavar="N", help="Singular triplets per weight. (default: 64)", rich_help_panel=_METHOD
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="milora, pissa, olora-tail; rlmo, rlpo, mica (no base is written). (default: milora)",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
             metavar="MODE",
-            help="Which triplets: min (MiLoRA), max (PiSSA), mid or random. (default: min)",
+            help="Which triplets: min (MiLoRA), max (PiSSA), mid or random. (default: the method's)",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -79,7 +87,8 @@ def init(
         typer.Option("--rslora/--no-rslora", help="Scale by alpha / sqrt(rank). (default: no)", rich_help_panel=_LORA),
     ] = None,
     dropout: Annotated[
-        float | None, typer.Option(metavar="P", help="lora_dropout. (default: the recipe's)", rich_help_panel=_LORA)
+        float | None,
+        typer.Option(metavar="P", help="lora_dropout. (default: the recipe's, or the method's)", rich_help_panel=_LORA),
     ] = None,
     task_type: Annotated[
         str | None,
@@ -179,11 +188,11 @@ def init(
         raise UsageError("--quiet and --verbose exclude each other", hint="drop one of them")
     limits = output.parse_limits(fail_on or [])
     options = InitOptions.from_recipe(
-        recipe, model=_only_model(model_argument, model), out=out, rank=rank, mode=mode, target=_names(target),
-        exclude=_names(exclude), alpha=alpha, rslora=rslora, dropout=dropout, task_type=task_type, text_only=text_only,
-        dtype=dtype, revision=revision, cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code,
-        low_disk=low_disk, device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub,
-        private=private,
+        recipe, model=_only_model(model_argument, model), out=out, rank=rank, method=method, mode=mode,
+        target=_names(target), exclude=_names(exclude), alpha=alpha, rslora=rslora, dropout=dropout,
+        task_type=task_type, text_only=text_only, dtype=dtype, revision=revision, cache_dir=cache_dir, token=token,
+        trust_remote_code=trust_remote_code, low_disk=low_disk, device=device or None, seed=seed,
+        overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
     )  # fmt: skip
     output.hide_bars_of_the_hub()
     if dry_run:

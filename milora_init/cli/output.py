@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milora_init.errors import UsageError
+from milora_init.methods import METHODS, method_of_mode
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -135,7 +136,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     from milora_init.checkpoint.header import torch_name
 
     console = _stdout()
-    options = plan.options
+    method = plan.options.chosen
     rows = [
         (suffix, f"{m} x {n}", torch_name(dtype), str(count), str(rank))
         for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
@@ -143,16 +144,18 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
     download = sum(header.file_bytes for header in plan.absent.values())
     console.print(
-        f"{plan.structure.architecture}, mode {options.mode}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
+        f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
-    console.print(f"base      {size(plan.base_bytes)} (model {size(plan.source_bytes)})")
+    console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
+    written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
+    console.print(f"base      {written} (model {size(plan.source_bytes)})")
     console.print(f"adapter   {size(plan.adapter_bytes)}")
     console.print(f"memory    about {size(memory_bytes)}")
     if download:
         console.print(f"download  {size(download)}")
     console.print(f"time      about {duration(estimate_s)} for solving, on this machine; copying comes on top")
     for job in plan.jobs:
-        target = "" if job.target == job.source.name else f" -> {job.target}"
+        target = "" if job.target == job.source.name or not job.header else f" -> {job.target}"
         console.print(f"  {job.source.name}{target}  ({count_weights(job.splits)})")
     print_warnings(plan.notices)
     console.print("nothing was written")
@@ -226,7 +229,8 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
     print_warnings(warnings(manifest))
     for note in notes(manifest):
         _print_sentence(Text("note:", "bold"), note)
-    for line in ("", "Load the pair, for training or inference:", "", *loading_lines(manifest).splitlines()):
+    what = "pair" if manifest.method.writes_base else "adapter on the original model"
+    for line in ("", f"Load the {what}, for training or inference:", "", *loading_lines(manifest).splitlines()):
         console.print(line)
 
 
@@ -254,11 +258,14 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
         (
             f"{name} (default)" if name == default else name,
             ", ".join(_short_targets(recipe["target"])),
-            *(str(recipe.get(key, "")) for key in ("rank", "mode", "dropout")),
+            str(recipe.get("rank", "")),
+            method.name,
+            str(recipe.get("dropout", method.dropout)),
         )
         for name, recipe in recipes.items()
+        for method in [METHODS.get(recipe.get("method", "")) or method_of_mode(recipe.get("mode", "min"))]
     ]
-    _print_table(console, ("recipe", "target", "rank", "mode", "dropout"), rows, spare=("mode", "dropout", "rank"))
+    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, spare=("dropout", "rank", "method"))
 
 
 def _short_targets(targets: Sequence[str]) -> list[str]:

@@ -127,8 +127,8 @@ class Bar(RunProgress):
         self._bar.start()
         self._started = time.monotonic()
         self._flops = {w.weight.tensor: plan.flops(w) for w in plan.weights}  # of one weight in that tensor
-        total_bytes = plan.source_bytes
-        done_bytes = sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done)
+        total_bytes = sum(map(plan.read_bytes, plan.jobs))
+        done_bytes = sum(map(plan.read_bytes, done))
         self._total = self._work(total_bytes, plan.solve_flops)
         self._earlier = self._done = self._work(done_bytes, sum(plan.flops(w) for job in done for w in job.splits))
         self._weights, self._split = len(plan.weights), sum(len(job.splits) for job in done)

@@ -40,7 +40,14 @@ from milora_init.lora.compatibility import (
 from milora_init.lora.config import rank_and_alpha_patterns, stacked_alpha
 from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, WEIGHTS_FILE, LoraAdapter, read_lora
 from milora_init.lora.tensor_layout import lora_key, stack_factors, stacked_shapes, unstack_factors
-from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, read_manifest
+from milora_init.manifest import (
+    MANIFEST,
+    WORK_FOLDER,
+    Manifest,
+    fingerprint,
+    read_manifest,
+    require_residual_base,
+)
 from milora_init.plan.finished import another_request, require_intact
 from milora_init.records import CONVERTED, RECORDS, ConvertedModule, ConvertResult, read_converted, require_pair
 from milora_init.run.output_folder import (
@@ -71,6 +78,9 @@ def convert(  # noqa: PLR0913  the options of the command
         if not value:  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
     located = locate_pair(pair, only=ADAPTER_FILES, cache_dir=cache_dir, token=token)
+    if own := read_manifest(located):
+        instead = "nothing is to convert: the trained adapter is a plain LoRA of the original model"
+        require_residual_base(located, own, instead)
     initial = _initial_adapter(located, pair)
     trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
     before, after, manifest = _read_adapters(initial, trained, pair)

@@ -36,7 +36,7 @@ from milora_init.hub.pair import locate_adapter, locate_pair
 from milora_init.hub.source import fetch_original
 from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside, require_residual_base
 from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
@@ -223,6 +223,7 @@ def plan_merge(
     `given` is the pair as the user wrote it.
     """
     manifest = require_pair(pair, given or str(pair))
+    require_residual_base(pair, manifest, "load the trained adapter on its model and call PEFT's merge_and_unload")
     require_inside(pair, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
     checkpoint = open_model(pair)
     for name, size_bytes in manifest.files.items():

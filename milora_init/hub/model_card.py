@@ -21,8 +21,10 @@ from milora_init.report import duration, loading_lines, notes, percent, size, wa
 from milora_init.untrusted import printable
 
 _METHODS = {
-    "min": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
-    "max": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
+    "milora": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
+    "pissa": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
+    "olora-tail": "the directions of the minor singular components, without their singular values "
+    "([arXiv 2606.02437](https://arxiv.org/abs/2606.02437))",
     "mid": "the middle singular components",
     "random": "singular components drawn at random",
 }
@@ -33,7 +35,7 @@ _MAX_SUMMARY_BYTES = 1 << 20  # GitHub's limit for the summary of one step
 
 def card_data(manifest: Manifest) -> dict[str, Any]:
     """Return the metadata of the card, without the fields that are copied from the card of the original model."""
-    tags = ["lora", {"min": "milora", "max": "pissa"}.get(manifest.inputs["mode"], "svd"), "residual-base"]
+    tags = ["lora", name if (name := manifest.method.name) in ("milora", "pissa") else "svd", "residual-base"]
     model = str(manifest.source["model"])
     data: dict[str, Any] = {"library_name": "peft", "tags": tags}
     if manifest.source["revision"] is not None:  # a local folder has none, and its path is not published
@@ -60,7 +62,7 @@ def card_text(manifest: Manifest, repo: str) -> str:
 
 A residual base and the LoRA adapter that completes it, both made from {name}{commit}, ready for training.
 Each targeted weight W was taken apart: scale * B A is in `lora/`, W - scale * B A is the base.
-What was taken out: {_METHODS[inputs["mode"]]}.
+What was taken out: {_METHODS[manifest.method.name]}.
 
 > **The base alone is not the original model.** Always load it together with the adapter in `lora/`, or one trained from
 > it. The adapter fits no other base.
@@ -77,7 +79,8 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 
 ## How it was made
 
-`milora-init` {_name(manifest.versions["milora_init"])}: mode {_code(inputs["mode"])}, rank {_name(inputs["rank"])}, \
+`milora-init` {_name(manifest.versions["milora_init"])}: method {manifest.method.name}, mode {_code(inputs["mode"])}, \
+rank {_name(inputs["rank"])}, \
 alpha {_name(inputs["alpha"])}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
 {", ".join(sorted({_name(w.dtype) for w in manifest.weights}))}, \
 dropout {_name(manifest.adapter["lora_dropout"])} for training.
@@ -241,7 +244,8 @@ def step_summary(manifest: Manifest) -> str:
     files = size(sum(manifest.files.values()))
     return f"""### milora-init: {_escape(manifest.out)}
 
-{len(manifest.weights)} weights of {_code(manifest.source["model"])}, mode {_code(manifest.inputs["mode"])}, rank \
+{len(manifest.weights)} weights of {_code(manifest.source["model"])}, method {manifest.method.name}, \
+mode {_code(manifest.inputs["mode"])}, rank \
 {_name(manifest.inputs["rank"])}: {files} in {duration(manifest.elapsed_s)}. \
 Fingerprint {_code(manifest.fingerprint[:12])}.
 

@@ -28,7 +28,14 @@ from milora_init.hub.errors import hub_errors
 from milora_init.hub.publication import Publication, as_published, publication
 from milora_init.json_fields import read_object
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
-from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, Manifest, require_inside, require_manifest
+from milora_init.manifest import (
+    MANIFEST,
+    MOST_MANIFEST_BYTES,
+    Manifest,
+    require_inside,
+    require_manifest,
+    require_residual_base,
+)
 from milora_init.options import clean_token, require_repository
 from milora_init.records import RECORDS, Output, require_output
 from milora_init.result import Result
@@ -287,6 +294,8 @@ def push(
     if not out.is_dir():
         raise UsageError(f"{folder}: no such folder", hint="name a folder that milora-init wrote")
     output = require_output(out, folder)
+    if isinstance(output, Manifest):
+        require_residual_base(out, output, "upload the folder with `hf upload`")
     adapter_files = (LORA_CONFIG, LORA_WEIGHTS) if isinstance(output, Manifest) else ()
     require_inside(out, (*output.files, *adapter_files))
     for name, size_bytes in output.files.items():

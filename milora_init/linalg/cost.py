@@ -7,7 +7,7 @@ The constants were fitted to trained weights on a CPU; `svd` says which steps th
 
 from __future__ import annotations
 
-from milora_init.modes import Mode
+from milora_init.methods import Mode
 
 _FLOAT64_BYTES = 8
 _WORKSPACE_BYTES = 64 << 20

@@ -2,6 +2,9 @@
 
     W = residual + scale * B @ A,     B = U sqrt(s / scale),     A = sqrt(s / scale) V^T
 
+Those are the `balanced` factors. `orthonormal` ones are B = U and A = V^T. `right` is B = 0 and A = V^T, `left` is
+B = U and A = 0: then the product is zero, and W stays as it is.
+
 B and A are rounded to float32 first. The residual is computed in float64 from those stored values and rounded once. So
 what the factors lost by rounding stays in the residual, and the pair adds up to W within half a unit in the last place
 of the residual's dtype.
@@ -13,7 +16,7 @@ those that could have been.
 Cost: 2 m n r operations and a few passes over W, beside the solver's.
 
 Sources: MiLoRA, https://arxiv.org/abs/2406.09044, equations 4 and 5; for the principal end PiSSA,
-https://arxiv.org/abs/2404.02948.
+https://arxiv.org/abs/2404.02948. Those of the other factors are in `methods`.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from milora_init.accuracy import Rounding as Rounding
 from milora_init.linalg.arithmetic import DeviceArithmetic, arithmetic_of
 from milora_init.linalg.rounding import round_once
 from milora_init.linalg.svd import Triplets, singular_triplets
-from milora_init.modes import Mode
+from milora_init.methods import Factors, Mode
 
 _CANDIDATES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SAMPLE = 8  # one row in so many is rounded to every candidate
@@ -37,12 +40,21 @@ _SMALL = 1 << 18  # entries: a smaller weight is its own sample
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The parts of a weight: residual (m, n) in the dtype asked for, B (m, r) and A (r, n) in float32."""
+    """The parts of a weight W (m, n).
+
+    Attributes:
+        residual: (m, n) in the dtype asked for; W itself where the factors leave the weight as it is.
+        B, A: (m, r) and (r, n) in float32.
+        triplets: The r triplets.
+        energy: Their share of W's squared Frobenius norm.
+        rounding: What the dtype of the residual costs.
+    """
 
     residual: Tensor
     B: Tensor
     A: Tensor
     triplets: Triplets
+    energy: float
     rounding: Rounding
 
 
@@ -52,6 +64,7 @@ def split(  # noqa: PLR0913  the parameters of the method
     *,
     scale: float = 1.0,
     mode: Mode = "min",
+    factors: Factors = "balanced",
     dtype: torch.dtype,
     seed: int = 0,
     arithmetic: DeviceArithmetic | None = None,
@@ -63,6 +76,7 @@ def split(  # noqa: PLR0913  the parameters of the method
         r: Number of triplets, 1 <= r <= min(m, n).
         scale: What the adapter's product is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA.
         mode: Which triplets; see `svd.singular_triplets`.
+        factors: What B and A are; see `methods`.
         dtype: Of the residual.
         seed: As in `svd.singular_triplets`.
         arithmetic: The algorithms to use; None for those of W's device.
@@ -72,17 +86,32 @@ def split(  # noqa: PLR0913  the parameters of the method
     """
     arithmetic = arithmetic or arithmetic_of(W.device)
     triplets = singular_triplets(W, r, mode=mode, seed=seed, arithmetic=arithmetic)
-    root = (triplets.s / scale).sqrt()
-    B = (triplets.U * root).float()
-    A = (root[:, None] * triplets.V.mT).float()
-    residual, rounding = _residual(W, B, A, scale, dtype, arithmetic)
-    return Split(residual, B, A, triplets, rounding)
+    B, A = _factors(triplets, scale, factors)
+    if factors in ("right", "left"):
+        norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
+        component = float(triplets.s.norm()) / norm if norm else 0.0
+        return Split(W, B, A, triplets, component**2, Rounding(0.0, 0.0, 0.0, dict.fromkeys(_CANDIDATES, 0.0)))
+    residual, rounding, norm = _residual(W, B, A, scale, dtype, arithmetic)
+    own = rounding.component if factors == "balanced" else _norm_ratio(float(triplets.s.square().sum()), norm**2)
+    return Split(residual, B, A, triplets, own**2, rounding)
+
+
+def _factors(triplets: Triplets, scale: float, factors: Factors) -> tuple[Tensor, Tensor]:
+    """B (m, r) and A (r, n) in float32."""
+    U, Vh = triplets.U, triplets.V.mT
+    if factors == "balanced":
+        root = (triplets.s / scale).sqrt()
+        return (U * root).float(), (root[:, None] * Vh).float()
+    B, A = U.float(), Vh.float().contiguous()
+    if factors == "right":
+        return torch.zeros_like(B), A
+    return (B, torch.zeros_like(A)) if factors == "left" else (B, A)
 
 
 def _residual(
     W: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype, arithmetic: DeviceArithmetic
-) -> tuple[Tensor, Rounding]:
-    """W - scale * B @ A (m, n) in dtype, for W (m, n), B (m, r), A (r, n), and the figures of its rounding."""
+) -> tuple[Tensor, Rounding, float]:
+    """W - scale * B @ A (m, n) in dtype, for W (m, n), B (m, r), A (r, n); the figures of its rounding; ||W||."""
     m, n = W.shape
     exact = B.device  # W's, or the CPU where W's has no float64
     B64, A64 = B.to(torch.float64), scale * A.to(torch.float64)
@@ -115,12 +144,13 @@ def _residual(
         name: _norm_ratio(e2, sampled_D2) if math.isfinite(e2) else None
         for name, e2 in zip(others, sampled_E2, strict=True)
     }
-    return residual, Rounding(
+    rounding = Rounding(
         component=_norm_ratio(D2, W2),
         error=_norm_ratio(E2, W2),
         leak=leak,
         leak_if={name: leaks.get(name, leak) for name in _CANDIDATES},
     )
+    return residual, rounding, W2**0.5
 
 
 def _norm_ratio(squared: float, squared_whole: float) -> float:

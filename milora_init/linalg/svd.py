@@ -65,7 +65,7 @@ from milora_init.linalg.lanczos import (
     spectral_norm,
 )
 from milora_init.linalg.mixed_precision import extreme_triplets
-from milora_init.modes import MODES, Mode
+from milora_init.methods import MODES, Mode
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _OF_A_LIBRARY = re.compile("CUSOLVER_|CUBLAS_|cusolver error|cublas error|MAGMA", re.IGNORECASE)

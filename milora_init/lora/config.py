@@ -2,8 +2,9 @@
 
 The file contains only keys that every PEFT since 0.13 knows, because PEFT 0.13 refuses unknown keys. Everything else is
 in the manifest. `init_lora_weights` is true and not "pissa", because with "pissa" PEFT would compute another SVD and
-change the base. Experts, and modules that PEFT would map to experts, are listed in `target_parameters`, which needs a
-newer PEFT.
+change the base. It is "mica" for that method, because only then PEFT freezes B; PEFT computes no SVD for it if it loads
+with `low_cpu_mem_usage=True`. Experts, and modules that PEFT would map to experts, are listed in `target_parameters`,
+which needs a newer PEFT.
 """
 
 from __future__ import annotations
@@ -82,10 +83,12 @@ def rank_and_alpha_patterns(
 def make_adapter_config(  # noqa: PLR0913  one parameter for each field of the file
     *,
     base: str,
+    revision: str | None = None,
     rank: int,
     alpha: int,
     rslora: bool,
     dropout: float,
+    init_lora_weights: bool | str = True,
     task_type: str | None,
     targets: PeftTargets,
     fan_in_fan_out: bool,
@@ -95,10 +98,13 @@ def make_adapter_config(  # noqa: PLR0913  one parameter for each field of the f
     """Make the content of adapter_config.json.
 
     Args:
-        base: The path or repository of the residual base, from which PEFT's Auto classes load the model.
+        base: The path or repository of the residual base, from which PEFT's Auto classes load the model; the original
+            model, if the method writes no base.
+        revision: The commit of `base`, if it is an original model on the Hub.
         rank, alpha: The default rank and alpha.
         rslora: Whether the scale is alpha / sqrt(rank).
         dropout: The dropout of the adapter. It is 0 in the file if there are `target_parameters`.
+        init_lora_weights: True, or the name that PEFT needs to know; see `methods.Method`.
         task_type: PEFT's task type, or None.
         targets: The modules and parameters to adapt.
         fan_in_fan_out: Whether the modules store their weights as (in, out).
@@ -112,6 +118,7 @@ def make_adapter_config(  # noqa: PLR0913  one parameter for each field of the f
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base,
+        **({"revision": revision} if revision else {}),
         "r": rank,
         "lora_alpha": alpha,
         # PEFT's wrapper of a parameter supports neither dropout nor Conv1D.
@@ -119,7 +126,7 @@ def make_adapter_config(  # noqa: PLR0913  one parameter for each field of the f
         "bias": "none",
         "target_modules": targets.modules,
         **({"target_parameters": targets.parameters} if targets.parameters else {}),
-        "init_lora_weights": True,
+        "init_lora_weights": init_lora_weights,
         "inference_mode": False,
         "fan_in_fan_out": fan_in_fan_out and not targets.parameters,
         "use_rslora": rslora,

@@ -67,10 +67,11 @@ def request(options: InitOptions) -> dict[str, Any]:
 def _known_inputs(options: InitOptions, folder: Path, remote: RemoteFiles | None) -> dict[str, Any]:
     """Those entries of `Plan.inputs` that need no model class."""
     checkpoint = open_model(folder, remote)
+    copied = side_files(folder) if options.chosen.writes_base else ()
     return {
         "version": __version__,
         "source": dict(checkpoint.digest),
-        "side_files": {name: sha256(folder / name) for name in side_files(folder)},
+        "side_files": {name: sha256(folder / name) for name in copied},
         **option_inputs(options),
     }
 
@@ -79,7 +80,8 @@ def option_inputs(options: InitOptions) -> dict[str, Any]:
     """The entries of `Plan.inputs` that are options as they were given."""
     return {
         "rank": options.rank,
-        "mode": options.mode,
+        "method": options.chosen.name,
+        "mode": options.chosen.mode,
         "alpha": options.lora_alpha,
         "rslora": options.rslora,
         "text_only": options.text_only,

@@ -31,7 +31,8 @@ def plan_notices(
         *_class_notices(options, checkpoint, structure),
         *_target_notices(options, structure, weights, adapter_config),
         *_file_notices(checkpoint, structure),
-        *_rank_notices(weights),
+        *_rank_notices(options, weights),
+        *_dropout_notices(options, adapter_config),
         *_dtype_notices(options, checkpoint, weights),
     ]
 
@@ -67,7 +68,7 @@ def _target_notices(
     if adapter_config.get("target_parameters"):
         notices.append(
             f"experts are adapted through target_parameters: training needs PEFT >= {PEFT_FOR_EXPERTS}"
-            + (f", and lora_dropout is 0 instead of {options.dropout}" if options.dropout else "")
+            + (f", and lora_dropout is 0 instead of {options.lora_dropout}" if options.lora_dropout else "")
         )
     if structure.experts and not any(w.weight.expert for w in weights):
         count = sum(len(group) for group in structure.experts.values())
@@ -102,8 +103,10 @@ def _file_notices(checkpoint: Checkpoint, structure: ModelStructure) -> list[str
     return notices
 
 
-def _rank_notices(weights: Sequence[WeightPlan]) -> list[str]:
-    """Name a weight whose rank is its full rank."""
+def _rank_notices(options: InitOptions, weights: Sequence[WeightPlan]) -> list[str]:
+    """Name a weight all of whose components are taken out."""
+    if not options.chosen.writes_base:
+        return []
     full_rank = [w for w in weights if w.rank == min(w.weight.shape)]
     if not full_rank:
         return []
@@ -113,9 +116,20 @@ def _rank_notices(weights: Sequence[WeightPlan]) -> list[str]:
     ]
 
 
+def _dropout_notices(options: InitOptions, adapter_config: Mapping[str, Any]) -> list[str]:
+    """Say what a dropout that was asked for does, where the method has none of its own."""
+    method, dropout = options.chosen, adapter_config["lora_dropout"]
+    if not dropout or method.dropout:
+        return []
+    if method.writes_base:
+        why = "dropout removes a part of the component that the factors carry, so in training mode the pair does not "
+        return [f"lora_dropout is {dropout}: {why}compute the model's function; 0 is the default of {method.name}"]
+    return [f"lora_dropout is {dropout}: 0 is the default of {method.name}"]
+
+
 def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:
     """Warn if transformers would cast the residuals on load, which rounds them a second time."""
-    if options.dtype != "auto":
+    if options.dtype != "auto" or not options.chosen.writes_base:
         return []
     stored = sorted({torch_name(w.dtype) for w in weights})
     return [

@@ -16,7 +16,7 @@ from typing import Any
 from milora_init.checkpoint.files import Stamp, read_bytes
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint
 from milora_init.checkpoint.header import Header, plan_header
-from milora_init.modes import Mode
+from milora_init.methods import Factors, Mode
 from milora_init.options import InitOptions
 from milora_init.plan.weights import WeightPlan
 
@@ -31,17 +31,24 @@ class ShardJob:
         source: Path of the model's file. A file that is still on the Hub has its future path here.
         stamp: Size and modification time of `source` when it was planned; None if it is still on the Hub.
         target: Name of the file in the output.
-        header: Header of the output's file.
+        header: Header of the output's file; None if no base is written.
         weights: The weights to split, by the name of the tensor that contains them.
-        mode: Which singular components to take out.
+        mode: Which singular triplets to take.
+        factors: What to make of them.
     """
 
     source: Path
     stamp: Stamp | None
     target: str
-    header: Header
+    header: Header | None
     weights: Mapping[str, tuple[WeightPlan, ...]]
     mode: Mode
+    factors: Factors
+
+    @property
+    def base_bytes(self) -> int:
+        """Size of the output's file; 0 if no base is written."""
+        return self.header.file_bytes if self.header else 0
 
     @property
     def splits(self) -> list[WeightPlan]:
@@ -67,8 +74,8 @@ def plan_shard(
     """
     source = checkpoint.headers[file]
     weights = {name: by_tensor[name] for name in source.tensors if name in by_tensor}
-    header = source
-    if any(first.dtype != first.source_dtype for first, *_ in weights.values()):
+    header: Header | None = source if options.chosen.writes_base else None
+    if header and any(first.dtype != first.source_dtype for first, *_ in weights.values()):
         entries = (
             (info.name, weights[info.name][0].dtype if info.name in weights else info.dtype, info.shape)
             for info in source.tensors.values()
@@ -80,7 +87,8 @@ def plan_shard(
         target=_target_name(checkpoint, file, number),
         header=header,
         weights=weights,
-        mode=options.mode,
+        mode=options.chosen.mode,
+        factors=options.chosen.factors,
     )
 
 
@@ -115,7 +123,7 @@ def plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | No
         **checkpoint.index,
         "metadata": {
             **(metadata if isinstance(metadata, dict) else {}),
-            "total_size": sum(job.header.data_bytes for job in jobs),
+            "total_size": sum(job.header.data_bytes for job in jobs if job.header),
         },
         "weight_map": {
             name: target_names[file] for name, file in checkpoint.index["weight_map"].items() if name not in missing

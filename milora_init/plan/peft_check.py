@@ -20,9 +20,10 @@ from torch import nn
 
 from milora_init.errors import PlanError
 from milora_init.lora.config import lora_scale, match_pattern
-from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS
+from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, TESTED_WITH_MICA
 from milora_init.lora.targets import resolve_target_modules
 from milora_init.lora.tensor_layout import lora_key, stacked_shapes
+from milora_init.methods import Method
 from milora_init.model import meta_model
 from milora_init.plan.plan import Plan
 
@@ -38,6 +39,7 @@ def require_loadable(plan: Plan) -> str:
     Raises:
         PlanError: PEFT would ignore a tensor, miss one, expect another shape, or apply another scale.
     """
+    _require_peft_knows(plan.options.chosen, plan.adapter_config)
     options = plan.options
     model = meta_model.build_meta_model(
         plan.source,
@@ -68,6 +70,28 @@ def require_loadable(plan: Plan) -> str:
             hint="--exclude that module, and please report this with the model's config.json",
         )
     return reference
+
+
+def _require_peft_knows(method: Method, config: Mapping[str, Any]) -> None:
+    """Raise PlanError if the installed PEFT cannot train an adapter of this method."""
+    if method.init_lora_weights is True:
+        return
+    if config.get("target_parameters"):
+        raise PlanError(
+            f"method {method.name} freezes B, which PEFT does not do for experts", hint="use rlmo, or --exclude experts"
+        )
+    try:
+        version = metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        return
+    from peft.tuners.lora import variants
+
+    if not hasattr(variants, "MiCALinearVariant"):
+        raise PlanError(
+            f"PEFT {version} does not know init_lora_weights={method.init_lora_weights!r}, which method {method.name} "
+            f"needs; tested with PEFT {TESTED_WITH_MICA}",
+            hint="upgrade peft",
+        )
 
 
 def _shape_differences(planned: Shapes, expected: Shapes) -> list[str]:
@@ -141,6 +165,7 @@ def expected_by_peft(
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     arguments = {key: value for key, value in deepcopy(dict(config)).items() if key != "peft_type"}
+    arguments["init_lora_weights"] = True  # "mica" would run an SVD; names, shapes and scales are the same
     state = {name: torch.empty(shape, device="meta") for name, shape in planned.items()}
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")

@@ -25,9 +25,10 @@ from milora_init.checkpoint.side_files import side_files
 from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
-from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
+from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, WEIGHTS_FILE
 from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
+from milora_init.methods import METHODS
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.plan.finished import option_inputs
@@ -48,11 +49,11 @@ class Plan:
         options: The request.
         checkpoint: The model, with its headers read.
         structure: The model's modules, and which of them can be adapted.
-        jobs: One job for each shard.
+        jobs: One job for each shard; without a base, for each one that holds a weight to solve.
         weights: Every weight to split, in the model's order.
         adapter_config: Content of adapter_config.json.
         index: Content of the output's index; None if the base is a single file.
-        config_bytes: Content of the output's config.json.
+        config_bytes: Content of the output's config.json, if a base is written.
         side_files: Files that are copied unchanged, by the path relative to the model's folder.
         notices: What the user should know before the run.
     """
@@ -76,9 +77,21 @@ class Plan:
     @cached_property
     def files(self) -> tuple[str, ...]:
         """Every file of the output except the manifest, by the path relative to the output."""
+        if not self.writes_base:
+            return self.adapter_files
         index = () if self.index is None else (SAFETENSORS_INDEX,)
         shards = (job.target for job in self.jobs)
-        return (*shards, *index, "config.json", *self.side_files, LORA_CONFIG, LORA_WEIGHTS)
+        return (*shards, *index, "config.json", *self.side_files, *self.adapter_files)
+
+    @property
+    def writes_base(self) -> bool:
+        """Whether a residual base is written, and not an adapter of the original model alone."""
+        return self.options.chosen.writes_base
+
+    @property
+    def adapter_files(self) -> tuple[str, str]:
+        """The adapter's config and weights, by the path relative to the output."""
+        return (LORA_CONFIG, LORA_WEIGHTS) if self.writes_base else (CONFIG_FILE, WEIGHTS_FILE)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -128,7 +141,7 @@ class Plan:
     def required_disk_bytes(self) -> int:
         """The disk space that the run needs at its peak."""
         download = sorted(header.file_bytes for header in self.absent.values())
-        shards = sorted(job.header.file_bytes for job in self.jobs)
+        shards = sorted(job.base_bytes for job in self.jobs)
         low_disk = self.options.low_disk
         # Without low_disk, downloads go into the Hub's cache: `hub.download.require_cache_space` checks its disk. With
         # low_disk, a download is removed when its shard is finished, and a shard when it is uploaded.
@@ -140,18 +153,27 @@ class Plan:
 
     @property
     def absent(self) -> Mapping[str, Header]:
-        """Headers of the weight files that are on the Hub and not on the disk, by file name."""
-        return self.checkpoint.remote.absent if self.checkpoint.remote else {}
+        """Headers of the weight files that are on the Hub, not on the disk, and needed; by file name."""
+        needed = {job.source.name for job in self.jobs}
+        absent = self.checkpoint.remote.absent if self.checkpoint.remote else {}
+        return {name: header for name, header in absent.items() if name in needed}
 
     @property
     def source_bytes(self) -> int:
         """Size of all tensors of the model."""
         return sum(header.data_bytes for header in self.checkpoint.headers.values())
 
+    def read_bytes(self, job: ShardJob) -> int:
+        """How many bytes of tensors a job reads: all of the file, or without a base those of its weights alone."""
+        source = self.checkpoint.headers[job.source.name]
+        if self.writes_base:
+            return source.data_bytes
+        return sum(source.tensors[name].size_bytes for name in job.weights)
+
     @property
     def base_bytes(self) -> int:
         """Size of all shards of the output."""
-        return sum(job.header.file_bytes for job in self.jobs)
+        return sum(job.base_bytes for job in self.jobs)
 
     @property
     def adapter_bytes(self) -> int:
@@ -171,13 +193,13 @@ class Plan:
 
     def flops(self, w: WeightPlan) -> int:
         """Estimate the multiply-adds for one weight."""
-        return solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.mode)
+        return solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.chosen.mode)
 
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
         m, n = w.weight.shape
         stored_bytes = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
-        return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.mode, stored_bytes)
+        return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, stored_bytes)
 
     def weight_counts(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
         """Count the weights by (suffix, shape, source dtype, rank), in the model's order."""
@@ -199,6 +221,7 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
     _refuse_residual(folder)
     checkpoint = open_model(folder, remote)
     copied = side_files(folder)  # checks each path; transformers, which reads these files, is called after that
+    writes_base = options.chosen.writes_base
     structure = read_structure(
         folder,
         checkpoint.config,
@@ -213,7 +236,9 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
     for w in weights:
         by_tensor[w.weight.tensor] = (*by_tensor.get(w.weight.tensor, ()), w)
     jobs = tuple(
-        plan_shard(checkpoint, file, number, by_tensor, options) for number, file in enumerate(checkpoint.headers)
+        plan_shard(checkpoint, file, number, by_tensor, options)
+        for number, (file, header) in enumerate(checkpoint.headers.items())
+        if writes_base or not by_tensor.keys().isdisjoint(header.tensors)
     )
     plan = Plan(
         options=options,
@@ -222,9 +247,9 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         jobs=jobs,
         weights=weights,
         adapter_config=adapter_config,
-        index=plan_index(checkpoint, jobs),
+        index=plan_index(checkpoint, jobs) if writes_base else None,
         config_bytes=config_with_dtype(checkpoint, options.dtype),
-        side_files=tuple(copied),
+        side_files=tuple(copied) if writes_base else (),
         notices=tuple(plan_notices(options, checkpoint, structure, weights, adapter_config)),
     )
     name, count = Counter(plan.files).most_common(1)[0]
@@ -247,16 +272,17 @@ def _refuse_residual(folder: Path) -> None:
     try:
         manifest = json.loads(read_text(folder / MANIFEST, most_bytes=MOST_MANIFEST_BYTES))
         original = manifest["source"]["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        original = None
+        is_adapter = not METHODS[manifest["inputs"].get("method", "milora")].writes_base
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        original, is_adapter = None, False
     hint = "name the original model that it was made from"
     if isinstance(original, str):
         hint += f": --model {printable(original[:200])}"
     elif found == LORA_CONFIG:
         hint += f"; if {LORA_FOLDER}/ is another adapter, move it away"
-    raise CheckpointError(
-        f"{folder} holds {found}: it is a residual base of milora-init, whose components are in its adapter", hint=hint
-    )
+    what = "an adapter" if is_adapter else "a residual base"
+    where = "not a model" if is_adapter else "whose components are in its adapter"
+    raise CheckpointError(f"{folder} holds {found}: it is {what} of milora-init, {where}", hint=hint)
 
 
 def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, Any]:
@@ -276,7 +302,8 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, A
         source={"model": options.model, "revision": remote.commit if remote else None},
         warnings=plan.notices,
         architecture=plan.structure.architecture,
-        mode=options.mode,
+        method=options.chosen.name,
+        mode=options.chosen.mode,
         rank=options.rank,
         alpha=options.lora_alpha,
         estimate_s=round(estimate_s, 1),
@@ -293,7 +320,7 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, A
             {
                 "source": job.source.name,
                 "target": job.target,
-                "bytes": job.header.file_bytes,
+                "bytes": job.base_bytes,
                 "weights": len(job.splits),
             }
             for job in plan.jobs

@@ -63,7 +63,7 @@ def plan_weights(
         _plan_weight(weight, checkpoint, options, ranks_and_alphas[weight.target], targets) for weight in selected
     )
     _require_possible_ranks(weights)
-    return weights, _adapter_config(options, structure, targets, weights, ranks_and_alphas)
+    return weights, _adapter_config(options, checkpoint, structure, targets, weights, ranks_and_alphas)
 
 
 def _targets(options: InitOptions, structure: ModelStructure) -> tuple[str, ...]:
@@ -209,6 +209,7 @@ def _require_possible_ranks(weights: Sequence[WeightPlan]) -> None:
 
 def _adapter_config(
     options: InitOptions,
+    checkpoint: Checkpoint,
     structure: ModelStructure,
     targets: PeftTargets,
     weights: Sequence[WeightPlan],
@@ -222,11 +223,13 @@ def _adapter_config(
     parts = {w.weight.target: w.weight.expert.parts if w.weight.expert else 1 for w in weights}
     rslora = options.rslora
     return make_adapter_config(
-        base=options.out,
+        base=options.out if options.chosen.writes_base else options.model,
+        revision=None if options.chosen.writes_base or not checkpoint.remote else checkpoint.remote.commit,
         rank=options.rank,
         alpha=options.lora_alpha,
         rslora=rslora,
-        dropout=options.dropout,
+        dropout=options.lora_dropout,
+        init_lora_weights=options.chosen.init_lora_weights,
         task_type=options.task_type or structure.task_type,
         targets=targets,
         fan_in_fan_out=all(w.weight.transposed for w in weights),

@@ -27,8 +27,8 @@ from milora_init.checkpoint.hashing import drop_from_page_cache, sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.errors import OutputError
 from milora_init.hub.source import fetch_file
-from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
+from milora_init.methods import method_of_inputs
 from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
@@ -109,6 +109,7 @@ def run_plan(
     started = time.monotonic()
     devices, threads_per_device = solver_devices(plan)
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
+    _require_same_kind(plan, out)
     if finished := out.prepare(plan):
         if uploader:
             uploader.push(out.path, finished, pushed_before=())
@@ -142,6 +143,31 @@ def run_plan(
     else:
         out.finish(manifest.to_json())
     return manifest, "done"
+
+
+def _require_same_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:
+    """A pair replaces no adapter of an original model, nor the other way round.
+
+    Raises:
+        OutputError: The folder holds one, finished or not, and `--overwrite` asks to replace it by the other.
+    """
+    if not plan.overwrite:
+        return  # `OutputFolder.prepare` refuses every other request
+    try:
+        record, (head, _) = read_manifest(out.path), out.journal.read()
+    except OutputError:
+        return  # `OutputFolder.prepare` raises it, after the checks that come before it
+    earlier = record.inputs if record else head.inputs if head else None
+    if earlier is None or not {"method", "mode"} & earlier.keys():
+        return
+    method = method_of_inputs(earlier)
+    if method.writes_base != plan.writes_base:
+        kind = "a residual base and its adapter" if method.writes_base else "an adapter of an original model"
+        raise OutputError(
+            f"{out.path} holds {kind}, of method {method.name}, which --overwrite does not replace by an output of "
+            f"method {plan.options.chosen.name}",
+            hint="choose another --out, or remove the folder",
+        )
 
 
 def _report_start(plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> None:
@@ -220,7 +246,7 @@ def _record(plan: Plan, out: OutputFolder[Manifest], result: ShardResult) -> Ent
     would replace those files of the model that are still to be read.
     """
     entry = out.record_shard(result)
-    if plan.source_bytes + plan.base_bytes > memory_bytes():
+    if plan.writes_base and plan.source_bytes + plan.base_bytes > memory_bytes():
         drop_from_page_cache(out.path / result.shard)
     return entry
 
@@ -229,10 +255,10 @@ def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest
     """Downloads the model's files that are still on the Hub: into its cache, or with low_disk into the work folder."""
     options, remote = plan.options, plan.checkpoint.remote
     folder = out.work / "source" if options.low_disk else None
-    if remote and remote.absent and not folder:
+    if remote and plan.absent and not folder:
         from milora_init.hub.download import require_cache_space
 
-        require_cache_space(remote, plan.source)
+        require_cache_space(dataclasses.replace(remote, absent=plan.absent), plan.source)
 
     def fetch(name: str) -> Path:
         progress.fetching(name, plan.checkpoint.headers[name].file_bytes)
@@ -252,23 +278,25 @@ def _assemble(
     for name in plan.side_files:
         path = source_file(source, name)
         out.write(name, read_chunks(path), mode=file_mode(path))
-    (out.path / LORA_FOLDER).mkdir(exist_ok=True)
+    config_name, weights_name = plan.adapter_files
+    (out.path / config_name).parent.mkdir(exist_ok=True)
     parts = [out.path / part_name(job.target) for job in plan.jobs if job.splits]
     # The adapter holds components of the weights: nobody may read it who may not read the model.
     mode = file_mode(source / "config.json")
     for job in plan.jobs:
         if job.stamp is not None:
             mode &= file_mode(job.source)
-    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / LORA_WEIGHTS, mode=mode)
-    out.write(LORA_CONFIG, (json.dumps(plan.adapter_config, indent=2) + "\n").encode(), mode=mode)
+    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / weights_name, mode=mode)
+    out.write(config_name, (json.dumps(plan.adapter_config, indent=2) + "\n").encode(), mode=mode)
     records = {record.module: record for entry in entries.values() for record in entry.records}
     uploaded = {name: entry.files[name] for name, entry in entries.items() if entry.pushed is not None}
     _require_complete(plan, out, set(records), uploaded)
     if plan.index is not None:
         index = source / (PICKLE_INDEX if plan.checkpoint.is_pickle else SAFETENSORS_INDEX)
         out.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(index))
-    out.write("config.json", plan.config_bytes, mode=file_mode(source / "config.json"))
-    hashes = {name: entry.hashes[name] for name, entry in entries.items()}
+    if plan.writes_base:
+        out.write("config.json", plan.config_bytes, mode=file_mode(source / "config.json"))
+    hashes = {name: entry.hashes[name] for name, entry in entries.items() if plan.writes_base}
     options = plan.options
     return Manifest(
         source={
@@ -276,7 +304,11 @@ def _assemble(
             "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.structure.architecture,
             **({"other_class": plan.structure.other_class} if plan.structure.other_class else {}),
-            **({"config.json": plan.checkpoint.config_bytes.decode()} if plan.changes_config else {}),
+            **(
+                {"config.json": plan.checkpoint.config_bytes.decode()}
+                if plan.writes_base and plan.changes_config
+                else {}
+            ),
             **({"trust_remote_code": True} if options.trust_remote_code else {}),
         },
         out=options.out,
@@ -305,10 +337,11 @@ def _require_complete(plan: Plan, out: OutputFolder[Manifest], modules: set[str]
         differing = planned ^ modules
         raise OutputError(f"{len(differing)} weights are unaccounted for, {min(differing)} first")
     for path, header in ((out.path / job.target, job.header) for job in plan.jobs if job.target not in uploaded):
-        if read_header(path).tensors != header.tensors:
+        if header and read_header(path).tensors != header.tensors:
             raise OutputError(f"{path} is not the file that was planned", hint="start again with --overwrite")
-    if read_header(out.path / LORA_WEIGHTS).tensors != plan.adapter_header.tensors:
-        raise OutputError(f"{LORA_WEIGHTS} is not the adapter that was planned", hint="start again with --overwrite")
+    weights_name = plan.adapter_files[1]
+    if read_header(out.path / weights_name).tensors != plan.adapter_header.tensors:
+        raise OutputError(f"{weights_name} is not the adapter that was planned", hint="start again with --overwrite")
 
 
 def _versions() -> dict[str, str]:

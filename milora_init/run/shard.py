@@ -34,7 +34,7 @@ class ShardWriter(Generic[Result]):
         source_stamp: Its stamp when it was planned.
         out: The output folder.
         name: The shard's name in it.
-        header: The shard's layout.
+        header: The shard's layout; None to write only its part of the adapter.
         adapter_part: Path relative to `out`, and layout, of the shard's part of the adapter; None if it has none.
 
     Raises:
@@ -49,18 +49,19 @@ class ShardWriter(Generic[Result]):
         *,
         out: Path,
         name: str,
-        header: Header,
+        header: Header | None,
         adapter_part: tuple[str, Header] | None = None,
     ) -> None:
         self.name = name
         self._path, self._stamp = source, source_stamp
-        self._shard = SafetensorsWriter(out / name, header, mode=file_mode(source))
+        self._shard = SafetensorsWriter(out / name, header, mode=file_mode(source)) if header else None
         self._part = (
             SafetensorsWriter(out / adapter_part[0], adapter_part[1], mode=file_mode(source)) if adapter_part else None
         )
         # By their path relative to the output folder; the part is finished first.
         self._writers = {adapter_part[0]: self._part} if adapter_part and self._part else {}
-        self._writers[name] = self._shard
+        if self._shard:
+            self._writers[name] = self._shard
         self._targets: dict[str, WriteTarget] = {}
         self._part_targets: dict[str, WriteTarget] = {}
         self._results: list[Future[Result]] = []
@@ -84,6 +85,7 @@ class ShardWriter(Generic[Result]):
 
     def target(self, tensor: str) -> WriteTarget:
         """Where tasks write a tensor of the shard: one task all of it, or several tasks a row each."""
+        assert self._shard is not None, "only a part of the adapter is written"
         if tensor not in self._targets:
             self._targets[tensor] = self._shard.target(tensor)
         return self._targets[tensor]
@@ -99,7 +101,9 @@ class ShardWriter(Generic[Result]):
         self._results.append(pool.submit(task, job))
 
     def copy_other_tensors(self, progress: Progress) -> None:
-        """Copy every tensor that no task writes, byte for byte."""
+        """Copy every tensor that no task writes, byte for byte; nothing if only a part of the adapter is written."""
+        if self._shard is None:
+            return
         for name, info in self._source.header.tensors.items():
             if name in self._targets:
                 continue
@@ -113,8 +117,9 @@ class ShardWriter(Generic[Result]):
     def wait(self) -> list[Result]:
         """Wait for the tasks; return their results in the order of submission. Raises what a task raised."""
         results = [future.result() for future in self._results]
-        for name in self._targets:
-            self._shard.mark_written(name)
+        if self._shard is not None:
+            for name in self._targets:
+                self._shard.mark_written(name)
         if self._part is not None:
             for name in self._part_targets:
                 self._part.mark_written(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from milora_init.checkpoint.writer import WriteTarget
 from milora_init.errors import SolveError
 from milora_init.linalg.split import Split, split
 from milora_init.manifest import WeightRecord
-from milora_init.modes import Mode
+from milora_init.methods import Factors, Mode
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.weights import WeightPlan
 from milora_init.run.adapter_file import part_key
@@ -32,14 +32,15 @@ from milora_init.run.shard import ShardWriter
 
 @dataclass(frozen=True, slots=True)
 class WeightJob:
-    """Split the weight at `source` and write its parts to `residual`, `A` and `B`."""
+    """Split the weight at `source` and write its parts to `residual`, `A` and `B`; no residual if that is None."""
 
     plan: WeightPlan
     source: TensorSource
-    residual: WriteTarget
+    residual: WriteTarget | None
     A: WriteTarget
     B: WriteTarget
     mode: Mode
+    factors: Factors
 
 
 def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJob]:
@@ -47,15 +48,17 @@ def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJ
     jobs = []
     for plan in sorted(job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
         weight = plan.weight
-        source, residual = shard.locate(weight.tensor), shard.target(weight.tensor)
+        source = shard.locate(weight.tensor)
+        residual = shard.target(weight.tensor) if job.header else None
         jobs.append(
             WeightJob(
                 plan=plan,
                 source=source if weight.row is None else source.at(weight.row),
-                residual=residual if weight.row is None else residual.at(weight.row),
+                residual=residual if weight.row is None or residual is None else residual.at(weight.row),
                 A=shard.part_target(part_key(weight.module, "A")),
                 B=shard.part_target(part_key(weight.module, "B")),
                 mode=job.mode,
+                factors=job.factors,
             )
         )
     return jobs
@@ -72,12 +75,9 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
         SolveError: It cannot be split, its residual does not fit the dtype, or the GPU failed.
         OutputError: The result cannot be written.
     """
-    with (
-        _gpu_errors(job, device),
-        job.residual.opened() as write_residual,
-        job.A.opened() as write_A,
-        job.B.opened() as write_B,
-    ):
+    with _gpu_errors(job, device), ExitStack() as files:
+        write_residual = files.enter_context(job.residual.opened()) if job.residual else None
+        write_A, write_B = files.enter_context(job.A.opened()), files.enter_context(job.B.opened())
         read_started = time.monotonic()
         pinned = device.type == "cuda"
         W = _read(job.source, pinned=pinned)
@@ -90,7 +90,8 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
             result, solved_on = _split(job, W, device)
             solved = time.monotonic()
         del W
-        write_residual(_on_cpu(result.residual.mT if job.plan.weight.transposed else result.residual))
+        if write_residual:
+            write_residual(_on_cpu(result.residual.mT if job.plan.weight.transposed else result.residual))
         write_A(_on_cpu(result.A))
         write_B(_on_cpu(result.B))
     written = time.monotonic()
@@ -141,8 +142,15 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
     def attempt(device: torch.device) -> Split:
         on_device = W.to(device)
         on_device = on_device.mT if plan.weight.transposed else on_device
-        dtype = TORCH_DTYPES[job.residual.dtype]
-        return split(on_device, plan.rank, scale=plan.scale, mode=job.mode, dtype=dtype, seed=plan.seed)
+        return split(
+            on_device,
+            plan.rank,
+            scale=plan.scale,
+            mode=job.mode,
+            factors=job.factors,
+            dtype=TORCH_DTYPES[plan.dtype],
+            seed=plan.seed,
+        )
 
     try:
         try:
@@ -159,7 +167,7 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
         raise SolveError(
             f"{job.source.name} in {job.source.path}: {error}",
             hint="--dtype float32"
-            if "overflows" in str(error) and job.residual.dtype != "F32"
+            if "overflows" in str(error) and plan.dtype != "F32"
             else "repair the checkpoint, or --exclude the module",
         ) from error
 
@@ -177,14 +185,15 @@ def _record(job: WeightJob, result: Split, solved_on: str, seconds: dict[str, fl
         expert=weight.expert,
         key=plan.key,
         source_dtype=torch_name(job.source.dtype),
-        dtype=torch_name(job.residual.dtype),
+        dtype=torch_name(plan.dtype),
         rank=plan.rank,
         scale=plan.scale,
         s_first=s[0],
         s_last=s[-1],
         s_max=triplets.s_max,
-        energy=result.rounding.component**2,
-        untrainable=sum(value < 1e-6 * triplets.s_max or value == 0 for value in s),
+        energy=result.energy,
+        # Only balanced factors are as small as the singular value.
+        untrainable=sum(value < 1e-6 * triplets.s_max or value == 0 for value in s) if job.factors == "balanced" else 0,
         certificate=triplets.certificate,
         rounding=result.rounding,
         device=solved_on,

@@ -35,6 +35,7 @@ from milora_init.lora.folder import (
 from milora_init.lora.targets import resolve_target_modules
 from milora_init.lora.tensor_layout import initial_block, parse_lora_key
 from milora_init.manifest import WeightRecord
+from milora_init.methods import Factors
 from milora_init.verification.files import KEEP_A_COPY, MAKE_AGAIN, Pair
 from milora_init.verification.verdict import Finding, note
 
@@ -186,22 +187,25 @@ def check_initial_factors(pair: Pair) -> list[Finding]:
     """
     records = pair.manifest.weights
     with open_factors(pair.folder / LORA_WEIGHTS) as factors:
-        differing = sum(_has_other_singular_values(*factors.read(record), record) for record in records)
+        of = pair.manifest.method.factors
+        differing = sum(_has_other_singular_values(*factors.read(record), record, of) for record in records)
     if differing <= len(records) / 2:
         return []
     what = "its singular values are not those in the manifest: the adapter was trained in place, or is of another base"
     return [Finding(LORA_WEIGHTS, what, KEEP_A_COPY, "replaced_adapter")]
 
 
-def _has_other_singular_values(B: Tensor, A: Tensor, record: WeightRecord) -> bool:
+def _has_other_singular_values(B: Tensor, A: Tensor, record: WeightRecord, factors: Factors) -> bool:
     """Whether the first or the last singular value of a module's B (m, R) and A (R, n) is not the recorded one.
 
-    In an initial adapter column j of B and row j of A have lengths whose product is a singular value.
+    In an initial adapter column j of B and row j of A have lengths whose product is a singular value, or with
+    orthonormal factors 1.
     """
     B, A = initial_block(B.double(), A.double(), record.rank, record.expert)
     s = record.scale * B.norm(dim=0) * A.norm(dim=1)
-    tolerance = 1e-4 * record.s_first + 1e-12 * record.s_max
-    errors = (float(s.max()) - record.s_first, float(s.min()) - record.s_last)
+    first, last = (record.s_first, record.s_last) if factors == "balanced" else (record.scale, record.scale)
+    tolerance = 1e-4 * first + (1e-12 * record.s_max if factors == "balanced" else 0.0)
+    errors = (float(s.max()) - first, float(s.min()) - last)
     return not all(abs(error) <= tolerance for error in errors)
 
 

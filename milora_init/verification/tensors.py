@@ -23,7 +23,7 @@ from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
 from milora_init.linalg.certificate import EPS
-from milora_init.linalg.svd import singular_triplets
+from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.lora.folder import open_factors
 from milora_init.lora.tensor_layout import initial_block
 from milora_init.manifest import Manifest, WeightRecord
@@ -267,6 +267,8 @@ def component_error(
     """
     mode, seed = manifest.inputs["mode"], weight_seed(manifest.inputs["seed"], record.tensor, record.row)
     truth = singular_triplets(W, record.rank, mode=mode, seed=seed)
+    if manifest.method.factors == "orthonormal":
+        return _orthonormal_error(W, B.double(), A.double(), truth)
     s, s_max = truth.s, max(truth.s_max, 1e-300)
     left, right = scale * B.double(), A.double()
     lengths = right.norm(dim=1)
@@ -286,6 +288,34 @@ def component_error(
     values = (left.norm(dim=0) * lengths).sort(descending=True).values - s
     # A direction in float32 has an error of eps, which W multiplies by up to s_max.
     return (float(values.norm()) + math.sqrt(direction_square)) / s_max, 8 * EPS32 * math.sqrt(record.rank)
+
+
+def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tuple[float, float]:
+    """Distance of B @ A from U V^T, relative to it in Frobenius norm, and the most that is allowed.
+
+    U V^T of the solver is less certain than its component by up to s_max / s_last, because small singular values weigh
+    as much as large ones. Where it is not certain at all, B and A must be orthonormal singular directions of W instead:
+    W A^T = B diag(s). Both are relative to W's largest singular value.
+    """
+    s, s_max, root = truth.s, max(truth.s_max, 1e-300), math.sqrt(len(truth.s))
+    eye = torch.eye(len(s), dtype=torch.float64)
+    lengths = float(max((B.mT @ B - eye).norm(), (A @ A.mT - eye).norm()))
+    certificate, s_last = truth.certificate, max(float(s.min()), 1e-300)
+    # A triplet that turned by an angle changed the component by s times it; U and V of W turn within the wanted space
+    # by the solver's residual over the singular value.
+    turned = math.inf
+    if certificate.component_error is not None:
+        turned = (certificate.component_error * float(s.norm()) + certificate.residual * s_max * root) / s_last / root
+    if turned < 1e-3:
+        rows, square = max(1, _BLOCK_ELEMENTS // W.shape[1]), 0.0
+        for top in range(0, W.shape[0], rows):
+            block = slice(top, top + rows)
+            square += float((B[block] @ A - truth.U[block] @ truth.V.mT).square().sum())
+        return math.sqrt(square) / root + lengths, 8 * EPS32 * root + 1e-6 + 4 * turned
+    WA = W.double() @ A.mT
+    values = (B * WA).sum(dim=0)
+    error = float((WA - B * values).norm()) + float((values.sort().values - s.sort().values).norm())
+    return error / s_max + lengths, 8 * EPS32 * root
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

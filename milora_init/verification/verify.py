@@ -14,7 +14,7 @@ from milora_init.errors import MiloraError, UsageError
 from milora_init.hub.pair import locate_adapter, locate_output
 from milora_init.hub.source import fetch_original
 from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
-from milora_init.manifest import Manifest
+from milora_init.manifest import Manifest, require_residual_base
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.records import read_output
@@ -85,6 +85,7 @@ def verify(  # noqa: PLR0913  the options of the command
             option = "--all" if all_components else "--adapter"
             raise UsageError(f"{pair} is no pair: {option} means nothing for it", hint=f"drop {option}")
         return verify_plain(pair, folder, output, original)
+    require_residual_base(folder, output, "run the same milora-init command again: it compares the files' sizes")
     return _verify(
         Pair(pair, folder, output),
         original,

@@ -367,3 +367,24 @@ def test_an_index_on_the_hub_that_names_a_file_outside_is_refused(name: str, hub
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "outside the folder" in done.stderr or "is missing on the Hub" in done.stderr
+
+
+def test_without_a_base_only_shards_with_adapted_weights_are_downloaded(
+    hub: Hub, milora: Command, tmp_path: Path
+) -> None:
+    arguments = (*INIT, "--method", "rlmo", "--target", "q_proj")
+    plan = json.loads(milora(*arguments, "--dry-run", "--json").stdout)
+    needed = {shard["source"] for shard in plan["shards"]}
+    sizes = shards(hub)
+    assert 0 < len(needed) < len(sizes)
+    assert plan["download_bytes"] == sum(sizes[name] for name in needed)
+    assert plan["base_bytes"] == 0
+    done = milora(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    downloaded = {path.name for path in (tmp_path / "home").rglob("*.safetensors")}
+    assert downloaded == needed
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    commit = hub.repositories["tiny/llama"].commits[0][0]
+    assert (config["base_model_name_or_path"], config["revision"]) == ("tiny/llama", commit)
+    load = json.loads(done.stdout)["load"]
+    assert f'from_pretrained("tiny/llama", dtype="auto", revision="{commit}")' in load

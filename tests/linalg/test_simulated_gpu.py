@@ -9,7 +9,7 @@ from support.triplets import certified, check_component, check_properties, check
 
 from milora_init.linalg.split import Split, split
 from milora_init.linalg.svd import Triplets, singular_triplets
-from milora_init.modes import MODES, Mode
+from milora_init.methods import MODES, Mode
 
 HARD = {**matrices.DISTINCT, **matrices.AMBIGUOUS}
 GPU = "cuda:0"
@@ -29,7 +29,7 @@ def solve_on_gpu(W: torch.Tensor, r: int, mode: Mode) -> Triplets:
 def split_on_gpu(W: torch.Tensor, r: int, dtype: torch.dtype, mode: Mode = "min") -> Split:
     with simulated_cuda.simulated():
         made = split(W.to(GPU), r, mode=mode, dtype=dtype)
-    return Split(on_host(made.residual), on_host(made.B), on_host(made.A), made.triplets, made.rounding)
+    return Split(on_host(made.residual), on_host(made.B), on_host(made.A), made.triplets, made.energy, made.rounding)
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

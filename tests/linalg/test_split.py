@@ -8,7 +8,7 @@ from support import reference
 from torch import Tensor
 
 from milora_init.linalg.split import Rounding, Split, split
-from milora_init.modes import MODES, Mode
+from milora_init.methods import MODES, Mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}
@@ -145,6 +145,50 @@ def test_a_zero_weight_has_zero_figures() -> None:
     assert made.rounding == Rounding(0.0, 0.0, 0.0, dict.fromkeys(("bfloat16", "float16", "float32"), 0.0))
     assert not made.residual.any()
     assert not product(made, 1.0).any()
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_orthonormal_factors_are_the_singular_vectors(mode: Mode, shape: str, dtype: str) -> None:
+    W, r, scale = weight(*SHAPES[shape]), 5, 2.0
+    made = split(W, r, scale=scale, mode=mode, factors="orthonormal", dtype=DTYPES[dtype])
+    truth = reference.spectrum(W)
+    indices = reference.wanted(len(truth.s), r, mode)
+    true_product = truth.U[:, indices] @ truth.V[:, indices].T
+    # A factor's rounding changes it by at most eps/2 * sqrt(r) in Frobenius norm; the other one has norm 1.
+    assert (product(made, 1.0) - true_product).norm() <= 2 * reference.EPS32 * r**0.5
+    exact = W.double() - product(made, scale)
+    noise = 8 * reference.EPS64 * W.abs().max()
+    assert ((exact - made.residual.double()).abs() <= reference.ulp(exact, DTYPES[dtype]) / 2 + noise).all()
+    assert made.energy == pytest.approx(float(truth.s[indices].square().sum() / truth.s.square().sum()), rel=1e-9)
+    norm = float(product(made, scale).norm())
+    assert made.rounding.component == pytest.approx(norm / float(W.double().norm()), rel=1e-9)
+    error = float((W.double() - made.residual.double() - product(made, scale)).norm())
+    assert made.rounding.leak == pytest.approx(error / norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_one_sided_factors_leave_the_weight_as_it_is(mode: Mode) -> None:
+    W, r = weight(24, 40, torch.bfloat16), 5
+    both, right, left = (
+        split(W, r, mode=mode, factors=factors, dtype=torch.bfloat16) for factors in ("orthonormal", "right", "left")
+    )
+    assert right.residual is W
+    assert left.residual is W
+    assert torch.equal(right.A, both.A)
+    assert torch.equal(left.B, both.B)
+    assert not right.B.any()
+    assert not left.A.any()
+    assert right.rounding.error == right.rounding.leak == right.rounding.component == 0
+    assert right.energy == pytest.approx(both.energy, rel=1e-9)
+
+
+def test_the_vectors_of_a_zero_weight_are_orthonormal_too() -> None:
+    made = split(torch.zeros(8, 12), 3, factors="orthonormal", dtype=torch.float32)
+    assert torch.allclose(made.B.T @ made.B, torch.eye(3), atol=1e-6)
+    assert torch.allclose(made.A @ made.A.T, torch.eye(3), atol=1e-6)
+    assert made.energy == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -20,7 +20,7 @@ from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 from milora_init.linalg.certificate import NotConverged
 from milora_init.linalg.lanczos import RitzPairs
 from milora_init.linalg.svd import singular_triplets, wanted_indices
-from milora_init.modes import MODES, Mode
+from milora_init.methods import MODES, Mode
 
 EPS = torch.finfo(torch.float64).eps
 KRYLOV = replace(CPU, crossing="gpu")  # a Krylov space for smaller matrices than a CPU would take one for

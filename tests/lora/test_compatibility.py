@@ -22,7 +22,7 @@ from milora_init.errors import PlanError
 from milora_init.export.merge import merge
 from milora_init.lora.compatibility import modules_not_trained_from
 from milora_init.manifest import require_manifest
-from milora_init.modes import Mode
+from milora_init.methods import Mode
 from milora_init.options import InitOptions
 from milora_init.verification.verify import verify
 

@@ -16,7 +16,7 @@ from support.tiny_models import TARGETS, contents
 
 from milora_init.linalg.svd import singular_triplets
 from milora_init.manifest import MANIFEST, Manifest
-from milora_init.modes import Mode
+from milora_init.methods import Mode
 from milora_init.verification.verify import verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

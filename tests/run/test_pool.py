@@ -18,7 +18,7 @@ from support.tiny_models import contents
 from milora_init.errors import UsageError
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.manifest import MANIFEST
-from milora_init.modes import Mode
+from milora_init.methods import Mode
 from milora_init.run import devices
 from milora_init.run import initialize as initializing
 from milora_init.run import pool as pools

@@ -54,6 +54,7 @@ class Files:
             A=self.factors.target(part_key(MODULE, "A")),
             B=self.factors.target(part_key(MODULE, "B")),
             mode="min",
+            factors="balanced",
         )
 
     def run(self, job: WeightJob | None = None) -> WeightRecord:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from milora_init.linalg.svd import Triplets, wanted_indices
-from milora_init.modes import Mode
+from milora_init.methods import Mode
 
 EPS = torch.finfo(torch.float64).eps
 

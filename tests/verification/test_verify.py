@@ -312,7 +312,7 @@ def test_a_missing_source_and_all_without_a_source_are_errors(out: Path, tmp_pat
 def test_a_component_of_another_mode_is_found(pristine: Built, tmp_path: Path, checkpoint: Built) -> None:
     """A consistent pair of the largest components, whose manifest claims the smallest."""
     out = Path(shutil.copytree(pristine(mode="max"), tmp_path / "out"))
-    edit_inputs(out / MANIFEST, mode="min")
+    edit_inputs(out / MANIFEST, mode="min", method="milora")
     assert verify(str(out)).ok
     sampled = verify(str(out), model=str(checkpoint("llama")))
     judged = verify(str(out), model=str(checkpoint("llama")), all_components=True)
