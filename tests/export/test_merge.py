@@ -212,7 +212,7 @@ def odd_parameters(out: Path, trained: Path) -> None:
         (with_dora, PlanError, "use_dora"),
         (not_finite, PlanError, "NaN or infinite"),
         (another_initial, PlanError, "is not the adapter that its base was made with"),
-        (another_scale, PlanError, "its base was made with 1"),
+        (another_scale, PlanError, "its base was made with scale 1"),
         (trained_elsewhere, PlanError, "another residual base"),
         (pickled, CheckpointError, "only adapter_model.bin"),
         (odd_parameters, CheckpointError, "target_parameters is 5"),
