@@ -108,7 +108,7 @@ def test_any_value_in_a_record_is_read_or_refused(name: str, outputs: Path, tmp_
             with suppress(OutputError):
                 assert read(tmp_path)
         (tmp_path / record).write_text(json.dumps({key: content[key] for key in content if key != field}))
-        with pytest.raises(OutputError, match=rf"{field} (is missing|is 'Ellipsis')|files|fingerprint"):
+        with pytest.raises(OutputError, match=rf"{field} is missing|files|fingerprint"):
             read(tmp_path)
 
 
@@ -122,11 +122,11 @@ def test_any_value_in_a_record_is_read_or_refused(name: str, outputs: Path, tmp_
         (lambda c: c["hashes"].update({"../x": "0" * 64}), "plain name of a file"),
         (lambda c: c["files"].update({"more.txt": 1}), "do not name the files of one output"),
         (lambda c: c["files"].update({"milora_init.json": 1}), "do not name the files of one output"),
-        (lambda c: c["files"].update(dict.fromkeys(c["files"], -1)), "files is"),
-        (lambda c: c["hashes"].update(dict.fromkeys(c["hashes"], "0")), "hashes is"),
+        (lambda c: c["files"].update(dict.fromkeys(c["files"], -1)), "files has the invalid value"),
+        (lambda c: c["hashes"].update(dict.fromkeys(c["hashes"], "0")), "hashes has the invalid value"),
         (lambda c: c.update(files={}, hashes={}), "files lacks"),
         (lambda c: c.update(unchanged=True), "unchanged is no field of it"),
-        (lambda c: c.update(format=2), "format is '2'"),
+        (lambda c: c.update(format=2), "format has the invalid value '2'"),
         (lambda c: c.update(inputs={}), "fingerprint is not the hash of inputs"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_record_without_hashes_or_of_endless_size_is_refused(
             read(tmp_path)
     with (tmp_path / record).open("wb") as file:
         file.truncate(untrusted.MOST_JSON_BYTES + 1)  # sparse
-    with pytest.raises(OutputError, match="which no file of its kind has"):
+    with pytest.raises(OutputError, match="more than the limit of"):
         read(tmp_path)
 
 
