@@ -47,7 +47,9 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return self.method if self.alpha is None else f"{self.method}, alpha {self.alpha // RANK}r"
+        if self.alpha is None:
+            return self.method
+        return f"{self.method}, alpha r" if self.alpha == RANK else f"{self.method}, alpha {self.alpha // RANK}r"
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +228,6 @@ def plot(results: Sequence[Result], out: Path) -> None:
         axes.scatter([result.new for result in every], [result.old for result in every], s=10, color=color, alpha=0.5)
     first: Any = results[0]
     axes.axhline(first.before_old, color="grey", linewidth=0.8, linestyle="--", label="before training")
-    axes.set_xscale("log")
     axes.set_xlabel("loss on new word problems (further left: learned more)")
     axes.set_ylabel("loss on held-out docstrings (lower: forgot less)")
     axes.set_title("Learning against forgetting; each point of a curve is a learning rate")
