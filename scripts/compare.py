@@ -47,7 +47,9 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return self.method if self.alpha is None else f"{self.method}, alpha {self.alpha // RANK}r"
+        if self.alpha is None:
+            return self.method
+        return f"{self.method}, alpha r" if self.alpha == RANK else f"{self.method}, alpha {self.alpha // RANK}r"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def main() -> int:
     options.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the adapters")
     options.add_argument("--full-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="of full")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options.add_argument("--resume", action="store_true", help="keep the trainings that an interrupted run finished")
     options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time, one thread each")
     args = options.parse_args()
     began = time.monotonic()
@@ -90,9 +93,10 @@ def main() -> int:
     base = pretrain(args.out / "base", tokens=args.tokens)
 
     runs, data = args.out / "runs", args.out / "data"
+    if not args.resume:
+        shutil.rmtree(runs, ignore_errors=True)
     for folder in (runs, data):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     training, held = split(2000, 100, seed=0)
     write_lines(data / "train.jsonl", [problem.training_row() for problem in training])
     write_lines(data / "new.jsonl", [problem.training_row() for problem in held])
@@ -160,16 +164,20 @@ def train(variant: Variant, rate: float, seed: int, *, starts: dict[str, Path], 
         *f"--max-length 256 -- --tasks gsm8k --data gsm8k={out}/data/gsm8k.jsonl".split(),
         *["--max-new-tokens", "24", "--batch-size", "100", "--device", "cpu"],
     ]  # fmt: skip
-    environment = os.environ | {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    graded = run / "results" / "gsm8k" / f"{variant.method}.json"
+    # What is unfinished starts anew: a training takes seconds.
+    if not graded.is_file() or json.loads((run / "training.json").read_text())["max_steps"] != steps:
+        shutil.rmtree(run, ignore_errors=True)
+        environment = os.environ | {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        shutil.rmtree(run / "checkpoints")
     record = json.loads((run / "training.json").read_text())
-    graded = json.loads((run / "results" / "gsm8k" / f"{variant.method}.json").read_text())
-    shutil.rmtree(run / "checkpoints")
+    right = json.loads(graded.read_text())["metrics"]["exact_match,none"]
     result = Result(
         variant, rate, seed, record["before"]["new"], record["before"]["old"], record["after"]["new"],
-        record["after"]["old"], graded["metrics"]["exact_match,none"], record["seconds"],
+        record["after"]["old"], right, record["seconds"],
     )  # fmt: skip
     print(f"    {variant.label}, {rate:g}, seed {seed}: {result.new:.3f} new, {result.old:.3f} old", flush=True)
     return result
@@ -220,7 +228,6 @@ def plot(results: Sequence[Result], out: Path) -> None:
         axes.scatter([result.new for result in every], [result.old for result in every], s=10, color=color, alpha=0.5)
     first: Any = results[0]
     axes.axhline(first.before_old, color="grey", linewidth=0.8, linestyle="--", label="before training")
-    axes.set_xscale("log")
     axes.set_xlabel("loss on new word problems (further left: learned more)")
     axes.set_ylabel("loss on held-out docstrings (lower: forgot less)")
     axes.set_title("Learning against forgetting; each point of a curve is a learning rate")

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoints = list((args.save_root / "checkpoints").glob("checkpoint-*"))
     result = trainer.train(resume_from_checkpoint=bool(args.resume and checkpoints))
     after = _losses(trainer)
-    trainer.save_model(str(args.save_root / ("model" if start.adapter is None and start.rank is None else "adapter")))
+    trainer.save_model(str(args.save_root / ("model" if start.method.starts_from == "full" else "adapter")))
     if first:
         figures = {
             "steps": trainer.state.global_step,
