@@ -13,6 +13,6 @@ MODE=${MODE:-min}
 OUT=${OUT:-./svd_init_models}
 
 for recipe in llm-adapters qlora; do
-    milora-init --model "$MODEL" --rank "$RANK" --mode "$MODE" --config "$recipe" \
+    milora-init --model "$MODEL" --rank "$RANK" --mode "$MODE" --recipe "$recipe" \
         --out "$OUT/$recipe-rank-$RANK-$MODE" "$@"
 done

@@ -3,7 +3,7 @@
 #
 #   scripts/run_train.sh METHOD BASE SAVE_ROOT [options of train.py] [-- options of evaluate.py]
 #
-#   milora-init --model meta-llama/Llama-2-7b-hf --config math --out svd_init
+#   milora-init --model meta-llama/Llama-2-7b-hf --recipe math --out svd_init
 #   scripts/run_train.sh milora svd_init runs/milora
 #   scripts/run_train.sh lora meta-llama/Llama-2-7b-hf runs/lora
 #

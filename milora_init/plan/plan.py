@@ -272,17 +272,20 @@ def _refuse_residual(folder: Path) -> None:
     try:
         manifest = json.loads(read_text(folder / MANIFEST, most_bytes=MOST_MANIFEST_BYTES))
         original = manifest["source"]["model"]
-        is_adapter = not METHODS[manifest["inputs"].get("method", "milora")].writes_base
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        original, is_adapter = None, False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        manifest, original = {}, None
     hint = "name the original model that it was made from"
     if isinstance(original, str):
         hint += f": --model {printable(original[:200])}"
     elif found == LORA_CONFIG:
         hint += f"; if {LORA_FOLDER}/ is another adapter, move it away"
-    what = "an adapter" if is_adapter else "a residual base"
-    where = "not a model" if is_adapter else "whose components are in its adapter"
-    raise CheckpointError(f"{folder} holds {found}: it is {what} of milora-init, {where}", hint=hint)
+    inputs = manifest.get("inputs")
+    method = METHODS.get(str(inputs.get("method"))) if isinstance(inputs, dict) else None
+    if method and not method.writes_base:
+        raise CheckpointError(f"{folder} holds {found}: it is an adapter of milora-init, not a model", hint=hint)
+    raise CheckpointError(
+        f"{folder} holds {found}: it is a residual base of milora-init, whose components are in its adapter", hint=hint
+    )
 
 
 def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, Any]:
