@@ -77,7 +77,7 @@ def main() -> int:
     python("train.py", "milora", PAIR, RUN, *options.split())
     milora_init("verify", PAIR, "--adapter", RUN / "adapter")
     milora_init("merge", PAIR, "--adapter", RUN / "adapter", "--out", MERGED)
-    milora_init("convert", "--init", PAIR / "lora", "--trained", RUN / "adapter", "--out", PLAIN)
+    milora_init("convert", PAIR, "--adapter", RUN / "adapter", "--out", PLAIN)
 
     with timed("measure the trained pair, the merged model and the converted adapter on the source"):
         trained = perplexity_of(PeftModel.from_pretrained(load(PAIR), str(RUN / "adapter")).eval())
