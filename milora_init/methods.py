@@ -92,5 +92,5 @@ def method_of_mode(mode: str) -> Method:
 
 
 def method_of_inputs(inputs: Mapping[str, Any]) -> Method:
-    """The method of a finished output, from the inputs in its manifest. Older manifests have only the mode."""
+    """The method of a recipe, or of the inputs in a manifest. Older manifests have only the mode."""
     return METHODS[inputs["method"]] if "method" in inputs else _OF_MODE.get(inputs.get("mode", "min"), MILORA)

@@ -187,8 +187,8 @@ def run_fields(manifest: Manifest) -> dict[str, Any]:
 
 def _group_json(group: WeightGroup) -> dict[str, Any]:
     found = asdict(group)
-    found["certified"] = found.pop("certificate") if math.isfinite(group.certificate) else None
-    found.pop("certificate", None)
+    certified = found.pop("certificate")
+    found["certified"] = certified if math.isfinite(certified) else None
     return {**found, "shape": list(group.shape)}
 
 

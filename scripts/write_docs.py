@@ -23,6 +23,7 @@ from milora_init import api, errors
 from milora_init.cli import main as command_line
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.methods import METHODS as KNOWN_METHODS
+from milora_init.methods import method_of_inputs
 from milora_init.options import DEFAULT_RECIPE, DTYPE_FLAGS, SYNONYMS, read_recipe, recipe_names
 from milora_init.report import duration
 from milora_init.verification.verdict import TEXTS
@@ -131,7 +132,7 @@ def recipes() -> str:
         recipe = read_recipe(name)
         default = " (default)" if name == DEFAULT_RECIPE else ""
         targets = ", ".join(f"`{target}`" for target in recipe["target"])
-        method = KNOWN_METHODS[recipe.get("method", "milora")]
+        method = method_of_inputs(recipe)
         dropout = str(recipe.get("dropout", method.dropout))
         rows.append((f"`{name}`{default}", targets, str(recipe["rank"]), method.name, dropout))
     return table(("recipe", "target", "rank", "method", "dropout"), rows)

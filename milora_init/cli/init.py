@@ -184,8 +184,7 @@ def init(
 
     milora-init ./my-model -o ./pissa --mode max --target all-linear --dry-run
     """
-    if quiet and verbose:
-        raise UsageError("--quiet and --verbose exclude each other", hint="drop one of them")
+    output.require_one_of_quiet_and_verbose(quiet, verbose)
     limits = output.parse_limits(fail_on or [])
     options = InitOptions.from_recipe(
         recipe, model=_only_model(model_argument, model), out=out, rank=rank, method=method, mode=mode,

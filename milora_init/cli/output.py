@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milora_init.errors import UsageError
-from milora_init.methods import METHODS, method_of_mode
+from milora_init.methods import method_of_inputs
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -263,7 +263,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
             str(recipe.get("dropout", method.dropout)),
         )
         for name, recipe in recipes.items()
-        for method in [METHODS.get(recipe.get("method", "")) or method_of_mode(recipe.get("mode", "min"))]
+        for method in [method_of_inputs(recipe)]
     ]
     _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, spare=("dropout", "rank", "method"))
 
@@ -345,8 +345,6 @@ class JsonOutput:
         """Print the object, unless one was printed."""
         if not self._printed:
             self._printed = True
-            from milora_init.cli.output import print_json
-
             print_json(content)
 
 

@@ -78,12 +78,9 @@ def convert(  # noqa: PLR0913  the options of the command
         if not value:  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
     located = locate_pair(pair, only=ADAPTER_FILES, cache_dir=cache_dir, token=token)
-    if own := read_manifest(located):
-        instead = "nothing is to convert: the trained adapter is a plain LoRA of the original model"
-        require_residual_base(located, own, instead)
-    initial = _initial_adapter(located, pair)
+    initial, manifest = _initial_adapter(located, pair)
     trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
-    before, after, manifest = _read_adapters(initial, trained, pair)
+    before, after = _read_adapters(initial, trained, manifest, pair)
     if model is None and manifest is None:
         raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")
     source = manifest.source if manifest else {"model": None, "revision": None}
@@ -107,52 +104,59 @@ def convert(  # noqa: PLR0913  the options of the command
     if finished := _finished(target, inputs, overwrite=overwrite):
         return finished
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> ConvertResult:
         modules = _write_weights(before, after, ranks, folder / WEIGHTS_FILE, compress=rank is not None, scaled=scaled)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
-        result.append(
-            ConvertResult(
-                out=out,
-                pair=pair,
-                adapter=adapter,
-                model=model,
-                revision=revision,
-                from_hub=from_hub,
-                modules=tuple(modules),
-                cut=rank is not None,
-                source_files=manifest.inputs["source"] if manifest else {},
-                fingerprint=fingerprint(inputs),
-                inputs=inputs,
-                files={path.name: path.stat().st_size for path in files},
-                hashes={path.name: sha256(path) for path in files},
-                elapsed_s=round(time.monotonic() - started, 3),
-            )
+        result = ConvertResult(
+            out=out,
+            pair=pair,
+            adapter=adapter,
+            model=model,
+            revision=revision,
+            from_hub=from_hub,
+            modules=tuple(modules),
+            cut=rank is not None,
+            source_files=manifest.inputs["source"] if manifest else {},
+            fingerprint=fingerprint(inputs),
+            inputs=inputs,
+            files={path.name: path.stat().st_size for path in files},
+            hashes={path.name: sha256(path) for path in files},
+            elapsed_s=round(time.monotonic() - started, 3),
         )
-        (folder / CONVERTED).write_text(json.dumps(result[0].content(), indent=1) + "\n")
+        (folder / CONVERTED).write_text(json.dumps(result.content(), indent=1) + "\n")
+        return result
 
-    result: list[ConvertResult] = []
-    _write_folder(target.resolve(), write)  # a link to a folder stays a link
-    return result[0]
+    return _write_folder(target.resolve(), write)  # a link to a folder stays a link
 
 
-def _initial_adapter(folder: Path, pair: str) -> Path:
-    """The folder of the initial adapter: in a pair, or the folder itself. Raises OutputError for any other folder."""
+def _initial_adapter(folder: Path, pair: str) -> tuple[Path, Manifest | None]:
+    """The folder of the initial adapter, in a pair or the folder itself, and the manifest of its pair if there is one.
+
+    Raises:
+        OutputError: The folder is neither a pair nor an adapter.
+    """
+    manifest = None
     has_record = any((folder / name).exists() for name in RECORDS)
     is_adapter = (folder / CONFIG_FILE).exists() or (folder / LORA_CONFIG).exists()
     if has_record or (folder / WORK_FOLDER).is_dir() or not is_adapter:
-        require_pair(folder, pair)
-    return folder / LORA_FOLDER if (folder / LORA_FOLDER).is_dir() else folder
+        manifest = require_pair(folder, pair)
+        instead = "nothing is to convert: the trained adapter is a plain LoRA of the original model"
+        require_residual_base(folder, manifest, instead)
+    if (folder / LORA_FOLDER).is_dir():
+        return folder / LORA_FOLDER, manifest
+    return folder, read_manifest(folder.absolute().parent)
 
 
-def _read_adapters(initial: Path, adapter: Path, pair: str) -> tuple[LoraAdapter, LoraAdapter, Manifest | None]:
-    """The initial and the trained adapter, and the manifest of the pair if there is one.
+def _read_adapters(
+    initial: Path, adapter: Path, manifest: Manifest | None, pair: str
+) -> tuple[LoraAdapter, LoraAdapter]:
+    """The initial and the trained adapter.
 
     Raises:
         CheckpointError: An adapter that cannot be read.
         PlanError: The two do not belong together, or the trained one is not trained.
     """
-    manifest = read_manifest(initial.absolute().parent)
     records = manifest.weights if manifest else ()
     before, after = read_lora(initial, records), read_lora(adapter, records)
     if manifest:
@@ -165,7 +169,7 @@ def _read_adapters(initial: Path, adapter: Path, pair: str) -> tuple[LoraAdapter
         require_trained_on(after, manifest, before.weights)
     else:
         require_trained_from(before.weights, after.weights)
-    return before, after, manifest
+    return before, after
 
 
 def _finished(out: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> ConvertResult | None:
@@ -187,14 +191,13 @@ def _finished(out: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> Conve
     if overwrite:
         return None
     if record.fingerprint != fingerprint(inputs):
-        changed = {name: value for name, value in inputs.items() if record.inputs.get(name) != value}
-        raise another_request(out, record.inputs, changed)
+        raise another_request(out, record.inputs, inputs)
     require_intact(out, record.files)
     return replace(record, unchanged=True)
 
 
-def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under another name, then rename it to `out`. An earlier folder is removed after that.
+def _write_folder(out: Path, write: Callable[[Path], ConvertResult]) -> ConvertResult:
+    """Write a folder under another name, then rename it to `out`. An earlier folder is removed only after that.
 
     The names are random, so that a second run or other files cannot end up in the output.
     """
@@ -203,7 +206,7 @@ def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
     try:
         with writing(out):
             partial.mkdir(parents=True)
-            write(partial)
+            result = write(partial)
             sync_folder(partial)
             if out.exists():
                 out.replace(former)
@@ -216,7 +219,8 @@ def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
             sync_folder(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
+    return result
 
 
 def _ranks(before: LoraAdapter, rank: int | None) -> dict[str, int]:

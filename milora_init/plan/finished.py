@@ -42,9 +42,8 @@ def finished_output(options: InitOptions, folder: Path, remote: RemoteFiles | No
         inputs = _known_inputs(options, folder, remote)
     except (MiloraError, OSError):
         return None  # the full plan raises it, with the checks that come before it
-    changed = {name: value for name, value in inputs.items() if manifest.inputs.get(name) != value}
-    if changed:
-        raise another_request(out, manifest.inputs, changed)
+    if any(manifest.inputs.get(name) != value for name, value in inputs.items()):
+        raise another_request(out, manifest.inputs, inputs)
     if dict(manifest.request) != request(options):
         return None  # the same weights may be meant in other words
     require_intact(out, manifest.files)
@@ -90,9 +89,11 @@ def option_inputs(options: InitOptions) -> dict[str, Any]:
     }
 
 
-def another_request(out: Path, recorded: Mapping[str, Any], changed: Mapping[str, Any]) -> OutputError:
-    """The error for a folder with the output of another request; `changed` are the inputs that differ."""
-    differences = "; ".join(_difference(name, recorded.get(name), value) for name, value in changed.items())
+def another_request(out: Path, recorded: Mapping[str, Any], inputs: Mapping[str, Any]) -> OutputError:
+    """The error for a folder with the output of another request: it names the inputs that differ from the recorded."""
+    differences = "; ".join(
+        _difference(name, recorded.get(name), value) for name, value in inputs.items() if recorded.get(name) != value
+    )
     return OutputError(
         f"{out} holds the output of another request: {differences}",
         hint="choose another --out, or replace it with --overwrite",

@@ -332,8 +332,7 @@ class OutputFolder(Generic[Record]):
 
     def _require_same_request(self, fingerprint: str, inputs: Mapping[str, Any], plan: OutputPlan) -> None:
         if fingerprint != plan.fingerprint:
-            changed = {name: value for name, value in plan.inputs.items() if inputs.get(name) != value}
-            raise another_request(self.path, inputs, changed)
+            raise another_request(self.path, inputs, plan.inputs)
 
     def _require_no_foreign_files(self, plan: OutputPlan, earlier_files: Iterable[str]) -> None:
         """Raise OutputError for a file that is not ours and that the output would replace, or be loaded with."""
