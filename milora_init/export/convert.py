@@ -189,6 +189,9 @@ def _finished(out: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> Conve
             raise OutputError(f"--out {out} holds something else", hint="choose another --out, or move it away")
         return None
     if overwrite:
+        if others := sorted({path.name for path in out.iterdir()} - {*record.files, CONVERTED}):
+            hint = "move it away, or choose another --out"
+            raise OutputError(f"--out {out} holds {others[0]}, which --overwrite does not replace", hint=hint)
         return None
     if record.fingerprint != fingerprint(inputs):
         raise another_request(out, record.inputs, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -300,3 +301,36 @@ def test_the_convert_command_prints_json_or_nothing_and_refuses_an_existing_outp
 def test_an_output_name_of_255_bytes_is_written(pair: Path, tmp_path: Path) -> None:
     convert(pair / "out" / "lora", pair / "trained", tmp_path / ("x" * 255))
     assert (tmp_path / ("x" * 255) / "adapter_config.json").is_file()
+
+
+def test_overwrite_replaces_a_conversion_and_nothing_else(pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    convert(pair / "out", pair / "trained", out)
+    assert convert(pair / "out", pair / "trained", out, rank=2, overwrite=True).cut
+    before = (out / "adapter_model.safetensors").read_bytes()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds notes\.txt, which --overwrite does not replace"):
+        convert(pair / "out", pair / "trained", out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_failed_rename_keeps_the_earlier_conversion(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the earlier folder cannot be renamed back: then it is kept under the name that it has."""
+    out = tmp_path / "plain"
+    convert(pair / "out", pair / "trained", out)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    real = Path.replace
+
+    def no_way_to_out(self: Path, target: Path) -> Path:
+        if Path(target) == out:
+            raise OSError(errno.EIO, "broken")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", no_way_to_out)
+    with pytest.raises(OutputError, match="broken"):
+        convert(pair / "out", pair / "trained", out, rank=2, overwrite=True)
+    kept = [path for path in tmp_path.rglob("adapter_model.safetensors") if path.read_bytes() == before]
+    assert len(kept) == 1
