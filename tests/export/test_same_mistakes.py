@@ -8,12 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.runs import initialize
-from support.training import train
+from support.runs import make_outputs
 
-from milora_init.api import convert, merge
 from milora_init.cli.main import run
-from milora_init.options import InitOptions
 
 Built = Callable[..., Path]
 
@@ -21,10 +18,7 @@ Built = Callable[..., Path]
 @pytest.fixture(scope="module")
 def built(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
-    initialize(InitOptions(model=str(checkpoint("llama")), out=str(folder / "pair"), rank=4, device=("cpu",)))
-    train(folder / "pair", folder / "trained", steps=1)
-    merge(folder / "pair", folder / "merged", adapter=folder / "trained", progress=False)
-    convert(folder / "pair", folder / "trained", folder / "plain")
+    make_outputs(checkpoint("llama"), folder, "pair")
     shutil.copytree(checkpoint("llama"), folder / "foreign")
     shutil.copytree(folder / "pair", folder / "unfinished")
     (folder / "unfinished" / "milora_init.json").unlink()

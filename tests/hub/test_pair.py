@@ -9,11 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.hub_server import Command, Hub, client
-from support.runs import initialize
-from support.training import train
-
-from milora_init.api import convert, merge
-from milora_init.options import InitOptions
+from support.runs import make_outputs
 
 Built = Callable[..., Path]
 COMMANDS = {
@@ -27,10 +23,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def outputs(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outputs")
-    initialize(InitOptions(model=str(checkpoint("llama")), out=str(folder / "out"), rank=4, device=("cpu",)))
-    train(folder / "out", folder / "trained", steps=1)
-    merge(folder / "out", folder / "merged", adapter=folder / "trained", progress=False)
-    convert(folder / "out", folder / "trained", folder / "plain")
+    make_outputs(checkpoint("llama"), folder, "out")
     return folder
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from support.hub_server import Command, Hub, client
-from support.runs import initialize
+from support.hub_server import Command, Hub, client, fetched
+from support.runs import make_outputs
 from support.training import load, logits, train
 
-from milora_init.api import convert, merge, verify
-from milora_init.options import InitOptions
+from milora_init.api import merge, verify
 
 Built = Callable[..., Path]
 NAMES = ("out", "merged", "again", "plain")
@@ -26,11 +25,8 @@ def built(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
     source = Path(shutil.copytree(checkpoint("llama"), folder / "source"))
     (source / "README.md").write_text("---\nlicense: llama2\nlanguage: [en]\n---\n# Tiny\n")
-    initialize(InitOptions(model=str(source), out=str(folder / "out"), rank=4, device=("cpu",)))
-    train(folder / "out", folder / "trained", steps=1)
-    merge(folder / "out", folder / "merged", adapter=folder / "trained", progress=False)
+    make_outputs(source, folder, "out")
     merge(folder / "out", folder / "again", progress=False)
-    convert(folder / "out", folder / "trained", folder / "plain")
     return folder
 
 
@@ -48,14 +44,6 @@ def work(built: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def milora(hub: Hub, work: Path) -> Command:
     return client(hub, work)
-
-
-def fetched(hub: Hub, repo: str, folder: Path) -> Path:
-    for name, content in hub.repositories[repo].files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
 
 
 @pytest.mark.parametrize(("name", "code"), [("merged", "merged"), ("again", "merged"), ("plain", "converted")])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import are_progress_bars_disabled
-from support.hub_server import Command, Hub, client
+from support.hub_server import Command, Hub, client, fetched
 from support.training import load, logits
 
 from milora_init import InitOptions, initialize
@@ -36,15 +36,6 @@ def milora(hub: Hub, tmp_path: Path) -> Command:
     """milora(*arguments) runs the command line with that Hub as its endpoint, a token for it and an empty cache."""
 
     return client(hub, tmp_path)
-
-
-def fetched(hub: Hub, repo: str, folder: Path) -> Path:
-    """What a user gets who downloads the repository."""
-    for name, content in hub.repositories[repo].files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
 
 
 def test_a_pushed_output_is_whole_names_its_repository_and_leaves_the_folder_alone(

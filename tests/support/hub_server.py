@@ -294,3 +294,12 @@ def client(hub: Hub, folder: Path, function: Callable[..., object] = fork_server
         return fork_server.run(function, *arguments, environment=environment, cwd=folder)
 
     return run
+
+
+def fetched(hub: Hub, repo: str, folder: Path) -> Path:
+    """Download every file of a repository into a folder, as a user would."""
+    for name, content in hub.repositories[repo].files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
