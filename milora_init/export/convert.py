@@ -2,6 +2,8 @@
 
     residual + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
 
+An adapter of the original model (`rlmo`, `mica`) is a plain LoRA already: it is copied, or cut.
+
 The rank doubles, or each module is cut to the best `rank`: QR of both factors, then the SVD of the small core in
 float64.
 
@@ -16,6 +18,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
 from milora_init.errors import OutputError, PlanError, UsageError
-from milora_init.hub.pair import ADAPTER_FILES, is_hub_id, locate_adapter, locate_pair
+from milora_init.hub.pair import is_hub_id, locate_adapter, locate_pair
 from milora_init.lora.compatibility import (
     require_initial_adapter,
     require_same_modules,
@@ -38,7 +41,15 @@ from milora_init.lora.compatibility import (
     require_trained_on,
 )
 from milora_init.lora.config import rank_and_alpha_patterns, stacked_alpha
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, WEIGHTS_FILE, LoraAdapter, read_lora
+from milora_init.lora.folder import (
+    CONFIG_FILE,
+    LORA_CONFIG,
+    LORA_FOLDER,
+    WEIGHTS_FILE,
+    LoraAdapter,
+    adapter_folder,
+    read_lora,
+)
 from milora_init.lora.tensor_layout import lora_key, stack_factors, stacked_shapes, unstack_factors
 from milora_init.manifest import (
     MANIFEST,
@@ -46,10 +57,17 @@ from milora_init.manifest import (
     Manifest,
     fingerprint,
     read_manifest,
-    require_residual_base,
 )
 from milora_init.plan.finished import another_request, require_intact
-from milora_init.records import CONVERTED, RECORDS, ConvertedModule, ConvertResult, read_converted, require_pair
+from milora_init.records import (
+    CONVERTED,
+    ORIGINAL_MODEL,
+    RECORDS,
+    ConvertedModule,
+    ConvertResult,
+    read_converted,
+    require_pair,
+)
 from milora_init.run.output_folder import (
     require_no_file,
     require_no_other_output,
@@ -77,7 +95,7 @@ def convert(  # noqa: PLR0913  the options of the command
     for name, value in (("PAIR", pair), ("--adapter", adapter), ("--out", out)):
         if not value:  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
-    located = locate_pair(pair, only=ADAPTER_FILES, cache_dir=cache_dir, token=token)
+    located = locate_pair(pair, only="adapter", cache_dir=cache_dir, token=token)
     initial, manifest = _initial_adapter(located, pair)
     trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
     before, after = _read_adapters(initial, trained, manifest, pair)
@@ -87,12 +105,13 @@ def convert(  # noqa: PLR0913  the options of the command
     revision = source["revision"] if model in (None, source["model"]) else None
     from_hub = revision is not None or (model not in (None, source["model"]) and is_hub_id(str(model)))
     model = model or str(source["model"])
-    ranks = _ranks(before, rank)
+    times = 2 if manifest is None or manifest.method.writes_base else 1  # an adapter of the original is plain already
+    ranks = _ranks(before, rank, times)
     target = Path(out).expanduser()
     for folder in (initial, after.path):
         require_outside(target, folder, "./plain")
     scaled = rank is not None or bool(before.config.get("rank_pattern") or before.config.get("alpha_pattern"))
-    config = {**_plain_config(before.config, model), **_ranks_and_alphas(before, ranks, scaled=scaled)}
+    config = {**_plain_config(before.config, model), **_ranks_and_alphas(before, ranks, times, scaled=scaled)}
     inputs = {
         "convert": __version__,
         "initial": before.digest,
@@ -100,12 +119,14 @@ def convert(  # noqa: PLR0913  the options of the command
         "rank": rank,
         "scales": {module: factors.scale for module, factors in after.modules.items()},
         "config": config,
+        **({"base": ORIGINAL_MODEL} if times == 1 else {}),
     }
     if finished := _finished(target, inputs, overwrite=overwrite):
         return finished
 
     def write(folder: Path) -> ConvertResult:
-        modules = _write_weights(before, after, ranks, folder / WEIGHTS_FILE, compress=rank is not None, scaled=scaled)
+        start = before if times == 2 else None
+        modules = _write_weights(start, after, ranks, folder / WEIGHTS_FILE, compress=rank is not None, scaled=scaled)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
         result = ConvertResult(
@@ -136,13 +157,11 @@ def _initial_adapter(folder: Path, pair: str) -> tuple[Path, Manifest | None]:
     Raises:
         OutputError: The folder is neither a pair nor an adapter.
     """
-    manifest = None
     has_record = any((folder / name).exists() for name in RECORDS)
     is_adapter = (folder / CONFIG_FILE).exists() or (folder / LORA_CONFIG).exists()
     if has_record or (folder / WORK_FOLDER).is_dir() or not is_adapter:
         manifest = require_pair(folder, pair)
-        instead = "nothing is to convert: the trained adapter is a plain LoRA of the original model"
-        require_residual_base(folder, manifest, instead)
+        return adapter_folder(folder, manifest.method), manifest
     if (folder / LORA_FOLDER).is_dir():
         return folder / LORA_FOLDER, manifest
     return folder, read_manifest(folder.absolute().parent)
@@ -226,12 +245,15 @@ def _write_folder(out: Path, write: Callable[[Path], ConvertResult]) -> ConvertR
     return result
 
 
-def _ranks(before: LoraAdapter, rank: int | None) -> dict[str, int]:
-    """The rank of each module of the plain adapter. Raises PlanError for a `rank` that no module has."""
-    doubled = {module: 2 * factors.rank for module, factors in before.modules.items()}
+def _ranks(before: LoraAdapter, rank: int | None, times: int) -> dict[str, int]:
+    """The rank of each module of the plain adapter, without a cut `times` the trained one.
+
+    Raises PlanError for a `rank` that no module has.
+    """
+    whole = {module: times * factors.rank for module, factors in before.modules.items()}
     if rank is None:
-        return doubled
-    limits = {module: min(doubled[module], *factors.shape) for module, factors in before.modules.items()}
+        return whole
+    limits = {module: min(whole[module], *factors.shape) for module, factors in before.modules.items()}
     highest = max(limits.values())
     if not 1 <= rank <= highest:
         raise PlanError(f"rank {rank} is not between 1 and {highest}, the most of any module", hint=f"--rank {highest}")
@@ -239,28 +261,36 @@ def _ranks(before: LoraAdapter, rank: int | None) -> dict[str, int]:
 
 
 def _write_weights(
-    before: LoraAdapter, after: LoraAdapter, ranks: Mapping[str, int], path: Path, *, compress: bool, scaled: bool
+    before: LoraAdapter | None,
+    after: LoraAdapter,
+    ranks: Mapping[str, int],
+    path: Path,
+    *,
+    compress: bool,
+    scaled: bool,
 ) -> list[ConvertedModule]:
-    """Write the plain adapter's factors; with `scaled`, each module's scale is multiplied into its B."""
+    """Write the plain adapter's factors; with `scaled`, each module's scale is multiplied into its B.
+
+    `before` is None where the initial adapter adds nothing to its model: the trained factors are the plain ones.
+    """
     header = plan_header(
         (
             (lora_key(module, factor), "F32", shape)
-            for module, factors in before.modules.items()
+            for module, factors in after.modules.items()
             for factor, shape in zip("AB", stacked_shapes(ranks[module], factors.shape, factors.experts), strict=True)
         ),
         metadata={"format": "pt"},
     )
     results = []
-    with (
-        safe_open(before.weights, framework="pt") as initial,
-        safe_open(after.weights, framework="pt") as trained,
-        SafetensorsWriter(path, header) as writer,
-    ):
-        for module, factors in before.modules.items():
-            trained_factors, lost = after.modules[module], 0.0
+    with ExitStack() as files:
+        trained = files.enter_context(safe_open(after.weights, framework="pt"))
+        initial = files.enter_context(safe_open(before.weights, framework="pt")) if before else None
+        writer = files.enter_context(SafetensorsWriter(path, header))
+        for module, factors in after.modules.items():
+            start, lost = before.modules[module] if before else factors, 0.0
             A, B = difference(
-                (trained.get_tensor(trained_factors.A), trained.get_tensor(trained_factors.B)),
-                (initial.get_tensor(factors.A), initial.get_tensor(factors.B)),
+                (trained.get_tensor(factors.A), trained.get_tensor(factors.B)),
+                (initial.get_tensor(start.A), initial.get_tensor(start.B)) if initial else None,
                 factors.experts,
             )
             if scaled:
@@ -274,14 +304,20 @@ def _write_weights(
     return results
 
 
-def difference(trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor], experts: int) -> tuple[Tensor, Tensor]:
+def difference(
+    trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor] | None, experts: int
+) -> tuple[Tensor, Tensor]:
     """Factors of B @ A - B0 @ A0 in float64, by expert: A (experts, 2r, n) and B (experts, m, 2r).
 
     Args:
-        trained, initial: A (experts * r, n) and B (m, r * experts), as in the adapter's file.
+        trained, initial: A (experts * r, n) and B (m, r * experts), as in the adapter's file. Without `initial`, the
+            result has the factors of B @ A.
         experts: How many are stacked; 1 for a plain module.
     """
-    (A, B), (A0, B0) = (unstack_factors(A.double(), B.double(), experts) for A, B in (trained, initial))
+    A, B = unstack_factors(trained[0].double(), trained[1].double(), experts)
+    if initial is None:
+        return A, B
+    A0, B0 = unstack_factors(initial[0].double(), initial[1].double(), experts)
     return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
 
 
@@ -308,12 +344,12 @@ def best_rank(B: Tensor, A: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
     return Q_B @ (U[:, :k] * root), (root[:, None] * Vh[:k]) @ Q_A.mT, lost
 
 
-def _ranks_and_alphas(before: LoraAdapter, ranks: Mapping[str, int], *, scaled: bool) -> dict[str, Any]:
+def _ranks_and_alphas(before: LoraAdapter, ranks: Mapping[str, int], times: int, *, scaled: bool) -> dict[str, Any]:
     """The keys of adapter_config.json for ranks and scales; with `scaled`, each module's alpha is its rank."""
     if not scaled:
         rslora = bool(before.config.get("use_rslora"))
-        alpha = stacked_alpha(before.config["lora_alpha"], 2, rslora=rslora)
-        return {"r": 2 * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
+        alpha = stacked_alpha(before.config["lora_alpha"], times, rslora=rslora)
+        return {"r": times * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
                 "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
     highest = max(ranks.values())
     by_name = {factors.name: ranks[module] for module, factors in before.modules.items()}
