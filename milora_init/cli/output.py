@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milora_init.errors import UsageError
-from milora_init.methods import method_of_inputs
+from milora_init.methods import DROPOUT, method_of_inputs
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -147,6 +147,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
     console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
+    console.print(f"for       {method.use}. Reported by others: {method.reported}")
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
     console.print(f"base      {written} (model {size(plan.source_bytes)})")
     console.print(f"adapter   {size(plan.adapter_bytes)}")
@@ -266,7 +267,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
             ", ".join(_short_targets(recipe["target"])),
             str(recipe.get("rank", "")),
             method.name,
-            str(recipe.get("dropout", method.dropout)),
+            str(recipe.get("dropout", DROPOUT)),
         )
         for name, recipe in recipes.items()
         for method in [method_of_inputs(recipe)]

@@ -84,7 +84,7 @@ def plan_shard(
     return ShardJob(
         source=checkpoint.folder / file,
         stamp=checkpoint.stamps.get(file),
-        target=_target_name(checkpoint, file, number),
+        target=target_name(checkpoint, file, number),
         header=header,
         weights=weights,
         mode=options.chosen.mode,
@@ -92,7 +92,7 @@ def plan_shard(
     )
 
 
-def _target_name(checkpoint: Checkpoint, file: str, number: int) -> str:
+def target_name(checkpoint: Checkpoint, file: str, number: int) -> str:
     """Name an output file: as its source, or as transformers names safetensors files if the source is a pickle."""
     if not checkpoint.is_pickle:
         return file

@@ -25,7 +25,7 @@ from milora_init.checkpoint.side_files import side_files
 from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, WEIGHTS_FILE
+from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, adapter_files
 from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
 from milora_init.methods import METHODS
@@ -91,7 +91,7 @@ class Plan:
     @property
     def adapter_files(self) -> tuple[str, str]:
         """The adapter's config and weights, by the path relative to the output."""
-        return (LORA_CONFIG, LORA_WEIGHTS) if self.writes_base else (CONFIG_FILE, WEIGHTS_FILE)
+        return adapter_files(self.options.chosen)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import reference
-from support.families import FAMILIES, Family
-from support.family_training import initialize_family, load, model_output
+from support.families import FAMILIES
+from support.family_training import initialize_family, load, load_on_original, model_output
 from support.interruptions import InterruptAt, InterruptedRunError, ShardLog
 from support.tiny_models import TARGETS, contents, edit_inputs, tensors
 from support.training import TOKENS
@@ -49,11 +49,6 @@ def factors_of(weights: dict[str, Tensor], module: str) -> tuple[Tensor, Tensor]
 def subspace_error(X: Tensor, truth: Tensor) -> float:
     """The sine of the largest angle between the column spaces of X and of truth, both orthonormal (k, r)."""
     return float(torch.linalg.matrix_norm(X - truth @ (truth.T @ X), 2))
-
-
-def load_on_original(family: Family, source: Path, out: Path, *, trainable: bool = False) -> Any:
-    model: Any = getattr(transformers, family.auto).from_pretrained(source, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, str(out), is_trainable=trainable, low_cpu_mem_usage=True)
 
 
 @pytest.mark.parametrize("method", ADAPTER_ONLY)
@@ -240,29 +235,26 @@ def test_mica_is_refused_for_experts_and_by_a_peft_that_does_not_know_it(
         start(checkpoint("llama"), method="mica")
 
 
-def test_a_dropout_that_is_asked_for_is_written_with_a_warning(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    manifest = start(checkpoint("llama"), method="olora-tail", dropout=0.1)
+@pytest.mark.parametrize(
+    ("method", "why"), [("milora", "with a higher loss"), ("olora-tail", "with a higher loss"), ("rlmo", "policy")]
+)
+def test_a_dropout_that_is_asked_for_is_written_with_a_warning(
+    method: str, why: str, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    manifest = start(checkpoint("llama"), method=method, dropout=0.1)
     assert manifest.adapter["lora_dropout"] == 0.1
-    assert [n for n in manifest.notices if "0 is the default of olora-tail" in n]
-    quiet = start(checkpoint("llama"), method="milora", out=str(tmp_path / "milora"))
-    assert quiet.adapter["lora_dropout"] == 0.05
-    assert not [n for n in quiet.notices if "dropout" in n]
+    (notice,) = (notice for notice in manifest.notices if "lora_dropout is 0.1" in notice)
+    assert why in notice
+    assert "--dropout 0" in notice
+    quiet = start(checkpoint("llama"), method=method, out=str(tmp_path / "without"))
+    assert quiet.adapter["lora_dropout"] == 0
+    assert not [notice for notice in quiet.notices if "dropout" in notice]
 
 
-def test_commands_that_do_not_know_an_adapter_alone_say_so(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_an_adapter_is_no_model_to_start_from(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     start(checkpoint("llama"), method="rlmo")
-    out = tmp_path / "out"
-    calls: list[Callable[[], object]] = [
-        lambda: api.verify(out),
-        lambda: api.merge(out, tmp_path / "merged", progress=False),
-        lambda: api.convert(out, out, tmp_path / "plain"),
-        lambda: api.push(out, "me/model"),
-    ]
     with pytest.raises(MiloraError, match="it is an adapter of milora-init, not a model"):
-        start(out, out=str(tmp_path / "again"))
-    for call in calls:
-        with pytest.raises(MiloraError, match="has no residual base: it is an adapter of"):
-            call()
+        start(tmp_path / "out", out=str(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -14,7 +14,7 @@ from training_methods import METHODS, MismatchError, find_start
 def test_the_pair_gives_its_own_rank_alpha_and_dropout(training_folders: TrainingFolders) -> None:
     start = find_start("milora", str(training_folders.pair))
     assert (start.model, start.adapter) == (str(training_folders.pair), str(training_folders.pair / "lora"))
-    assert (start.rank, start.alpha, start.scale, start.dropout) == (4, 4, 1, 0.05)
+    assert (start.rank, start.alpha, start.scale, start.dropout) == (4, 4, 1, 0)
     assert find_start("milora", str(training_folders.pair), dropout=0).dropout == 0
 
 
