@@ -426,7 +426,9 @@ def difference(
     return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
 
 
-def _ranks_and_alphas(before: LoraAdapter, modules: Sequence[PlainModule], times: int, *, scaled: bool) -> dict[str, Any]:
+def _ranks_and_alphas(
+    before: LoraAdapter, modules: Sequence[PlainModule], times: int, *, scaled: bool
+) -> dict[str, Any]:
     """The keys of adapter_config.json for ranks and scales; with `scaled`, each module's alpha is its rank."""
     if not scaled:
         rslora = bool(before.config.get("use_rslora"))

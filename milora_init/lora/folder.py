@@ -302,7 +302,7 @@ def _lora_config(path: Path) -> dict[str, Any]:
         )
     if unknown := [f"{key} = {config[key]!r}" for key in UNSUPPORTED_KEYS if config.get(key)]:
         raise PlanError(
-            f"{path / CONFIG_FILE}: {', '.join(unknown)}: merge and convert do not know this setting, and would lose it",
+            f"{path / CONFIG_FILE}: {', '.join(unknown)}: merge and convert do not know this and would lose it",
             hint="merge with PEFT's merge_and_unload instead",
         )
     return config

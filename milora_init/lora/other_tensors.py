@@ -4,7 +4,7 @@ PEFT stores them under these names, after `base_model.model.`:
 
 | name | what it is |
 |---|---|
-| `X.weight`, `X.bias` | all of a parameter: `modules_to_save`, or a copy of the embeddings and the head after a resize |
+| `X.weight`, `X.bias` | all of a parameter: `modules_to_save`, or a copy of embeddings and head after a resize |
 | `X.modules_to_save.weight`, `X.original_module.weight` | both, of a module in `modules_to_save` that was resized too |
 | `X.token_adapter.trainable_tokens_delta` | rows of X.weight, whose numbers are in `trainable_token_indices` |
 | `X.token_adapter.base_layer.weight` | all of X.weight before those rows |
@@ -51,9 +51,7 @@ class OtherTensor:
     rows: tuple[int, ...] = ()
 
 
-def other_tensors(
-    path: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
-) -> tuple[OtherTensor, ...]:
+def other_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[OtherTensor, ...]:
     """What the tensors of an adapter are that are no factors.
 
     Args:
