@@ -39,7 +39,7 @@ RECORDS = (MANIFEST, MERGED, CONVERTED)
 ORIGINAL_MODEL = "original model"  # `base` in the inputs of a merge or conversion without a residual base
 _FORMAT = 1
 _OF_THE_CALL = ("unchanged", "bit_equal", "dry_run")  # not in the file
-_NOT_PRINTED = ("inputs", "source_files", "tensors", "from_hub", "model", "revision", "unchanged", "dry_run")
+_NOT_PRINTED = ("inputs", "source_files", "tensors", "changed", "from_hub", "model", "revision", "unchanged", "dry_run")
 
 
 class _Recorded(Result):
@@ -65,6 +65,10 @@ class MergeResult(_Recorded):
         modules: How many modules were merged.
         entries: How many entries the merged weights have.
         tensors: The tensors with merged weights, and the dtype of each one's residual.
+        changed: The tensors that cannot be compared with the original's: retrained, added, left out, or of another
+            dtype.
+        retrained: The tensors that were trained beside the factors.
+        notices: What to know before the model is used.
         source_files: A hash of each file of the original model, as in the manifest's `inputs`.
         fingerprint: Hash of `inputs`.
         inputs: All that determines the bytes: the pair's fingerprint, the adapter's hash and scales, the version.
@@ -90,6 +94,9 @@ class MergeResult(_Recorded):
     files: Mapping[str, int]
     hashes: Mapping[str, str]
     elapsed_s: float
+    changed: tuple[str, ...] = ()
+    retrained: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
     bit_equal: int | None = None
     unchanged: bool = False
 
@@ -173,7 +180,9 @@ def _envelope(command: str, result: MergeResult | ConvertResult) -> dict[str, An
     fields = {name: value for name, value in asdict(result).items() if name not in _NOT_PRINTED}
     if isinstance(result, ConvertResult):
         fields["modules"] = list(fields["modules"])
-        fields["warnings"] = list(fields.pop("notices"))
+    else:
+        fields["retrained"] = list(fields["retrained"])
+    fields["warnings"] = list(fields.pop("notices"))
     return envelope(command, _status(result), source={"model": result.model, "revision": result.revision}, **fields)
 
 
@@ -192,6 +201,7 @@ _COMMON: Mapping[str, Check] = {
 _DTYPE = one_of("float64", "float32", "bfloat16", "float16")
 _MERGE: Mapping[str, Check] = {
     **_COMMON, "initial": flag, "modules": at_least_1, "entries": at_least_1, "tensors": each(text, _DTYPE),
+    "changed": or_absent(all_of(text)), "retrained": or_absent(all_of(text)), "notices": or_absent(all_of(text)),
 }  # fmt: skip
 _CONVERT: Mapping[str, Check] = {
     **_COMMON, "cut": flag, "modules": lambda value: isinstance(value, list) and bool(value),
@@ -204,7 +214,10 @@ _LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "ad
 def read_merged(folder: Path) -> MergeResult | None:
     """The record of a finished merge, None where there is none. Raises OutputError."""
     content = _read(folder / MERGED, _MERGE)
-    return None if content is None else MergeResult(**content)
+    if content is None:
+        return None
+    lists = {name: tuple(content.get(name, ())) for name in ("changed", "retrained", "notices")}
+    return MergeResult(**{**content, **lists})
 
 
 def read_converted(folder: Path) -> ConvertResult | None:

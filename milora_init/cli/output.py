@@ -169,7 +169,9 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
         console.print(f"{name}  {size(size_bytes)}")
     total = size(sum(merged.files.values()))
     end = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
-    console.print(f"{merged.out}: {merged.modules} modules merged, {total}, {end}")
+    beside = f" and {len(merged.retrained)} retrained tensors" if merged.retrained else ""
+    console.print(f"{merged.out}: {merged.modules} modules{beside} merged, {total}, {end}")
+    print_warnings(merged.notices)
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
         console.print(f"{part} are equal to the original's, bit for bit")

@@ -22,7 +22,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 # The projections of an expert on disk, as gate, up and down.
 _EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED_PROJECTIONS = ("gate_up_proj", "down_proj")
-_MERGE_INSTEAD = "serve the merged model: milora-init merge PAIR --adapter TRAINED --out MERGED"
+MERGE_INSTEAD = "serve the merged model: milora-init merge PAIR --adapter TRAINED --out MERGED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def _missing_projections(
                     raise PlanError(
                         f"only {record.expert.parameter} was adapted, and {form} reads fused experts only together "
                         f"with {name}",
-                        hint=_MERGE_INSTEAD,
+                        hint=MERGE_INSTEAD,
                     )
                 raise _unknown_experts(record.expert.parameter, form)
             prefix, _, last = record.module.rpartition(".")
@@ -140,7 +140,7 @@ def _other_fused(parameter: str) -> str:
 
 def _unknown_experts(name: str, form: Form) -> PlanError:
     return PlanError(f"{name}: it is not known which names {form} reads for the experts of this model",
-                     hint=_MERGE_INSTEAD)  # fmt: skip
+                     hint=MERGE_INSTEAD)  # fmt: skip
 
 
 def cut(modules: Sequence[PlainModule], ranks: Mapping[str, int]) -> list[PlainModule]:

@@ -99,6 +99,10 @@ class FactorReader:
             self._key, self._tensors = weight.key, (A, B)
         return weight_factors(*self._tensors, weight.shape[0], weight.expert)
 
+    def read_tensor(self, name: str) -> Tensor:
+        """Read a tensor of the file. Raises CheckpointError."""
+        return self._shard.read(name)
+
     def close(self) -> None:
         """Close the file."""
         self._shard.close()

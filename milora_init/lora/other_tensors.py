@@ -60,7 +60,7 @@ def other_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: Mapping
         config: The content of adapter_config.json.
 
     Raises:
-        CheckpointError: A setting that is not well formed, or rows that do not fit it.
+        CheckpointError: A setting that is not well formed, or that the tensors do not fit.
         PlanError: A tensor that is none of these.
     """
     saved = _names(path, config, "modules_to_save")
@@ -87,6 +87,13 @@ def other_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: Mapping
             kind = "bias"
         if (parameter, False) not in found or ".modules_to_save." in name:
             found[parameter, False] = OtherTensor(key, parameter, info.shape, kind)
+    kinds = {other.kind for other in found.values()}
+    for setting, kind_of in (("modules_to_save", "module"), ("trainable_token_indices", "tokens")):
+        if config.get(setting) and kind_of not in kinds:
+            raise CheckpointError(
+                f"{path} has no tensor of {setting} = {str(config[setting])[:80]}",
+                hint="save the adapter and its config again, together",
+            )
     return tuple(found.values())
 
 

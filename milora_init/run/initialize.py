@@ -236,7 +236,7 @@ class _ShardLoop:
 def _shard_writer(job: ShardJob, out: Path) -> ShardWriter[WeightRecord]:
     assert job.stamp is not None, "the source is on the disk"
     part = (part_name(job.target), part_header(job.splits)) if job.splits else None
-    return ShardWriter(job.source, job.stamp, out=out, name=job.target, header=job.header, adapter_part=part)
+    return ShardWriter({job.source: job.stamp}, out=out, name=job.target, header=job.header, adapter_part=part)
 
 
 def _record(plan: Plan, out: OutputFolder[Manifest], result: ShardResult) -> Entry:

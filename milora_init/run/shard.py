@@ -6,6 +6,7 @@ calling thread copies all other tensors as bytes. At the end the file gets its f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Generic, TypeVar
 
 from milora_init.checkpoint.files import Stamp, file_mode, stamp
 from milora_init.checkpoint.header import Header
-from milora_init.checkpoint.tensor_file import SafetensorsShard, TensorSource, open_shard
+from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
 from milora_init.checkpoint.writer import SafetensorsWriter, WriteTarget
 from milora_init.errors import CheckpointError
 from milora_init.run.pool import SolverPool, SolverTask
@@ -24,14 +25,14 @@ Result = TypeVar("Result")
 
 
 class ShardWriter(Generic[Result]):
-    """One shard that is being written, its source file, and its part of the adapter if it has one.
+    """One shard that is being written, its source files, and its part of the adapter if it has one.
 
     In this order: `submit` every weight, `copy_other_tensors`, `wait`, `finish`. The `with` block owns the files; those
     that are not finished when it ends are removed.
 
     Args:
-        source: The file of the model or of the residual base.
-        source_stamp: Its stamp when it was planned.
+        sources: The files of the model or of the residual base that it is made from, each with its stamp when it was
+            planned. It gets the permissions of the first.
         out: The output folder.
         name: The shard's name in it.
         header: The shard's layout; None to write only its part of the adapter.
@@ -44,8 +45,7 @@ class ShardWriter(Generic[Result]):
 
     def __init__(
         self,
-        source: Path,
-        source_stamp: Stamp,
+        sources: Mapping[Path, Stamp],
         *,
         out: Path,
         name: str,
@@ -53,7 +53,8 @@ class ShardWriter(Generic[Result]):
         adapter_part: tuple[str, Header] | None = None,
     ) -> None:
         self.name = name
-        self._path, self._stamp = source, source_stamp
+        self._header, self._stamps = header, sources
+        source = next(iter(sources))
         self._shard = SafetensorsWriter(out / name, header, mode=file_mode(source)) if header else None
         self._part = (
             SafetensorsWriter(out / adapter_part[0], adapter_part[1], mode=file_mode(source)) if adapter_part else None
@@ -68,8 +69,11 @@ class ShardWriter(Generic[Result]):
 
     def __enter__(self) -> ShardWriter[Result]:
         with ExitStack() as files:
-            self._source = open_shard(self._path)
-            files.enter_context(self._source)
+            self._sources: dict[str, SafetensorsShard | PickleShard] = {}
+            for path in self._stamps:
+                shard = open_shard(path)
+                files.enter_context(shard)
+                self._sources |= dict.fromkeys(shard.header.tensors, shard)
             self._require_unchanged()
             for writer in self._writers.values():
                 files.enter_context(writer)
@@ -81,7 +85,7 @@ class ShardWriter(Generic[Result]):
 
     def locate(self, tensor: str) -> TensorSource:
         """Where a task reads a tensor of the source."""
-        return self._source.locate(tensor)
+        return self._sources[tensor].locate(tensor)
 
     def target(self, tensor: str) -> WriteTarget:
         """Where tasks write a tensor of the shard: one task all of it, or several tasks a row each."""
@@ -102,15 +106,16 @@ class ShardWriter(Generic[Result]):
 
     def copy_other_tensors(self, progress: Progress) -> None:
         """Copy every tensor that no task writes, byte for byte; nothing if only a part of the adapter is written."""
-        if self._shard is None:
+        if self._shard is None or self._header is None:
             return
-        for name, info in self._source.header.tensors.items():
+        for name, info in self._header.tensors.items():
             if name in self._targets:
                 continue
-            if isinstance(self._source, SafetensorsShard):
-                self._shard.copy(name, self._source.fileno, self._source.offset(name), self._source.path)
+            source = self._sources[name]
+            if isinstance(source, SafetensorsShard):
+                self._shard.copy(name, source.fileno, source.offset(name), source.path)
             else:
-                self._shard.write(name, self._source.read(name))
+                self._shard.write(name, source.read(name))
             progress.tensor(name, info.size_bytes)
         self._shard.flush()
 
@@ -133,7 +138,8 @@ class ShardWriter(Generic[Result]):
         return sizes
 
     def _require_unchanged(self) -> None:
-        if stamp(self._path) != self._stamp:
-            raise CheckpointError(
-                f"{self._path} changed during the run", hint="wait until nobody writes to it, and run again"
-            )
+        for path, expected in self._stamps.items():
+            if stamp(path) != expected:
+                raise CheckpointError(
+                    f"{path} changed during the run", hint="wait until nobody writes to it, and run again"
+                )
