@@ -113,7 +113,7 @@ def convert(  # noqa: PLR0913  the options of the command
     from_hub = revision is not None or (model not in (None, source["model"]) and is_hub_id(str(model)))
     model = model or str(source["model"])
     times = 2 if manifest is None or manifest.method.writes_base else 1  # an adapter of the original is plain already
-    copied, beside_notices = _beside_factors(after, located, manifest, form)
+    copied, beside_notices = _beside_factors(after, initial.parent, manifest, form)
     modules = plain_modules(before.modules, manifest.weights if manifest else (), form, times)
     _require_cut(modules, rank, energy)
     compress = rank is not None or energy is not None

@@ -116,7 +116,10 @@ def _cast(values: Tensor, target: WriteTarget) -> Tensor:
     dtype = TORCH_DTYPES[target.dtype]
     if values.dtype == dtype or not values.dtype.is_floating_point:
         return values.to(dtype)
-    cast = round_once(values.double(), dtype)
+    if values.dtype.itemsize > 4:
+        cast = round_once(values.reshape(1, -1), dtype).reshape(values.shape)
+    else:
+        cast = values.to(dtype)  # one rounding
     if bool(values.isfinite().all()) and not bool(cast.isfinite().all()):
         raise ValueError(f"it overflows {torch_name(target.dtype)}")
     return cast
