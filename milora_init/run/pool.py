@@ -1,10 +1,10 @@
-"""Thread pools of a run: one solves weights on the CPU or on GPUs, as many at a time as fit; one hashes files."""
+"""Thread pools of a run: one solves weights on the CPU or on GPUs, as many at a time as fit; one copies and hashes."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import accumulate
@@ -18,24 +18,11 @@ from milora_init.plan.plan import Plan
 from milora_init.run.devices import memory_bytes, resolve_devices
 from milora_init.run.progress import Progress
 
-T = TypeVar("T")
 P = ParamSpec("P")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 DeviceLock = AbstractContextManager[Any]  # held while a thread solves on a device: one thread at a time
 SolverTask = Callable[[Job, torch.device, DeviceLock, Progress], Result]
-
-
-def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield each item after the next one was produced.
-
-    Where producing an item submits its jobs to a pool, the pool has the next item's jobs while one item is waited for.
-    """
-    previous: list[T] = []
-    for item in items:
-        yield from previous
-        previous = [item]
-    yield from previous
 
 
 class SolverPool:
@@ -53,6 +40,9 @@ class SolverPool:
         devices: The devices; the CPU may be listed several times, once for each weight that it solves at a time.
         threads_per_device: See above.
         progress: Passed to every task.
+
+    Attributes:
+        threads: How many jobs it works on at a time.
     """
 
     THREADS_PER_DEVICE = 2
@@ -77,7 +67,8 @@ class SolverPool:
             for slot in zip(devices, device_locks, strict=True):
                 self._slots.put(slot)
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(len(devices) * threads_per_device, "milora", initializer=self._bind_thread)
+        self.threads = len(devices) * threads_per_device
+        self._pool = ThreadPoolExecutor(self.threads, "milora", initializer=self._bind_thread)
 
     def submit(self, task: SolverTask[Job, Result], job: Job) -> Future[Result]:
         """Let the next free thread call `task(job, device, device_lock, progress)`."""
@@ -104,40 +95,40 @@ class SolverPool:
         return task(job, self._local.device, self._local.device_lock, self._progress)
 
 
-class HashPool:
-    """Threads that hash files while other files are written.
+class FilePool:
+    """Threads that copy and hash files while weights are solved.
 
-    When the `with` block ends, calls of `submit` are waited for, even after a failure: a shard whose hash is in the
-    journal need not be made again. Hashes of `sha256` are cancelled after a failure.
+    Most of their work is inside the kernel or a hash function, neither of which holds Python's lock.
+
+    Attributes:
+        cancelled: Set when the pool is stopped after a failure; long calls look at it.
     """
 
-    THREADS = 4
+    THREADS = 16
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="hash")
-        self._cancelled = threading.Event()
-        self._recording = threading.Lock()
+        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="file")
+        self.cancelled = threading.Event()
+
+    def submit(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
+        """Let the next free thread call a function."""
+        return self._pool.submit(function, *args, **kwargs)
 
     def sha256(self, path: Path) -> Future[str]:
         """The SHA-256 of a file."""
-        return self._pool.submit(sha256, path, cancelled=self._cancelled)
+        return self._pool.submit(sha256, path, cancelled=self.cancelled)
 
-    def submit(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
-        """Let a thread call a function that hashes and records a shard of the output; one such call at a time."""
+    def stop(self, *, cancel: bool) -> None:
+        """Wait for the threads; with `cancel`, their calls end early and queued ones are dropped."""
+        if cancel:
+            self.cancelled.set()
+        self._pool.shutdown(cancel_futures=cancel)
 
-        def call() -> Result:
-            with self._recording:
-                return function(*args, **kwargs)
-
-        return self._pool.submit(call)
-
-    def __enter__(self) -> HashPool:
+    def __enter__(self) -> FilePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._cancelled.set()
-        self._pool.shutdown()
+        self.stop(cancel=kind is not None)
 
 
 def weights_at_once(needs_bytes: Sequence[int]) -> int:

@@ -30,6 +30,8 @@ from milora_init.verification.verify import verify
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 
+pytestmark = pytest.mark.usefixtures("file_by_file")
+
 
 def model_files(folder: Path) -> dict[str, bytes]:
     """Every file of a merge except its record, which holds paths and times."""
