@@ -4,8 +4,8 @@ A file goes through four steps: its source is fetched if it is on the Hub; its w
 its other tensors are copied; its weights are waited for; it is synced and hashed. The second and the fourth step run
 on threads of the `FilePool`. This thread only waits for events, so no file waits for the copy or the hash of another.
 
-New files are begun until the weights behind the first unfinished file fill all threads of the solver pool: the files of
-a checkpoint hold two to some hundred weights, and all of one file's may be slower than those of the next.
+New files are begun until the weights behind the first unfinished file suffice for all devices. The files of a
+checkpoint hold from none to some hundred weights, and those of one file may be slower than those of the next.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class LocalMakers(Generic[Job, Record]):
         self._solvers, self._pool = solvers, files
         self._open, self._submit, self._count, self._fetch = open_shard, submit, count, fetch
         self._most_files = self.MOST_FILES if most_files is None else most_files
-        self._most_open = _most_open_files(solvers.threads)
+        self._most_open = _most_open_files(solvers.threads, solvers.wanted_jobs + 2)
         self._progress = progress or Progress()
         self._events: queue.SimpleQueue[tuple[_File[Job, Record], Future[Any]]] = queue.SimpleQueue()
         self._writers: set[ShardWriter[Record]] = set()  # those that are open
@@ -121,7 +121,7 @@ class LocalMakers(Generic[Job, Record]):
             return False
         open_files = [file for file in begun if file.step != "finished"]
         behind_first = sum([file.unfinished for file in begun if file.unfinished][1:])
-        return len(open_files) < self._most_open and behind_first < self._solvers.threads
+        return len(open_files) < self._most_open and behind_first < self._solvers.wanted_jobs
 
     def _begin(self, job: Job) -> _File[Job, Record]:
         file: _File[Job, Record] = _File(job, self._count(job))
@@ -171,13 +171,16 @@ class LocalMakers(Generic[Job, Record]):
 _COPIED = object()
 
 
-def _most_open_files(threads: int) -> int:
-    """How many shards may be open at a time. Raises this process's limit on open files where it is too low for that."""
-    wanted = threads + 2
-    needed = _OTHER_FILES + _FILES_OF_A_THREAD * threads + _FILES_OF_A_SHARD * wanted
+def _most_open_files(threads: int, wanted: int) -> int:
+    """How many shards may be open at a time, at most `wanted`, while so many threads solve.
+
+    Raises this process's limit on open files where it is too low for that.
+    """
+    of_threads = _OTHER_FILES + _FILES_OF_A_THREAD * threads
+    needed = of_threads + _FILES_OF_A_SHARD * wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return max(1, (soft - _OTHER_FILES - _FILES_OF_A_THREAD * threads) // _FILES_OF_A_SHARD)
-    return wanted
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, (soft - of_threads) // _FILES_OF_A_SHARD)
