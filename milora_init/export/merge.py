@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,10 +33,9 @@ from milora_init.lora.folder import adapter_files, adapter_folder
 from milora_init.manifest import Manifest
 from milora_init.options import DTYPES, InitOptions
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
-from milora_init.run.journal import Entry
+from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
-from milora_init.run.pool import HashPool, SolverPool, one_ahead, weights_at_once
-from milora_init.run.progress import Progress, ShardResult
+from milora_init.run.pool import FilePool, SolverPool, weights_at_once
 from milora_init.run.shard import ShardWriter
 from milora_init.verification.tensors import count_bit_equal
 
@@ -197,51 +195,56 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
     torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: glibc adapts to blocks up to 32 MiB
 
     cpus = [torch.device("cpu")] * weights_at_once([_needed_bytes(plan, name) for name in plan.tasks])
-    with HashPool() as hashing, SolverPool(cpus, threads_per_device=1) as solvers, ExitStack() as open_shards:
-        finished = folder.finished_shards(hashing)
-        todo = [name for name in plan.headers if name not in finished]
+    with FilePool() as files, SolverPool(cpus, threads_per_device=1) as solvers:
+        finished = folder.finished_shards(files)
         finished_bytes = sum(plan.headers[name].file_bytes for name in finished)
         hashes = {name: entry.hashes[name] for name, entry in finished.items()}
-        source_hashes: dict[str, Future[str]] = {}
+        compared: dict[str, Future[None]] = {}  # of the base's files; one may be in several shards
+        compared_lock = threading.Lock()
 
-        def start(name: str) -> ShardWriter[None]:
-            """Give a shard's weights to the solver pool, hash its sources, and copy its other tensors."""
-            files = plan.sources[name]
-            writer: ShardWriter[None] = ShardWriter(
-                {plan.source / file: plan.base.stamps[file] for file in files},
-                out=folder.path, name=name, header=plan.headers[name],
-            )  # fmt: skip
-            shard = open_shards.enter_context(writer)
-            for file in files:
-                # The original model was compared with its recorded hashes when it was opened.
-                if plan.manifest.method.writes_base and file not in source_hashes:
-                    source_hashes[file] = hashing.sha256(plan.source / file)
-            for tensor in plan.headers[name].tensors:
-                if tensor in plan.tasks:
-                    shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
-            shard.copy_other_tensors(Progress())
-            return shard
+        def open_shard(name: str) -> ShardWriter[None]:
+            stamps = {plan.source / file: plan.base.stamps[file] for file in plan.sources[name]}
+            return ShardWriter(stamps, attempt=folder.attempt(), name=name, header=plan.headers[name])
 
-        def report(recordings: Iterable[Future[Entry]]) -> None:
-            """Wait until these shards are recorded, and report them."""
-            nonlocal finished_bytes
-            for recording in recordings:
-                entry = recording.result()
-                finished_bytes += entry.files[entry.shard]
-                hashes[entry.shard] = entry.hashes[entry.shard]
-                progress(entry.shard, finished_bytes, plan.weights_bytes)
+        def submit(name: str, shard: ShardWriter[None]) -> list[Future[None]]:
+            """Give a shard's weights to the solver pool; hash its sources meanwhile."""
+            merged = [
+                shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
+                for tensor in _merged(plan, name)
+            ]
+            # The original model was compared with its recorded hashes when it was opened.
+            for file in plan.sources[name] if plan.manifest.method.writes_base else ():
+                with compared_lock:
+                    is_first = file not in compared
+                    comparison = compared.setdefault(file, Future())
+                if is_first:
+                    _compare(comparison, plan, file, files.cancelled)
+                comparison.result()
+            return merged
 
-        recordings: deque[Future[Entry]] = deque()
-        for shard in one_ahead(map(start, todo)):
-            shard.wait()
-            for file in plan.sources[shard.name]:
-                if file in source_hashes:
-                    _require_source(plan, file, source_hashes[file].result())
-            result = ShardResult(shard.name, shard.finish(), ())
-            recordings.append(hashing.submit(folder.record_shard, result))
-            report(recordings.popleft() for _ in range(len(recordings) - 1))
-        report(recordings)
+        makers = LocalMakers(
+            solvers, files, open_shard=open_shard, submit=submit, count=lambda name: len(_merged(plan, name))
+        )
+        with makers:
+            for name, result in makers.run([name for name in plan.headers if name not in finished]):
+                hashes[name] = folder.commit(result).hashes[name]
+                finished_bytes += result.files[name]
+                progress(name, finished_bytes, plan.weights_bytes)
     return hashes
+
+
+def _merged(plan: MergePlan, name: str) -> list[str]:
+    """The tensors of a shard that are made by a task."""
+    return [tensor for tensor in plan.headers[name].tensors if tensor in plan.tasks]
+
+
+def _compare(comparison: Future[None], plan: MergePlan, name: str, cancelled: threading.Event) -> None:
+    """Compare a file of the base with its recorded SHA-256, and give the answer to all who wait for it."""
+    try:
+        _require_source(plan, name, sha256(plan.source / name, cancelled=cancelled))
+        comparison.set_result(None)
+    except BaseException as error:
+        comparison.set_exception(error)
 
 
 def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJob:
