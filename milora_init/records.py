@@ -32,6 +32,7 @@ from milora_init.json_fields import (
 )
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, read_manifest
 from milora_init.result import Result
+from milora_init.serving import FORMS, serving_command
 
 MERGED = "milora_merge.json"
 CONVERTED = "milora_convert.json"
@@ -140,7 +141,6 @@ class ConvertResult(_Recorded):
         files, hashes: Size in bytes and SHA-256 of every file of the output except this one.
         elapsed_s: Seconds.
         form: What reads the adapter: `peft`, `vllm` or `sglang`.
-        serve: The command that serves it; empty for PEFT.
         notices: What to know before the adapter is used.
         unchanged: Whether the same conversion was finished before.
         dry_run: Whether nothing was written.
@@ -161,10 +161,14 @@ class ConvertResult(_Recorded):
     hashes: Mapping[str, str]
     elapsed_s: float
     form: str = "peft"
-    serve: str = ""
     notices: tuple[str, ...] = ()
     unchanged: bool = False
     dry_run: bool = False
+
+    @property
+    def serve(self) -> str:
+        """The command that serves it; empty for PEFT."""
+        return serving_command(max(module.rank for module in self.modules), self.form, self.model, self.out)
 
     def summary(self) -> Mapping[str, object]:
         return {"status": _status(self), "out": self.out, "modules": len(self.modules), "model": self.model}
@@ -180,6 +184,7 @@ def _envelope(command: str, result: MergeResult | ConvertResult) -> dict[str, An
     fields = {name: value for name, value in asdict(result).items() if name not in _NOT_PRINTED}
     if isinstance(result, ConvertResult):
         fields["modules"] = list(fields["modules"])
+        fields["serve"] = result.serve
     else:
         fields["retrained"] = list(fields["retrained"])
     fields["warnings"] = list(fields.pop("notices"))
@@ -205,7 +210,7 @@ _MERGE: Mapping[str, Check] = {
 }  # fmt: skip
 _CONVERT: Mapping[str, Check] = {
     **_COMMON, "cut": flag, "modules": lambda value: isinstance(value, list) and bool(value),
-    "form": or_absent(one_of("peft", "vllm", "sglang")), "serve": or_absent(text), "notices": or_absent(all_of(text)),
+    "form": or_absent(one_of(*FORMS)), "notices": or_absent(all_of(text)),
 }  # fmt: skip
 _MODULE: Mapping[str, Check] = {"module": text, "rank": at_least_1, "lost": number}
 _LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "adapter_model.safetensors")}

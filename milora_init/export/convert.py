@@ -32,8 +32,7 @@ from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header, TensorInfo, plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
 from milora_init.errors import MiloraError, OutputError, PlanError, UsageError
-from milora_init.export.plain_layout import FORMS, MERGE_INSTEAD, Form, PlainModule, cut, padded, plain_modules
-from milora_init.export.servers import serving_command, serving_notices
+from milora_init.export.plain_layout import MERGE_INSTEAD, PlainModule, cut, padded, plain_modules
 from milora_init.export.trained_parameters import trained_parameters, unchanged_copies
 from milora_init.hub.pair import is_hub_id, locate_adapter, locate_pair
 from milora_init.linalg.low_rank import product_svd
@@ -77,6 +76,7 @@ from milora_init.run.output_folder import (
     require_outside,
     require_writable,
 )
+from milora_init.serving import FORMS, Form, serving_notices
 
 
 def convert(  # noqa: PLR0913  the options of the command
@@ -160,8 +160,7 @@ def convert(  # noqa: PLR0913  the options of the command
             hashes={},
             elapsed_s=0.0,
             form=form,
-            serve=serving_command(modules, form, model, out),
-            notices=(*beside_notices, *serving_notices(modules, form, str(source["architecture"]))),
+            notices=(*beside_notices, *_serving_notices(modules, form, str(source["architecture"]))),
         )
         if dry_run:
             return replace(result, modules=tuple(_module_result(updates, module, compress) for module in modules),
@@ -184,6 +183,11 @@ def convert(  # noqa: PLR0913  the options of the command
             return complete
 
         return _write_folder(target.resolve(), write)  # a link to a folder stays a link
+
+
+def _serving_notices(modules: Sequence[PlainModule], form: Form, architecture: str) -> list[str]:
+    highest = max(module.width for module in modules)
+    return serving_notices([module.name for module in modules], highest, form, architecture)
 
 
 def _form(given: str) -> Form:

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from milora_init.errors import PlanError
 from milora_init.lora.folder import LoraFactors
 from milora_init.manifest import WeightRecord
+from milora_init.serving import Form
 
-Form = Literal["peft", "vllm", "sglang"]
-FORMS: tuple[Form, ...] = get_args(Form)
 # The projections of an expert on disk, as gate, up and down.
 _EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED_PROJECTIONS = ("gate_up_proj", "down_proj")

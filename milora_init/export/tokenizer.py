@@ -108,19 +108,17 @@ def choose_tokenizer(
         own = find_tokenizer(base)
     tokenizer = chosen or own
     highest = tokenizer.highest_id() if tokenizer else None
-    where = tokenizer.folder if tokenizer else base
+    where = "of the base" if chosen is None else "in the adapter's folder" if given is None else "of --tokenizer"
     if highest is None:
-        return chosen, [
-            f"the vocabulary has {after} rows instead of {before}; the tokenizer in {where} was not checked"
-        ]
+        return chosen, [f"the vocabulary has {after} rows, formerly {before}; the tokenizer {where} was not checked"]
     if highest >= after:
         raise PlanError(
-            f"the tokenizer in {where} has the token {highest}, and the embeddings have {after} rows",
+            f"the tokenizer {where} has the token {highest}, and the embeddings have {after} rows",
             hint="name the tokenizer of the training: --tokenizer DIR",
         )
     if after > before and highest < before:
         problem = (
-            f"the embeddings have {after} rows instead of {before}, and the tokenizer in {where} knows none of the new"
+            f"the embeddings have {after} rows, formerly {before}, and the tokenizer {where} knows none of the new"
         )
         if after % _PADDING:
             raise PlanError(problem, hint="name the tokenizer of the training: --tokenizer DIR")
