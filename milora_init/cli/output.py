@@ -142,7 +142,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
-    download = sum(header.file_bytes for header in plan.absent.values())
+    download = sum(plan.downloads.values())
     console.print(
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from milora_init.checkpoint.files import stamp
-from milora_init.checkpoint.header import Header, read_header
+from milora_init.checkpoint.header import read_header
 from milora_init.errors import CheckpointError
 from milora_init.plan.output_files import ShardJob
 
-Fetch = Callable[[str], Path]
+Fetch = Callable[[ShardJob], Path]
 
 
 class Prefetcher:
@@ -21,19 +21,19 @@ class Prefetcher:
 
     Args:
         jobs: In the order in which they will be taken.
-        headers: Of every file of the model, as planned.
-        fetch: Downloads a file of the model by its name; called from another thread.
+        headers: The headers, as bytes, that each file may have: its own, or that of a part of it.
+        fetch: Downloads a file of the model, or the part of it that a job reads; called from another thread.
         remove: Called with a downloaded file that is no longer needed; None to keep it.
     """
 
     def __init__(
         self,
         jobs: Sequence[ShardJob],
-        headers: Mapping[str, Header],
+        headers: Mapping[str, Collection[bytes]],
         fetch: Fetch,
         remove: Callable[[Path], None] | None = None,
     ) -> None:
-        self._waiting = deque(job.source.name for job in jobs if job.stamp is None)
+        self._waiting = deque(job for job in jobs if job.stamp is None)
         self._headers, self._fetch, self._remove = headers, fetch, remove
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         self._downloads: dict[str, Future[Path]] = {}
@@ -59,7 +59,7 @@ class Prefetcher:
             self._start_next()
         path = self._downloads[name].result()
         self._start_next()
-        if read_header(path).raw != self._headers[name].raw:
+        if read_header(path).raw not in self._headers[name]:
             raise CheckpointError(f"{path} is not the file whose header was planned with", hint="run it again")
         return dataclasses.replace(job, source=path, stamp=stamp(path))
 
@@ -71,5 +71,5 @@ class Prefetcher:
 
     def _start_next(self) -> None:
         if self._waiting:
-            name = self._waiting.popleft()
-            self._downloads[name] = self._pool.submit(self._fetch, name)
+            job = self._waiting.popleft()
+            self._downloads[job.source.name] = self._pool.submit(self._fetch, job)

@@ -30,7 +30,7 @@ class ShardResult:
 class Progress:
     """Receives the events of a run. These methods do nothing; a subclass overrides those that it needs.
 
-    `solving` and `tensor` are called from the solver's threads, `fetching` from the download thread.
+    `solving` and `tensor` are called from the solver's threads, `fetching` and `note` from the download thread.
     """
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
@@ -44,6 +44,9 @@ class Progress:
 
     def fetching(self, name: str, size_bytes: int) -> None:
         """A file of the model is being downloaded from the Hub."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know, and that ends nothing."""
 
     def tensor(self, name: str, size_bytes: int) -> None:
         """A tensor of the model was copied, or one of its weights split; `size_bytes` is the size of what was read."""
