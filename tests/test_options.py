@@ -241,6 +241,11 @@ def test_an_argument_replaces_the_method_of_a_recipe_and_its_dropout(tmp_path: P
     assert made(str(own), method="mica") == ("mica", 0.1)  # its writer asked for it
 
 
+def test_the_recipe_of_pissa_has_the_settings_of_its_authors() -> None:
+    made = InitOptions.from_recipe("pissa", model="m", out="o")
+    assert (made.chosen.name, made.rank, made.lora_alpha, made.lora_dropout) == ("pissa", 128, 128, 0.0)
+
+
 def test_the_rl_recipe_writes_no_base_and_has_no_dropout() -> None:
     made = InitOptions.from_recipe("rl", model="m", out="o")
     assert (made.chosen.name, made.rank, made.lora_alpha, made.lora_dropout) == ("rlmo", 16, 32, 0.0)

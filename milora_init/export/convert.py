@@ -2,7 +2,7 @@
 
     residual + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
 
-An adapter of the original model (`rlmo`, `mica`) is a plain LoRA already: it is copied, or cut.
+An adapter of the original model (rlmo, rlpo, mica) is a plain LoRA already: it is copied, or cut.
 
 The rank doubles, or each module is cut to its best directions; see `linalg.low_rank`.
 

@@ -161,9 +161,7 @@ computes. PEFT trains {method.trained}.
 
 {_for_what(manifest)}
 
-| module | shape | weights | rank | energy | certified |
-|---|---|---|---|---|---|
-{_direction_rows(manifest)}
+{_weight_table(manifest)}
 
 *energy*: the share of these triplets in the weight's squared norm. *certified*: a proven bound of the relative error of
 U S V^T. `milora_init.json` has the figures of every weight, and the SHA-256 of every file; `milora-init verify` reads
@@ -178,15 +176,6 @@ or cuts its rank.
 ## Citation
 
 {_CITATION}"""
-
-
-def _direction_rows(manifest: Manifest) -> str:
-    """The rows of the table of an adapter card, one for each group of weights."""
-    return "\n".join(
-        f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.rank} "
-        f"| {percent(group.energy)} | {group.certificate:.0e} |"
-        for group in weight_groups(manifest.weights)
-    )
 
 
 def _model_name(source: Mapping[str, Any]) -> str:
@@ -386,18 +375,18 @@ Fingerprint {_code(manifest.fingerprint[:12])}.
 
 
 def _weight_table(manifest: Manifest) -> str:
-    """Return a table with a row for each group of weights."""
-    lines = [
-        "| module | shape | weights | rank | energy | leak | step-0 error | certified |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.rank} "
-        f"| {percent(group.energy)} | {percent(group.leak)} | {percent(group.rounding_error)} "
-        f"| {group.certificate:.0e} |"
+    """Return a table with a row for each group of weights; without a base, nothing was rounded."""
+    columns = ["module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified"]
+    rows = [
+        [
+            _name(group.suffix), f"{group.shape[0]} x {group.shape[1]}", str(group.count), str(group.rank),
+            percent(group.energy), percent(group.leak), percent(group.rounding_error), f"{group.certificate:.0e}",
+        ]
         for group in weight_groups(manifest.weights)
-    ]
-    return "\n".join(lines)
+    ]  # fmt: skip
+    if not manifest.method.writes_base:
+        columns, *rows = ([*line[:5], line[7]] for line in (columns, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows))
 
 
 def _code(value: object) -> str:

@@ -50,6 +50,11 @@ class ShardJob:
         """Size of the output's file; 0 if no base is written."""
         return self.header.file_bytes if self.header else 0
 
+    def source_part(self, source: Header) -> Header:
+        """Header of a file with only the tensors that are split, for the header of the source."""
+        infos = (source.tensors[name] for name in self.weights)
+        return plan_header(((info.name, info.dtype, info.shape) for info in infos), metadata=source.metadata)
+
     @property
     def splits(self) -> list[WeightPlan]:
         """Every weight of the file that is split, from all tensors."""

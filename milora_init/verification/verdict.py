@@ -134,7 +134,8 @@ class Verdict(Result):
             parts = [f"{self.checked['files']} files and {self.checked['modules']} modules with the manifest"]
         if "components" in self.checked:
             which = "all components" if self.checked["components"] == "all" else "a sample of the components"
-            parts.append(f"{self.checked['tensors']} tensors and {which} with {self.checked['model']}")
+            tensors = f"{self.checked['tensors']} tensors and " if "tensors" in self.checked else ""
+            parts.append(f"{tensors}{which} with {self.checked['model']}")
         elif "tensors" in self.checked:
             parts.append(f"{self.checked['tensors']} tensors with {self.checked['model']}")
         elif "model" in self.checked:
