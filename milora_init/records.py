@@ -23,7 +23,6 @@ from milora_init.json_fields import (
     flag,
     number,
     one_of,
-    or_absent,
     or_none,
     read_object,
     require_fields,
@@ -206,11 +205,11 @@ _COMMON: Mapping[str, Check] = {
 _DTYPE = one_of("float64", "float32", "bfloat16", "float16")
 _MERGE: Mapping[str, Check] = {
     **_COMMON, "initial": flag, "modules": at_least_1, "entries": at_least_1, "tensors": each(text, _DTYPE),
-    "changed": or_absent(all_of(text)), "retrained": or_absent(all_of(text)), "notices": or_absent(all_of(text)),
+    "changed": all_of(text), "retrained": all_of(text), "notices": all_of(text),
 }  # fmt: skip
 _CONVERT: Mapping[str, Check] = {
     **_COMMON, "cut": flag, "modules": lambda value: isinstance(value, list) and bool(value),
-    "form": or_absent(one_of(*FORMS)), "notices": or_absent(all_of(text)),
+    "form": one_of(*FORMS), "notices": all_of(text),
 }  # fmt: skip
 _MODULE: Mapping[str, Check] = {"module": text, "rank": at_least_1, "lost": number}
 _LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "adapter_model.safetensors")}
@@ -221,14 +220,14 @@ def read_merged(folder: Path) -> MergeResult | None:
     content = _read(folder / MERGED, _MERGE)
     if content is None:
         return None
-    lists = {name: tuple(content.get(name, ())) for name in ("changed", "retrained", "notices")}
+    lists = {name: tuple(content[name]) for name in ("changed", "retrained", "notices")}
     return MergeResult(**{**content, **lists})
 
 
 def read_converted(folder: Path) -> ConvertResult | None:
     """The record of a finished conversion, None where there is none. Raises OutputError."""
     content = _read(folder / CONVERTED, _CONVERT)
-    return None if content is None else ConvertResult(**{**content, "notices": tuple(content.get("notices", ()))})
+    return None if content is None else ConvertResult(**{**content, "notices": tuple(content["notices"])})
 
 
 def _read(path: Path, fields: Mapping[str, Check]) -> dict[str, Any] | None:
