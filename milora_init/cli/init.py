@@ -89,7 +89,7 @@ def init(
     ] = None,
     dropout: Annotated[
         float | None,
-        typer.Option(metavar="P", help="lora_dropout. (default: the recipe's, or the method's)", rich_help_panel=_LORA),
+        typer.Option(metavar="P", help="lora_dropout. (default: the recipe's, or 0)", rich_help_panel=_LORA),
     ] = None,
     task_type: Annotated[
         str | None,

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milora_init.errors import UsageError
-from milora_init.methods import method_of_inputs
+from milora_init.methods import DROPOUT, method_of_inputs
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -158,11 +158,12 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
-    download = sum(header.file_bytes for header in plan.absent.values())
+    download = sum(plan.downloads.values())
     console.print(
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
     console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
+    console.print(f"for       {method.use}. Reported by others: {method.reported}")
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
     console.print(f"base      {written} (model {size(plan.source_bytes)})")
     console.print(f"adapter   {size(plan.adapter_bytes)}")
@@ -226,9 +227,9 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
             f"{weight.module}  rank {weight.rank}  {weight.certificate.path}  leak {percent(weight.rounding.leak)}"
             f"  step-0 error {percent(weight.rounding.error)}  {duration(weight.elapsed_s)}"
         )
-    columns = ("module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified", "solving")
+    columns = ["module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified", "solving"]
     rows = [
-        (
+        [
             group.suffix,
             "{} x {}".format(*group.shape),
             str(group.count),
@@ -238,9 +239,11 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
             percent(group.rounding_error),
             f"{group.certificate:.0e}" if math.isfinite(group.certificate) else "not unique",
             duration(group.elapsed_s),
-        )
+        ]
         for group in weight_groups(manifest.weights)
     ]
+    if not manifest.method.writes_base:  # nothing was rounded
+        columns, rows = columns[:5] + columns[7:], [row[:5] + row[7:] for row in rows]
     spare = ("solving", "certified", "energy", "rank", "weights")
     shown = _print_table(console, columns, rows, spare=spare)
     legend = " ".join(f"{name}: {meaning}." for name, meaning in _LEGEND.items() if name in shown)
@@ -282,7 +285,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
             ", ".join(_short_targets(recipe["target"])),
             str(recipe.get("rank", "")),
             method.name,
-            str(recipe.get("dropout", method.dropout)),
+            str(recipe.get("dropout", DROPOUT)),
         )
         for name, recipe in recipes.items()
         for method in [method_of_inputs(recipe)]

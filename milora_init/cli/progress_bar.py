@@ -146,6 +146,9 @@ class Bar(RunProgress):
         elif not self._at:
             self._bar.update(self._task, current=f"fetching {name}")
 
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {text}")
+
     def solving(self, module: str, device: str) -> None:
         self._at[device] = module
         self._bar.update(self._task, current=self.current)
