@@ -245,22 +245,28 @@ def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) ->
     known = sorted(known)
     found: dict[str, Any] = {}
     for key, value in values.items():
-        word = str(key).replace("-", "_")
-        name = SYNONYMS.get(word, word)
+        word, name = str(key).replace("-", "_"), _option_name(key)
         if word in DTYPE_FLAGS:
             if value is not True:
                 continue
-            name, value = "dtype", DTYPE_FLAGS[word]
+            value = DTYPE_FLAGS[word]
         if name not in known:
             close = get_close_matches(name, [*known, *SYNONYMS], n=1)
             hint = f"did you mean `{_dashed(close[0])}`?" if close else f"known keys: {', '.join(map(_dashed, known))}"
             raise UsageError(f"{where}unknown key `{key}`" if where else f"no option `{key}`", hint=hint)
         if name in found:
-            raise UsageError(f"{where}`{key}` is a second name of `{_dashed(name)}`, which is given too")
+            other = next(k for k in values if k != key and _option_name(k) == name)
+            raise UsageError(f"{where}`{other}` and `{key}` are two names of one option", hint="keep one of them")
         if name in ("target", "exclude", "device") and isinstance(value, str):
             value = split_names(value)
         found[name] = value
     return found
+
+
+def _option_name(key: object) -> str:
+    """The name of the option that a key of a recipe, or a keyword, stands for."""
+    word = str(key).replace("-", "_")
+    return "dtype" if word in DTYPE_FLAGS else SYNONYMS.get(word, word)
 
 
 def split_names(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -117,18 +118,33 @@ def parse_limits(words: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def require_below(limits: Mapping[str, float], manifest: Manifest) -> int:
-    """Print an error for every limit that a weight exceeds; return the exit status."""
-    status = 0
+@dataclass(frozen=True, slots=True)
+class Exceeded:
+    """A limit of `--fail-on` and the weight that exceeds it most."""
+
+    name: str
+    limit: float
+    value: float
+    module: str
+
+
+def exceeded_limits(limits: Mapping[str, float], manifest: Manifest) -> list[Exceeded]:
+    """The limits that a weight exceeds."""
+    found = []
     for name, limit in limits.items():
         worst = max(manifest.weights, key=lambda weight: getattr(weight.rounding, name))
         if (value := getattr(worst.rounding, name)) > limit:
-            message = f"the {name} of {worst.module} is {value:.2g}, above --fail-on {name}={limit:g}"
-            hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
-            print_error(message, hint)
-            annotate(message, hint)
-            status = 1
-    return status
+            found.append(Exceeded(name, limit, value, worst.module))
+    return found
+
+
+def print_exceeded(exceeded: Exceeded) -> None:
+    """Print the error for a limit that is exceeded."""
+    name, value = exceeded.name, exceeded.value
+    message = f"the {name} of {exceeded.module} is {value:.2g}, above --fail-on {name}={exceeded.limit:g}"
+    hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
+    print_error(message, hint)
+    annotate(message, hint)
 
 
 def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
@@ -276,7 +292,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
         for name, recipe in recipes.items()
         for method in [method_of_inputs(recipe)]
     ]
-    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, spare=("dropout", "rank", "method"))
+    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, wrapped="target")
 
 
 def _short_targets(targets: Sequence[str]) -> list[str]:
@@ -304,17 +320,22 @@ def _print_sentence(label: Text, text: str) -> None:
 
 
 def _print_table(
-    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]
+    console: Console,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    spare: Sequence[str] = (),
+    wrapped: str = "",
 ) -> list[str]:
     """Print a table; return the columns that it has.
 
-    If the terminal is too narrow, columns of `spare` are left out, the first ones first.
+    If the terminal is too narrow, columns of `spare` are left out, the first ones first, and the column `wrapped` gets
+    more lines.
     """
     kept = list(columns)
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for number, name in enumerate(kept):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=name != wrapped)
         for row in rows:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
         unbounded = console.options.update(max_width=1000)  # in its own width everything fits, cut off
