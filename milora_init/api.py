@@ -85,10 +85,12 @@ def run(
         return InitResult(options.out, "unchanged", finished)
     from milora_init.plan.plan import make_plan
     from milora_init.run.initialize import carry_out
+    from milora_init.run.scan import measured_targets
 
     replace = options.overwrite if overwrite_repository is None else overwrite_repository
     with _receiver(progress) as receiver:
-        plan = make_plan(options, folder, remote)
+        measured = measured_targets(options, folder, remote, progress=receiver)
+        plan = make_plan(options, folder, remote, measured=measured)
         manifest, status, pushed = carry_out(plan, progress=receiver, overwrite_repository=replace)
     out = manifest.out if options.low_disk and options.push_to_hub else options.out
     return InitResult(out, status, manifest, pushed)

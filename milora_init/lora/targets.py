@@ -33,7 +33,12 @@ except (re.error, OverflowError, RecursionError) as error:
 """
 
 
-def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Adaptable]:
+def select(
+    structure: ModelStructure,
+    targets: Sequence[str],
+    exclude: Sequence[str] = (),
+    measured: Mapping[str, Collection[str]] = {},
+) -> list[Adaptable]:
     """The adaptable weights that match `targets` and not `exclude`, in the model's order.
 
     As in PEFT, a target is the full name of a module, a suffix of it that follows a dot, or `all-linear`. A target
@@ -44,6 +49,7 @@ def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[
         structure: The modules of the model.
         targets: The targets; a weight needs to match one of them.
         exclude: Names, suffixes and `re:PATTERN` of modules that are not adapted.
+        measured: The modules that each target means which chooses by a figure, such as `kappa:0.2`.
 
     Raises:
         PlanError: A target matches nothing, or only modules that cannot be adapted; an exclusion matches no module; or
@@ -52,6 +58,9 @@ def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[
     chosen: set[str] = set()
     names = {*structure.modules, *structure.adaptable, *structure.experts, *structure.refused}
     for target in targets:
+        if target in measured:
+            chosen |= set(measured[target])
+            continue
         if target == ALL_LINEAR:
             hits = {name for name in structure.adaptable.keys() - structure.heads if not _tower(structure, name)}
             if not hits:
