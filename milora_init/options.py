@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -287,6 +287,17 @@ def measured_target(target: str) -> tuple[Literal["kappa", "energy"], float] | N
         share = 0.0
     _require(0 < share <= 1, f"target {_short(target)} has no share of the weights", f"for example {figure}:0.2")
     return ("kappa" if figure == "kappa" else "energy"), share
+
+
+def require_ranks(ranks: Sequence[object]) -> tuple[int, ...]:
+    """The ranks of a scan, ascending. Raises UsageError unless there is one, and all are whole numbers of at least 1."""
+    _require(bool(ranks), "no rank is named", "for example --rank 64")
+    found = []
+    for rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < _LIMIT:
+            raise UsageError(f"rank is {_short(rank)}, expected a whole number of at least 1 and below 2^63")
+        found.append(rank)
+    return tuple(sorted(set(found)))
 
 
 def clean_token(token: str | None) -> str | None:

@@ -18,6 +18,7 @@ from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
 from milora_init.manifest import Manifest
 from milora_init.records import CONVERTED, MERGED, ConvertResult, MergeResult
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
+from milora_init.spectra import ScanResult
 from milora_init.untrusted import printable
 
 _METHODS = {
@@ -256,6 +257,29 @@ Fingerprint {_code(manifest.fingerprint[:12])}.
 {loading_lines(manifest)}
 ```
 """
+
+
+def scan_summary(result: ScanResult) -> str:
+    """Return the Markdown of a scan: a table with a row for each group of weights."""
+    rank = result.rank
+    lines = [
+        f"### Singular spectra of {_code(result.model)}",
+        "",
+        f"{len(result.weights)} weights, rank {rank}, scanned in {duration(result.elapsed_s)}.",
+        "",
+        f"| module | shape | weights | s_max | condition | stable rank | effective rank | energy of the {rank} smallest "
+        f"| energy of the {rank} largest | leak (estimate) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in result.groups():
+        shares = ["" if v is None else percent(v) for v in (group.energy_min, group.energy_max, group.leak)]
+        condition = "infinite" if group.condition is None else f"{group.condition:.2g}"
+        lines.append(
+            f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.s_max:.3g} "
+            f"| {condition} | {group.stable_rank:.3g} | {group.effective_rank:.3g} | {' | '.join(shares)} |"
+        )
+    lines += ["", *(f"- {_escape(notice)}" for notice in result.notices)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _weight_table(manifest: Manifest) -> str:

@@ -96,6 +96,7 @@ def scan(
     wanted = tuple(sorted(set(ranks)))
     found: dict[str, WeightSpectrum] = {}
     progress.begin(plan, [])
+    progress.scanning()
     with (
         SolverPool(devices, threads_per_device=threads, progress=progress) as pool,
         _prefetcher(plan, progress) as prefetcher,
