@@ -122,7 +122,8 @@ def scan(  # noqa: PLR0913  the options of the command
 
     Args:
         model: The model: a folder or a Hub id.
-        target, exclude: Which weights, as in `initialize`. None is `all-linear`.
+        target, exclude: Which weights, as in `initialize`: None is what it would adapt; `all-linear` are all others
+            too.
         rank: The ranks to give figures for. None is 8, 16, 32, 64 and 128.
         spectrum: Keep all singular values in the result.
         html: Write one self-contained HTML page to this file.
@@ -145,8 +146,8 @@ def scan(  # noqa: PLR0913  the options of the command
     from milora_init.spectra import DEFAULT_RANKS
 
     options = InitOptions(
-        model=os.fspath(model), out="scan", rank=1, target=_names(target, ("all-linear",)),
-        exclude=_names(exclude, ()), device=_names(device, ()), text_only=text_only, revision=revision,
+        model=os.fspath(model), out="scan", rank=1, target=None if target is None else _names(target),
+        exclude=_names(exclude), device=_names(device), text_only=text_only, revision=revision,
         trust_remote_code=trust_remote_code, cache_dir=_text(cache_dir), token=token,
     )  # fmt: skip
     ranks = require_ranks(DEFAULT_RANKS if rank is None else (rank,) if isinstance(rank, int) else tuple(rank))
@@ -323,9 +324,7 @@ def _receiver(progress: bool | Progress) -> AbstractContextManager[Progress | No
     return nullcontext(progress or None)
 
 
-def _names(given: Sequence[str] | str | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    if given is None:
-        return default
+def _names(given: Sequence[str] | str) -> tuple[str, ...]:
     return tuple(split_names(given) if isinstance(given, str) else given)
 
 

@@ -177,7 +177,7 @@ class ScanResult(Result):
         architecture: The class that config.json names.
         ranks: The ranks for which each weight has figures.
         weights: Every weight, in the model's order.
-        notices: What the scan left out.
+        notes: What the scan left out.
         elapsed_s: Seconds for the whole scan.
     """
 
@@ -186,7 +186,7 @@ class ScanResult(Result):
     architecture: str
     ranks: tuple[int, ...]
     weights: tuple[WeightSpectrum, ...]
-    notices: tuple[str, ...]
+    notes: tuple[str, ...]
     elapsed_s: float
 
     @property
@@ -222,7 +222,7 @@ class ScanResult(Result):
             "scan",
             "done",
             source={"model": self.model, "revision": self.revision},
-            warnings=self.notices,
+            notes=list(self.notes),
             architecture=self.architecture,
             rank=self.rank,
             ranks=list(self.ranks),

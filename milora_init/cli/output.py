@@ -280,7 +280,8 @@ def print_scan(result: ScanResult, *, verbose: bool = False) -> None:
         f"{result.model}: {count_weights(result.weights)} scanned in {duration(result.elapsed_s)}; init at rank {rank} "
         f"would take about {duration(result.init_s)} of one core or GPU"
     )
-    print_warnings(result.notices)
+    for note in result.notes:
+        _print_sentence(Text("note:", "bold"), note)
 
 
 def _condition(value: float | None) -> str:

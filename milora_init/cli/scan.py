@@ -16,7 +16,7 @@ def scan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model: a folder or a Hub id.", show_default=False)],
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", "-t", metavar="NAME", help="Which weights, as in init. (default: all-linear)"),
+        typer.Option("--target", "-t", metavar="NAME", help="Which weights, as in init. (default: what init adapts)"),
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Which weights not. Repeatable.", show_default=False)
@@ -57,7 +57,7 @@ def scan(
 
     milora-init scan ./my-model
 
-    milora-init scan meta-llama/Llama-2-7b-hf --html scan.html
+    milora-init scan meta-llama/Llama-2-7b-hf --target all-linear --html scan.html
     """
     output.require_one_of_quiet_and_verbose(quiet, verbose)
     forms = {"--json": as_json, "--markdown": as_markdown, "--csv": as_csv}

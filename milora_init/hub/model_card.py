@@ -278,7 +278,7 @@ def scan_summary(result: ScanResult) -> str:
             f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.s_max:.3g} "
             f"| {condition} | {group.stable_rank:.3g} | {group.effective_rank:.3g} | {' | '.join(shares)} |"
         )
-    lines += ["", *(f"- {_escape(notice)}" for notice in result.notices)]
+    lines += ["", *(f"- {_escape(note)}" for note in result.notes)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

@@ -19,6 +19,11 @@ def number(value: float) -> str:
     return "infinite" if math.isinf(value) else f"{value:.3g}"
 
 
+def seconds(value: float) -> str:
+    """A time as text, with digits for short ones."""
+    return f"{value:.2g} s" if value < 1 else duration(value)
+
+
 def scan_metrics(rank: int) -> list[Metric[WeightSpectrum]]:
     """The figures of a scan, at one rank."""
 
@@ -46,7 +51,7 @@ def scan_metrics(rank: int) -> list[Metric[WeightSpectrum]]:
                lambda w: w.effective_rank, number),
         Metric("gap", "gap at the cut", f"Relative gap between the {rank} smallest singular values and the next one.",
                lambda w: at(w, "gap_min"), number, "min"),
-        Metric("time", "init's time", "Estimate of the time to find the triplets.", lambda w: at(w, "init_s"), duration,
+        Metric("time", "init's time", "Estimate of the time to find the triplets.", lambda w: at(w, "init_s"), seconds,
                "sum"),
     ]  # fmt: skip
 
@@ -68,7 +73,7 @@ def report_metrics(manifest: Manifest) -> list[Metric[WeightRecord]]:
         Metric("solver", "solver", "The algorithm: mixed precision, Lanczos, all eigenvectors, or a full SVD.",
                lambda w: float(_PATHS.index(w.certificate.path)) if w.certificate.path in _PATHS else None,
                lambda value: _PATHS[round(value)], "max", "linear"),
-        Metric("time", "time", "Seconds for solving.", lambda w: w.elapsed_s, duration, "sum"),
+        Metric("time", "time", "Seconds for solving.", lambda w: w.elapsed_s, seconds, "sum"),
     ]  # fmt: skip
     if manifest.method.mode == "min":
         of_weight = Metric("condition", "condition", "Largest singular value over the smallest.", condition, number, "max")

@@ -68,7 +68,7 @@ def scan_page(result: ScanResult) -> str:
         _charts("Spectra", explained, _spectra(grid, result.rank)),
         _table(grid, metrics),
     ]
-    return _page(f"Singular spectra of {_last(result.model)}", facts, result.notices, metrics, parts)
+    return _page(f"Singular spectra of {_last(result.model)}", facts, result.notes, metrics, parts)
 
 
 def report_page(manifest: Manifest) -> str:
@@ -239,8 +239,7 @@ def _chart(chart: _Chart) -> str:
     low, high = extent(values, "log")
     # Twelve decades show all that float64 resolves, and zeros are drawn at the bottom.
     low = max(low, high * 1e-12)
-    bottom, top = (math.floor(math.log10(low)), math.ceil(math.log10(high))) if high > 0 else (0, 1)
-    top = max(top, bottom + 1)
+    bottom, top = (math.log10(low) - 0.05, math.log10(high) + 0.05) if high > 0 else (0.0, 1.0)
     width, height = _WIDTH - _LEFT - 8, _HEIGHT - _BOTTOM - 8
 
     def place(x: float, value: float) -> tuple[float, float]:
@@ -252,10 +251,10 @@ def _chart(chart: _Chart) -> str:
         placed = " ".join(f"{x:.0f},{y:.1f}" for x, y in (place(*point) for point in points))
         lines.append(f'<polyline class="c{level}" points="{placed}"/>')
     ticks = []
-    for decade in range(bottom, top + 1, max(1, -(-(top - bottom) // 6))):
-        y = place(0, 10.0**decade)[1]
+    for value in _ticks(bottom, top):
+        y = place(0, value)[1]
         ticks.append(f'<path class="tick" d="M{_LEFT} {y:.1f}h{width}"/>')
-        ticks.append(f'<text x="{_LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{number(10.0**decade)}</text>')
+        ticks.append(f'<text x="{_LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
     band = ""
     if chart.band:
         x = [_LEFT + end * width for end in chart.band]
@@ -267,6 +266,15 @@ def _chart(chart: _Chart) -> str:
         f'{"".join(ticks)}{band}{"".join(lines)}<text x="{_LEFT}" y="{_HEIGHT - 8}">{chart.horizontal[0]}</text>'
         f'<text x="{_LEFT + width}" y="{_HEIGHT - 8}" text-anchor="end">{chart.horizontal[1]}</text></svg></figure>'
     )
+
+
+def _ticks(bottom: float, top: float) -> list[float]:
+    """Values to mark on an axis from 10^bottom to 10^top: powers of ten, or where there are too few, 1, 2, 5 times one."""
+    first, last = math.ceil(bottom), math.floor(top)
+    if last - first >= 1:
+        return [10.0**decade for decade in range(first, last + 1, max(1, -(-(last - first) // 6)))]
+    marks = [digit * 10.0**decade for decade in range(first - 1, last + 1) for digit in (1, 2, 5)]
+    return [mark for mark in marks if bottom <= math.log10(mark) <= top]
 
 
 def _table(grid: Grid[Any], metrics: Sequence[Metric[Any]]) -> str:

@@ -34,7 +34,7 @@ from milora_init.run.devices import multiply_rate, resolve_devices
 from milora_init.run.pool import DeviceLock, SolverPool, one_ahead, weights_at_once
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress
-from milora_init.run.weight import gpu_errors, read
+from milora_init.run.weight import gpu_errors, read_weight
 from milora_init.spectra import CURVE_POINTS, RankFigures, ScanResult, WeightSpectrum
 
 _METHOD = "mica"  # its plan writes no base, and reads no tensor but the weights
@@ -118,7 +118,7 @@ def scan(
         architecture=plan.structure.architecture,
         ranks=wanted,
         weights=tuple(found[w.weight.module] for w in plan.weights),
-        notices=tuple(_notices(plan, wanted)),
+        notes=tuple(_notes(plan, wanted)),
         elapsed_s=round(time.monotonic() - started, 3),
     )
 
@@ -189,7 +189,7 @@ def _run(job: _Job, device: torch.device, device_lock: DeviceLock, progress: Pro
     """Do a job on a device: a task of the `SolverPool`. Raises CheckpointError, SolveError."""
     weight = job.plan.weight
     with gpu_errors(job.source, device):
-        W = read(job.source, pinned=device.type == "cuda")
+        W = read_weight(job.source, pinned=device.type == "cuda")
         with device_lock:
             progress.solving(weight.module, str(device))
             started = time.monotonic()
@@ -252,16 +252,23 @@ def _spectrum(job: _Job, W: torch.Tensor, s: torch.Tensor, started: float) -> We
     )
 
 
-def _notices(plan: Plan, ranks: Collection[int]) -> Iterator[str]:
+def _notes(plan: Plan, ranks: Collection[int]) -> Iterator[str]:
     """What the scan left out."""
-    smallest = min(min(w.weight.shape) for w in plan.weights)
-    if max(ranks) > smallest:
+    scanned = {w.weight.module for w in plan.weights}
+    if plan.options.target is None:
+        candidates = {name for name in plan.structure.adaptable.keys() - plan.structure.heads if not _tower(plan, name)}
+        if others := len(candidates - scanned):
+            yield f"{others} other linear layers were not scanned; --target all-linear adds them"
+    if max(ranks) > min(min(w.weight.shape) for w in plan.weights):
         fewer = [w for w in plan.weights if min(w.weight.shape) < max(ranks)]
         first = fewer[0].weight
         yield f"{len(fewer)} weights have no figures of rank {max(ranks)}: {first.module} allows {min(first.shape)}"
     if plan.structure.experts and not any(w.weight.expert for w in plan.weights):
         count = sum(len(group) for group in plan.structure.experts.values())
-        yield f"the {count} matrices of the experts were not scanned; --target all-linear --target experts adds them"
-    skipped = [t for t in plan.structure.towers if not any(w.weight.module.startswith(f"{t}.") for w in plan.weights)]
-    if skipped:
+        yield f"the {count} matrices of the experts were not scanned; --target experts scans them"
+    if skipped := [t for t in plan.structure.towers if not any(name.startswith(f"{t}.") for name in scanned)]:
         yield f"not scanned: {' and '.join(skipped)}; a --target that contains the name adds it"
+
+
+def _tower(plan: Plan, module: str) -> bool:
+    return any(module.startswith(f"{tower}.") for tower in plan.structure.towers)

@@ -80,7 +80,7 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
         write_A, write_B = files.enter_context(job.A.opened()), files.enter_context(job.B.opened())
         read_started = time.monotonic()
         pinned = device.type == "cuda"
-        W = read(job.source, pinned=pinned)
+        W = read_weight(job.source, pinned=pinned)
         with suppress(torch.OutOfMemoryError):  # then it is copied under the lock, when the other thread's weight left
             W = W.to(device, non_blocking=pinned)
         read = time.monotonic()
@@ -116,7 +116,7 @@ def gpu_errors(source: TensorSource, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def read(source: TensorSource, *, pinned: bool) -> torch.Tensor:
+def read_weight(source: TensorSource, *, pinned: bool) -> torch.Tensor:
     """The weight, in page-locked memory if `pinned` and if the machine has enough of it."""
     if pinned:
         with suppress(RuntimeError):
