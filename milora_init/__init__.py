@@ -4,8 +4,8 @@
     result = milora_init.initialize("./my-model", "./svd_init", rank=64)
     print(result.load)  # Python that loads the pair
 
-`initialize`, `scan`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do. Every error is a
-`MiloraError`. Nothing heavy is imported until a name is used.
+`initialize`, `scan`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do. Every error is
+a `MiloraError`. Nothing heavy is imported until a name is used.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ _LIMIT = 2**63  # every whole number must be below it
 # Names that PEFT and trainers use for our options. A recipe, the Python functions and the command line accept them.
 SYNONYMS: Mapping[str, str] = {
     "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
-    "targets": "target", "target_modules": "target", "lora_target": "target", "lora_target_modules": "target", "exclude_modules": "exclude",
-    "output_dir": "out", "model_name_or_path": "model", "use_rslora": "rslora",
+    "targets": "target", "target_modules": "target", "lora_target": "target", "lora_target_modules": "target",
+    "exclude_modules": "exclude", "output_dir": "out", "model_name_or_path": "model", "use_rslora": "rslora",
 }  # fmt: skip
 DTYPE_FLAGS: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _VALUE_SYNONYMS: Mapping[str, Mapping[str, str]] = {
@@ -290,7 +290,7 @@ def measured_target(target: str) -> tuple[Literal["kappa", "energy"], float] | N
 
 
 def require_ranks(ranks: Sequence[object]) -> tuple[int, ...]:
-    """The ranks of a scan, ascending. Raises UsageError unless there is one, and all are whole numbers of at least 1."""
+    """The ranks of a scan, ascending. Raises UsageError unless there is one, and all are whole numbers above 0."""
     _require(bool(ranks), "no rank is named", "for example --rank 64")
     found = []
     for rank in ranks:

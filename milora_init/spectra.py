@@ -139,8 +139,8 @@ def spectrum_groups(weights: Iterable[WeightSpectrum], rank: int) -> list[Spectr
 
 
 def _group(suffix: str, shape: tuple[int, int], group: Sequence[WeightSpectrum], rank: int) -> SpectrumGroup:
-    at_rank = [(weight.dtype, figures) for weight in group if (figures := weight.at(rank))]
-    figures = [figures for _, figures in at_rank]
+    at_rank = [(weight.dtype, found) for weight in group if (found := weight.at(rank))]
+    figures = [found for _, found in at_rank]
     leaks = [found.leak.get(dtype) for dtype, found in at_rank]
     gaps = [found.gap_min for found in figures if found.gap_min is not None]
     condition = max(weight.kappa for weight in group)
@@ -164,7 +164,8 @@ def _group(suffix: str, shape: tuple[int, int], group: Sequence[WeightSpectrum],
 def mean_curve(curves: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """The mean of curves by their logarithms, point by point; 0 where one of them is 0."""
     return tuple(
-        math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else 0.0 for values in zip(*curves, strict=True)
+        math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else 0.0
+        for values in zip(*curves, strict=True)
     )
 
 

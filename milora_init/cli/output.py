@@ -36,7 +36,7 @@ _SCAN_LEGEND = {
     "max": "that of the {} largest",
     "leak": "estimate of the part of the {} smallest that rounding would leave in the base, of the worst weight",
     "init": "estimate of init's time",
-    "spectrum": "from the largest to the smallest singular value, six decades high",
+    "spectrum": "singular values from the largest to the smallest, mean of the weights, logarithmic",
 }
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_DIFFERENCES = 20  # of a verdict; the rest is counted
@@ -251,25 +251,26 @@ def print_scan(result: ScanResult, *, verbose: bool = False) -> None:
     console, rank = _stdout(), result.rank
     for weight in result.weights if verbose else ():
         figures = weight.at(rank)
+        energies = (figures.energy_min, figures.energy_max) if figures else (None, None)
         leak = figures.leak.get(weight.dtype) if figures else None
         console.print(
             f"{weight.module}  s {weight.s_max:.3g} to {weight.s_min:.3g}  condition {_condition(weight.condition)}"
             f"  stable rank {weight.stable_rank:.3g}  effective rank {weight.effective_rank:.3g}"
-            f"  energy {_share(figures and figures.energy_min)} / {_share(figures and figures.energy_max)}"
-            f"  leak {_share(leak)}"
+            f"  min {_share(energies[0])}  max {_share(energies[1])}  leak {_share(leak)}"
         )
     columns = [
         "module", "shape", "weights", "s_max", "condition", "stable", "effective", "min", "max", "leak", "init",
     ]  # fmt: skip
-    rows = []
+    rows, groups = [], result.groups()
     drawn = console.is_terminal and console.encoding.startswith("utf")
-    for group in result.groups():
+    lines = sparklines([group.curve for group in groups])
+    for group, line in zip(groups, lines, strict=True):
         rows.append(
             [
                 group.suffix, "{} x {}".format(*group.shape), str(group.count), f"{group.s_max:.3g}",
                 _condition(group.condition), f"{group.stable_rank:.3g}", f"{group.effective_rank:.3g}",
                 _share(group.energy_min), _share(group.energy_max), _share(group.leak),
-                "-" if group.init_s is None else duration(group.init_s), *([sparkline(group.curve)] * drawn),
+                "-" if group.init_s is None else duration(group.init_s), *([line] * drawn),
             ]
         )  # fmt: skip
     spare = ("init", "s_max", "effective", "stable", "weights", "shape")
@@ -292,12 +293,15 @@ def _share(value: float | None) -> str:
     return "-" if value is None else percent(value)
 
 
-def sparkline(curve: Sequence[float], width: int = 12) -> str:
-    """A spectrum as a row of blocks, by the logarithm; the values below 1e-6 of the largest are a space."""
-    largest = max(curve)
-    places = [round(place * (len(curve) - 1) / (width - 1)) for place in range(width)]
-    heights = [1 + math.log10(curve[place] / largest) / 6 if curve[place] > 0 else 0.0 for place in places]
-    return "".join(" " if height <= 0 else _BLOCKS[min(7, int(8 * height))] for height in heights)
+def sparklines(curves: Sequence[Sequence[float]], width: int = 12) -> list[str]:
+    """Spectra as rows of blocks, by the logarithm of s / s_max; all have one scale, of eight decades at most."""
+    lengths = [[math.log10(s / max(curve)) if s > 0 else -math.inf for s in curve] for curve in curves]
+    decades = min(8.0, max((-low for low in map(min, lengths) if math.isfinite(low)), default=1.0)) or 1.0
+    found = []
+    for logarithms in lengths:
+        picked = [logarithms[round(place * (len(logarithms) - 1) / (width - 1))] for place in range(width)]
+        found.append("".join(_BLOCKS[min(7, int(8 * max(0.0, 1 + value / decades)))] for value in picked))
+    return found
 
 
 def print_written(*paths: str | None) -> None:

@@ -21,6 +21,10 @@ from milora_init.report import duration, loading_lines, notes, percent, size, wa
 from milora_init.spectra import ScanResult
 from milora_init.untrusted import printable
 
+PICTURE = "milora_init.png"
+_PICTURE = f"""
+![Heat maps by layer and module: energy, leak, step-0 error, and time to solve]({PICTURE})
+"""
 _METHODS = {
     "milora": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
     "pissa": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
@@ -44,12 +48,13 @@ def card_data(manifest: Manifest) -> dict[str, Any]:
     return data
 
 
-def card_text(manifest: Manifest, repo: str) -> str:
+def card_text(manifest: Manifest, repo: str, *, picture: bool = False) -> str:
     """Return the Markdown of the card for a repository.
 
     Args:
         manifest: The manifest as it is published, see `hub.upload`.
         repo: Id of the repository.
+        picture: Show the file PICTURE, which lies beside the card.
     """
     inputs, source = manifest.inputs, manifest.source
     commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
@@ -92,7 +97,7 @@ dropout {_name(manifest.adapter["lora_dropout"])} for training.
 the base. *step-0 error*: the distance of base and component from the weight, relative to the weight. *certified*: a
 proven bound of the component's relative error. `milora_init.json` has the figures of every weight, and the SHA-256 of
 every file; `milora-init verify` reads them.
-
+{_PICTURE if picture else ""}
 {"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
 ## After training
 
@@ -267,8 +272,8 @@ def scan_summary(result: ScanResult) -> str:
         "",
         f"{len(result.weights)} weights, rank {rank}, scanned in {duration(result.elapsed_s)}.",
         "",
-        f"| module | shape | weights | s_max | condition | stable rank | effective rank | energy of the {rank} smallest "
-        f"| energy of the {rank} largest | leak (estimate) |",
+        "| module | shape | weights | s_max | condition | stable rank | effective rank "
+        f"| energy of the {rank} smallest | energy of the {rank} largest | leak (estimate) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in result.groups():

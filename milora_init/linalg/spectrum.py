@@ -67,7 +67,8 @@ def singular_values(W: Tensor, *, arithmetic: DeviceArithmetic | None = None) ->
                 s = torch.linalg.svdvals(X.to_float64())
         except LibraryFailure as failure:
             raise ValueError(f"no algorithm converges on it: {failure}") from failure
-    return s.cpu().sort(descending=True).values * math.ldexp(1.0, X.exponent)
+    ordered: Tensor = s.cpu().sort(descending=True).values
+    return ordered * math.ldexp(1.0, X.exponent)
 
 
 def stable_rank(s: Tensor) -> float:
@@ -115,7 +116,7 @@ def estimated_leaks(W: Tensor, component_norms: Sequence[float], seed: int) -> l
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(sample.shape, generator=generator, dtype=torch.float64)
     noise /= torch.linalg.vector_norm(noise)
-    found = []
+    found: list[dict[str, float | None]] = []
     for norm in component_norms:
         sampled_norm = norm * (sample.shape[0] / m) ** 0.5
         if not sampled_norm:

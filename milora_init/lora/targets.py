@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from milora_init.errors import PlanError
 from milora_init.model.adaptable import EXPERTS, Adaptable, ModelStructure
+from milora_init.options import measured_target
 from milora_init.untrusted import plain_names
 
 ALL_LINEAR = "all-linear"
@@ -61,6 +62,9 @@ def select(
         if target in measured:
             chosen |= set(measured[target])
             continue
+        if measured_target(target):
+            hint = "name modules here; `milora-init init` takes this target"
+            raise PlanError(f"target {target!r} chooses by a scan, and none was made", hint=hint)
         if target == ALL_LINEAR:
             hits = {name for name in structure.adaptable.keys() - structure.heads if not _tower(structure, name)}
             if not hits:

@@ -51,7 +51,9 @@ class Metric(Generic[Weight]):
         values = [value for weight in weights if (value := self.of(weight)) is not None and not math.isnan(value)]
         if not values:
             return None
-        return {"mean": statistics.fmean, "max": max, "min": min, "sum": math.fsum}[self.combine](values)
+        if self.combine == "mean":
+            return statistics.fmean(values)
+        return sum(values) if self.combine == "sum" else max(values) if self.combine == "max" else min(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,9 @@ class Grid(Generic[Weight]):
         """A colour for each cell that has the figure: 0 for the smallest, levels - 1 for the largest."""
         figures = {place: found for place, cell in self.cells.items() if (found := metric.figure(cell)) is not None}
         low, high = extent(list(figures.values()), metric.scale)
-        return {place: round(_position(value, low, high, metric.scale) * (levels - 1)) for place, value in figures.items()}
+        return {
+            place: round(_position(value, low, high, metric.scale) * (levels - 1)) for place, value in figures.items()
+        }
 
 
 def extent(values: Sequence[float], scale: Literal["log", "linear"]) -> tuple[float, float]:

@@ -37,12 +37,13 @@ def scan_metrics(rank: int) -> list[Metric[WeightSpectrum]]:
         return None if figures is None else figures.leak.get(weight.dtype)
 
     return [
-        Metric("energy-min", f"energy, {rank} smallest", f"Share of the {rank} smallest singular triplets in the weight's "
-               "squared norm: what MiLoRA would adapt.", lambda w: at(w, "energy_min"), percent),
-        Metric("energy-max", f"energy, {rank} largest", f"Share of the {rank} largest singular triplets in the weight's "
-               "squared norm: what PiSSA would adapt.", lambda w: at(w, "energy_max"), percent, scale="linear"),
-        Metric("leak", "leak", f"Estimate of the part of the {rank} smallest triplets that rounding to the weight's dtype "
-               "would leave in the base.", leak, percent, "max"),
+        Metric("energy-min", f"energy, {rank} smallest", f"Share of the {rank} smallest singular triplets in the "
+               "weight's squared norm: what MiLoRA would adapt.", lambda w: at(w, "energy_min"), percent),
+        Metric("energy-max", f"energy, {rank} largest", f"Share of the {rank} largest singular triplets in the "
+               "weight's squared norm: what PiSSA would adapt.", lambda w: at(w, "energy_max"), percent,
+               scale="linear"),
+        Metric("leak", "leak", f"Estimate of the part of the {rank} smallest triplets that rounding to the weight's "
+               "dtype would leave in the base.", leak, percent, "max"),
         Metric("condition", "condition", "Largest singular value over the smallest.", lambda w: w.kappa, number, "max"),
         Metric("s-max", "s_max", "Largest singular value.", lambda w: w.s_max, number, "max"),
         Metric("stable-rank", "stable rank", "Squared Frobenius norm over the squared largest singular value.",
@@ -76,6 +77,8 @@ def report_metrics(manifest: Manifest) -> list[Metric[WeightRecord]]:
         Metric("time", "time", "Seconds for solving.", lambda w: w.elapsed_s, seconds, "sum"),
     ]  # fmt: skip
     if manifest.method.mode == "min":
-        of_weight = Metric("condition", "condition", "Largest singular value over the smallest.", condition, number, "max")
+        of_weight = Metric(
+            "condition", "condition", "Largest singular value over the smallest.", condition, number, "max"
+        )
         found.insert(3, of_weight)
     return found

@@ -86,7 +86,7 @@ def report_page(manifest: Manifest) -> str:
         "fingerprint": manifest.fingerprint[:12],
     }
     explained = (
-        "For each layer, from left to right: the upper line is the largest singular value of the weight, the band below "
+        "For each layer, from left to right: the upper line is the largest singular value of the weight, the bar below "
         "reaches from the largest to the smallest one of the component. The axis is logarithmic."
     )
     metrics = report_metrics(manifest)
@@ -108,9 +108,15 @@ def _page(
     )
     style += ".none { fill: var(--none); }\n#maps figure { display: none; }\n"
     # Which map is shown needs no script.
-    style += ", ".join(f"#maps:has(#m-{key}:checked) #map-{key}" for key in (metric.key for metric in metrics)) + " { display: block; }\n"
+    style += (
+        ", ".join(f"#maps:has(#m-{key}:checked) #map-{key}" for key in (metric.key for metric in metrics))
+        + " { display: block; }\n"
+    )
     script = _resource("page.js")
-    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
+        "form-action 'none'"
+    )
     described = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
     shown = "".join(f"<li>{_text(remark)}</li>" for remark in remarks[:_MOST_REMARKS])
     return f"""<!DOCTYPE html>
@@ -193,7 +199,9 @@ def _charts(title: str, explained: str, charts: Sequence[_Chart]) -> str:
 def _spectra(grid: Grid[WeightSpectrum], rank: int) -> list[_Chart]:
     charts = []
     for row, kind in enumerate(grid.kinds):
-        cells = _thinned([(column, grid.cells[place]) for place in sorted(grid.cells) for r, column in [place] if r == row])
+        cells = _thinned(
+            [(column, grid.cells[place]) for place in sorted(grid.cells) for r, column in [place] if r == row]
+        )
         lines = []
         for column, weights in cells:
             curve = mean_curve([weight.curve for weight in weights])
@@ -269,7 +277,7 @@ def _chart(chart: _Chart) -> str:
 
 
 def _ticks(bottom: float, top: float) -> list[float]:
-    """Values to mark on an axis from 10^bottom to 10^top: powers of ten, or where there are too few, 1, 2, 5 times one."""
+    """Values to mark on an axis from 10^bottom to 10^top: powers of ten, or where those are few, 1, 2 and 5 times."""
     first, last = math.ceil(bottom), math.floor(top)
     if last - first >= 1:
         return [10.0**decade for decade in range(first, last + 1, max(1, -(-(last - first) // 6)))]
@@ -288,7 +296,10 @@ def _table(grid: Grid[Any], metrics: Sequence[Metric[Any]]) -> str:
         weights = grid.cells[row, column]
         shapes = {weight.shape for weight in weights}
         shape = " x ".join(map(str, weights[0].shape)) if len(shapes) == 1 else "various"
-        cells = [f'<td data-v="{column}">{grid.columns[column]}</td>', f'<td data-v="{len(weights)}">{len(weights)}</td>']
+        cells = [
+            f'<td data-v="{column}">{grid.columns[column]}</td>',
+            f'<td data-v="{len(weights)}">{len(weights)}</td>',
+        ]
         cells.append(f'<td data-v="{math.prod(weights[0].shape)}">{shape}</td>')
         for metric in metrics:
             value = metric.figure(weights)
@@ -301,7 +312,7 @@ def _table(grid: Grid[Any], metrics: Sequence[Metric[Any]]) -> str:
     return (
         '<section><h2>Table</h2><div class="scroll" tabindex="0" role="region" aria-label="table, scrolls sideways">'
         "<table><caption>Every layer and module. Experts of a layer share a row. Click a heading to sort.</caption>"
-        f'<thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 

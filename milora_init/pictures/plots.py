@@ -79,8 +79,7 @@ def heat_maps(figure: Any, grid: Grid[Any], metrics: Sequence[Metric[Any]]) -> N
     """Draw a heat map of layers and modules for each metric, one below the other, into a figure or subfigure."""
     from matplotlib.colors import ListedColormap, LogNorm, Normalize
 
-    colors = ListedColormap(PALETTE)
-    colors.set_bad("0.9")
+    colors = ListedColormap(PALETTE).with_extremes(bad="0.9")
     for axes, metric in zip(figure.subplots(len(metrics), 1, squeeze=False).flat, metrics, strict=True):
         values = [[math.nan] * len(grid.columns) for _ in grid.kinds]
         for (row, column), weights in grid.cells.items():
@@ -112,7 +111,9 @@ def _spectra(figure: Any, grid: Grid[Any], rows: Sequence[int], lines: int) -> N
             if of_row == row:
                 curve = [value or math.nan for value in mean_curve([weight.curve for weight in weights])]
                 level = round(column / max(1, len(grid.columns) - 1) * (len(PALETTE) - 2))
-                axes.plot([place / (len(curve) - 1) for place in range(len(curve))], curve, color=PALETTE[level], lw=0.8)
+                axes.plot(
+                    [place / (len(curve) - 1) for place in range(len(curve))], curve, color=PALETTE[level], lw=0.8
+                )
         axes.set_yscale("log")
         axes.set_xticks([0, 1], ["largest", "smallest"], fontsize=7)
         axes.tick_params(axis="y", labelsize=7)
