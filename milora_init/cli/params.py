@@ -46,7 +46,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more: each
 # Spellings that are accepted and not shown. None: the value is an argument without an option.
 _OTHER_SPELLINGS: Mapping[str, Mapping[str, str | None]] = {
     "init": {"--config": "--recipe", **{f"--{old.replace('_', '-')}": f"--{new}" for old, new in SYNONYMS.items()}},
-    "scan": {"--targets": "--target", "--ranks": "--rank"},
+    "scan": {"--model": None, "--targets": "--target", "--ranks": "--rank"},
     "verify": {"--against": "--model"},
     "merge": {"--against": "--model"},
     "convert": {"--base": "--model", "--trained": "--adapter", "--init": None},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-extensions",
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )  # fmt: skip
+_PATIENCE_S = 60  # of a loaded machine
 NAMES = [*pages.LLAMA_405B[:60], f"model.layers.3.{pages.HOSTILE}"]
 
 # Functions of the page, for `Browser.evaluate`.
@@ -58,8 +60,7 @@ class Browser:
         )
         os.close(to_read)
         os.close(to_write)
-        self._from, self._to = os.fdopen(self._read, "rb"), os.fdopen(self._write, "wb", buffering=0)
-        self._number, self._session = 0, ""
+        self._number, self._session, self._received = 0, "", b""
         self.said: list[str] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -69,8 +70,8 @@ class Browser:
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(10)
-        self._to.close()
-        self._from.close()
+        os.close(self._read)
+        os.close(self._write)
         self._profile.cleanup()
 
     def open(self, page: Path, width: int, scheme: str = "light") -> None:
@@ -101,7 +102,7 @@ class Browser:
         request = {"id": self._number, "method": method, "params": parameters}
         if self._session:
             request["sessionId"] = self._session
-        self._to.write(json.dumps(request).encode() + b"\0")
+        os.write(self._write, json.dumps(request).encode() + b"\0")
         while (answer := self._message()).get("id") != self._number:
             pass
         assert "error" not in answer, answer
@@ -109,10 +110,12 @@ class Browser:
         return result
 
     def _message(self) -> dict[str, Any]:
-        text = bytearray()
-        while (byte := self._from.read(1)) != b"\0":
-            assert byte, "chromium ended"
-            text += byte
+        while b"\0" not in self._received:
+            assert select.select([self._read], [], [], _PATIENCE_S)[0], "chromium says nothing"
+            received = os.read(self._read, 1 << 20)
+            assert received, "chromium ended"
+            self._received += received
+        text, _, self._received = self._received.partition(b"\0")
         message: dict[str, Any] = json.loads(text)
         if message.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
             self.said.append(json.dumps(message["params"]))
