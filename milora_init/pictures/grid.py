@@ -16,7 +16,7 @@ from typing import Generic, Literal, TypeVar
 
 from milora_init.untrusted import printable
 
-MOST_KINDS, MOST_COLUMNS = 32, 128
+MOST_KINDS, MOST_COLUMNS = 24, 128
 _OTHERS = "(others)"
 _NO_LAYER = "-"
 _MOST_CHARACTERS = 60

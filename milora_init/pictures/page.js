@@ -4,7 +4,7 @@ for (const map of document.querySelectorAll(".map svg")) {
   const names = map.closest(".map").querySelectorAll("li");
   const show = (event) => {
     const cell = event.target.closest("rect");
-    if (cell) said.textContent = names[cell.getAttribute("y") / 20].textContent + ", " + cell.textContent;
+    if (cell) said.textContent = names[cell.y.baseVal.value / 20].textContent + ", " + cell.textContent;
   };
   map.addEventListener("pointerover", show);
   map.addEventListener("click", show);

@@ -30,7 +30,7 @@ from milora_init.untrusted import printable
 _CELL = 20  # pixels
 _LEVELS = len(PALETTE)
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 190, 44, 24  # of a chart
-_MOST_LINES = 64  # in a chart
+_MOST_LINES = 32  # in a chart
 _MOST_REMARKS = 100
 
 
@@ -168,7 +168,7 @@ def _heat_map(grid: Grid[Any], metric: Metric[Any], rows: str) -> str:
             figures.append(value)
         color = f"c{levels[row, column]}" if (row, column) in levels else "none"
         cells.append(
-            f'<rect class="{color}" x="{column * _CELL}" y="{row * _CELL}" width="19" height="19">'
+            f'<rect class="{color}" x="{column * _CELL}" y="{row * _CELL}">'
             f"<title>layer {grid.columns[column]}: {shown}</title></rect>"
         )
     height, width = len(grid.kinds) * _CELL, len(grid.columns) * _CELL

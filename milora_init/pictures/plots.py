@@ -18,7 +18,7 @@ from milora_init.pictures.style import GENERATOR, PALETTE
 from milora_init.spectra import ScanResult, mean_curve
 
 _MOST_PANELS = 12  # of spectra
-_DPI = 130
+_DPI = 100
 
 
 def has_matplotlib() -> bool:

@@ -64,8 +64,14 @@ BOTH = {
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("report", pages.LLAMA_405B), ("scan", pages.LLAMA_405B), ("report", pages.EXPERTS), ("scan", pages.SHUFFLED)],
-    ids=["405b-report", "405b-scan", "moe-report", "shuffled-scan"],
+    [
+        ("report", pages.LLAMA_405B),
+        ("scan", pages.LLAMA_405B),
+        ("report", pages.EXPERTS),
+        ("report", pages.SHUFFLED),
+        ("scan", pages.FULL),
+    ],
+    ids=["405b-report", "405b-scan", "moe-report", "shuffled-report", "full-scan"],
 )
 def test_the_page_of_a_large_model_is_small_and_has_a_row_for_each_layer_and_module(
     kind: str, names: Sequence[str]

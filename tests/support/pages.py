@@ -22,6 +22,7 @@ EXPERTS = [
     for expert in range(256)
     for kind in ("gate_proj", "up_proj", "down_proj")
 ]
+FULL = [f"model.layers.{layer}.kind_{kind}.{'name_' * 20}" for layer in range(300) for kind in range(60)]
 SHUFFLED = [f"block{number}.unit{number * 7919 % 50021}.{'long_name_' * 40}{number}" for number in range(45_000)]
 
 
