@@ -60,7 +60,7 @@ def select(
     names = {*structure.modules, *structure.adaptable, *structure.experts, *structure.refused}
     for target in targets:
         if target in measured:
-            chosen |= set(measured[target])
+            selected |= set(measured[target])
             continue
         if measured_target(target):
             hint = "name modules here; `milora-init init` takes this target"

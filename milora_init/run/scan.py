@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from array import array
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -31,7 +32,7 @@ from milora_init.plan.output_files import ShardJob
 from milora_init.plan.plan import Plan, make_plan
 from milora_init.plan.weights import WeightPlan
 from milora_init.run.devices import multiply_rate, resolve_devices
-from milora_init.run.pool import DeviceLock, SolverPool, one_ahead, weights_at_once
+from milora_init.run.pool import DeviceLock, SolverPool, weights_at_once
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress
 from milora_init.run.weight import gpu_errors, read_weight
@@ -95,23 +96,32 @@ def scan(
         devices, threads = devices * count, 1 if count > 1 else threads
     wanted = tuple(sorted(set(ranks)))
     found: dict[str, WeightSpectrum] = {}
+    finished = 0
     progress.begin(plan, [])
     progress.scanning()
+
+    def finish(job: ShardJob, results: Sequence[Future[WeightSpectrum]]) -> None:
+        nonlocal finished
+        found.update({result.module: result for result in (future.result() for future in results)})
+        if stamp(job.source) != job.stamp:
+            hint = "wait until nobody writes to it, and run again"
+            raise CheckpointError(f"{job.source} changed during the scan", hint=hint)
+        finished += 1
+        progress.scanned(job.source.name, len(results), finished, len(plan.jobs), time.monotonic() - started)
+
     with (
         SolverPool(devices, threads_per_device=threads, progress=progress) as pool,
         _prefetcher(plan, progress) as prefetcher,
     ):
-
-        def submit(job: ShardJob) -> tuple[ShardJob, list[Future[WeightSpectrum]]]:
-            job = prefetcher.take(job)
-            return job, [pool.submit(_run, task) for task in _jobs(job, wanted, spectrum, rate)]
-
-        for number, (job, results) in enumerate(one_ahead(map(submit, plan.jobs)), start=1):
-            found |= {result.module: result for result in (future.result() for future in results)}
-            if stamp(job.source) != job.stamp:
-                hint = "wait until nobody writes to it, and run again"
-                raise CheckpointError(f"{job.source} changed during the scan", hint=hint)
-            progress.scanned(job.source.name, len(results), number, len(plan.jobs), time.monotonic() - started)
+        # A job is a small value: all of them may wait in the pool, and a file that is slow keeps no device waiting.
+        begun: deque[tuple[ShardJob, list[Future[WeightSpectrum]]]] = deque()
+        for planned in plan.jobs:
+            job = prefetcher.take(planned).result()
+            begun.append((job, [pool.submit(_run, task) for task in _jobs(job, wanted, spectrum, rate)]))
+            while begun and all(future.done() for future in begun[0][1]):
+                finish(*begun.popleft())
+        while begun:
+            finish(*begun.popleft())
     return ScanResult(
         model=options.model,
         revision=remote.commit if remote else None,
