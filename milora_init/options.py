@@ -168,6 +168,9 @@ class InitOptions:
         for name in (*(self.target or ()), *self.exclude):
             _require(isinstance(name, str) and bool(name), f"target {_short(name)} is not a module name")
             _require(measured_target(name) is None or name not in self.exclude, f"exclude {name} is not a module name")
+        measured = next((name for name in self.target or () if measured_target(name)), None)
+        why = f"target {measured} is chosen by a scan of the whole model, which low_disk does not keep"
+        _require(not (measured and self.low_disk), why, "drop --low-disk, or name the modules")
         for option in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, option)
             ok = isinstance(pattern, Mapping) and all(

@@ -11,6 +11,7 @@ from support import matrices
 from torch import Tensor
 
 from milora_init.linalg import spectrum
+from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 from milora_init.linalg.spectrum import effective_rank, energy, estimated_leaks, gap, singular_values, stable_rank
 from milora_init.linalg.split import split
 from milora_init.linalg.svd import krylov_triplets
@@ -25,9 +26,9 @@ def truth(W: Tensor) -> Tensor:
     return s
 
 
-def check_values(W: Tensor) -> Tensor:
+def check_values(W: Tensor, arithmetic: DeviceArithmetic | None = None) -> Tensor:
     """The values are those of svdvals, to RELATIVE and to the resolution of a backward stable float64 SVD."""
-    s, expected = singular_values(W), truth(W)
+    s, expected = singular_values(W, arithmetic=arithmetic), truth(W)
     assert s.dtype == torch.float64
     assert s.shape == expected.shape
     assert bool((s.diff() <= 0).all())
@@ -42,8 +43,11 @@ def test_the_values_of_hard_spectra_are_those_of_a_float64_svd(name: str, shape:
     check_values(HARD[name](*shape))
 
 
-@pytest.mark.parametrize("decades", [3, 4, 5, 6, 7])
-def test_a_few_tiny_values_come_from_a_krylov_space(decades: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arithmetic", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("decades", [3, 4, 6, 7])
+def test_a_few_tiny_values_come_from_a_krylov_space(
+    decades: int, arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """q is large enough for a Krylov space. The small end is computed again whatever its depth."""
     q = 520
     s = torch.linspace(1.0, 0.2, q, dtype=torch.float64)
@@ -56,7 +60,7 @@ def test_a_few_tiny_values_come_from_a_krylov_space(decades: int, monkeypatch: p
         return krylov_triplets(*args)
 
     monkeypatch.setattr(spectrum, "krylov_triplets", counted)
-    check_values(W)
+    check_values(W, arithmetic)
     assert bool(called) == (decades > 3)
 
 

@@ -203,6 +203,13 @@ def test_a_share_that_is_none_is_refused(target: str) -> None:
         InitOptions(model="m", out="o", target=(target,))
 
 
+def test_a_measured_target_needs_the_whole_model_on_the_disk() -> None:
+    with pytest.raises(UsageError, match="which low_disk does not keep"):
+        InitOptions(model="m", out="o", target=("kappa:0.2",), low_disk=True)
+    with pytest.raises(UsageError, match=r"exclude kappa:0\.2 is not a module name"):
+        InitOptions(model="m", out="o", exclude=("kappa:0.2",))
+
+
 def test_energy_needs_an_end_of_the_spectrum_and_a_scan_no_measured_target(checkpoint: Built) -> None:
     source = checkpoint("llama")
     options = InitOptions(model=str(source), out="o", mode="mid", target=("energy:0.5",), device=("cpu",))
