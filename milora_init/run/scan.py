@@ -179,11 +179,13 @@ def _prefetcher(plan: Plan, progress: Progress) -> Prefetcher:
 
         require_cache_space(dataclasses.replace(remote, absent=plan.absent), plan.source)
 
-    def fetch(name: str) -> Path:
-        progress.fetching(name, plan.checkpoint.headers[name].file_bytes)
-        return fetch_file(plan.options, remote, name, None)
+    headers = plan.checkpoint.headers
 
-    return Prefetcher(plan.jobs, plan.checkpoint.headers, fetch)
+    def fetch(job: ShardJob) -> Path:
+        progress.fetching(job.source.name, headers[job.source.name].file_bytes)
+        return fetch_file(plan.options, remote, job.source.name, None)
+
+    return Prefetcher(plan.jobs, {name: (header.raw,) for name, header in headers.items()}, fetch)
 
 
 def _jobs(job: ShardJob, ranks: tuple[int, ...], keep_all: bool, rate: float) -> Iterator[_Job]:
