@@ -152,6 +152,21 @@ def merge(  # noqa: PLR0913  the options of the command
     return _compared(merged, folder.path, original, plan.manifest)
 
 
+def plan_of(
+    pair: str, adapter: str, *, model: str | None = None, cache_dir: str | None = None, token: str | None = None
+) -> tuple[MergePlan, Path]:
+    """The merge of a trained adapter, planned and not done, and the folder of the pair. Raises as `merge`."""
+    located = locate_pair(pair, cache_dir=cache_dir, token=token)
+    trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
+    manifest = require_pair(located, pair)
+    original = None
+    if not manifest.method.writes_base:
+        name = model or str(manifest.source["model"])
+        asked = InitOptions(model=name, out=pair, cache_dir=cache_dir, token=token)
+        original = _open_original(manifest, asked)
+    return plan_merge(located, trained, given=pair, original=original), located
+
+
 def _checked_dtype(dtype: str) -> str:
     """The dtype. Raises UsageError for one that is not known."""
     if dtype not in DTYPES:
