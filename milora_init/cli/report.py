@@ -7,13 +7,15 @@ from typing import Annotated
 import typer
 
 from milora_init.cli import output
-from milora_init.cli.params import CacheDir, Json, Pair, Quiet, Token, Verbose
+from milora_init.cli.params import CacheDir, Html, Json, Pair, Plot, Quiet, Token, Verbose
 from milora_init.errors import UsageError
 
 
 def report(
     pair: Pair,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a CI step.")] = False,
+    html: Html = None,
+    plot: Plot = None,
     cache_dir: CacheDir = None,
     token: Token = None,
     as_json: Json = False,
@@ -24,9 +26,11 @@ def report(
 
     With --json, `weights` has the record of every weight.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     milora-init report ./svd_init
+
+    milora-init report ./svd_init --html report.html
     """
     output.require_one_of_quiet_and_verbose(quiet, verbose)
     if as_json and as_markdown:
@@ -34,11 +38,22 @@ def report(
     output.hide_bars_of_the_hub()
     from dataclasses import replace
 
+    from milora_init.pictures.files import prepared
+
+    write_html, write_plot = prepared(html, "--html"), prepared(plot, "--plot")
     from milora_init.hub.pair import locate_pair
     from milora_init.records import require_pair
 
     folder = locate_pair(pair, only="record", cache_dir=cache_dir, token=token)
     manifest = replace(require_pair(folder, pair), out=pair)  # the folder may have been moved since
+    if write_html:
+        from milora_init.pictures.page import report_page
+
+        write_html(report_page(manifest).encode())
+    if write_plot:
+        from milora_init.pictures.plots import report_plot
+
+        write_plot(report_plot(manifest))
     if as_json:
         from milora_init.report import report_json
 
@@ -49,3 +64,4 @@ def report(
         output.print_markdown(step_summary(manifest))
     elif not quiet:
         output.print_summary(manifest, elapsed_s=manifest.elapsed_s, verbose=verbose)
+        output.print_written(html, plot)

@@ -18,8 +18,13 @@ from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES, T
 from milora_init.manifest import Manifest
 from milora_init.records import CONVERTED, MERGED, ORIGINAL_MODEL, ConvertResult, MergeResult
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
+from milora_init.spectra import ScanResult
 from milora_init.untrusted import printable
 
+PICTURE = "milora_init.png"
+_PICTURE = f"""
+![Heat maps by layer and module: energy, leak, step-0 error, and time to solve]({PICTURE})
+"""
 _METHODS = {
     "milora": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
     "pissa": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
@@ -62,12 +67,13 @@ def card_data(manifest: Manifest) -> dict[str, Any]:
     return data
 
 
-def card_text(manifest: Manifest, repo: str) -> str:
+def card_text(manifest: Manifest, repo: str, *, picture: bool = False) -> str:
     """Return the Markdown of the card for a repository.
 
     Args:
         manifest: The manifest as it is published, see `hub.upload`.
         repo: Id of the repository.
+        picture: Show the file PICTURE, which lies beside the card.
     """
     source = manifest.source
     commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
@@ -105,7 +111,7 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 the base. *step-0 error*: the distance of base and component from the weight, relative to the weight. *certified*: a
 proven bound of the component's relative error. `milora_init.json` has the figures of every weight, and the SHA-256 of
 every file; `milora-init verify` reads them.
-
+{_PICTURE if picture else ""}
 {"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
 ## After training
 
@@ -352,6 +358,29 @@ Fingerprint {_code(manifest.fingerprint[:12])}.
 {loading_lines(manifest)}
 ```
 """
+
+
+def scan_summary(result: ScanResult) -> str:
+    """Return the Markdown of a scan: a table with a row for each group of weights."""
+    rank = result.rank
+    lines = [
+        f"### Singular spectra of {_code(result.model)}",
+        "",
+        f"{len(result.weights)} weights, rank {rank}, scanned in {duration(result.elapsed_s)}.",
+        "",
+        "| module | shape | weights | s_max | condition | stable rank | effective rank "
+        f"| energy of the {rank} smallest | energy of the {rank} largest | leak (estimate) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in result.groups():
+        shares = ["" if v is None else percent(v) for v in (group.energy_min, group.energy_max, group.leak)]
+        condition = "infinite" if group.condition is None else f"{group.condition:.2g}"
+        lines.append(
+            f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.s_max:.3g} "
+            f"| {condition} | {group.stable_rank:.3g} | {group.effective_rank:.3g} | {' | '.join(shares)} |"
+        )
+    lines += ["", *(f"- {_escape(note)}" for note in result.notes)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _weight_table(manifest: Manifest) -> str:
