@@ -173,19 +173,18 @@ def _memory_bytes(w: WeightPlan) -> int:
 
 def _prefetcher(plan: Plan, progress: Progress) -> Prefetcher:
     """Downloads the files that are still on the Hub into its cache."""
-    remote = plan.checkpoint.remote
+    remote, headers = plan.checkpoint.remote, plan.checkpoint.headers
     if remote and plan.absent:
         from milora_init.hub.download import require_cache_space
 
         require_cache_space(dataclasses.replace(remote, absent=plan.absent), plan.source)
 
-    headers = plan.checkpoint.headers
-
     def fetch(job: ShardJob) -> Path:
-        progress.fetching(job.source.name, headers[job.source.name].file_bytes)
-        return fetch_file(plan.options, remote, job.source.name, None)
+        name = job.source.name
+        progress.fetching(name, headers[name].file_bytes)
+        return fetch_file(plan.options, remote, name, None)
 
-    return Prefetcher(plan.jobs, {name: (header.raw,) for name, header in headers.items()}, fetch)
+    return Prefetcher(plan.jobs, {name: [header.raw] for name, header in headers.items()}, fetch)
 
 
 def _jobs(job: ShardJob, ranks: tuple[int, ...], keep_all: bool, rate: float) -> Iterator[_Job]:
