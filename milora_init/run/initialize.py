@@ -82,7 +82,7 @@ def carry_out(
     from milora_init.hub.upload import Repository
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.prepare(fingerprint=plan.fingerprint, overwrite=overwrite_repository)
+    repository.prepare(MANIFEST, options.model if plan.checkpoint.remote else "", overwrite=overwrite_repository)
     if not options.low_disk:
         manifest, status = run_plan(plan, progress=progress)
         if progress:
