@@ -88,8 +88,8 @@ def warnings(manifest: Manifest) -> list[str]:
     affected = [weight for weight in manifest.weights if weight.untrainable]
     if affected:
         found.append(
-            f"{sum(w.untrainable for w in affected)} directions in {len(affected)} weights have a singular value near "
-            f"zero and get almost no gradient; the first of these weights is {affected[0].module}"
+            f"{_count(sum(w.untrainable for w in affected), 'direction')} of {_count(len(affected), 'weight')}, of "
+            f"{affected[0].module} first, with a singular value near zero: there is almost no gradient there"
         )
     return found
 
@@ -109,6 +109,10 @@ def notes(manifest: Manifest) -> list[str]:
         f"computes the original's function within {percent(error)} a weight"
         + (f"; smaller with {' or '.join(others)}" if others else "")
     ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _and_more(weights: list[WeightRecord]) -> str:
