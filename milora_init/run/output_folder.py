@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
+from milora_init.checkpoint.side_files import would_be_loaded
 from milora_init.checkpoint.writer import partial_of, sync_folder, writing
 from milora_init.errors import OutputError
 from milora_init.manifest import WORK_FOLDER, WeightRecord
@@ -363,7 +363,7 @@ class OutputFolder(Generic[Record]):
         for path in sorted(self.path.iterdir()):
             if path.name in ours:
                 continue
-            if path.name in planned or (path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES):
+            if path.name in planned or (path.is_file() and would_be_loaded(path.name)):
                 raise OutputError(
                     f"{self.path} already holds {path.name}, which is not an output of milora-init",
                     hint="choose another --out, or move it away",
