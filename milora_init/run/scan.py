@@ -179,11 +179,14 @@ def _prefetcher(plan: Plan, progress: Progress) -> Prefetcher:
 
         require_cache_space(dataclasses.replace(remote, absent=plan.absent), plan.source)
 
-    def fetch(name: str) -> Path:
-        progress.fetching(name, plan.checkpoint.headers[name].file_bytes)
+    headers = plan.checkpoint.headers
+
+    def fetch(job: ShardJob) -> Path:
+        name = job.source.name
+        progress.fetching(name, headers[name].file_bytes)
         return fetch_file(plan.options, remote, name, None)
 
-    return Prefetcher(plan.jobs, plan.checkpoint.headers, fetch)
+    return Prefetcher(plan.jobs, {name: [header.raw] for name, header in headers.items()}, fetch)
 
 
 def _jobs(job: ShardJob, ranks: tuple[int, ...], keep_all: bool, rate: float) -> Iterator[_Job]:
