@@ -212,6 +212,9 @@ def merge(  # noqa: PLR0913
     *,
     adapter: StrPath | None = None,
     model: StrPath | None = None,
+    dtype: str = "auto",
+    shard_size: str | None = None,
+    tokenizer: StrPath | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     cache_dir: StrPath | None = None,
@@ -225,6 +228,10 @@ def merge(  # noqa: PLR0913
         out: The folder to write. If the same merge was finished there before, nothing is done.
         adapter: The trained adapter; None for the initial one of the pair, which gives the original model again.
         model: The original model: count the merged entries that have its bits.
+        dtype: Of the merged model: `auto` for that of the original, `float32`, `bfloat16` or `float16`.
+        shard_size: The most bytes of a file, such as `5GB`; None for the files of the base.
+        tokenizer: The folder of the tokenizer to write. None is that of the base; if the vocabulary was resized, the
+            one in the adapter's folder, if there is one.
         overwrite: Replace an earlier merge in `out`.
         revision: Branch, tag or commit of `model`.
         cache_dir, token: As in huggingface_hub.
@@ -243,7 +250,8 @@ def merge(  # noqa: PLR0913
 
     with by_files("merging", quiet=not progress) as receiver:
         return merge_pair(
-            os.fspath(pair), os.fspath(out), adapter=_text(adapter), model=_text(model), overwrite=overwrite,
+            os.fspath(pair), os.fspath(out), adapter=_text(adapter), model=_text(model), dtype=dtype,
+            shard_size=shard_size, tokenizer=_text(tokenizer), overwrite=overwrite,
             revision=revision, cache_dir=_text(cache_dir), token=token, progress=receiver,
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ from milora_init.report import duration, loading_lines, notes, percent, size, wa
 from milora_init.untrusted import printable
 
 if TYPE_CHECKING:
+    from milora_init.export.movement import MovedGroup
     from milora_init.hub.upload import Published
     from milora_init.manifest import Manifest
     from milora_init.plan.plan import Plan
@@ -197,7 +198,9 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
         console.print(f"{name}  {size(size_bytes)}")
     total = size(sum(merged.files.values()))
     end = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
-    console.print(f"{merged.out}: {merged.modules} modules merged, {total}, {end}")
+    beside = f" and {len(merged.retrained)} retrained tensors" if merged.retrained else ""
+    console.print(f"{merged.out}: {merged.modules} modules{beside} merged, {total}, {end}")
+    print_warnings(merged.notices)
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
         console.print(f"{part} are equal to the original's, bit for bit")
@@ -223,6 +226,30 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     console.print(f"load it on {converted.model}, not on the residual base")
     if converted.serve:
         console.print(f"serve it with: {converted.serve}")
+
+
+def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str) -> None:
+    """Print what a training did to the weights: a row for each kind of module."""
+    console = _stdout()
+    columns = ("module", "weights", "moved", "smallest", "between", "largest", "intruders")
+    rows = [
+        (
+            group.suffix,
+            str(group.count),
+            percent(group.relative),
+            *(percent(share) for share in (group.minor, group.middle, group.principal)),
+            f"{group.intruders} of {group.vectors}",
+        )
+        for group in groups
+    ]
+    _print_table(console, columns, rows, spare=("weights", "between"))
+    legend = (
+        "moved: norm of the update, relative to the weight. smallest, between, largest: share of the update's squared "
+        "norm in these directions of the original weight, as many at either end as the rank. intruders: largest "
+        "directions of the trained weight that are similar to none of the original."
+    )
+    console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
+    console.print(f"{adapter}: trained on {pair}")
 
 
 def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool = False) -> None:

@@ -6,6 +6,7 @@ escaped or written as code: they cannot become links, images or HTML.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -51,6 +52,7 @@ _CITATION = """```bibtex
 """
 _PLAIN_NAME = re.compile(r"(?!www\.)[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _MARKUP = re.compile(r"[\\*<>\[\]|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_MOST_NAMES = 8  # of tensors in a sentence
 _MAX_SUMMARY_BYTES = 1 << 20  # GitHub's limit for the summary of one step
 
 
@@ -240,7 +242,7 @@ def merged_card(record: MergeResult, config: Mapping[str, Any], repo: str) -> st
 
 {what}
 
-It is a plain model, in the dtype of the original. It needs neither PEFT nor an adapter.
+It is a plain model. It needs neither PEFT nor an adapter.
 
 ## Load it
 
@@ -253,10 +255,21 @@ model = {cls}.from_pretrained({_quoted(repo)}, dtype="auto"{trusted})
 ## How it was made
 
 `milora-init merge` {_name(record.inputs.get("merge", ""))}, from {_inputs(record)}: \
-W' = round({added_to} + scale * B A) in {record.modules} weights. All other tensors are the original's, byte for byte.
+W' = round({added_to} + scale * B A) in {record.modules} weights. {_other_tensors(record)}
 
 `{MERGED}` has the SHA-256 of every file; `milora-init verify` reads them.
 """
+
+
+def _other_tensors(record: MergeResult) -> str:
+    """A sentence on the tensors without merged factors."""
+    names = [_code(name) for name in record.retrained]
+    retrained = (
+        f"Retrained: {', '.join(names[:_MOST_NAMES])}{' and more' * (len(names) > _MOST_NAMES)}. " if names else ""
+    )
+    dtype = record.inputs.get("dtype")
+    rest = f"cast to {_code(dtype)}" if dtype else "the original's, byte for byte"
+    return f"{retrained}All other tensors are {rest}."
 
 
 def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) -> str:
@@ -272,14 +285,7 @@ def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) 
     how = "the adapter was trained on a residual base, and residual + s B A = W + s [B, -B0] [A; A0]."
     if record.inputs.get("base") == ORIGINAL_MODEL:
         how = "the adapter was trained on the original model, and copied" + (", cut to a rank." if record.cut else ".")
-    return f"""
-# {_escape(repo.rpartition("/")[2])}
-
-A LoRA adapter for {name}: {rank} in {len(record.modules)} modules.{lost}
-
-It is a plain LoRA of the original model. Do not load it on a residual base.
-
-## Load it
+    load = f"""## Load it
 
 ```python
 from peft import PeftModel
@@ -287,8 +293,22 @@ from transformers import {cls}
 
 base = {cls}.from_pretrained({_quoted(record.model)}, dtype="auto"{of_commit})
 model = PeftModel.from_pretrained(base, {_quoted(repo)})
-```
-{local}
+```"""
+    if record.serve:
+        serve = dataclasses.replace(record, out=repo).serve
+        load = (
+            f"## Serve it\n\nIts tensors are in the form that {record.form} reads.\n\n```bash\n{printable(serve)}\n```"
+        )
+    notices = "".join(f"\n- {_escape(line)}" for line in record.notices)
+    return f"""
+# {_escape(repo.rpartition("/")[2])}
+
+A LoRA adapter for {name}: {rank} in {len(record.modules)} modules.{lost}
+
+It is a plain LoRA of the original model. Do not load it on a residual base.
+
+{load}
+{notices}{local}
 ## How it was made
 
 `milora-init convert` {_name(record.inputs.get("convert", ""))}, from {_inputs(record)}: \

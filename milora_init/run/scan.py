@@ -173,13 +173,11 @@ def _memory_bytes(w: WeightPlan) -> int:
 
 def _prefetcher(plan: Plan, progress: Progress) -> Prefetcher:
     """Downloads the files that are still on the Hub into its cache."""
-    remote = plan.checkpoint.remote
+    remote, headers = plan.checkpoint.remote, plan.checkpoint.headers
     if remote and plan.absent:
         from milora_init.hub.download import require_cache_space
 
         require_cache_space(dataclasses.replace(remote, absent=plan.absent), plan.source)
-
-    headers = plan.checkpoint.headers
 
     def fetch(job: ShardJob) -> Path:
         name = job.source.name

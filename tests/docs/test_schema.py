@@ -31,6 +31,7 @@ CASES = [
     ("verify my-model", 1, "differs"),
     ("verify merged", None, None),
     ("report svd_init", 0, "done"),
+    ("report svd_init --adapter trained", 0, "done"),
     ("scan my-model --device cpu --spectrum", 0, "done"),
     ("scan my-model --rank 0", 2, "failed"),
     ("merge svd_init --adapter trained --out again", 0, "done"),
