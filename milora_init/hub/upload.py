@@ -100,11 +100,12 @@ class Repository:
         self._api = HfApi(token=clean_token(token))
         self.published: Published | None = None
 
-    def prepare(self, *, overwrite: bool = False) -> None:
-        """Create the repository and the branch, or check that an existing one is empty or contains an earlier output.
+    def prepare(self, *, fingerprint: str, overwrite: bool = False) -> None:
+        """Create the repository and the branch, or check that an existing one is empty or contains the same output.
 
         Args:
-            overwrite: Accept a repository with other content.
+            fingerprint: Of the output that is to be pushed.
+            overwrite: Accept a repository with other content, or with another output.
 
         Raises:
             HubError: The token has no permission to write, or the Hub cannot be reached.
@@ -120,6 +121,13 @@ class Repository:
                     f"{self.repo} exists and is not an output of milora-init: it contains {min(files)}",
                     hint="choose another repository, or add --overwrite to replace the weights in it",
                 )
+            for record in () if overwrite else sorted(files & set(RECORDS)):
+                earlier = self._record_fields(record).get("fingerprint")
+                if earlier is not None and earlier != fingerprint:
+                    raise PlanError(
+                        f"{self.repo} holds the output of another request ({record})",
+                        hint="choose another repository, or add --overwrite to replace it",
+                    )
 
     def manifest_fingerprint(self) -> str:
         """Return the fingerprint of the finished output in the repository; empty if there is none."""
@@ -281,7 +289,8 @@ def push(
 
     Args:
         folder: The folder of the output.
-        repo, private, revision, token: See `Repository`.
+        repo, private, token: See `Repository`.
+        branch: The `revision` of `Repository`.
         overwrite: See `Repository.prepare`.
 
     Raises:
@@ -302,7 +311,8 @@ def push(
         if not (out / name).is_file() or (name not in names[:1] and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
     repository = Repository(repo, private=private, revision=branch, token=token)
-    repository.prepare(overwrite=overwrite)
+    published = publication(out, output, repo, branch).output  # of another fingerprint, where it names local folders
+    repository.prepare(fingerprint=published.fingerprint, overwrite=overwrite)
     return repository.push(out, output)
 
 
