@@ -150,7 +150,13 @@ def open_snapshot(
             hashes[name] = info.lfs.sha256
             headers[name] = _read_remote_header(model, name, commit, token, info.size)
         hashes |= {name: _cached_hash(folder / name) for name in files if name not in hashes}
-    return folder, RemoteFiles(model, commit, hashes, headers)
+
+    def read(name: str, start: int, stop: int) -> bytes:
+        with hub_errors(model, revision):
+            url = hf_hub_url(model, name, revision=commit)
+            return _read_range(url, start, stop, token, f"{name} of {model}")
+
+    return folder, RemoteFiles(model, commit, hashes, headers, read)
 
 
 def _weight_files(folder: Path, api: HfApi, model: str) -> list[str]:
@@ -215,7 +221,7 @@ def _read_remote_header(model: str, name: str, commit: str, token: str | None, f
     """
 
     def read(end: int) -> bytes:
-        return _read_start(hf_hub_url(model, name, revision=commit), end, token, f"{name} of {model}")
+        return _read_range(hf_hub_url(model, name, revision=commit), 0, end, token, f"{name} of {model}")
 
     start = read(min(_FIRST_READ_BYTES, file_bytes)) if file_bytes else b""
     # The file begins with the length of the JSON header, 8 bytes.
@@ -225,38 +231,38 @@ def _read_remote_header(model: str, name: str, commit: str, token: str | None, f
     return parse_header(start[:header_end], file_bytes, Path(f"{model}/{name}"))
 
 
-def _read_start(url: str, end: int, token: str | None, description: str) -> bytes:
-    """Read the first `end` bytes of a URL. A connection that breaks in the body is tried again.
+def _read_range(url: str, start: int, stop: int, token: str | None, description: str) -> bytes:
+    """Read the bytes of a URL from `start` to `stop`. A connection that breaks in the body is tried again.
 
     `http_stream_backoff` repeats a request only until the response begins. An exception inside its `with` block would
     be handled as a failed request, so it is raised after the block.
     """
-    headers = {**build_hf_headers(token=token), "Range": f"bytes=0-{end - 1}", "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     failure: Exception | None = None
     for _ in range(_READ_ATTEMPTS):
         content, failure = bytearray(), None
         with http_stream_backoff("GET", url, headers=headers) as response:
             hf_raise_for_status(response)
-            _require_range(response, description, end)
+            _require_range(response, description, start, stop)
             try:
                 for chunk in response.iter_raw():
                     content += chunk
-                    if len(content) >= end:  # the server may send more than the range
+                    if len(content) >= stop - start:  # the server may send more than the range
                         break
             except Exception as error:
                 failure = error
         if failure is None:
-            return bytes(content[:end])
+            return bytes(content[: stop - start])
     assert failure is not None
     raise failure
 
 
-def _require_range(response: Any, description: str, end: int) -> None:
-    """Raise HubError if a response is not the start of the file: the body could be the whole file."""
+def _require_range(response: Any, description: str, start: int, stop: int) -> None:
+    """Raise HubError if a response is not this range of the file: the body could be the whole file."""
     content_range = str(response.headers.get("Content-Range"))
-    if response.status_code != 206 or not content_range.replace(" ", "").lower().startswith("bytes0-"):
+    if response.status_code != 206 or not content_range.replace(" ", "").lower().startswith(f"bytes{start}-"):
         raise HubError(
-            f"asked for the first {end} bytes of {description}, the Hub answered with status {response.status_code} "
-            f"and the range {content_range}",
+            f"asked for bytes {start} to {stop - 1} of {description}, the Hub answered with status "
+            f"{response.status_code} and the range {content_range}",
             hint="a mirror or a proxy may ignore Range; download the model first with `hf download`",
         )

@@ -94,9 +94,8 @@ def _file_notices(checkpoint: Checkpoint, structure: ModelStructure) -> list[str
     if unloaded := unloaded_weights(checkpoint):
         notices.append(f"not copied, because transformers does not load them: {_join(unloaded)}")
     if quantised := quantised_tensors(checkpoint):
-        formats = " and ".join(sorted(set(quantised.values())))
         notices.append(
-            f"{len(quantised)} tensors look quantised ({formats}), the first is {next(iter(quantised))}, but "
+            f"{len(quantised)} tensors look quantised (packed), the first is {next(iter(quantised))}, but "
             "config.json has no quantization_config: they are copied unchanged, and transformers would load them "
             "without their scales"
         )

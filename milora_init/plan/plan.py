@@ -21,7 +21,7 @@ from milora_init.checkpoint.files import stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, RemoteFiles, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import DTYPES, Header
-from milora_init.checkpoint.side_files import side_files
+from milora_init.checkpoint.quantised_tensors import RULES_VERSION
 from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
@@ -31,9 +31,10 @@ from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
 from milora_init.methods import METHODS
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
-from milora_init.plan.finished import option_inputs
+from milora_init.plan.finished import copied_side_files, option_inputs
 from milora_init.plan.notices import plan_notices
 from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
+from milora_init.plan.quantised_base import plan_layout
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
@@ -110,6 +111,7 @@ class Plan:
             "dropout": self.adapter_config["lora_dropout"],
             "task_type": self.adapter_config["task_type"],
             "modules": [w.weight.module for w in self.weights],
+            **({"dequantisation": RULES_VERSION} if self.checkpoint.quantised.tensors else {}),
         }
 
     @cached_property
@@ -119,8 +121,13 @@ class Plan:
 
     @property
     def changes_config(self) -> bool:
-        """Whether the output's config.json differs from the model's, because the options change the dtype."""
-        return self.config_bytes != self.checkpoint.config_bytes
+        """Whether the output's config.json is not that of a merged model, because the options change the dtype."""
+        return self.config_bytes != self.merged_config_bytes
+
+    @property
+    def merged_config_bytes(self) -> bytes:
+        """Content of config.json of a model that is merged from the output."""
+        return config_with_dtype(self.checkpoint, "auto")
 
     @property
     def source(self) -> Path:
@@ -168,7 +175,7 @@ class Plan:
         source = self.checkpoint.headers[job.source.name]
         if self.writes_base:
             return source.data_bytes
-        return sum(source.tensors[name].size_bytes for name in job.weights)
+        return sum((job.quantised.get(name) or source.tensors[name]).size_bytes for name in job.weights)
 
     @property
     def base_bytes(self) -> int:
@@ -198,7 +205,9 @@ class Plan:
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
         m, n = w.weight.shape
-        stored_bytes = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
+        quantised = w.weight.tensor in self.checkpoint.quantised.tensors
+        read_as = "F32" if quantised else w.source_dtype
+        stored_bytes = m * n * (DTYPES[read_as].itemsize + DTYPES[w.dtype].itemsize)
         return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, stored_bytes)
 
     def weight_counts(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
@@ -220,7 +229,8 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
     """
     _refuse_residual(folder)
     checkpoint = open_model(folder, remote)
-    copied = side_files(folder)  # checks each path; transformers, which reads these files, is called after that
+    # Checks each path; transformers, which reads these files, is called after that.
+    copied = copied_side_files(checkpoint)
     writes_base = options.chosen.writes_base
     structure = read_structure(
         folder,
@@ -235,11 +245,12 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
     by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
     for w in weights:
         by_tensor[w.weight.tensor] = (*by_tensor.get(w.weight.tensor, ()), w)
-    jobs = tuple(
-        plan_shard(checkpoint, file, number, by_tensor, options)
-        for number, (file, header) in enumerate(checkpoint.headers.items())
-        if writes_base or not by_tensor.keys().isdisjoint(header.tensors)
+    layout = plan_layout(checkpoint, writes_base=writes_base)
+    planned = (
+        plan_shard(checkpoint, file, number, by_tensor, options, layout)
+        for number, file in enumerate(checkpoint.headers)
     )
+    jobs = tuple(job for job in planned if job is not None)
     plan = Plan(
         options=options,
         checkpoint=checkpoint,

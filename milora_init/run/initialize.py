@@ -33,7 +33,7 @@ from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import Plan
-from milora_init.run import weight
+from milora_init.run import dense, weight
 from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
 from milora_init.run.devices import memory_bytes
 from milora_init.run.journal import Entry
@@ -218,6 +218,8 @@ class _ShardLoop:
         shard = open_shards.enter_context(_shard_writer(job, self.out.path))
         for weight_job in weight.weight_jobs(job, shard):
             shard.submit(self.solvers, weight.run, weight_job)
+        for dense_job in dense.dense_jobs(job, shard):
+            shard.submit_other(self.solvers, dense.run, dense_job)
         shard.copy_other_tensors(self.progress)
         return job, shard
 
@@ -304,11 +306,7 @@ def _assemble(
             "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.structure.architecture,
             **({"other_class": plan.structure.other_class} if plan.structure.other_class else {}),
-            **(
-                {"config.json": plan.checkpoint.config_bytes.decode()}
-                if plan.writes_base and plan.changes_config
-                else {}
-            ),
+            **({"config.json": plan.merged_config_bytes.decode()} if plan.writes_base and plan.changes_config else {}),
             **({"trust_remote_code": True} if options.trust_remote_code else {}),
         },
         out=options.out,

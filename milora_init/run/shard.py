@@ -53,7 +53,7 @@ class ShardWriter(Generic[Result]):
         adapter_part: tuple[str, Header] | None = None,
     ) -> None:
         self.name = name
-        self._path, self._stamp = source, source_stamp
+        self._path, self._stamp, self._header = source, source_stamp, header
         self._shard = SafetensorsWriter(out / name, header, mode=file_mode(source)) if header else None
         self._part = (
             SafetensorsWriter(out / adapter_part[0], adapter_part[1], mode=file_mode(source)) if adapter_part else None
@@ -65,6 +65,7 @@ class ShardWriter(Generic[Result]):
         self._targets: dict[str, WriteTarget] = {}
         self._part_targets: dict[str, WriteTarget] = {}
         self._results: list[Future[Result]] = []
+        self._others: list[Future[None]] = []
 
     def __enter__(self) -> ShardWriter[Result]:
         with ExitStack() as files:
@@ -100,12 +101,19 @@ class ShardWriter(Generic[Result]):
         """Give a job to the pool. It writes to targets of this shard."""
         self._results.append(pool.submit(task, job))
 
+    def submit_other(self, pool: SolverPool, task: SolverTask[Job, None], job: Job) -> None:
+        """Give a job without a result to the pool: a tensor that is neither split nor copied as bytes."""
+        self._others.append(pool.submit(task, job))
+
     def copy_other_tensors(self, progress: Progress) -> None:
-        """Copy every tensor that no task writes, byte for byte; nothing if only a part of the adapter is written."""
-        if self._shard is None:
+        """Copy every tensor that no task writes, byte for byte; nothing if only a part of the adapter is written.
+
+        Tensors of the source that the shard's layout does not have are left out.
+        """
+        if self._shard is None or self._header is None:
             return
         for name, info in self._source.header.tensors.items():
-            if name in self._targets:
+            if name in self._targets or name not in self._header.tensors:
                 continue
             if isinstance(self._source, SafetensorsShard):
                 self._shard.copy(name, self._source.fileno, self._source.offset(name), self._source.path)
@@ -117,6 +125,8 @@ class ShardWriter(Generic[Result]):
     def wait(self) -> list[Result]:
         """Wait for the tasks; return their results in the order of submission. Raises what a task raised."""
         results = [future.result() for future in self._results]
+        for other in self._others:
+            other.result()
         if self._shard is not None:
             for name in self._targets:
                 self._shard.mark_written(name)

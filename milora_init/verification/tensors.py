@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from milora_init.checkpoint.dequantise import QuantisedSource, locate
 from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
@@ -39,23 +40,27 @@ _MERGE_AGAIN = "merge again"
 
 
 class TensorReader:
-    """Reads tensors of a checkpoint by name. The file of the last one stays open."""
+    """Reads tensors of a checkpoint by name. The file of the last one stays open.
+
+    A quantised tensor is read as its values, in float32.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._folder = checkpoint.folder
-        self._files = {name: file for file, header in checkpoint.headers.items() for name in header.tensors}
+        self._checkpoint = checkpoint
         self._shard: SafetensorsShard | PickleShard | None = None
 
     def read(self, name: str) -> Tensor:
         """A copy of a tensor in memory. Raises CheckpointError."""
+        if name in self._checkpoint.quantised.tensors:
+            return self.locate(name).read()
         return self._open(name).read(name)
 
-    def locate(self, name: str) -> TensorSource:
+    def locate(self, name: str) -> TensorSource | QuantisedSource:
         """The place of a tensor, from which a part of it can be read. Raises CheckpointError."""
-        return self._open(name).locate(name)
+        return locate(self._checkpoint, name)
 
     def _open(self, name: str) -> SafetensorsShard | PickleShard:
-        path = self._folder / self._files[name]
+        path = self._checkpoint.folder / self._checkpoint.file_of[name]
         if self._shard is None or self._shard.path != path:
             self.close()
             self._shard = open_shard(path)
@@ -124,7 +129,7 @@ def _compare(
     with open_tensors(base) as residuals, open_tensors(model) as originals, open_factors(adapter) as factors:
         for name in (name for name in base.tensors if name in model.tensors):
             original, residual = originals.read(name), residuals.read(name)
-            if name not in records and not _same_bytes(original, residual):
+            if name not in records and not _same_bytes(_as_stored(original, name, model, residual), residual):
                 yield Finding(name, "not adapted, but its bytes are not the original model's", _MAKE_AGAIN)
             if original.shape != residual.shape:
                 what = f"{list(original.shape)} in the original model, {list(residual.shape)} in the residual base"
@@ -151,6 +156,7 @@ def count_bit_equal(merged: Checkpoint, model: Checkpoint, manifest: Manifest) -
             if record.row is not None:
                 places = (place.at(record.row) for place in places)
             one, other = (place.read() for place in places)
+            other = _as_stored(other, record.tensor, model, one)
             bits = _BITS[one.itemsize]
             count += one.numel() - int((one.view(bits) != other.view(bits)).count_nonzero())
     return count
@@ -180,11 +186,12 @@ def compare_merged(
     with open_tensors(merged) as after, open_tensors(model) as before:
         for name in (name for name in merged.tensors if name in model.tensors):
             now, W = after.read(name), before.read(name)
-            if (now.dtype, now.shape) != (W.dtype, W.shape):
+            rounded = name in model.quantised.tensors  # to the dtype of the merged model
+            if now.shape != W.shape or (now.dtype != W.dtype and not rounded):
                 what = f"{now.dtype} {list(now.shape)}, in the original model {W.dtype} {list(W.shape)}"
                 yield Finding(name, what, _MERGE_AGAIN)
             elif name not in residuals:
-                if not _same_bytes(now, W):
+                if not _same_bytes(now, _as_stored(W, name, model, now)):
                     yield Finding(name, "not adapted, but its bytes are not the original model's", _MERGE_AGAIN)
             elif initial:
                 distance, most = _rounding_distance(now, W, residuals[name])
@@ -200,7 +207,7 @@ def _rounding_distance(merged: Tensor, W: Tensor, residual_dtype: str) -> tuple[
         square += float((now.double() - before.double()).square().sum())
         norm_square += float(before.double().square().sum())
     most = 64 * EPS * math.sqrt(norm_square)  # of the products in float64
-    for dtype in (getattr(torch, residual_dtype), W.dtype):
+    for dtype in (getattr(torch, residual_dtype), merged.dtype):
         finfo = torch.finfo(dtype)
         # 1.01: products of unit roundoffs, and the product in float32 before a rounding to 16 bits.
         most += 1.01 * finfo.eps / 2 * math.sqrt(norm_square)
@@ -316,6 +323,11 @@ def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tupl
     values = (B * WA).sum(dim=0)
     error = float((WA - B * values).norm()) + float((values.sort().values - s.sort().values).norm())
     return error / s_max + lengths, 8 * EPS32 * root
+
+
+def _as_stored(original: Tensor, name: str, model: Checkpoint, stored: Tensor) -> Tensor:
+    """A tensor of the original model as an output has it: a quantised one is rounded once to the output's dtype."""
+    return original.to(stored.dtype) if name in model.quantised.tensors else original
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
