@@ -213,11 +213,16 @@ def _code_reader(codes: TensorSource, rows: int) -> Callable[[int, int], Tensor]
 
 
 def _as_float(scale: Tensor) -> Tensor:
-    """A stored scale in float32. A byte, and the dtype E8M0, are an exponent of 2 with an offset of 127."""
+    """A stored scale in float32. A byte, and the dtype E8M0, are an exponent of 2."""
     if scale.dtype is torch.uint8 or scale.dtype is TORCH_DTYPES.get("F8_E8M0"):
-        exponents = scale.view(torch.uint8).int()
-        return torch.ldexp(torch.ones(()), exponents - 127)  # 255 is NaN, and becomes Inf
+        return _powers_of_2()[scale.view(torch.uint8).int()]
     return scale.float()
+
+
+@functools.cache
+def _powers_of_2() -> Tensor:
+    """2^(b - 127) in float32 for each byte b. 255 stands for NaN, and is Inf here."""
+    return (2.0 ** (torch.arange(256, dtype=torch.float64) - 127)).float()
 
 
 def _decoder(tensor: QuantisedTensor, dtype: str, parts: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], object]:

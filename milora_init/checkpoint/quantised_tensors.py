@@ -197,8 +197,14 @@ class _Finder:
         )
 
     def add(
-        self, name: str, shape: Sequence[int], matrix: tuple[int, int], rule: Rule, **parts: TensorInfo | None
+        self,
+        name: str,
+        shape: Sequence[int],
+        matrix: tuple[int, int],
+        rule: Rule,
+        parts: Mapping[str, TensorInfo | None],
     ) -> None:
+        """Record a tensor; a part that is None is not stored. Raises CheckpointError for a part of two tensors."""
         present = {role: info for role, info in parts.items() if info is not None}
         if clash := next((p for p in present.values() if p.name in self.used), None):
             raise CheckpointError(f"{clash.name} is a part of two quantised weights, {name} is one", hint=UNQUANTISED)
@@ -230,13 +236,13 @@ class _Finder:
             block = _fitting_block(info, scale, self._fp8_blocks())
             mx = scale.dtype in _EXPONENTS and block == (1, 32)
             rule = Rule(f"{'MXFP8' if mx else 'FP8'}, {_block_words(block, info.shape)}", 8, "stored", block)
-            self.add(name, info.shape, _matrix(info.shape), rule, codes=info, scale=scale)
+            self.add(name, info.shape, _matrix(info.shape), rule, {"codes": info, "scale": scale})
         elif info.dtype == "I8" and len(info.shape) > 1 and any(n in self.stored for n in _scale_names(name)):
             scale = self.part(name, *_scale_names(name), dtypes=_EXPONENTS)
             shape = (*info.shape[:-1], 2 * info.shape[-1])
             _require_grid(name, scale, shape, (1, 32))
             rule = Rule("FP4, groups of 32, scales in E8M0", 4, "e2m1", (1, 32))
-            self.add(name, shape, _matrix(shape), rule, codes=info, scale=scale)
+            self.add(name, shape, _matrix(shape), rule, {"codes": info, "scale": scale})
 
     def _fp8_blocks(self) -> list[tuple[int, int]]:
         default = [1, 32] if self.quantisation.method == "mxfp8" else [128, 128]
@@ -264,7 +270,7 @@ class _Finder:
             )
         experts, rows, groups, _ = info.shape
         rule = Rule("MXFP4, groups of 32", 4, "e2m1", (1, 32), transposed=True)
-        self.add(logical, (experts, 32 * groups, rows), (rows, 32 * groups), rule, codes=info, scale=scale)
+        self.add(logical, (experts, 32 * groups, rows), (rows, 32 * groups), rule, {"codes": info, "scale": scale})
 
     # compressed-tensors
 
@@ -282,7 +288,8 @@ class _Finder:
             block = _fitting_block(info, scale, self._ct_blocks(info.shape))
             kind = "FP8" if info.dtype in _FP8 else "int8"
             rule = Rule(f"{kind}, {_block_words(block, info.shape)}", 8, "stored", block)
-            self.add(name, info.shape, _matrix(info.shape), rule, codes=info, scale=scale, zero_point=zero_point)
+            parts = {"codes": info, "scale": scale, "zero_point": zero_point}
+            self.add(name, info.shape, _matrix(info.shape), rule, parts)
 
     def _ct_groups(self) -> list[Mapping[str, Any]]:
         """The settings of weights in all config_groups."""
@@ -327,7 +334,7 @@ class _Finder:
         words = f"int{bits}, {_block_words(block, (m, n))}" + (", asymmetric" if zero_point else "")
         rule = Rule(words + (", columns in another order" if order else ""), bits, "integer", block)
         parts = {"codes": info, "scale": scale, "zero_point": zero_point, "order": order, "shape": shape}
-        self.add(base, (m, n), (m, n), rule, **parts)
+        self.add(base, (m, n), (m, n), rule, parts)
 
     def _ct_packing(
         self, name: str, info: TensorInfo, scale: TensorInfo, shape: TensorInfo
@@ -363,7 +370,7 @@ class _Finder:
         if whole is not None and math.prod(whole.shape) != 1:
             raise _wrong_shape(whole, (1,), name)
         rule = Rule("NVFP4, groups of 16" if nv else "MXFP4, groups of 32", 4, "e2m1", block, divide=divide)
-        self.add(logical, shape, _matrix(shape), rule, codes=info, scale=scale, global_scale=whole)
+        self.add(logical, shape, _matrix(shape), rule, {"codes": info, "scale": scale, "global_scale": whole})
 
     # ModelOpt
 
@@ -373,10 +380,8 @@ class _Finder:
         if info.dtype in _FP8:
             scale = self.part(name, f"{name}_scale", dtypes=_FLOATS)
             block = _fitting_block(info, scale, [])
-            self.add(
-                name, info.shape, _matrix(info.shape), Rule("FP8, one scale for the tensor", 8, "stored", block),
-                codes=info, scale=scale,
-            )  # fmt: skip
+            rule = Rule("FP8, one scale for the tensor", 8, "stored", block)
+            self.add(name, info.shape, _matrix(info.shape), rule, {"codes": info, "scale": scale})
         elif info.dtype == "U8" and len(info.shape) > 1:
             self._fp4(name, info, name, divide=False, global_scale="_scale_2")
 
@@ -411,9 +416,8 @@ class _Finder:
         words = f"bitsandbytes {kind}, groups of {block}" + (", scales quantised again" if nested_block else "")
         rule = Rule(words, 4, "map", (1, block), nested_offset=offset, nested_block=nested_block)
         matrix = (entries // block, block) if entries % block == 0 else (1, entries)
-        self.add(
-            name, shape, matrix, rule, codes=info, scale=absmax, map=table, state=self.stored[state_name], **nested
-        )
+        parts = {"codes": info, "scale": absmax, "map": table, "state": self.stored[state_name], **nested}
+        self.add(name, shape, matrix, rule, parts)
 
     def _bnb_state(self, name: str) -> tuple[tuple[int, int], int, int, float]:
         """Shape, block, nested block (0 without) and nested offset from the JSON text that bitsandbytes stores."""

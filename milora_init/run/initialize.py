@@ -38,6 +38,7 @@ from milora_init.run.adapter_file import assemble_adapter, part_header, part_nam
 from milora_init.run.devices import memory_bytes
 from milora_init.run.journal import Entry
 from milora_init.run.output_folder import OutputFolder
+from milora_init.run.parts import with_parts
 from milora_init.run.pool import HashPool, SolverPool, one_ahead, solver_devices
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress, ShardResult
@@ -123,6 +124,7 @@ def run_plan(
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
+            todo = with_parts(todo, plan.checkpoint, out.work)
             if uploader:
                 uploader.mark_unfinished()
             with _prefetcher(plan, todo, out, progress) as prefetcher:

@@ -115,3 +115,205 @@ def rewrite(
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
     return folder
+
+
+# Whole models
+
+
+LLAMA = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+DEEPSEEK = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+GPT_OSS = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "max_position_embeddings": 64, "tie_word_embeddings": False, "sliding_window": 16,
+    "layer_types": ["full_attention"],
+}  # fmt: skip
+_MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "deepseek": ("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", GPT_OSS),
+}
+
+
+def random_model(kind: str) -> Any:
+    """A random model in bfloat16 whose weights have a standard deviation of 0.1."""
+    import transformers
+
+    cls, config, sizes = _MODELS[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(getattr(transformers, config)(**sizes)).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter) * 0.1
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    return model.eval()
+
+
+def save_model(folder: Path, kind: str, shard: str = "40KB") -> Path:
+    """An ordinary checkpoint of a random model in several files."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    random_model(kind).save_pretrained(folder, max_shard_size=shard)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    return folder
+
+
+def is_projection(name: str) -> bool:
+    """Whether a tensor is a linear layer's weight that these formats quantise."""
+    return "proj" in name and name.endswith(".weight")
+
+
+def save_fp8(folder: Path, kind: str = "llama", *, block: int = 32, files: Callable[[str], str] | None = None) -> Path:
+    """FP8 in blocks, as DeepSeek, Qwen and MiniMax publish it."""
+    config = {"quant_method": "fp8", "weight_block_size": [block, block], "activation_scheme": "dynamic"}
+    return rewrite(
+        save_model(folder, kind),
+        lambda name, W: fp8_blocks(name, W, (block, block)) if is_projection(name) else None,
+        {"quantization_config": config},
+        files=files,
+    )
+
+
+def save_fp8_static(folder: Path) -> Path:
+    """FP8 with one scale a tensor, as Mistral publishes it."""
+    config = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    return rewrite(
+        save_model(folder, "llama"),
+        lambda name, W: fp8_static(name, W) if is_projection(name) else None,
+        {"quantization_config": config},
+    )
+
+
+def save_mxfp8(folder: Path) -> Path:
+    config = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+    return rewrite(
+        save_model(folder, "llama"),
+        lambda name, W: mxfp8(name, W) if is_projection(name) else None,
+        {"quantization_config": config},
+    )
+
+
+def save_gpt_oss(folder: Path) -> Path:
+    """MXFP4 experts, as OpenAI publishes gpt-oss."""
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    return rewrite(
+        save_model(folder, "gpt_oss", "60KB"),
+        lambda name, P: mxfp4(name, P) if name.endswith(("gate_up_proj", "down_proj")) and P.dim() == 3 else None,
+        {"quantization_config": config},
+    )
+
+
+def save_modelopt(folder: Path, algorithm: str) -> Path:
+    """FP8 or NVFP4 of NVIDIA's ModelOpt, whose configuration is in a file of its own."""
+
+    def quantise(name: str, W: Tensor) -> Parts | None:
+        if not is_projection(name):
+            return None
+        module = name.removesuffix(".weight")
+        if algorithm == "FP8":
+            scale = W.abs().max() / 448
+            return {
+                name: (W / scale).to(torch.float8_e4m3fn), f"{module}.weight_scale": scale,
+                f"{module}.input_scale": torch.tensor(0.1),
+            }  # fmt: skip
+        groups = W.unflatten(1, (-1, 16))
+        whole = W.abs().max() / (6 * 448)
+        scale = (groups.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
+        codes = fp4_codes(groups / (scale.float() * whole)[..., None]).flatten(1)
+        return {
+            name: low_first(codes), f"{module}.weight_scale": scale, f"{module}.weight_scale_2": whole,
+            f"{module}.input_scale": torch.tensor(0.1),
+        }  # fmt: skip
+
+    rewrite(save_model(folder, "llama"), quantise, {})
+    content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm, "exclude_modules": []}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(content))
+    return folder
+
+
+_CT: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "fp8 tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "fp8 channel": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "fp8 block": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 32]}),
+    "int8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "int8 asymmetric": ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
+    "int4": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
+    "int4 channel": ("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
+    "int4 asymmetric": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}),
+    "int3": ("pack-quantized", {"num_bits": 3, "strategy": "group", "group_size": 32}),
+    "int8 packed": ("pack-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32}),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+    ),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {
+            "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+            "scale_dtype": torch.float8_e4m3fn,
+        },
+    ),
+    "mxfp8": (
+        "mxfp8-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+    ),
+}  # fmt: skip
+CT_FORMATS = tuple(_CT)
+
+
+def save_compressed(folder: Path, scheme: str) -> Path:
+    """A Llama that compressed-tensors itself quantises and saves; `scheme` is one of CT_FORMATS."""
+    from compressed_tensors.compressors.model_compressors.model_compressor import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+        apply_quantization_config,
+    )
+
+    form, settings = _CT[scheme]
+    args = QuantizationArgs(**settings)
+    model = random_model("llama")
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=args, format=form)}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"], format=form))
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            _calibrate(module, args)
+            module.quantization_status = QuantizationStatus.FROZEN
+    compressor = ModelCompressor.from_pretrained_model(model, form)
+    compressor.compress_model(model)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    compressor.update_config(folder)
+    return folder
+
+
+def _calibrate(module: Any, args: Any) -> None:
+    """Set the scales of a module from the largest and smallest weight of each group."""
+    from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
+
+    W, whole = module.weight.float(), None
+    if args.strategy == "block":
+        m, n = args.block_structure
+        parts, dims = W.unflatten(1, (-1, n)).unflatten(0, (-1, m)), (1, 3)
+    elif args.group_size:
+        parts, dims = W.unflatten(1, (-1, args.group_size)), (2,)
+    else:
+        parts, dims = W, (1,) if args.strategy == "channel" else (0, 1)
+    if hasattr(module, "weight_global_scale"):
+        whole = generate_gparam(W.min(), W.max())
+        module.weight_global_scale.data.copy_(whole)
+    scale, zero = calculate_qparams(parts.amin(dims), parts.amax(dims), args, global_scale=whole)
+    module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+    if hasattr(module, "weight_zero_point"):
+        module.weight_zero_point.data.copy_(zero.reshape(module.weight_zero_point.shape))
