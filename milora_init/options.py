@@ -22,6 +22,7 @@ from milora_init.methods import METHODS, MODES, Method, Mode, method_of_mode
 DEFAULT_RECIPE = "llm-adapters"
 DEFAULT_TARGET = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASES = ("dense", "mixed")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _LIMIT = 2**63  # every whole number must be below it
 
@@ -63,6 +64,7 @@ class InitOptions:
         text_only: For a multimodal model: make the adapter for the text model that AutoModelForCausalLM builds, and
             not for the class that config.json names. Only for models of which it builds one.
         dtype: The dtype of the residual weights; `auto` keeps the model's. Not for a method that writes no base.
+        base: What becomes of a quantised model: `dense` dequantises all of its weights, `mixed` only the adapted ones.
         device: `auto` (every visible GPU, else the CPU), `cpu`, `cuda` or `cuda:N`; several share the work.
         seed: For `random`, and for the solver's start vectors.
         rank_pattern, alpha_pattern: Other ranks and alphas for some targets, in the form of `target`. If several match
@@ -91,6 +93,7 @@ class InitOptions:
     task_type: str | None = None
     text_only: bool = False
     dtype: str = "auto"
+    base: str = "dense"
     device: tuple[str, ...] = ("auto",)
     seed: int = 0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -113,7 +116,8 @@ class InitOptions:
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {_short(value)}, expected true or false")
         choices_of: Mapping[str, Iterable[str | None]] = {
-            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": DTYPES, "task_type": (None, *TASK_TYPES),
+            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": DTYPES, "base": BASES,
+            "task_type": (None, *TASK_TYPES),
         }  # fmt: skip
         for name, choices in choices_of.items():
             value = getattr(self, name)
@@ -158,6 +162,7 @@ class InitOptions:
             return
         why = f"method {method.name} writes no base: the output is an adapter of the original model"
         _require(self.dtype == "auto", f"dtype is {self.dtype}, but {why}", "drop --dtype")
+        _require(self.base == "dense", f"base is {self.base}, but {why}", "drop --base")
         _require(not self.low_disk, f"low_disk is set, but {why}", "drop --low-disk")
         hint = "initialise without --push-to-hub, then upload the folder with `hf upload`"
         _require(self.push_to_hub is None, f"push_to_hub does not know an adapter alone yet, and {why}", hint)

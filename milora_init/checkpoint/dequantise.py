@@ -168,7 +168,7 @@ class _Factors:
         if "zero_point" in parts:
             zero = parts["zero_point"]
             if rule.encoding == "integer":  # packed along the rows
-                packed = zero.mT.contiguous().view(torch.uint8)
+                packed = zero.mT.clone(memory_format=torch.contiguous_format).view(torch.uint8)
                 zero = _integers(packed, rule.bits, m).mT
             self._zero = zero.float().reshape(grid)
         self._order = parts["order"].long() if "order" in parts else None

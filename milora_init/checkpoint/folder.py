@@ -37,6 +37,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 _SHARD = re.compile(r".+-\d+-of-\d+\.(safetensors|bin)")
+_SCALES = ("scale", "absmax", "quant_map")  # in the names of parts, whose dtype is not that of the model
 _SMALL_BYTES = 1 << 16  # of a tensor that is read while planning
 
 
@@ -136,10 +137,11 @@ class Checkpoint:
 
     @cached_property
     def _dtype(self) -> str:
-        """The dtype of the model, by its safetensors name: that of config.json, else the commonest of the floats."""
+        """The dtype of the model, by its safetensors name: that of config.json, else the commonest of its floats."""
         if name := configured_dtype(self.config):
             return safetensors_name(name)
-        dtypes = Counter(info.dtype for info in self.stored.values() if info.dtype in ("BF16", "F16", "F32"))
+        no_scales = (info for name, info in self.stored.items() if not any(word in name for word in _SCALES))
+        dtypes = Counter(info.dtype for info in no_scales)
         return max(("BF16", "F16", "F32"), key=lambda dtype: dtypes[dtype])
 
     def _read_small(self, name: str) -> bytes:

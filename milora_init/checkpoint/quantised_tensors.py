@@ -25,7 +25,7 @@ _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _EXPONENTS = ("F8_E8M0", "U8")
 _FLOATS = ("F32", "BF16", "F16", "F64")
 # One number for each module: scales of activations and of the KV cache. A dense model has no use for them.
-_ACTIVATIONS = (
+ACTIVATIONS = (
     ".activation_scale", ".input_scale", ".input_zero_point", ".input_global_scale", ".qscale_act", ".output_scale",
     ".output_zero_point", ".q_scale", ".k_scale", ".v_scale", ".kv_scale", "_activation_scale", "_input_scale",
 )  # fmt: skip
@@ -154,15 +154,15 @@ def refuse_without_rule(stored: Mapping[str, TensorInfo], used: frozenset[str], 
         quantised: Whether the configuration says that the checkpoint is quantised. Without that, integers are left to
             the checks of the model: some models have real tensors of integers.
     """
-    for name, info in stored.items():
-        if name in used:
-            continue
+    unread = {name: info for name, info in stored.items() if name not in used}
+    for name, info in unread.items():
         # (1, 1, n, n) is a causal mask, which GPT-2 checkpoints store as bytes.
         is_bytes = info.dtype in ("I8", "U8") and len(info.shape) > 1 and info.shape[:2] != (1, 1)
-        if info.dtype in DTYPES and (info.dtype.startswith("F8") or (quantised and is_bytes)):
+        if info.dtype.startswith("F8") or (quantised and is_bytes):
             why = "no rule reads it" if quantised else "config.json has no quantization_config for it"
             raise CheckpointError(f"{name} is stored as {info.dtype} {list(info.shape)}, and {why}", hint=UNQUANTISED)
-        if quantised and name.endswith(_ORPHANS):
+    for name in unread if quantised else ():
+        if name.endswith(_ORPHANS):
             raise CheckpointError(
                 f"{name} is a part of a quantised weight, and no rule reads it: the weight is missing, or stored in "
                 "another way",
@@ -191,9 +191,9 @@ class _Finder:
         return frozenset(
             name
             for name, info in self.stored.items()
-            if name.endswith(_ACTIVATIONS)
+            if name.endswith(ACTIVATIONS)
             and name not in self.used
-            and (math.prod(info.shape) <= 1 or any(name.removesuffix(end) in modules for end in _ACTIVATIONS))
+            and (math.prod(info.shape) <= 1 or any(name.removesuffix(end) in modules for end in ACTIVATIONS))
         )
 
     def add(

@@ -110,6 +110,14 @@ def init(
             rich_help_panel=_LORA,
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Of a quantised model: dense, or mixed, which dequantises the adapted weights alone. (default: dense)",
+            rich_help_panel=_LORA,
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Annotated[
         bool | None,
@@ -189,9 +197,9 @@ def init(
     options = InitOptions.from_recipe(
         recipe, model=_only_model(model_argument, model), out=out, rank=rank, method=method, mode=mode,
         target=_names(target), exclude=_names(exclude), alpha=alpha, rslora=rslora, dropout=dropout,
-        task_type=task_type, text_only=text_only, dtype=dtype, revision=revision, cache_dir=cache_dir, token=token,
-        trust_remote_code=trust_remote_code, low_disk=low_disk, device=device or None, seed=seed,
-        overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
+        task_type=task_type, text_only=text_only, dtype=dtype, base=base, revision=revision,
+        cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, low_disk=low_disk,
+        device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
     )  # fmt: skip
     output.hide_bars_of_the_hub()
     if dry_run:

@@ -91,6 +91,7 @@ def option_inputs(options: InitOptions) -> dict[str, Any]:
         "rslora": options.rslora,
         "text_only": options.text_only,
         "dtype": options.dtype,
+        "base": options.base,
         "seed": options.seed,
     }
 

@@ -149,12 +149,13 @@ def plan_index(checkpoint: Checkpoint, jobs: tuple[ShardJob, ...]) -> bytes | No
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
-    """Return config.json with this dtype, or unchanged if the dtype is `auto` or already there.
+def config_with_dtype(checkpoint: Checkpoint, config: dict[str, Any], dtype: str) -> bytes:
+    """Return a config with this dtype, or unchanged if the dtype is `auto` or already there.
+
+    If it is that of the checkpoint, the bytes of its file are kept.
 
     transformers casts the whole model to the dtype in config.json. Another dtype there would round the residuals again.
     """
-    config = plain_config(checkpoint)
     if dtype == "auto" or config_dtypes(config) == {dtype}:
         return checkpoint.config_bytes if config == checkpoint.config else config_text(config)
     config = deepcopy(config)

@@ -33,8 +33,8 @@ from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.plan.finished import copied_side_files, option_inputs
 from milora_init.plan.notices import plan_notices
-from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
-from milora_init.plan.quantised_base import plan_layout
+from milora_init.plan.output_files import ShardJob, config_with_dtype, plain_config, plan_index, plan_shard
+from milora_init.plan.quantised_base import mixed_config, plan_layout
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
@@ -55,6 +55,7 @@ class Plan:
         adapter_config: Content of adapter_config.json.
         index: Content of the output's index; None if the base is a single file.
         config_bytes: Content of the output's config.json, if a base is written.
+        merged_config_bytes: Content of config.json of a model that is merged from the output.
         side_files: Files that are copied unchanged, by the path relative to the model's folder.
         notices: What the user should know before the run.
     """
@@ -67,6 +68,7 @@ class Plan:
     adapter_config: Mapping[str, Any]
     index: bytes | None
     config_bytes: bytes
+    merged_config_bytes: bytes
     side_files: tuple[str, ...]
     notices: tuple[str, ...]
 
@@ -123,11 +125,6 @@ class Plan:
     def changes_config(self) -> bool:
         """Whether the output's config.json is not that of a merged model, because the options change the dtype."""
         return self.config_bytes != self.merged_config_bytes
-
-    @property
-    def merged_config_bytes(self) -> bytes:
-        """Content of config.json of a model that is merged from the output."""
-        return config_with_dtype(self.checkpoint, "auto")
 
     @property
     def source(self) -> Path:
@@ -245,7 +242,8 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
     by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
     for w in weights:
         by_tensor[w.weight.tensor] = (*by_tensor.get(w.weight.tensor, ()), w)
-    layout = plan_layout(checkpoint, writes_base=writes_base)
+    layout = plan_layout(checkpoint, options, weights)
+    merged = mixed_config(checkpoint, layout, weights) if layout.mixed else plain_config(checkpoint)
     planned = (
         plan_shard(checkpoint, file, number, by_tensor, options, layout)
         for number, file in enumerate(checkpoint.headers)
@@ -259,7 +257,8 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         weights=weights,
         adapter_config=adapter_config,
         index=plan_index(checkpoint, jobs) if writes_base else None,
-        config_bytes=config_with_dtype(checkpoint, options.dtype),
+        config_bytes=config_with_dtype(checkpoint, merged, options.dtype),
+        merged_config_bytes=config_with_dtype(checkpoint, merged, "auto"),
         side_files=tuple(copied) if writes_base else (),
         notices=tuple(plan_notices(options, checkpoint, structure, weights, adapter_config)),
     )

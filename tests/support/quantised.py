@@ -43,11 +43,16 @@ def fp8_static(name: str, W: Tensor) -> Parts:
 
 def mxfp8(name: str, W: Tensor, scale_name: str = "weight_scale_inv", exponents: torch.dtype = torch.uint8) -> Parts:
     """Groups of 32 with an exponent each, as bytes or as E8M0."""
-    groups = W.unflatten(1, (-1, 32))
+    groups = in_groups(W, 32)
     exponent = (groups.abs().amax(-1).clamp_min(1e-12) / 448).log2().ceil()
     q = (groups / exponent.exp2()[..., None]).flatten(1).to(torch.float8_e4m3fn)
     scale = (exponent + 127).to(torch.uint8).view(exponents)
     return {name: q, f"{name.removesuffix('.weight')}.{scale_name}": scale}
+
+
+def in_groups(W: Tensor, size: int) -> Tensor:
+    """W (..., n) as (..., n / size, size)."""
+    return W.reshape(*W.shape[:-1], -1, size)
 
 
 def fp4_codes(groups: Tensor) -> Tensor:
@@ -63,7 +68,7 @@ def low_first(codes: Tensor) -> Tensor:
 
 def fp4_experts(name: str, W: Tensor) -> Parts:
     """X.weight in I8 and X.scale in E8M0, as DeepSeek V4 stores its experts."""
-    groups = W.unflatten(1, (-1, 32))
+    groups = in_groups(W, 32)
     exponent = (groups.abs().amax(-1).clamp_min(1e-12) / 6).log2().ceil()
     codes = low_first(fp4_codes(groups / exponent.exp2()[..., None]).flatten(1))
     scale = (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
@@ -72,7 +77,7 @@ def fp4_experts(name: str, W: Tensor) -> Parts:
 
 def mxfp4(name: str, P: Tensor) -> Parts:
     """P_blocks and P_scales of gpt-oss for P (experts, in, out): the codes are those of the transposed matrices."""
-    groups = P.mT.contiguous().unflatten(2, (-1, 32))
+    groups = in_groups(P.mT, 32)
     exponent = (groups.abs().amax(-1).clamp_min(1e-12) / 6).log2().ceil()
     blocks = low_first(fp4_codes(groups / exponent.exp2()[..., None]))
     return {f"{name}_blocks": blocks, f"{name}_scales": (exponent + 127).to(torch.uint8)}
@@ -104,7 +109,7 @@ def rewrite(
                 new.setdefault(files(part) if files else file, {})[part] = value
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, tensors in new.items():
         if tensors:
             save_file({name: t.contiguous() for name, t in tensors.items()}, folder / file, metadata={"format": "pt"})
@@ -226,7 +231,7 @@ def save_modelopt(folder: Path, algorithm: str) -> Path:
                 name: (W / scale).to(torch.float8_e4m3fn), f"{module}.weight_scale": scale,
                 f"{module}.input_scale": torch.tensor(0.1),
             }  # fmt: skip
-        groups = W.unflatten(1, (-1, 16))
+        groups = in_groups(W, 16)
         whole = W.abs().max() / (6 * 448)
         scale = (groups.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
         codes = fp4_codes(groups / (scale.float() * whole)[..., None]).flatten(1)
@@ -244,7 +249,10 @@ def save_modelopt(folder: Path, algorithm: str) -> Path:
 _CT: Mapping[str, tuple[str, dict[str, Any]]] = {
     "fp8 tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
     "fp8 channel": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
-    "fp8 block": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 32]}),
+    "fp8 block": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 32]},
+    ),
     "int8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
     "int8 asymmetric": ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
     "int4": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
@@ -303,11 +311,12 @@ def _calibrate(module: Any, args: Any) -> None:
     from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
 
     W, whole = module.weight.float(), None
+    dims: tuple[int, ...]
     if args.strategy == "block":
         m, n = args.block_structure
-        parts, dims = W.unflatten(1, (-1, n)).unflatten(0, (-1, m)), (1, 3)
+        parts, dims = W.reshape(W.shape[0] // m, m, W.shape[1] // n, n), (1, 3)
     elif args.group_size:
-        parts, dims = W.unflatten(1, (-1, args.group_size)), (2,)
+        parts, dims = in_groups(W, args.group_size), (2,)
     else:
         parts, dims = W, (1,) if args.strategy == "channel" else (0, 1)
     if hasattr(module, "weight_global_scale"):

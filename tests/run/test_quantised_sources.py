@@ -1,0 +1,184 @@
+"""Whole runs on quantised sources: a dense pair that is the model's values, streamed, resumed, and the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import quantised
+from support.interruptions import InterruptAt, InterruptedRunError
+from support.tiny_models import contents, tensors
+from torch import Tensor
+
+from milora_init import api
+from milora_init.checkpoint.dequantise import locate
+from milora_init.checkpoint.folder import open_model
+from milora_init.lora.folder import open_factors
+from milora_init.manifest import MANIFEST, Manifest
+
+Start = Callable[..., Manifest]
+TARGETS: Mapping[str, tuple[str, ...] | None] = {
+    "fp8": None, "deepseek": ("q_a_proj", "down_proj", "experts"), "gpt_oss": ("q_proj", "experts"), "int4": None,
+    "nvfp4": None, "modelopt": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    root = tmp_path_factory.mktemp("quantised")
+    return {
+        "fp8": quantised.save_fp8(root / "fp8"),
+        "deepseek": quantised.save_fp8(root / "deepseek", "deepseek", block=16),
+        "gpt_oss": quantised.save_gpt_oss(root / "gpt_oss"),
+        "int4": quantised.save_compressed(root / "int4", "int4"),
+        "nvfp4": quantised.save_compressed(root / "nvfp4", "nvfp4"),
+        "modelopt": quantised.save_modelopt(root / "modelopt", "NVFP4"),
+    }
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    """All files except the manifest, which holds times, and the adapter's config, which names the folder."""
+    return {n: c for n, c in contents(out).items() if n not in (MANIFEST, "lora/adapter_config.json")}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_pair_is_the_values_and_the_base_is_dense(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Base + component = float32(code) * float32(scale), with one rounding; all else as transformers would load it."""
+    source = sources[kind]
+    manifest = start(source, target=TARGETS[kind])
+    model, base = open_model(source), tensors(tmp_path / "out")
+    assert base.keys() == model.tensors.keys()
+    adapted: dict[str, Tensor] = {}
+    with open_factors(tmp_path / "out/lora/adapter_model.safetensors") as factors:
+        for record in manifest.weights:
+            B, A = factors.read(record)
+            W = locate(model, record.tensor)
+            W_values = (W if record.row is None else W.at(record.row)).read().double()
+            R = base[record.tensor] if record.row is None else base[record.tensor][record.row]
+            D = record.scale * B.double() @ A.double()
+            exact = W_values - (D.mT if record.transposed else D)
+            assert R.dtype is torch.bfloat16
+            assert (R.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps / 2 * exact.abs().max()
+            adapted[record.tensor] = R
+    for name in base.keys() - adapted.keys():
+        expected = locate(model, name).read()
+        expected = expected.to(torch.bfloat16) if name in model.quantised.tensors else expected
+        assert torch.equal(base[name], expected), name
+    config = (tmp_path / "out/config.json").read_text()
+    assert "quant" not in config
+    assert "expert_dtype" not in config
+    assert api.verify(tmp_path / "out", model=source, all_components=True).code == "pair"
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gpt_oss", "int4"])
+def test_the_dense_pair_loads_without_the_libraries_and_computes_the_model(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    import transformers
+    from peft import PeftModel
+
+    start(sources[kind], target=TARGETS[kind], dtype="float32")
+    for name in ("accelerate", "compressed_tensors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    pair = PeftModel.from_pretrained(base, tmp_path / "out", subfolder="lora").eval()
+    model = transformers.AutoModelForCausalLM.from_config(base.config, dtype=torch.float32).eval()
+    values = open_model(sources[kind])
+    state = {name: locate(values, name).read().float() for name in values.tensors}
+    model.load_state_dict(state)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert (pair(ids).logits - model(ids).logits).abs().max() < 1e-4
+
+
+def test_scales_in_another_file_and_a_resumed_run_give_the_same_bytes(start: Start, tmp_path: Path) -> None:
+    near = quantised.save_fp8(tmp_path / "near")
+    far = quantised.save_fp8(
+        tmp_path / "far",
+        files=lambda name: f"model-0000{1 + (hash_of(name) + ('scale' in name)) % 2}-of-00002.safetensors",
+    )
+    start(near, out=str(tmp_path / "a"))
+    start(far, out=str(tmp_path / "b"))
+    assert same_tensors(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(InterruptedRunError):
+        start(far, out=str(tmp_path / "c"), progress=InterruptAt(0, when="after"))
+    start(far, out=str(tmp_path / "c"))
+    assert outputs(tmp_path / "b") == outputs(tmp_path / "c")
+    assert not list(tmp_path.glob("b/*scale*"))
+
+
+def hash_of(name: str) -> int:
+    return sum(name.rpartition(".")[0].encode())
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    a, b = tensors(one), tensors(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_request_is_answered_and_another_model_is_seen(
+    start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources["modelopt"], source)
+    start(source)
+    out = tmp_path / "out"
+    before = contents(out)
+    assert "hf_quant_config.json" not in before
+    assert api.initialize(str(source), str(out), rank=4, progress=False, device=["cpu"]).status == "unchanged"
+    other = api.verify(out, model=sources["fp8"])
+    assert other.code == "other_model"
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gpt_oss", "int4"])
+def test_an_adapter_only_method_reads_the_codes_and_writes_no_base(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    target = ("q_proj",)
+    manifest = start(sources[kind], method="rlmo", target=target)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", MANIFEST,
+    }  # fmt: skip
+    model = open_model(sources[kind])
+    factors = tensors(tmp_path / "out")
+    for record in manifest.weights:
+        W = locate(model, record.tensor).read().double()
+        A = factors[f"base_model.model.{record.module}.lora_A.weight"].double()
+        values = torch.linalg.svdvals(W)
+        assert torch.allclose((A @ W.mT).norm(dim=1).sort().values, values[-4:].sort().values, atol=1e-5)
+
+
+def test_a_merge_is_dense_and_has_the_plain_config(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:
+    for dtype in ("auto", "float32"):
+        out, merged = tmp_path / dtype, tmp_path / f"merged-{dtype}"
+        start(sources["fp8"], out=str(out), dtype=dtype)
+        result = api.merge(out, merged, model=sources["fp8"], progress=False)
+        config = json.loads((merged / "config.json").read_text())
+        assert "quantization_config" not in config
+        assert config["dtype"] == "bfloat16"
+        assert result.bit_equal is not None
+        assert result.bit_equal > (0.99 if dtype == "float32" else 0.5) * result.entries
+        assert api.verify(merged, model=sources["fp8"]).ok
+
+
+def test_the_memory_is_that_of_one_weight(start: Start, sources: Mapping[str, Path]) -> None:
+    """The plan counts a quantised weight as float32, whatever its codes take."""
+    from milora_init.options import InitOptions
+    from milora_init.plan.plan import make_plan
+
+    def planned(source: Path) -> Any:
+        plan = make_plan(InitOptions(model=str(source), out="out", rank=4), source)
+        return plan.memory_bytes(plan.weights[0]), plan.weights[0].weight.shape
+
+    memory, (m, n) = planned(sources["fp8"])
+    assert memory >= m * n * (4 + 2)
