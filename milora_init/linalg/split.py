@@ -29,6 +29,7 @@ from torch import Tensor
 
 from milora_init.accuracy import Rounding as Rounding
 from milora_init.linalg.arithmetic import DeviceArithmetic, arithmetic_of
+from milora_init.linalg.nf4 import nf4
 from milora_init.linalg.rounding import round_once
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.methods import Factors, Mode
@@ -90,7 +91,9 @@ def split(  # noqa: PLR0913  the parameters of the method
     if factors in ("right", "left"):
         norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
         component = float(triplets.s.norm()) / norm if norm else 0.0
-        return Split(W, B, A, triplets, component**2, Rounding(0.0, 0.0, 0.0, dict.fromkeys(_CANDIDATES, 0.0)))
+        return Split(
+            W, B, A, triplets, component**2, Rounding(0.0, 0.0, 0.0, dict.fromkeys((*_CANDIDATES, "nf4"), 0.0))
+        )
     residual, rounding, norm = _residual(W, B, A, scale, dtype, arithmetic)
     own = rounding.component if factors == "balanced" else _norm_ratio(float(triplets.s.square().sum()), norm**2)
     return Split(residual, B, A, triplets, own**2, rounding)
@@ -122,6 +125,7 @@ def _residual(
     # For each block the norms of W and E, and over the sample those of D and of each other candidate's E. They stay on
     # the device, and are read once.
     norms: list[Tensor] = []
+    in_nf4: list[Tensor] = []  # the norms of E and D of the first rows, if the residual were quantised to NF4
     for top in range(0, m, rows):
         block = slice(top, top + rows)
         R = W[block].to(exact, torch.float64, copy=True)
@@ -132,9 +136,11 @@ def _residual(
         norms.append(torch.linalg.vector_norm(R - stored.to(exact)))
         sample = R[::step]
         norms.append(torch.linalg.vector_norm(B64[block][::step] @ A64))
+        if top == 0:
+            in_nf4 = [torch.linalg.vector_norm(sample.float() - nf4(sample.float())).to(torch.float64), norms[-1]]
         norms += [torch.linalg.vector_norm(sample - sample.to(candidate)) for candidate in others.values()]
     product = ((B64.mT @ B64) * (A64 @ A64.mT)).sum()  # ||B A||^2 = tr(B^T B A A^T)
-    D2, *of_blocks = torch.stack([product, *norms]).tolist()
+    D2, nf4_E, nf4_D, *of_blocks = torch.stack([product, *in_nf4, *norms]).tolist()
     sums = torch.tensor(of_blocks, dtype=torch.float64).view(-1, 3 + len(others)).square().sum(dim=0)
     W2, E2, sampled_D2, *sampled_E2 = sums.tolist()
     if not math.isfinite(E2):
@@ -148,7 +154,7 @@ def _residual(
         component=_norm_ratio(D2, W2),
         error=_norm_ratio(E2, W2),
         leak=leak,
-        leak_if={name: leaks.get(name, leak) for name in _CANDIDATES},
+        leak_if={name: leaks.get(name, leak) for name in _CANDIDATES} | {"nf4": _norm_ratio(nf4_E**2, nf4_D**2)},
     )
     return residual, rounding, W2**0.5
 

@@ -34,6 +34,7 @@ def plan_notices(
         *_rank_notices(options, weights),
         *_dropout_notices(options, adapter_config),
         *_dtype_notices(options, checkpoint, weights),
+        *_quantisation_notices(options, checkpoint, weights),
     ]
 
 
@@ -136,6 +137,20 @@ def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequen
         f"them on load; `--dtype {stored[0]}` writes that dtype into config.json"
         for dtype in config_dtypes(checkpoint.config)
         if stored != [dtype]
+    ]
+
+
+def _quantisation_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:
+    """Say what the components of weights with few bits are. FP8 and int8 need no such line."""
+    tensors = checkpoint.quantised.tensors
+    rules = [tensors[w.weight.tensor].rule for w in weights if w.weight.tensor in tensors]
+    few = [rule for rule in rules if rule.bits <= 4]
+    if not few or options.chosen.mode == "max":
+        return []
+    formats = _join(list(dict.fromkeys(rule.format for rule in few)))
+    return [
+        f"{len(few)} of {len(weights)} adapted weights are stored in {few[0].bits} bits ({formats}): their minor "
+        "directions are those of the stored weights, and may differ from those of the weights before quantisation"
     ]
 
 

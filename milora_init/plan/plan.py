@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from milora_init.options import InitOptions
 from milora_init.plan.finished import copied_side_files, option_inputs
 from milora_init.plan.notices import plan_notices
 from milora_init.plan.output_files import ShardJob, config_with_dtype, plain_config, plan_index, plan_shard
-from milora_init.plan.quantised_base import mixed_config, plan_layout
+from milora_init.plan.quantised_base import base_sizes, mixed_config, plan_layout
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
@@ -58,6 +58,7 @@ class Plan:
         merged_config_bytes: Content of config.json of a model that is merged from the output.
         side_files: Files that are copied unchanged, by the path relative to the model's folder.
         notices: What the user should know before the run.
+        base_sizes: Of a quantised model, the size of the shards for each `--base` that is possible; else empty.
     """
 
     options: InitOptions
@@ -71,6 +72,7 @@ class Plan:
     merged_config_bytes: bytes
     side_files: tuple[str, ...]
     notices: tuple[str, ...]
+    base_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def adapter_header(self) -> Header:
@@ -261,6 +263,7 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         merged_config_bytes=config_with_dtype(checkpoint, merged, "auto"),
         side_files=tuple(copied) if writes_base else (),
         notices=tuple(plan_notices(options, checkpoint, structure, weights, adapter_config)),
+        base_sizes=base_sizes(checkpoint, options, by_tensor) if writes_base else {},
     )
     name, count = Counter(plan.files).most_common(1)[0]
     if count > 1:
@@ -323,6 +326,7 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, A
         source_bytes=plan.source_bytes,
         download_bytes=sum(header.file_bytes for header in plan.absent.values()),
         base_bytes=plan.base_bytes,
+        base_sizes=dict(plan.base_sizes),
         adapter_bytes=plan.adapter_bytes,
         peak_memory_bytes=plan.peak_memory_bytes(weights_at_once),
         solve_flops=plan.solve_flops,

@@ -8,16 +8,17 @@ short with the wrong size. All others keep their bytes, and config.json lists th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from milora_init.checkpoint.folder import Checkpoint
-from milora_init.checkpoint.header import Header, safetensors_name
+from milora_init.checkpoint.header import Header, plan_header, safetensors_name
 from milora_init.checkpoint.quantisation import HF_QUANT_CONFIG
 from milora_init.checkpoint.quantised_tensors import ACTIVATIONS, QuantisedTensor
 from milora_init.errors import PlanError
-from milora_init.options import InitOptions
+from milora_init.options import BASES, InitOptions
 from milora_init.plan.weights import WeightPlan
 
 # Layers of one parent that vLLM fuses into one matrix; it refuses a fused layer of which a part is quantised.
@@ -78,6 +79,23 @@ def plan_layout(checkpoint: Checkpoint, options: InitOptions, weights: Iterable[
     if not options.chosen.writes_base:
         return BaseLayout(frozenset(), frozenset(), by_codes)
     return BaseLayout(frozenset(quantised.tensors), quantised.part_names, by_codes)
+
+
+def base_sizes(
+    checkpoint: Checkpoint, options: InitOptions, by_tensor: Mapping[str, tuple[WeightPlan, ...]]
+) -> dict[str, int]:
+    """Return the size in bytes of all shards for each base that a quantised model can have; empty if it is not one."""
+    sizes: dict[str, int] = {}
+    weights = [w for group in by_tensor.values() for w in group]
+    for base in BASES if checkpoint.quantised.tensors else ():
+        with suppress(PlanError):  # this format has no mixed base
+            layout = plan_layout(checkpoint, replace(options, base=base), weights)
+            headers = (
+                plan_header(layout.entries(source, by_tensor, options.dtype), metadata=source.metadata)
+                for source in checkpoint.headers.values()
+            )
+            sizes[base] = sum(header.file_bytes for header in headers if header.tensors)
+    return sizes
 
 
 def mixed_config(checkpoint: Checkpoint, layout: BaseLayout, weights: Iterable[WeightPlan]) -> dict[str, Any]:

@@ -128,15 +128,16 @@ def _compare(
     solved_again = set(modules if all_components else _spread(modules))
     with open_tensors(base) as residuals, open_tensors(model) as originals, open_factors(adapter) as factors:
         for name in (name for name in base.tensors if name in model.tensors):
-            original, residual = originals.read(name), residuals.read(name)
-            if name not in records and not _same_bytes(_as_stored(original, name, model, residual), residual):
-                yield Finding(name, "not adapted, but its bytes are not the original model's", _MAKE_AGAIN)
+            original, residual = originals.locate(name), residuals.locate(name)
             if original.shape != residual.shape:
                 what = f"{list(original.shape)} in the original model, {list(residual.shape)} in the residual base"
                 yield Finding(name, what, model_hint)
                 continue
+            if name not in records and not _same_values(original, residual):
+                yield Finding(name, "not adapted, but its bytes are not the original model's", _MAKE_AGAIN)
             for record in records.get(name, ()):
-                W, R = (tensor if record.row is None else tensor[record.row] for tensor in (original, residual))
+                places = (original, residual)
+                W, R = (place.read() if record.row is None else place.at(record.row).read() for place in places)
                 if record.transposed:
                     W, R = W.mT, R.mT
                 B, A = factors.read(record)
@@ -323,6 +324,17 @@ def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tupl
     values = (B * WA).sum(dim=0)
     error = float((WA - B * values).norm()) + float((values.sort().values - s.sort().values).norm())
     return error / s_max + lengths, 8 * EPS32 * root
+
+
+def _same_values(original: TensorSource | QuantisedSource, stored: TensorSource | QuantisedSource) -> bool:
+    """Whether a tensor has the original's bytes, or its values, rounded once, if the original is quantised.
+
+    Of a fused tensor of experts one expert is in memory at a time.
+    """
+    if len(original.shape) > 2 and isinstance(original, QuantisedSource):
+        return all(_same_values(original.at(row), stored.at(row)) for row in range(original.shape[0]))
+    found, expected = stored.read(), original.read()
+    return _same_bytes(expected.to(found.dtype) if isinstance(original, QuantisedSource) else expected, found)
 
 
 def _as_stored(original: Tensor, name: str, model: Checkpoint, stored: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from support.tiny_models import edit_json
 from torch import Tensor
 
 from milora_init.checkpoint.quantisation import METHODS, REFUSED
-from milora_init.errors import CheckpointError
+from milora_init.errors import CheckpointError, PlanError, UsageError
 from milora_init.options import InitOptions
 from milora_init.plan.plan import Plan, make_plan
 
@@ -220,3 +220,70 @@ def test_a_file_of_scales_alone_has_no_file_in_the_base(tmp_path: Path) -> None:
     weight_map = json.loads(made.index)["weight_map"]
     assert set(weight_map.values()) == {"model-1.safetensors"}
     assert not any("scale" in name for name in weight_map)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "dense"),
+    [
+        ("fp8", "q_proj", {"q_proj", "k_proj", "v_proj"}),
+        ("fp8", "o_proj", {"o_proj"}),
+        ("fp8", "up_proj", {"gate_proj", "up_proj"}),
+        ("int4", "down_proj", {"down_proj"}),
+        ("gpt_oss", "q_proj", set()),
+    ],
+)
+def test_a_mixed_base_keeps_all_that_need_not_be_dense(
+    kind: str, target: str, dense: set[str], sources: Mapping[str, Path]
+) -> None:
+    """What vLLM fuses is dense together, and config.json lists it."""
+    made = plan(sources[kind], base="mixed", target=(target,))
+    stored = made.checkpoint.stored
+    kept = {n: i for job in made.jobs if job.header for n, i in job.header.tensors.items()}
+    modules = {n.removesuffix(".weight") for n in made.checkpoint.quantised.tensors if n.split(".")[-2] in dense}
+    config = json.loads(made.config_bytes)["quantization_config"]
+    listed = config["ignore" if kind == "int4" else "modules_to_not_convert"]
+    assert modules <= set(listed)
+    assert {"lm_head"} <= set(listed)
+    for name, tensor in made.checkpoint.quantised.tensors.items():
+        parts = {info.name for info in tensor.parts.values()}
+        if name.removesuffix(".weight") in modules:
+            assert kept[name].dtype == "BF16"
+            assert parts.isdisjoint(kept.keys() - {name})
+        else:
+            assert all((kept[p].dtype, kept[p].shape) == (stored[p].dtype, stored[p].shape) for p in parts)
+    sizes = made.base_sizes
+    assert sizes["mixed"] == made.base_bytes < sizes["dense"]
+    assert plan(sources[kind], target=(target,)).base_bytes == sizes["dense"]
+
+
+def test_experts_are_dense_as_a_whole_and_cut_blocks_always(tmp_path: Path) -> None:
+    source = quantised.save_fp8(tmp_path / "moe", "deepseek", block=16)
+    made = plan(source, base="mixed", target=("experts.down_proj",))
+    listed = json.loads(made.config_bytes)["quantization_config"]["modules_to_not_convert"]
+    assert "model.layers.1.mlp.experts" in listed
+    assert "model.layers.1.mlp.shared_experts.gate_proj" not in listed
+    cut = quantised.save_fp8(tmp_path / "cut", block=40)
+    made = plan(cut, base="mixed", target=("q_proj",))
+    assert "quantization_config" not in json.loads(made.config_bytes)  # all of it is cut short, so nothing is left
+
+
+@pytest.mark.parametrize("kind", ["plain", "modelopt", "adapter only"])
+def test_a_mixed_base_that_cannot_be_is_refused(kind: str, sources: Mapping[str, Path], tmp_path: Path) -> None:
+    if kind == "adapter only":
+        with pytest.raises(UsageError, match="writes no base"):
+            plan(sources["fp8"], base="mixed", method="rlmo")
+        return
+    folder = tmp_path / kind
+    source = quantised.save_model(folder, "llama") if kind == "plain" else quantised.save_modelopt(folder, "FP8")
+    with pytest.raises(PlanError, match="--base mixed") as caught:
+        plan(source, base="mixed")
+    assert "--base" in caught.value.hint
+    assert list(plan(source).base_sizes) == ([] if kind == "plain" else ["dense"])
+
+
+def test_few_bits_are_told_and_eight_are_not(sources: Mapping[str, Path]) -> None:
+    (told,) = [n for n in plan(sources["int4"]).notices if "stored in 4 bits" in n]
+    assert "int4, groups of 32, asymmetric" in told
+    assert not [n for n in plan(sources["fp8"]).notices if "bits" in n]
+    assert not [n for n in plan(sources["int4"], mode="max").notices if "bits" in n]
+    assert not [n for n in plan(sources["gpt_oss"], target=("q_proj",)).notices if "bits" in n]

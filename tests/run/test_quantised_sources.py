@@ -17,7 +17,7 @@ from torch import Tensor
 
 from milora_init import api
 from milora_init.checkpoint.dequantise import locate
-from milora_init.checkpoint.folder import open_model
+from milora_init.checkpoint.folder import open_checkpoint, open_model
 from milora_init.lora.folder import open_factors
 from milora_init.manifest import MANIFEST, Manifest
 
@@ -182,3 +182,89 @@ def test_the_memory_is_that_of_one_weight(start: Start, sources: Mapping[str, Pa
 
     memory, (m, n) = planned(sources["fp8"])
     assert memory >= m * n * (4 + 2)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("fp8", "q_proj"), ("deepseek", "experts"), ("int4", "v_proj")])
+def test_a_mixed_pair_computes_the_dense_one_and_takes_a_step(
+    kind: str, target: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Equal logits, to the bit; what is not adapted has the source's bytes; a LoRA step runs; a merge stays mixed."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    logits, ids = {}, torch.arange(1, 20)[None]
+    for base in ("dense", "mixed"):
+        out = tmp_path / base
+        start(sources[kind], out=str(out), target=(target,), base=base)
+        model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        pair = PeftModel.from_pretrained(model, out, subfolder="lora", is_trainable=True).eval()
+        logits[base] = pair(ids).logits
+        assert api.verify(out, model=sources[kind]).code == "pair"
+    assert torch.equal(logits["dense"], logits["mixed"])
+    loss = pair(ids, labels=ids).loss
+    loss.backward()
+    optimizer = torch.optim.SGD([p for p in pair.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    assert pair(ids, labels=ids).loss < loss
+    stored, base_tensors = open_model(sources[kind]).stored, open_checkpoint(tmp_path / "mixed").stored
+    source_tensors, ours = tensors(sources[kind]), tensors(tmp_path / "mixed")
+    same = [n for n in base_tensors if n in stored and base_tensors[n].dtype == stored[n].dtype and "norm" not in n]
+    assert len(same) > 10
+    for name in same:
+        assert torch.equal(ours[name].view(torch.uint8), source_tensors[name].view(torch.uint8)), name
+    api.merge(tmp_path / "mixed", tmp_path / "merged", progress=False)
+    assert (
+        open_checkpoint(tmp_path / "merged").quantised.tensors.keys() == open_checkpoint(out).quantised.tensors.keys()
+    )
+    assert api.verify(tmp_path / "merged", model=sources[kind]).ok
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gpt_oss"])
+def test_a_converted_adapter_serves_on_the_untouched_original(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Trained on the dense pair, converted, put on the quantised original: the function of the trained pair."""
+    import transformers
+    from peft import PeftModel
+    from support.training import train
+
+    start(sources[kind], target=("q_proj", "v_proj"))
+    out, trained, plain = tmp_path / "out", tmp_path / "trained", tmp_path / "plain"
+    train(out, trained, steps=3)
+    api.convert(out, trained, plain)
+    options: dict[str, Any] = {}
+    if kind == "gpt_oss":
+        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    cls, ids = transformers.AutoModelForCausalLM, torch.arange(1, 20)[None]
+
+    def logits(base: Path, adapter: Path, **more: Any) -> Tensor:
+        model = cls.from_pretrained(base, dtype=torch.bfloat16, **more).float()
+        found: Tensor = PeftModel.from_pretrained(model, adapter).eval()(ids).logits.detach()
+        return found
+
+    pair, served = logits(out, trained), logits(sources[kind], plain, **options)
+    initial = logits(out, out / "lora")
+    assert (pair - served).abs().max() < 0.05 * max(1.0, float((pair - initial).abs().max()))
+    assert (pair - initial).abs().max() > 4 * (pair - served).abs().max()
+
+
+def test_a_dense_base_is_quantised_by_qlora(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    start(sources["fp8"])
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=config, device_map="cpu")
+    pair = PeftModel.from_pretrained(base, tmp_path / "out", subfolder="lora", is_trainable=True)
+    ids = torch.arange(1, 20)[None]
+    pair(ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in pair.parameters())
+
+
+def test_the_leak_in_nf4_stands_beside_the_others(start: Start, sources: Mapping[str, Path]) -> None:
+    record = start(sources["fp8"]).weights[0]
+    leaks = record.rounding.leak_if
+    assert leaks["nf4"] is not None
+    assert leaks["bfloat16"] is not None
+    assert leaks["nf4"] > 4 * leaks["bfloat16"]

@@ -277,6 +277,20 @@ _CT: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 CT_FORMATS = tuple(_CT)
+# Every format that tests read: `quant_method`, who wrote the files of the test, whether there is a mixed base.
+# scripts/write_docs.py writes them into docs/quantised.md.
+FORMATS: Mapping[str, tuple[str, str, bool]] = {
+    "FP8, blocks of any size, also cut short": ("fp8", "the test", True),
+    "FP8, one scale for the tensor": ("fp8", "the test", True),
+    "MXFP8, groups of 32 with an exponent": ("mxfp8", "the test", True),
+    "FP4 experts, groups of 32, scales in E8M0": ("fp8", "the test", True),
+    "MXFP4 experts of gpt-oss": ("mxfp4", "the test", True),
+    **{f"compressed-tensors, {name}": ("compressed-tensors", "compressed-tensors", True) for name in _CT},
+    "compressed-tensors, int2 to int8, columns in another order": ("compressed-tensors", "the test", True),
+    "ModelOpt, FP8": ("modelopt", "the test", False),
+    "ModelOpt, NVFP4": ("modelopt", "the test", False),
+    "bitsandbytes, NF4 and FP4, scales quantised again or not": ("bitsandbytes", "bitsandbytes", False),
+}
 
 
 def save_compressed(folder: Path, scheme: str) -> Path:
