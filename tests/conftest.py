@@ -24,6 +24,7 @@ from support.runs import initialize
 
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
+from milora_init.run.makers import LocalMakers
 
 # Hypothesis draws the same examples in every run: a test result changes only if the code changes.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -132,6 +133,12 @@ def start(tmp_path: Path) -> Callable[..., Manifest]:
         return initialize(InitOptions(model=str(model), **given), progress=progress)
 
     return run
+
+
+@pytest.fixture
+def file_by_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of an output is begun only when the one before it was recorded: for tests that count finished files."""
+    monkeypatch.setattr(LocalMakers, "MOST_FILES", 1)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from milora_init.report import component_error, duration, percent, size
 from milora_init.run.progress import Progress as RunProgress
 
 if TYPE_CHECKING:
+    from milora_init.manifest import WeightRecord
     from milora_init.plan.output_files import ShardJob
     from milora_init.plan.plan import Plan
     from milora_init.run.progress import ShardResult
@@ -179,7 +180,7 @@ class Bar(RunProgress):
         left_s = elapsed_s * (self._total - self._done) / done
         return f"about {duration(left_s)} left" if left_s >= 1 else "less than 1 s left"
 
-    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+    def shard(self, result: ShardResult[WeightRecord], finished: int, of: int, elapsed_s: float) -> None:
         if self._verbose:
             for record in result.records:
                 certificate = record.certificate

@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +39,9 @@ from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, 
 from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
-from milora_init.run.journal import Entry
+from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
-from milora_init.run.pool import HashPool, SolverPool, one_ahead, weights_at_once
-from milora_init.run.progress import Progress, ShardResult
+from milora_init.run.pool import FilePool, SolverPool, weights_at_once
 from milora_init.run.shard import ShardWriter
 from milora_init.verification.files import check_weight_records
 from milora_init.verification.tensors import count_bit_equal
@@ -265,44 +263,38 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
     torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: glibc adapts to blocks up to 32 MiB
 
     cpus = [torch.device("cpu")] * weights_at_once([_needed_bytes(plan, name) for name in plan.records])
-    with HashPool() as hashing, SolverPool(cpus, threads_per_device=1) as solvers, ExitStack() as open_shards:
-        finished = folder.finished_shards(hashing)
-        todo = [name for name in plan.headers if name not in finished]
+    with FilePool() as files, SolverPool(cpus, threads_per_device=1) as solvers:
+        finished = folder.finished_shards(files)
         finished_bytes = sum(plan.headers[name].file_bytes for name in finished)
         hashes = {name: entry.hashes[name] for name, entry in finished.items()}
 
-        def start(name: str) -> tuple[ShardWriter[None], Future[str]]:
-            """Give a shard's weights to the solver pool, hash its source, and copy its other tensors."""
-            source = plan.source / name
-            writer: ShardWriter[None] = ShardWriter(
-                source, plan.base.stamps[name], out=folder.path, name=name, header=plan.headers[name]
-            )
-            shard = open_shards.enter_context(writer)
-            source_hash = hashing.sha256(source)
-            for tensor in plan.base.headers[name].tensors:
-                if tensor in plan.records:
-                    shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
-            shard.copy_other_tensors(Progress())
-            return shard, source_hash
+        def open_shard(name: str) -> ShardWriter[None]:
+            stamp, header = plan.base.stamps[name], plan.headers[name]
+            return ShardWriter(plan.source / name, stamp, attempt=folder.attempt(), name=name, header=header)
 
-        def report(recordings: Iterable[Future[Entry]]) -> None:
-            """Wait until these shards are recorded, and report them."""
-            nonlocal finished_bytes
-            for recording in recordings:
-                entry = recording.result()
-                finished_bytes += entry.files[entry.shard]
-                hashes[entry.shard] = entry.hashes[entry.shard]
-                progress(entry.shard, finished_bytes, plan.weights_bytes)
+        def submit(name: str, shard: ShardWriter[None]) -> list[Future[None]]:
+            """Give a shard's weights to the solver pool; hash its source meanwhile."""
+            merged = [
+                shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
+                for tensor in _merged(plan, name)
+            ]
+            _require_source(plan, name, sha256(plan.source / name, cancelled=files.cancelled))
+            return merged
 
-        recordings: deque[Future[Entry]] = deque()
-        for shard, source_hash in one_ahead(map(start, todo)):
-            shard.wait()
-            _require_source(plan, shard.name, source_hash.result())
-            result = ShardResult(shard.name, shard.finish(), ())
-            recordings.append(hashing.submit(folder.record_shard, result))
-            report(recordings.popleft() for _ in range(len(recordings) - 1))
-        report(recordings)
+        makers = LocalMakers(
+            solvers, files, open_shard=open_shard, submit=submit, count=lambda name: len(_merged(plan, name))
+        )
+        with makers:
+            for name, result in makers.run([name for name in plan.headers if name not in finished]):
+                hashes[name] = folder.commit(result).hashes[name]
+                finished_bytes += result.files[name]
+                progress(name, finished_bytes, plan.weights_bytes)
     return hashes
+
+
+def _merged(plan: MergePlan, name: str) -> list[str]:
+    """The tensors of a shard that hold weights to merge."""
+    return [tensor for tensor in plan.base.headers[name].tensors if tensor in plan.records]
 
 
 def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJob:

@@ -38,7 +38,8 @@ from milora_init.plan.quantised_base import base_sizes, mixed_config, plan_layou
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
-_LOW_DISK_SHARDS = 4  # with low_disk, the most shards that are on the disk at a time
+LOW_DISK_FILES = 2  # with low_disk, the most shards that are made at a time
+_LOW_DISK_SHARDS = LOW_DISK_FILES + 2  # and that are on the disk, of the model or of the output
 _PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
 
 

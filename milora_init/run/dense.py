@@ -11,6 +11,7 @@ import torch
 from milora_init.checkpoint.dequantise import QuantisedSource
 from milora_init.checkpoint.dtypes import TORCH_DTYPES
 from milora_init.checkpoint.header import torch_name
+from milora_init.checkpoint.quantised_tensors import QuantisedTensor
 from milora_init.checkpoint.tensor_file import TensorSource
 from milora_init.checkpoint.writer import WriteTarget
 from milora_init.errors import SolveError
@@ -38,12 +39,17 @@ def locate(tensor: str, job: ShardJob, shard: ShardWriter[WeightRecord]) -> Tens
     return QuantisedSource(quantised, parts)
 
 
-def dense_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> Iterator[DenseJob]:
-    """One job for each quantised tensor of a shard that is not split, the largest first."""
+def tensors(job: ShardJob) -> list[QuantisedTensor]:
+    """The quantised tensors of a shard that become dense and are not split, the largest first."""
     if job.header is None:
-        return
+        return []
     others = [tensor for name, tensor in job.quantised.items() if name not in job.weights]
-    for tensor in sorted(others, key=lambda tensor: -math.prod(tensor.shape)):
+    return sorted(others, key=lambda tensor: -math.prod(tensor.shape))
+
+
+def jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> Iterator[DenseJob]:
+    """One job for each of these tensors."""
+    for tensor in tensors(job):
         source = locate(tensor.name, job, shard)
         assert isinstance(source, QuantisedSource)
         yield DenseJob(source, shard.target(tensor.name))

@@ -1,7 +1,7 @@
 """Carry out a plan: split every planned weight, copy all other tensors, write the adapter, check everything.
 
-For each shard, the solver pool splits its weights while this thread copies all other tensors as bytes. Then the shard
-gets its final name, and its hash an entry in the journal. An interrupted run is resumed by the same command.
+`LocalMakers` makes the shards, several at a time. This thread alone gives a finished shard its final name, and its
+hashes an entry in the journal. An interrupted run is resumed by the same command.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import dataclasses
 import json
 import platform
 import time
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -32,14 +30,15 @@ from milora_init.methods import method_of_inputs
 from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
-from milora_init.plan.plan import Plan
+from milora_init.plan.plan import LOW_DISK_FILES, Plan
 from milora_init.run import dense, weight
 from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
 from milora_init.run.devices import memory_bytes
 from milora_init.run.journal import Entry
+from milora_init.run.makers import LocalMakers, Makers
 from milora_init.run.output_folder import OutputFolder
 from milora_init.run.parts import with_parts
-from milora_init.run.pool import HashPool, SolverPool, one_ahead, solver_devices
+from milora_init.run.pool import FilePool, SolverPool, solver_devices
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.run.shard import ShardWriter
@@ -117,19 +116,22 @@ def run_plan(
         return finished, "unchanged"
     try:
         with (
-            HashPool() as hashing,
+            FilePool() as files,
             SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
         ):
-            entries = out.finished_shards(hashing, uploader.pushed_shards if uploader else None)
+            entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
             todo = with_parts(todo, plan.checkpoint, out.work)
             if uploader:
                 uploader.mark_unfinished()
-            with _prefetcher(plan, todo, out, progress) as prefetcher:
-                loop = _ShardLoop(plan, out, progress, uploader, hashing, solvers, prefetcher, started)
-                entries |= loop.run(todo)
+            with (
+                _prefetcher(plan, todo, out, progress) as prefetcher,
+                _local_makers(plan, out, progress, files, solvers, prefetcher) as makers,
+            ):
+                loop = _Committer(plan, out, progress, uploader, prefetcher, started)
+                entries |= loop.run(makers, todo)
         manifest = _assemble(plan, out, entries, checked_with, started)
         if uploader:
             uploader.push(
@@ -180,79 +182,76 @@ def _report_start(plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manife
 
 
 @dataclass(frozen=True)
-class _ShardLoop:
-    """Makes the shards of a run, one after the other, in the pools of the run."""
+class _Committer:
+    """Gives the shards that are made their final names, records and uploads them. Nobody else does."""
 
     plan: Plan
     out: OutputFolder[Manifest]
     progress: Progress
     uploader: ShardUploader | None
-    hashing: HashPool
-    solvers: SolverPool
     prefetcher: Prefetcher
     started: float
 
-    def run(self, todo: Sequence[ShardJob]) -> dict[str, Entry]:
-        """Make the shards of these jobs; return their entries of the journal by the shard's name.
-
-        While this thread waits for the weights of one shard, the solver pool has those of the next one, and a thread
-        hashes and records the one before. A shard that is uploaded is waited for: the disk may not hold another one.
-        """
+    def run(self, makers: Makers[ShardJob, WeightRecord], todo: Sequence[ShardJob]) -> dict[str, Entry]:
+        """Let the shards of these jobs be made; return their entries of the journal by the shard's name."""
         entries: dict[str, Entry] = {}
-        recordings: deque[tuple[ShardJob, Future[Entry]]] = deque()
         finished_before = len(self.plan.jobs) - len(todo)
-        with ExitStack() as open_shards:
-            for job, shard in one_ahead(self._start(job, open_shards) for job in todo):
-                records = tuple(shard.wait())
-                result = ShardResult(job.target, shard.finish(), records)
-                recordings.append((job, self.hashing.submit(_record, self.plan, self.out, result)))
-                while len(recordings) > (0 if self.uploader else 1):
-                    entries |= self._finish(*recordings.popleft())
-                finished = finished_before + len(entries) + len(recordings)
-                self.progress.shard(result, finished, len(self.plan.jobs), time.monotonic() - self.started)
-            for recording in recordings:
-                entries |= self._finish(*recording)
+        for job, result in makers.run(todo):
+            entries[job.target] = self._commit(job, result)
+            finished = finished_before + len(entries)
+            self.progress.shard(result, finished, len(self.plan.jobs), time.monotonic() - self.started)
         return entries
 
-    def _start(self, job: ShardJob, open_shards: ExitStack) -> tuple[ShardJob, ShardWriter[WeightRecord]]:
-        """Give a shard's weights to the solver pool and copy its other tensors."""
-        job = self.prefetcher.take(job)
-        shard = open_shards.enter_context(_shard_writer(job, self.out.path))
-        for weight_job in weight.weight_jobs(job, shard):
-            shard.submit(self.solvers, weight.run, weight_job)
-        for dense_job in dense.dense_jobs(job, shard):
-            shard.submit_other(self.solvers, dense.run, dense_job)
-        shard.copy_other_tensors(self.progress)
-        return job, shard
+    def _commit(self, job: ShardJob, result: ShardResult[WeightRecord]) -> Entry:
+        """Name and record a shard; remove its source if it was downloaded for this run; upload it if asked.
 
-    def _finish(self, job: ShardJob, recording: Future[Entry]) -> dict[str, Entry]:
-        """Wait until a shard is recorded; remove its source if it was downloaded for this run; upload it if asked."""
-        entry = recording.result()
+        Where model and output together do not fit the page cache, the shard is dropped from it: otherwise it would
+        replace those files of the model that are still to be read.
+        """
+        entry = self.out.commit(result)
+        path = self.out.path / entry.shard
         self.prefetcher.release(job)
         if self.uploader:
-            path = self.out.path / entry.shard
             entry = dataclasses.replace(entry, pushed=self.uploader.push_shard(path, entry.shard))
             self.out.journal.append(entry)
             path.unlink()
-        return {entry.shard: entry}
+        elif self.plan.writes_base and self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
+            drop_from_page_cache(path)
+        return entry
 
 
-def _shard_writer(job: ShardJob, out: Path) -> ShardWriter[WeightRecord]:
+def _local_makers(
+    plan: Plan,
+    out: OutputFolder[Manifest],
+    progress: Progress,
+    files: FilePool,
+    solvers: SolverPool,
+    prefetcher: Prefetcher,
+) -> LocalMakers[ShardJob, WeightRecord]:
+    """Makes shards in the pools of this process."""
+
+    def submit(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[Any]]:
+        """The weights to split first, then the tensors to dequantise."""
+        weights = [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
+        return weights + [shard.submit_other(solvers, dense.run, dense_job) for dense_job in dense.jobs(job, shard)]
+
+    return LocalMakers(
+        solvers,
+        files,
+        open_shard=lambda job: shard_writer(job, out.attempt()),
+        submit=submit,
+        count=lambda job: len(job.splits) + len(dense.tensors(job)),
+        fetch=prefetcher.take,
+        most_files=LOW_DISK_FILES if plan.options.low_disk else None,
+        progress=progress,
+    )
+
+
+def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
+    """Writes the shard of a job, and its part of the adapter, in the folder of an attempt."""
     assert job.stamp is not None, "the source is on the disk"
     part = (part_name(job.target), part_header(job.splits)) if job.splits else None
-    return ShardWriter(job.source, job.stamp, out=out, name=job.target, header=job.header, adapter_part=part)
-
-
-def _record(plan: Plan, out: OutputFolder[Manifest], result: ShardResult) -> Entry:
-    """Hash and record a finished shard.
-
-    Where model and output together do not fit the page cache, the shard is dropped from it after that: otherwise it
-    would replace those files of the model that are still to be read.
-    """
-    entry = out.record_shard(result)
-    if plan.writes_base and plan.source_bytes + plan.base_bytes > memory_bytes():
-        drop_from_page_cache(out.path / result.shard)
-    return entry
+    return ShardWriter(job.source, job.stamp, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
 
 
 def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Prefetcher:

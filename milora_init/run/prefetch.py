@@ -1,4 +1,4 @@
-"""Download the next shard while the current one is being split."""
+"""Download the sources of shards while earlier shards are being made."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ class Prefetcher:
     Args:
         jobs: In the order in which they will be taken.
         headers: Of every file of the model, as planned.
-        fetch: Downloads a file of the model by its name; called from another thread.
+        fetch: Downloads a file of the model by its name; called from other threads.
         remove: Called with a downloaded file that is no longer needed; None to keep it.
     """
+
+    THREADS = 4  # each compares what it has downloaded with the Hub's SHA-256, which no other download waits for
 
     def __init__(
         self,
@@ -33,10 +35,11 @@ class Prefetcher:
         fetch: Fetch,
         remove: Callable[[Path], None] | None = None,
     ) -> None:
-        self._waiting = deque(job.source.name for job in jobs if job.stamp is None)
+        self._waiting = deque(job for job in jobs if job.stamp is None)
         self._headers, self._fetch, self._remove = headers, fetch, remove
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-        self._downloads: dict[str, Future[Path]] = {}
+        # What is removed is downloaded one by one: the disk is small.
+        self._pool = ThreadPoolExecutor(1 if remove else self.THREADS, thread_name_prefix="fetch")
+        self._downloads: dict[str, Future[ShardJob]] = {}
 
     def __enter__(self) -> Prefetcher:
         self._start_next()
@@ -45,31 +48,37 @@ class Prefetcher:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a download
 
-    def take(self, job: ShardJob) -> ShardJob:
-        """The job with its source on the disk. Waits for the download if it is not finished.
+    def take(self, job: ShardJob) -> Future[ShardJob]:
+        """A future of the job with its source on the disk.
 
         Raises:
-            CheckpointError: The file is not the one that was planned with.
-            HubError: The download failed.
+            CheckpointError: In the future: the file is not the one that was planned with.
+            HubError: In the future: the download failed.
         """
         if job.stamp is not None:
-            return job
+            there: Future[ShardJob] = Future()
+            there.set_result(job)
+            return there
         name = job.source.name
         while name not in self._downloads:
             self._start_next()
-        path = self._downloads[name].result()
         self._start_next()
-        if read_header(path).raw != self._headers[name].raw:
-            raise CheckpointError(f"{path} is not the file whose header was planned with", hint="run it again")
-        return dataclasses.replace(job, source=path, stamp=stamp(path))
+        return self._downloads[name]
 
     def release(self, job: ShardJob) -> None:
         """The job is finished and recorded: remove its source if it was downloaded for this run alone."""
         name = job.source.name
         if self._remove and name in self._downloads:
-            self._remove(self._downloads.pop(name).result())
+            self._remove(self._downloads.pop(name).result().source)
 
     def _start_next(self) -> None:
         if self._waiting:
-            name = self._waiting.popleft()
-            self._downloads[name] = self._pool.submit(self._fetch, name)
+            job = self._waiting.popleft()
+            self._downloads[job.source.name] = self._pool.submit(self._download, job)
+
+    def _download(self, job: ShardJob) -> ShardJob:
+        name = job.source.name
+        path = self._fetch(name)
+        if read_header(path).raw != self._headers[name].raw:
+            raise CheckpointError(f"{path} is not the file whose header was planned with", hint="run it again")
+        return dataclasses.replace(job, source=path, stamp=stamp(path))

@@ -1,23 +1,27 @@
 """Write one shard of an output; `run` and `merge` both use it.
 
-The file is laid out under a partial name. Tasks on the solver's threads write the weights at their offsets, and the
-calling thread copies all other tensors as bytes. At the end the file gets its final name.
+The files of a shard are made in a folder of their own, that of the attempt. Tasks on the solver's threads write the
+weights at their offsets, and the calling thread copies all other tensors as bytes. `OutputFolder.commit` gives finished
+files their final names: so an attempt that ends late, or twice, replaces nothing.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import shutil
+import threading
+from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from milora_init.checkpoint.files import Stamp, file_mode, stamp
+from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header
 from milora_init.checkpoint.tensor_file import SafetensorsShard, TensorSource, open_shard
-from milora_init.checkpoint.writer import SafetensorsWriter, WriteTarget
+from milora_init.checkpoint.writer import SafetensorsWriter, WriteTarget, writing
 from milora_init.errors import CheckpointError
 from milora_init.run.pool import SolverPool, SolverTask
-from milora_init.run.progress import Progress
+from milora_init.run.progress import Progress, ShardResult
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -26,16 +30,16 @@ Result = TypeVar("Result")
 class ShardWriter(Generic[Result]):
     """One shard that is being written, its source file, and its part of the adapter if it has one.
 
-    In this order: `submit` every weight, `copy_other_tensors`, `wait`, `finish`. The `with` block owns the files; those
-    that are not finished when it ends are removed.
+    In this order: `submit` every weight, `copy_other_tensors`, `finish`. The `with` block owns the files: without
+    `finish`, the folder of the attempt is removed when it ends.
 
     Args:
         source: The file of the model or of the residual base.
         source_stamp: Its stamp when it was planned.
-        out: The output folder.
-        name: The shard's name in it.
+        attempt: The folder to make the files in. It is created, and nobody else writes there.
+        name: The shard's name in the output folder.
         header: The shard's layout; None to write only its part of the adapter.
-        adapter_part: Path relative to `out`, and layout, of the shard's part of the adapter; None if it has none.
+        adapter_part: Path relative to the output folder, and layout, of its part of the adapter; None if it has none.
 
     Raises:
         CheckpointError: The source changed since it was planned, or cannot be read.
@@ -47,21 +51,24 @@ class ShardWriter(Generic[Result]):
         source: Path,
         source_stamp: Stamp,
         *,
-        out: Path,
+        attempt: Path,
         name: str,
         header: Header | None,
         adapter_part: tuple[str, Header] | None = None,
     ) -> None:
         self.name = name
         self._path, self._stamp, self._header = source, source_stamp, header
-        self._shard = SafetensorsWriter(out / name, header, mode=file_mode(source)) if header else None
-        self._part = (
-            SafetensorsWriter(out / adapter_part[0], adapter_part[1], mode=file_mode(source)) if adapter_part else None
-        )
+        self._attempt, self._finished = attempt, False
         # By their path relative to the output folder; the part is finished first.
-        self._writers = {adapter_part[0]: self._part} if adapter_part and self._part else {}
-        if self._shard:
-            self._writers[name] = self._shard
+        layouts: dict[str, Header] = dict([adapter_part] if adapter_part else [])
+        if header:
+            layouts[name] = header
+        self._writers = {
+            path: SafetensorsWriter(attempt / Path(path).name, layout, mode=file_mode(source))
+            for path, layout in layouts.items()
+        }
+        self._shard = self._writers.get(name)
+        self._part = self._writers.get(adapter_part[0]) if adapter_part else None
         self._targets: dict[str, WriteTarget] = {}
         self._part_targets: dict[str, WriteTarget] = {}
         self._results: list[Future[Result]] = []
@@ -72,6 +79,9 @@ class ShardWriter(Generic[Result]):
             self._source = open_shard(self._path)
             files.enter_context(self._source)
             self._require_unchanged()
+            files.callback(self._remove_unfinished)
+            with writing(self._attempt):
+                self._attempt.mkdir(parents=True)
             for writer in self._writers.values():
                 files.enter_context(writer)
             self._files = files.pop_all()
@@ -97,22 +107,29 @@ class ShardWriter(Generic[Result]):
         self._part_targets[tensor] = self._part.target(tensor)
         return self._part_targets[tensor]
 
-    def submit(self, pool: SolverPool, task: SolverTask[Job, Result], job: Job) -> None:
+    def submit(self, pool: SolverPool, task: SolverTask[Job, Result], job: Job) -> Future[Result]:
         """Give a job to the pool. It writes to targets of this shard."""
         self._results.append(pool.submit(task, job))
+        return self._results[-1]
 
-    def submit_other(self, pool: SolverPool, task: SolverTask[Job, None], job: Job) -> None:
+    def submit_other(self, pool: SolverPool, task: SolverTask[Job, None], job: Job) -> Future[None]:
         """Give a job without a result to the pool: a tensor that is neither split nor copied as bytes."""
         self._others.append(pool.submit(task, job))
+        return self._others[-1]
 
-    def copy_other_tensors(self, progress: Progress) -> None:
+    def copy_other_tensors(self, progress: Progress, cancelled: threading.Event | None = None) -> None:
         """Copy every tensor that no task writes, byte for byte; nothing if only a part of the adapter is written.
 
         Tensors of the source that the shard's layout does not have are left out.
+
+        Raises:
+            CancelledError: `cancelled` was set.
         """
         if self._shard is None or self._header is None:
             return
         for name, info in self._source.header.tensors.items():
+            if cancelled is not None and cancelled.is_set():
+                raise CancelledError
             if name in self._targets or name not in self._header.tensors:
                 continue
             if isinstance(self._source, SafetensorsShard):
@@ -122,25 +139,32 @@ class ShardWriter(Generic[Result]):
             progress.tensor(name, info.size_bytes)
         self._shard.flush()
 
-    def wait(self) -> list[Result]:
-        """Wait for the tasks; return their results in the order of submission. Raises what a task raised."""
-        results = [future.result() for future in self._results]
+    def finish(self, cancelled: threading.Event | None = None) -> ShardResult[Result]:
+        """Wait for the tasks, finish and hash the files, and close them.
+
+        Whoever makes a file hashes it, while its bytes are in the page cache and other files are being made.
+
+        Raises:
+            CancelledError: `cancelled` was set.
+            Exception: What a task raised.
+        """
+        records = tuple(future.result() for future in self._results)
         for other in self._others:
             other.result()
-        if self._shard is not None:
-            for name in self._targets:
-                self._shard.mark_written(name)
-        if self._part is not None:
-            for name in self._part_targets:
-                self._part.mark_written(name)
-        return results
-
-    def finish(self) -> dict[str, int]:
-        """Give the files their final names and close them; return their sizes in bytes, by path relative to `out`."""
+        for writer, targets in ((self._shard, self._targets), (self._part, self._part_targets)):
+            if writer is not None:
+                for name in targets:
+                    writer.mark_written(name)
         self._require_unchanged()
-        sizes = {path: writer.finish() for path, writer in self._writers.items()}
+        files = {path: writer.finish() for path, writer in self._writers.items()}
+        hashes = {path: sha256(writer.path, cancelled=cancelled) for path, writer in self._writers.items()}
+        self._finished = True
         self._files.close()
-        return sizes
+        return ShardResult(self.name, files, records, hashes, self._attempt.name)
+
+    def _remove_unfinished(self) -> None:
+        if not self._finished:
+            shutil.rmtree(self._attempt, ignore_errors=True)
 
     def _require_unchanged(self) -> None:
         if stamp(self._path) != self._stamp:

@@ -170,11 +170,11 @@ def test_an_interrupted_run_with_experts_is_resumed(
     real = ShardWriter.finish
     finished: list[Any] = []
 
-    def stop(self: Any) -> Any:
+    def stop(self: Any, *cancelled: Any) -> Any:
         if len(finished) == 4:
             raise KeyboardInterrupt
         finished.append(self)
-        return real(self)
+        return real(self, *cancelled)
 
     options = InitOptions(
         model=str(source), out=str(tmp_path / "out"), rank=RANK, target=FAMILIES["mixtral"].targets, device=("cpu",)

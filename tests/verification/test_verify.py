@@ -23,7 +23,7 @@ from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.cli.main import run
 from milora_init.errors import UsageError
-from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.verification.verdict import TEXTS, Code, Verdict
@@ -148,7 +148,7 @@ def test_the_manifest_has_the_hash_of_every_file(out: Path) -> None:
 
 def test_a_resumed_run_keeps_the_hashes_of_the_earlier_shards(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     class CutOff(Progress):
-        def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+        def shard(self, result: ShardResult[WeightRecord], finished: int, of: int, elapsed_s: float) -> None:
             if finished == 2:
                 raise KeyboardInterrupt
 
