@@ -88,7 +88,7 @@ def warnings(manifest: Manifest) -> list[str]:
     """What can hurt the training or the use of a pair: the notices of the plan, and figures out of range."""
     found = list(manifest.notices)
     inexact = [weight for weight in manifest.weights if weight.rounding.error > _UNIT_ROUNDOFF.get(weight.dtype, 0.0)]
-    if inexact:
+    if inexact and not manifest.inputs.get("nf4"):  # a note gives the error of NF4
         worst = max(inexact, key=lambda weight: weight.rounding.error)
         found.append(
             f"base and component of {worst.module} differ from the weight by {percent(worst.rounding.error)}, more "
@@ -105,6 +105,9 @@ def warnings(manifest: Manifest) -> list[str]:
 
 def notes(manifest: Manifest) -> list[str]:
     """What is worth knowing and does not change the training: how much of the components stayed in the base."""
+    if manifest.inputs.get("nf4"):
+        error = max(weight.rounding.error for weight in manifest.weights)
+        return [f"base and adapter differ from the weights by up to {percent(error)} a weight, which NF4 rounds away"]
     leaking = [weight for weight in manifest.weights if weight.rounding.leak > LEAK_LIMIT]
     if not leaking:
         return []

@@ -148,6 +148,8 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
     console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
+    for name, count in plan.formats.items():
+        console.print(f"stored    {count} tensors as {name}")
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
     console.print(f"base      {written} (model {size(plan.source_bytes)})")
     for base, size_bytes in plan.base_sizes.items():

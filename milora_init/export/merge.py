@@ -180,7 +180,8 @@ def merge(  # noqa: PLR0913  the options of the command
         model=source["model"],
         revision=source["revision"],
         from_hub=source["revision"] is not None,
-        initial=plan.adapter.digest == plan.manifest.hashes.get(LORA_WEIGHTS),
+        # A base of NF4's numbers does not give the original again.
+        initial=plan.adapter.digest == plan.manifest.hashes.get(LORA_WEIGHTS) and not plan.manifest.inputs.get("nf4"),
         modules=len(plan.manifest.weights),
         entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
         tensors={name: records[0].dtype for name, records in plan.records.items()},

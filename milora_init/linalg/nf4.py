@@ -19,12 +19,18 @@ VALUES = (
 )  # fmt: skip
 
 
-def nf4(W: Tensor) -> Tensor:
-    """W (m, n) after a round trip through NF4, without double quantisation, in W's dtype."""
+def nf4(W: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """W (m, n), in float32, after a round trip through NF4 without double quantisation.
+
+    Args:
+        W: The weight.
+        scale_dtype: The scales are rounded to it. With the dtype that the result is stored in, the stored result keeps
+            its scales, and another round trip changes nothing.
+    """
     entries = W.reshape(-1)
     padding = -entries.numel() % BLOCK
     blocks = torch.nn.functional.pad(entries, (0, padding)).view(-1, BLOCK)
-    scale = blocks.abs().amax(dim=1, keepdim=True)
+    scale = blocks.abs().amax(dim=1, keepdim=True).to(scale_dtype).to(W.dtype)
     values = torch.tensor(VALUES, dtype=W.dtype, device=W.device)
     unit = blocks / torch.where(scale == 0, 1, scale)
     nearest = torch.bucketize(unit, (values[1:] + values[:-1]) / 2)

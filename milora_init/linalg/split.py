@@ -68,6 +68,7 @@ def split(  # noqa: PLR0913  the parameters of the method
     factors: Factors = "balanced",
     dtype: torch.dtype,
     seed: int = 0,
+    nf4_rounds: int = 0,
     arithmetic: DeviceArithmetic | None = None,
 ) -> Split:
     """Factor r singular triplets out of W.
@@ -80,12 +81,16 @@ def split(  # noqa: PLR0913  the parameters of the method
         factors: What B and A are; see `methods`.
         dtype: Of the residual.
         seed: As in `svd.singular_triplets`.
+        nf4_rounds: For a base that QLoRA quantises: make the residual of numbers that NF4 has, and let the factors
+            make up for the rounding, in so many rounds; see `_split_for_nf4`. 0 for an ordinary residual.
         arithmetic: The algorithms to use; None for those of W's device.
 
     Raises:
         ValueError: As `svd.singular_triplets`; or a residual that overflows dtype.
     """
     arithmetic = arithmetic or arithmetic_of(W.device)
+    if nf4_rounds:
+        return _split_for_nf4(W, r, nf4_rounds, scale=scale, mode=mode, dtype=dtype, seed=seed, arithmetic=arithmetic)
     triplets = singular_triplets(W, r, mode=mode, seed=seed, arithmetic=arithmetic)
     B, A = _factors(triplets, scale, factors)
     if factors in ("right", "left"):
@@ -97,6 +102,39 @@ def split(  # noqa: PLR0913  the parameters of the method
     residual, rounding, norm = _residual(W, B, A, scale, dtype, arithmetic)
     own = rounding.component if factors == "balanced" else _norm_ratio(float(triplets.s.square().sum()), norm**2)
     return Split(residual, B, A, triplets, own**2, rounding)
+
+
+def _split_for_nf4(  # noqa: PLR0913
+    W: Tensor,
+    r: int,
+    rounds: int,
+    *,
+    scale: float,
+    mode: Mode,
+    dtype: torch.dtype,
+    seed: int,
+    arithmetic: DeviceArithmetic,
+) -> Split:
+    """A residual Q of numbers that NF4 has, and factors of W - Q.
+
+    In turn B A is the best approximation of W - Q of rank r, and Q the rounding of W - B A to NF4: QPiSSA with several
+    rounds, arXiv 2404.02948. The triplets and their certificate are those of W - Q after the last round.
+    """
+    kind = torch.promote_types(W.dtype, torch.float32)
+    rest = W
+    for _ in range(rounds):
+        B, A = _factors(singular_triplets(rest, r, mode=mode, seed=seed, arithmetic=arithmetic), scale, "balanced")
+        Q = nf4(W.to(kind) - scale * (B.to(kind) @ A.to(kind)), dtype).to(dtype)
+        rest = W.to(kind) - Q.to(kind)
+    triplets = singular_triplets(rest, r, mode=mode, seed=seed, arithmetic=arithmetic)
+    B, A = _factors(triplets, scale, "balanced")
+    if not bool(Q.isfinite().all()):
+        raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
+    D = scale * (B.to(kind) @ A.to(kind))
+    norm, E, own = (float(torch.linalg.vector_norm(X, dtype=torch.float64)) for X in (W, rest - D, D))
+    leak = E / own if own else 0.0
+    component, error = (own / norm, E / norm) if norm else (0.0, 0.0)
+    return Split(Q, B, A, triplets, component**2, Rounding(component, error, leak, {"nf4": leak}))
 
 
 def _factors(triplets: Triplets, scale: float, factors: Factors) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,7 @@ def option_inputs(options: InitOptions) -> dict[str, Any]:
         "text_only": options.text_only,
         "dtype": options.dtype,
         "base": options.base,
+        "nf4": options.nf4,
         "seed": options.seed,
     }
 

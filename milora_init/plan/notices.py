@@ -141,7 +141,12 @@ def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequen
 
 
 def _quantisation_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:
-    """Say what the components of weights with few bits are. FP8 and int8 need no such line."""
+    """Say what the components of weights with few bits are, and how to load a base of NF4's numbers."""
+    if options.nf4:
+        return [
+            "the base holds numbers of NF4: load it with BitsAndBytesConfig(load_in_4bit=True, "
+            'bnb_4bit_quant_type="nf4") and without double quantisation, which would change them'
+        ]
     tensors = checkpoint.quantised.tensors
     rules = [tensors[w.weight.tensor].rule for w in weights if w.weight.tensor in tensors]
     few = [rule for rule in rules if rule.bits <= 4]

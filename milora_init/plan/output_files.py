@@ -39,6 +39,7 @@ class ShardJob:
         header: Header of the output's file; None if no base is written.
         weights: The weights to split, by the name of the tensor that contains them.
         quantised: The quantised tensors whose values are read, by name. Their codes are in this file.
+        nf4_rounds: See `linalg.split.split`.
         elsewhere: Where their parts are that other files hold, by the part's name.
         mode: Which singular triplets to take.
         factors: What to make of them.
@@ -53,6 +54,7 @@ class ShardJob:
     factors: Factors
     quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)
     elsewhere: Mapping[str, TensorSource] = field(default_factory=dict)
+    nf4_rounds: int = 0
 
     @property
     def base_bytes(self) -> int:
@@ -104,6 +106,7 @@ def plan_shard(
         mode=options.chosen.mode,
         factors=options.chosen.factors,
         quantised=read,
+        nf4_rounds=options.nf4,
         elsewhere={name: locate_stored(checkpoint, name) for name in parts if checkpoint.file_of[name] != file},
     )
 

@@ -200,7 +200,8 @@ class Plan:
 
     def flops(self, w: WeightPlan) -> int:
         """Estimate the multiply-adds for one weight."""
-        return solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.chosen.mode)
+        solves = 1 + self.options.nf4  # each round of the correction is another one
+        return solves * solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.chosen.mode)
 
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
@@ -208,7 +209,14 @@ class Plan:
         quantised = w.weight.tensor in self.checkpoint.quantised.tensors
         read_as = "F32" if quantised else w.source_dtype
         stored_bytes = m * n * (DTYPES[read_as].itemsize + DTYPES[w.dtype].itemsize)
+        if self.options.nf4:
+            stored_bytes += 5 * 4 * m * n  # the rest of W, the product, and NF4's steps, in float32
         return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, stored_bytes)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Count the quantised tensors of the model by format."""
+        return dict(Counter(tensor.rule.format for tensor in self.checkpoint.quantised.tensors.values()))
 
     def weight_counts(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
         """Count the weights by (suffix, shape, source dtype, rank), in the model's order."""
@@ -328,6 +336,7 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, A
         download_bytes=sum(header.file_bytes for header in plan.absent.values()),
         base_bytes=plan.base_bytes,
         base_sizes=dict(plan.base_sizes),
+        formats=plan.formats,
         adapter_bytes=plan.adapter_bytes,
         peak_memory_bytes=plan.peak_memory_bytes(weights_at_once),
         solve_flops=plan.solve_flops,

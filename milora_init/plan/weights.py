@@ -63,6 +63,10 @@ def plan_weights(
         _plan_weight(weight, checkpoint, options, ranks_and_alphas[weight.target], targets) for weight in selected
     )
     _require_possible_ranks(weights)
+    if options.nf4 and (expert := next((w for w in weights if w.weight.expert or w.weight.transposed), None)):
+        raise PlanError(
+            f"--nf4: bitsandbytes does not quantise {expert.weight.module} as a linear layer", hint="--exclude it"
+        )
     return weights, _adapter_config(options, checkpoint, structure, targets, weights, ranks_and_alphas)
 
 

@@ -43,6 +43,7 @@ class WeightJob:
     B: WriteTarget
     mode: Mode
     factors: Factors
+    nf4_rounds: int = 0
 
 
 def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJob]:
@@ -61,6 +62,7 @@ def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJ
                 B=shard.part_target(part_key(weight.module, "B")),
                 mode=job.mode,
                 factors=job.factors,
+                nf4_rounds=job.nf4_rounds,
             )
         )
     return jobs
@@ -152,6 +154,7 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
             factors=job.factors,
             dtype=TORCH_DTYPES[plan.dtype],
             seed=plan.seed,
+            nf4_rounds=job.nf4_rounds,
         )
 
     try:

@@ -24,6 +24,7 @@ from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
 from milora_init.linalg.certificate import EPS
+from milora_init.linalg.nf4 import nf4
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.lora.folder import open_factors
 from milora_init.lora.tensor_layout import initial_block
@@ -225,7 +226,11 @@ def _check_weight(  # noqa: PLR0913  both sides of a comparison
         yield Finding(record.tensor, what, _MAKE_AGAIN)
         return
     scale = record.scale
-    error = residual_error(W, R, B, A, scale)
+    if manifest.inputs.get("nf4"):
+        if what := _nf4_fault(W.float(), R.float(), scale * B.float() @ A.float(), R.dtype):
+            yield Finding(record.tensor, what, _MAKE_AGAIN)
+        W, R = W.float() - R.float(), torch.zeros_like(R)  # the factors are those of what NF4 leaves
+    error = 0.0 if manifest.inputs.get("nf4") else residual_error(W, R, B, A, scale)
     if not error <= 1:
         what = f"the residual differs from W - scale * B @ A by {error / 2:.3g} units in the last place"
         hint = f"residual base, adapter and original model are not of one run: {_MAKE_AGAIN}"
@@ -240,6 +245,19 @@ def _check_weight(  # noqa: PLR0913  both sides of a comparison
             mode = manifest.inputs["mode"]
             what = f"scale * B @ A differs from the `{mode}` component by {error:.1e} (relative)"
             yield Finding(record.module, what, f"the adapter is not of this model: {_MAKE_AGAIN}")
+
+
+def _nf4_fault(W: Tensor, Q: Tensor, D: Tensor, dtype: torch.dtype) -> str:
+    """What is wrong with a residual Q of NF4's numbers beside a component D, all (m, n) in float32; else empty.
+
+    Another round trip through NF4 must not change it, and the pair must be nearer to W than NF4 alone is.
+    """
+    if not torch.equal(nf4(Q).to(dtype).float(), Q):
+        return "the residual holds numbers that NF4 does not have"
+    pair, alone = float((W - Q - D).norm()), float((W - nf4(W)).norm())
+    if not pair <= alone:
+        return f"base and adapter differ from the weight by {pair:.3g}, NF4 alone by {alone:.3g} (Frobenius norm)"
+    return ""
 
 
 def residual_error(W: Tensor, R: Tensor, B: Tensor, A: Tensor, scale: float) -> float:

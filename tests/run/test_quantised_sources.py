@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import quantised
 from support.interruptions import InterruptAt, InterruptedRunError
 from support.tiny_models import contents, tensors
@@ -18,6 +19,7 @@ from torch import Tensor
 from milora_init import api
 from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import open_checkpoint, open_model
+from milora_init.errors import UsageError
 from milora_init.lora.folder import open_factors
 from milora_init.manifest import MANIFEST, Manifest
 
@@ -268,3 +270,32 @@ def test_the_leak_in_nf4_stands_beside_the_others(start: Start, sources: Mapping
     assert leaks["nf4"] is not None
     assert leaks["bfloat16"] is not None
     assert leaks["nf4"] > 4 * leaks["bfloat16"]
+
+
+def test_a_base_of_nf4_numbers_through_all_commands(start: Start, tmp_path: Path) -> None:
+    source = quantised.save_model(tmp_path / "source", "llama")
+    manifest = start(source, method="pissa", nf4=3)
+    out = tmp_path / "out"
+    assert api.verify(out, model=source, all_components=True).code == "pair"
+    assert any("double quantisation" in notice for notice in manifest.notices)
+    worst = max(record.rounding.error for record in manifest.weights)
+    assert 0.01 < worst < 0.1
+    merged = api.merge(out, tmp_path / "merged", progress=False)
+    assert not merged.initial
+    assert api.verify(tmp_path / "merged", model=source).ok
+    base = tensors(out)
+    name = manifest.weights[0].tensor
+    base[name][0, 0] += 0.01
+    file = next(path for path in out.glob("*.safetensors") if name in load_file(path))
+    save_file({n: base[n] for n in load_file(file)}, file, metadata={"format": "pt"})
+    found = api.verify(out, model=source, all_components=True)
+    assert any("numbers that NF4 does not have" in finding.what for finding in found.findings)
+
+
+@pytest.mark.parametrize("method", ["milora", "rlmo", "mid", "olora-tail"])
+def test_a_correction_for_nf4_is_for_the_largest_directions_alone(
+    method: str, start: Start, sources: Mapping[str, Path]
+) -> None:
+    with pytest.raises(UsageError, match="outweighs all but the largest directions") as caught:
+        start(sources["fp8"], method=method, nf4=5)
+    assert "--method pissa" in caught.value.hint
