@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -169,6 +169,20 @@ class SafetensorsWriter:
                 chunk = _read(source_fileno, size, offset + copied, f"{source_path}: cannot read {name}")
                 _write_all(self._open_fileno(), memoryview(chunk), target.offset + copied)
                 copied += len(chunk)
+        self.mark_written(name)
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write a tensor's bytes, which come in chunks. Raises OutputError for more or fewer than the header says."""
+        target, written = self.target(name), 0
+        length = self._header.tensors[name].size_bytes
+        for chunk in chunks:
+            if written + len(chunk) > length:
+                break
+            with writing(self._partial):
+                _write_all(self._open_fileno(), memoryview(chunk), target.offset + written)
+            written += len(chunk)
+        if written != length:
+            raise OutputError(f"{self.path}: {name} has {length} bytes, other bytes were given")
         self.mark_written(name)
 
     def flush(self) -> None:

@@ -100,7 +100,9 @@ def require_writable(out: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"--out {out} cannot be written: no permission in {parent}")
+        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+        why = f"{parent} is on a read-only file system" if read_only else f"no permission in {parent}"
+        raise OutputError(f"--out {out} cannot be written: {why}", hint="choose another --out")
     return parent
 
 
@@ -377,7 +379,7 @@ class OutputFolder(Generic[Record]):
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(
-                f"--out {self.path} needs {needed / 1e6:,.0f} MB, its disk has {free / 1e6:,.0f} MB free",
+                f"--out {self.path} needs {needed / 1e6:,.1f} MB, its disk has {free / 1e6:,.1f} MB free",
                 hint="free some space, or choose an --out on another disk",
             )
 

@@ -59,3 +59,16 @@ def test_a_range_that_fails_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "config.json").exists()
     hub.fault = lambda *_: None
     assert milora(*INIT).returncode == 0
+
+
+def test_without_a_base_only_the_parts_of_adapted_weights_are_read(hub: Hub, tmp_path: Path) -> None:
+    """By range: codes from one file, scales from the other; and the factors are those of a local run."""
+    milora: Command = client(hub, tmp_path)
+    done = milora(*INIT, "--method", "rlmo", "--target", "q_proj")
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories["tiny/fp8"].files
+    sizes = {name: len(content) for name, content in files.items() if name.endswith(".safetensors")}
+    headers = {name: 8 + int.from_bytes(files[name][:8], "little") for name in sizes}
+    codes = hub.served["tiny/fp8/model-00001-of-00002.safetensors"]
+    assert codes < sizes["model-00001-of-00002.safetensors"] + headers["model-00001-of-00002.safetensors"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

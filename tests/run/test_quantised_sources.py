@@ -19,7 +19,7 @@ from torch import Tensor
 from milora_init import api
 from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import open_checkpoint, open_model
-from milora_init.errors import UsageError
+from milora_init.errors import PlanError, UsageError
 from milora_init.lora.folder import open_factors
 from milora_init.manifest import MANIFEST, Manifest
 
@@ -158,6 +158,10 @@ def test_an_adapter_only_method_reads_the_codes_and_writes_no_base(
         A = factors[f"base_model.model.{record.module}.lora_A.weight"].double()
         values = torch.linalg.svdvals(W)
         assert torch.allclose((A @ W.mT).norm(dim=1).sort().values, values[-4:].sort().values, atol=1e-5)
+    assert api.verify(tmp_path / "out", model=sources[kind], all_components=True).ok
+    if model.quantised.tensors.keys() & {record.tensor for record in manifest.weights}:
+        with pytest.raises(PlanError, match="merge never does"):
+            api.merge(tmp_path / "out", tmp_path / "merged", model=sources[kind], progress=False)
 
 
 def test_a_merge_is_dense_and_has_the_plain_config(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:
