@@ -250,7 +250,7 @@ def plan_merge(
     checkpoint = open_model(pair) if original is None or manifest.method.writes_base else original
     if checkpoint is original and checkpoint.quantised.tensors:
         raise PlanError(
-            f"{checkpoint.folder} is quantised: a merged weight would have to be quantised again, which merge never does",
+            f"{checkpoint.folder} is quantised: merged weights would have to be quantised again; merge never does that",
             hint="load the trained adapter on this model; servers do that too, see docs/quantised.md",
         )
     for name, size_bytes in manifest.files.items():
