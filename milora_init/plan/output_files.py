@@ -168,14 +168,19 @@ def config_with_dtype(checkpoint: Checkpoint, config: dict[str, Any], dtype: str
     """
     if dtype == "auto" or config_dtypes(config) == {dtype}:
         return checkpoint.config_bytes if config == checkpoint.config else config_text(config)
-    config = deepcopy(config)
+    return config_text(with_dtype(config, dtype))
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the content of config.json with this dtype, in torch's name."""
+    changed = deepcopy(dict(config))
     # Composite models have a config for each part, such as text_config, with a dtype of its own.
-    sections = [config, *(section for section in config.values() if isinstance(section, dict))]
+    sections = [changed, *(section for section in changed.values() if isinstance(section, dict))]
     for section in sections:
         section |= dict.fromkeys(_DTYPE_KEYS & section.keys(), dtype)
-    if not _DTYPE_KEYS & config.keys():
-        config["dtype"] = dtype
-    return config_text(config)
+    if not _DTYPE_KEYS & changed.keys():
+        changed["dtype"] = dtype
+    return changed
 
 
 def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -30,7 +31,14 @@ class DenseJob:
     target: WriteTarget
 
 
-def locate(tensor: str, job: ShardJob, shard: ShardWriter[WeightRecord]) -> TensorSource | QuantisedSource:
+class Located(Protocol):
+    """An open file of weights, or the writer of a shard that is made of it."""
+
+    def locate(self, name: str, /) -> TensorSource:
+        """Where a stored tensor of the file can be read."""
+
+
+def locate(tensor: str, job: ShardJob, shard: Located) -> TensorSource | QuantisedSource:
     """Where a tensor of the model is read; its parts may be in other files than the shard's."""
     quantised = job.quantised.get(tensor)
     if quantised is None:
