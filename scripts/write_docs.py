@@ -117,6 +117,17 @@ def methods() -> str:
     return table(("method", "for", "trained", "writes a base", "what others report"), rows)
 
 
+def quantised() -> str:
+    """The quantised formats that tests read."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.quantised import FORMATS
+
+    rows = [
+        (name, f"`{method}`", writer, "yes" if mixed else "no") for name, (method, writer, mixed) in FORMATS.items()
+    ]
+    return table(("format", "quant_method", "written by", "mixed base"), rows)
+
+
 def error_classes() -> str:
     """The classes of errors."""
     found: list[type[errors.MiloraError]] = [errors.MiloraError, *errors.MiloraError.__subclasses__()]
@@ -175,6 +186,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "recipes": recipes,
     "synonyms": synonyms,
     "methods": methods,
+    "quantised": quantised,
     "errors": error_classes,
     "verdicts": verdicts,
     "functions": functions,

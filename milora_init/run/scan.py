@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from milora_init.checkpoint.dequantise import QuantisedSource
 from milora_init.checkpoint.files import stamp
 from milora_init.checkpoint.folder import RemoteFiles
 from milora_init.checkpoint.header import torch_name
@@ -31,6 +32,7 @@ from milora_init.options import InitOptions, measured_target
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.plan import Plan, make_plan
 from milora_init.plan.weights import WeightPlan
+from milora_init.run.dense import locate
 from milora_init.run.devices import multiply_rate, resolve_devices
 from milora_init.run.pool import DeviceLock, SolverPool, weights_at_once
 from milora_init.run.prefetch import Prefetcher
@@ -46,7 +48,7 @@ class _Job:
     """Find the spectrum of the weight at `source`."""
 
     plan: WeightPlan
-    source: TensorSource
+    source: TensorSource | QuantisedSource
     ranks: tuple[int, ...]
     keep_all: bool  # all singular values, and not the curve alone
     rate: float  # multiply-adds per second, for the estimate of init's time
@@ -177,6 +179,7 @@ def _memory_bytes(w: WeightPlan) -> int:
 def _prefetcher(plan: Plan, progress: Progress) -> Prefetcher:
     """Downloads the files that are still on the Hub into its cache."""
     remote, headers = plan.checkpoint.remote, plan.checkpoint.headers
+    absent = set(remote.absent) if remote else set()
     if remote and plan.absent:
         from milora_init.hub.download import require_cache_space
 
@@ -184,6 +187,8 @@ def _prefetcher(plan: Plan, progress: Progress) -> Prefetcher:
 
     def fetch(job: ShardJob) -> Path:
         name = job.source.name
+        for other in {place.path.name for place in job.elsewhere.values()} & absent:  # parts of quantised weights
+            fetch_file(plan.options, remote, other, None)
         progress.fetching(name, headers[name].file_bytes)
         return fetch_file(plan.options, remote, name, None)
 
@@ -194,7 +199,7 @@ def _jobs(job: ShardJob, ranks: tuple[int, ...], keep_all: bool, rate: float) ->
     """One job for each weight of a file, the largest first."""
     with open_shard(job.source) as shard:
         for plan in sorted(job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
-            source = shard.locate(plan.weight.tensor)
+            source = locate(plan.weight.tensor, job, shard)
             row = plan.weight.row
             yield _Job(plan, source if row is None else source.at(row), ranks, keep_all, rate)
 
