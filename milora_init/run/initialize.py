@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -32,12 +32,13 @@ from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import LOW_DISK_FILES, Plan
-from milora_init.run import weight
+from milora_init.run import dense, weight
 from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
 from milora_init.run.devices import memory_bytes
 from milora_init.run.journal import Entry
 from milora_init.run.makers import LocalMakers, Makers
 from milora_init.run.output_folder import OutputFolder
+from milora_init.run.parts import with_parts
 from milora_init.run.pool import FilePool, SolverPool, solver_devices
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress, ShardResult
@@ -53,10 +54,10 @@ class ShardUploader(Protocol):
     """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
 
     def mark_unfinished(self) -> None:
-        """Shards will be uploaded, the first ones or more of them."""
+        """Mark the repository as unfinished, before the first `push_shard`; a resumed run does it again."""
 
     def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
-        """The names of those files, given with their SHA-256, that are uploaded already."""
+        """Of these files, with their SHA-256, the names of those that are uploaded already."""
 
     def push_shard(self, path: Path, name: str) -> str:
         """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
@@ -82,7 +83,7 @@ def carry_out(
     from milora_init.hub.upload import Repository
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.prepare(overwrite=overwrite_repository)
+    repository.prepare(MANIFEST, options.model if plan.checkpoint.remote else "", overwrite=overwrite_repository)
     if not options.low_disk:
         manifest, status = run_plan(plan, progress=progress)
         if progress:
@@ -123,6 +124,7 @@ def run_plan(
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
+            todo = with_parts(todo, plan.checkpoint, out.work)
             if uploader:
                 uploader.mark_unfinished()
             with (
@@ -229,15 +231,17 @@ def _local_makers(
 ) -> LocalMakers[ShardJob, WeightRecord]:
     """Makes shards in the pools of this process."""
 
-    def submit(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[WeightRecord]]:
-        return [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
+    def submit(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[Any]]:
+        """The weights to split first, then the tensors to dequantise."""
+        weights = [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
+        return weights + [shard.submit_other(solvers, dense.run, dense_job) for dense_job in dense.jobs(job, shard)]
 
     return LocalMakers(
         solvers,
         files,
         open_shard=lambda job: shard_writer(job, out.attempt()),
         submit=submit,
-        count=lambda job: len(job.splits),
+        count=lambda job: len(job.splits) + len(dense.tensors(job)),
         fetch=prefetcher.take,
         most_files=LOW_DISK_FILES if plan.options.low_disk or (plan.absent and not plan.writes_base) else None,
         progress=progress,
@@ -334,11 +338,7 @@ def _assemble(
             "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.structure.architecture,
             **({"other_class": plan.structure.other_class} if plan.structure.other_class else {}),
-            **(
-                {"config.json": plan.checkpoint.config_bytes.decode()}
-                if plan.writes_base and plan.changes_config
-                else {}
-            ),
+            **({"config.json": plan.merged_config_bytes.decode()} if plan.writes_base and plan.changes_config else {}),
             **({"trust_remote_code": True} if options.trust_remote_code else {}),
         },
         out=options.out,
