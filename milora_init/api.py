@@ -181,6 +181,9 @@ def convert(  # noqa: PLR0913
     *,
     model: str | None = None,
     rank: int | None = None,
+    energy: float | None = None,
+    for_: str = "peft",
+    dry_run: bool = False,
     overwrite: bool = False,
     cache_dir: StrPath | None = None,
     token: str | None = None,
@@ -193,21 +196,25 @@ def convert(  # noqa: PLR0913
         out: The folder to write. If the same conversion was finished there before, nothing is done.
         model: The original model, as adapter_config.json shall name it. None is the name in the manifest.
         rank: Keep the best `rank` directions of each module. None is twice the trained rank, which is exact.
+        energy: Keep as many directions of each module as this share of its update's squared norm needs.
+        for_: What reads the adapter: `peft`, `vllm` or `sglang`. They differ for models with experts.
+        dry_run: Write nothing; the result says what would be kept and lost.
         overwrite: Replace an earlier conversion in `out`.
         cache_dir, token: As in huggingface_hub.
 
     Raises:
-        UsageError: A folder that is not there, or a rank below 1.
+        UsageError: A folder that is not there, an `energy` outside 0 to 1, or a `for_` that is not known.
         CheckpointError: An adapter that cannot be read.
-        PlanError: Adapters that do not belong together, or hold more than A and B.
+        PlanError: Adapters that do not belong together, a rank that no module has, or a module that the server would
+            not read.
         OutputError: `out` holds something else, or cannot be written.
         HubError: The Hub refused, or cannot be reached.
     """
     from milora_init.export.convert import convert as convert_adapter
 
     return convert_adapter(
-        os.fspath(pair), os.fspath(adapter), os.fspath(out), model=model, rank=rank, overwrite=overwrite,
-        cache_dir=_text(cache_dir), token=token,
+        os.fspath(pair), os.fspath(adapter), os.fspath(out), model=model, rank=rank, energy=energy,
+        for_=for_, dry_run=dry_run, overwrite=overwrite, cache_dir=_text(cache_dir), token=token,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from milora_init.envelope import Status, envelope
 from milora_init.errors import OutputError
 from milora_init.json_fields import (
     Check,
+    all_of,
     at_least_1,
     count,
     each,
@@ -22,6 +23,7 @@ from milora_init.json_fields import (
     flag,
     number,
     one_of,
+    or_absent,
     or_none,
     read_object,
     require_fields,
@@ -35,8 +37,8 @@ MERGED = "milora_merge.json"
 CONVERTED = "milora_convert.json"
 RECORDS = (MANIFEST, MERGED, CONVERTED)
 _FORMAT = 1
-_OF_THE_CALL = ("unchanged", "bit_equal")  # not in the file
-_NOT_PRINTED = ("inputs", "source_files", "tensors", "from_hub", "model", "revision", "unchanged")
+_OF_THE_CALL = ("unchanged", "bit_equal", "dry_run")  # not in the file
+_NOT_PRINTED = ("inputs", "source_files", "tensors", "from_hub", "model", "revision", "unchanged", "dry_run")
 
 
 class _Recorded(Result):
@@ -129,7 +131,11 @@ class ConvertResult(_Recorded):
         inputs: All that determines the bytes: the hashes of both adapters, the new config, the version.
         files, hashes: Size in bytes and SHA-256 of every file of the output except this one.
         elapsed_s: Seconds.
+        form: What reads the adapter: `peft`, `vllm` or `sglang`.
+        serve: The command that serves it; empty for PEFT.
+        notices: What to know before the adapter is used.
         unchanged: Whether the same conversion was finished before.
+        dry_run: Whether nothing was written.
     """
 
     out: str
@@ -146,11 +152,14 @@ class ConvertResult(_Recorded):
     files: Mapping[str, int]
     hashes: Mapping[str, str]
     elapsed_s: float
+    form: str = "peft"
+    serve: str = ""
+    notices: tuple[str, ...] = ()
     unchanged: bool = False
+    dry_run: bool = False
 
     def summary(self) -> Mapping[str, object]:
-        status = "unchanged" if self.unchanged else "done"
-        return {"status": status, "out": self.out, "modules": len(self.modules), "model": self.model}
+        return {"status": _status(self), "out": self.out, "modules": len(self.modules), "model": self.model}
 
     def to_json(self) -> dict[str, Any]:
         return _envelope("convert", self)
@@ -163,8 +172,14 @@ def _envelope(command: str, result: MergeResult | ConvertResult) -> dict[str, An
     fields = {name: value for name, value in asdict(result).items() if name not in _NOT_PRINTED}
     if isinstance(result, ConvertResult):
         fields["modules"] = list(fields["modules"])
-    status: Status = "unchanged" if result.unchanged else "done"
-    return envelope(command, status, source={"model": result.model, "revision": result.revision}, **fields)
+        fields["warnings"] = list(fields.pop("notices"))
+    return envelope(command, _status(result), source={"model": result.model, "revision": result.revision}, **fields)
+
+
+def _status(result: MergeResult | ConvertResult) -> Status:
+    if isinstance(result, ConvertResult) and result.dry_run:
+        return "planned"
+    return "unchanged" if result.unchanged else "done"
 
 
 _COMMON: Mapping[str, Check] = {
@@ -179,6 +194,7 @@ _MERGE: Mapping[str, Check] = {
 }  # fmt: skip
 _CONVERT: Mapping[str, Check] = {
     **_COMMON, "cut": flag, "modules": lambda value: isinstance(value, list) and bool(value),
+    "form": or_absent(one_of("peft", "vllm", "sglang")), "serve": or_absent(text), "notices": or_absent(all_of(text)),
 }  # fmt: skip
 _MODULE: Mapping[str, Check] = {"module": text, "rank": at_least_1, "lost": number}
 _LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "adapter_model.safetensors")}
@@ -193,7 +209,7 @@ def read_merged(folder: Path) -> MergeResult | None:
 def read_converted(folder: Path) -> ConvertResult | None:
     """The record of a finished conversion, None where there is none. Raises OutputError."""
     content = _read(folder / CONVERTED, _CONVERT)
-    return None if content is None else ConvertResult(**content)
+    return None if content is None else ConvertResult(**{**content, "notices": tuple(content.get("notices", ()))})
 
 
 def _read(path: Path, fields: Mapping[str, Check]) -> dict[str, Any] | None:

@@ -185,9 +185,15 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     worst = max(module.lost for module in modules)
     lost = f", at most {worst:.2e} of a module's update lost (Frobenius norm)" if converted.cut else ""
     console.print(f"{converted.out}: {len(modules)} modules at {rank}{lost}")
+    print_warnings(converted.notices)
+    if converted.dry_run:
+        console.print(f"would write {size(sum(converted.files.values()))}; nothing was written")
+        return
     if converted.unchanged:
         console.print("already done, nothing to do")
     console.print(f"load it on {converted.model}, not on the residual base")
+    if converted.serve:
+        console.print(f"serve it with: {converted.serve}")
 
 
 def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool = False) -> None:

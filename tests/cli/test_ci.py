@@ -8,14 +8,14 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from support import fork_server
+from support import fork_server, shell_commands
 
 from milora_init.cli.main import run
 from milora_init.hub.model_card import step_summary, write_step_summary
@@ -35,8 +35,9 @@ class StepFailedError(RuntimeError):
 class Runner:
     """Runs an action's steps that are commands, in order, with its expressions put in; `uses:` are left out."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, commands: Path) -> None:
         self.folder = folder
+        self.commands = commands
         self.summary = folder / "summary.md"
         self.outputs: dict[str, dict[str, str]] = {}
 
@@ -56,7 +57,7 @@ class Runner:
         output.write_text("")
         env = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{self.commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RUNNER_TEMP": str(self.folder),
             "GITHUB_ACTIONS": "true",
             "GITHUB_OUTPUT": str(output),
@@ -81,8 +82,15 @@ class Runner:
         return re.sub(r"\$\{\{ (\S+) \}\}", found, text)
 
 
-def test_the_actions_steps_make_a_verified_output_and_tell_the_next_step(checkpoint: Built, tmp_path: Path) -> None:
-    runner = Runner(tmp_path)
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Runner]:
+    with shell_commands.served(tmp_path) as commands:
+        yield Runner(tmp_path, commands)
+
+
+def test_the_actions_steps_make_a_verified_output_and_tell_the_next_step(
+    runner: Runner, checkpoint: Built, tmp_path: Path
+) -> None:
     given = {"model": str(checkpoint("llama")), "out": "with a space", "rank": "3", "dtype": "float32"}
     options = "--target 're:.*(q|v)_proj' --exclude re:.*1.*q_proj"
     told = runner.run(**given, options=options, fail_on="leak=0.5 error=0.5")
@@ -104,8 +112,7 @@ def test_the_actions_steps_make_a_verified_output_and_tell_the_next_step(checkpo
     assert "already done" in runner.log
 
 
-def test_an_output_above_a_limit_fails_the_step_and_keeps_its_report(checkpoint: Built, tmp_path: Path) -> None:
-    runner = Runner(tmp_path)
+def test_an_output_above_a_limit_fails_the_step_and_keeps_its_report(runner: Runner, checkpoint: Built) -> None:
     with pytest.raises(StepFailedError, match=r"(?s)Initialise: .*above --fail-on error"):
         runner.run(model=str(checkpoint("llama", "bfloat16")), rank="3", fail_on="error=1e-9")
     assert json.loads(Path(runner.outputs["init"]["result"]).read_text())["worst_step_0_error"] > 1e-9
@@ -114,9 +121,11 @@ def test_an_output_above_a_limit_fails_the_step_and_keeps_its_report(checkpoint:
 @pytest.mark.parametrize(
     "options", ["--rank '3", "--rank 3 --no-such-option", "--rank 3; touch pwned", "$(touch pwned)"]
 )
-def test_options_that_are_wrong_or_hostile_fail_the_first_step(options: str, checkpoint: Built, tmp_path: Path) -> None:
+def test_options_that_are_wrong_or_hostile_fail_the_first_step(
+    options: str, runner: Runner, checkpoint: Built, tmp_path: Path
+) -> None:
     with pytest.raises(StepFailedError, match=r"(?s)Plan: .*error"):
-        Runner(tmp_path).run(model=str(checkpoint("llama")), options=options)
+        runner.run(model=str(checkpoint("llama")), options=options)
     assert not (tmp_path / "pwned").exists()
     assert not (tmp_path / "svd_init").exists()
 

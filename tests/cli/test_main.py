@@ -475,8 +475,16 @@ def test_an_ascii_locale_can_name_any_folder(checkpoint: Built, tmp_path: Path) 
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
     source, out = tmp_path / "sürce", tmp_path / "öut"
     source.symlink_to(checkpoint("llama"))
-    words = 'milora -m "$1" -o "$2" -r 4 --device cpu && milora report "$2" --markdown && milora verify "$2"'
-    done = shell(words, source, out, GITHUB_STEP_SUMMARY=str(tmp_path / "summary"), **ascii_only)
+    code = (
+        "import sys; from milora_init.cli.main import run; "
+        "from milora_init.cli.streams import replace_standard_streams; replace_standard_streams(); "
+        "_, source, out = sys.argv; "
+        "sys.exit(run(['-m', source, '-o', out, '-r', '4', '--device', 'cpu']) or "
+        "run(['report', out, '--markdown']) or run(['verify', out]))"
+    )
+    environment = {**os.environ, "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"), **ascii_only}
+    command = [sys.executable, "-c", code, str(source), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
 

@@ -35,6 +35,7 @@ CASES = [
     ("merge svd_init --out back --model my-model", 0, "done"),
     ("convert svd_init --adapter trained --out again", 0, "done"),
     ("convert svd_init --adapter trained --out again --rank 8", 0, "done"),
+    ("convert svd_init --adapter trained --out again --energy 0.9 --for vllm --dry-run", 0, "planned"),
     ("convert ./svd_init --adapter ./trained --out ./plain", 0, "unchanged"),
     ("push nothing me/nothing", None, "failed"),
     ("recipes", 0, "done"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -16,7 +17,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from support import fork_server
+from support import fork_server, shell_commands
 
 from milora_init.options import InitOptions
 
@@ -95,10 +96,10 @@ def _remove_outputs(code: str, folder: Path) -> None:
 
 
 def _run_in_a_shell(code: str, folder: Path) -> None:
-    commands = f'milora-init() {{ "{sys.executable}" -m milora_init "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\n'
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands + code], cwd=folder, capture_output=True, text=True, check=False
-    )
+    with shell_commands.served(folder) as commands:
+        environment = os.environ | {"PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        script = ["bash", "-euo", "pipefail", "-c", code]
+        done = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

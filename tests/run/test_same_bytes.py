@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from support import fork_server
+from support.runs import initialize
 from support.tiny_models import contents
 
 from milora_init.manifest import MANIFEST, Manifest
+from milora_init.options import InitOptions
 
-RUN = """
-import sys, torch
-from milora_init import InitOptions, initialize
+TARGET = ("q_proj", "k_proj", "up_proj")
 
-assert torch.get_num_threads() == int(sys.argv[2]), torch.get_num_threads()
-options = InitOptions(model=sys.argv[1], out="out", rank=8, device=("cpu",), target=("q_proj", "k_proj", "up_proj"))
-initialize(options)
-"""
+
+def initialize_with_threads(model: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    initialize(InitOptions(model=model, out="out", rank=8, device=("cpu",), target=TARGET))
 
 
 def test_any_number_of_threads_writes_the_same_bytes(
@@ -34,26 +32,23 @@ def test_any_number_of_threads_writes_the_same_bytes(
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="900KB")
-    made, processes = {}, {}
+    made = {}
     for threads in (1, 2, 3):
         (tmp_path / str(threads)).mkdir()
-    for threads in (2, 3):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}  # 3 on 2 cores too
-        command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(threads)]
-        processes[threads] = subprocess.Popen(
-            command, cwd=tmp_path / str(threads), env=environment, stderr=subprocess.PIPE, text=True
-        )
+    for threads in (2, 3):  # MKL is told to start 3 on 2 cores too
+        done = fork_server.run(
+            initialize_with_threads, str(tmp_path / "model"), threads,
+            cwd=tmp_path / str(threads), environment={"MKL_DYNAMIC": "FALSE"},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{threads} threads: {done.stderr}"
     monkeypatch.chdir(tmp_path / "1")
     assert torch.get_num_threads() == 1
-    manifest = start(tmp_path / "model", out="out", rank=8, target=("q_proj", "k_proj", "up_proj"))
+    manifest = start(tmp_path / "model", out="out", rank=8, target=TARGET)
     assert {(record.shape, record.certificate.path) for record in manifest.weights} == {
         ((512, 512), "lanczos"),
         ((1024, 512), "eigh"),
         ((256, 512), "eigh"),
     }
-    for threads, process in processes.items():
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, f"{threads} threads: {stderr}"
     for threads in (1, 2, 3):
         made[threads] = contents(tmp_path / str(threads) / "out")
         del made[threads][MANIFEST]  # it holds times

@@ -30,7 +30,8 @@ _context.set_forkserver_preload(
         "torch", "transformers", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
         "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2", "safetensors.torch",
         "transformers.models.auto.tokenization_auto", "transformers.models.bloom.modeling_bloom", "httpx", "pytest",
-        "rich.console", "rich.progress", "rich.table", "tokenizers", "typer.rich_utils", "yaml",
+        "rich.console", "rich.progress", "rich.table", "tokenizers", "typer.rich_utils", "yaml", "peft",
+        "fsspec.compression", "transformers.conversion_mapping", "typer._adapters",
     ]
 )  # fmt: skip
 
