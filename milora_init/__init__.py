@@ -4,8 +4,8 @@
     result = milora_init.initialize("./my-model", "./svd_init", rank=64)
     print(result.load)  # Python that loads the pair
 
-`initialize`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do. Every error is a
-`MiloraError`. Nothing heavy is imported until a name is used.
+`initialize`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do, and `initialize_part`
+does what `init --part` does. Every error is a `MiloraError`. Nothing heavy is imported until a name is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from milora_init.api import convert, initialize, merge, push, verify
+    from milora_init.api import convert, initialize, initialize_part, merge, push, verify
     from milora_init.errors import (
         CheckpointError,
         HubError,
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from milora_init.manifest import Manifest
     from milora_init.options import InitOptions
     from milora_init.records import ConvertResult, MergeResult
-    from milora_init.result import InitResult
+    from milora_init.result import InitResult, PartResult
     from milora_init.run.progress import Progress
     from milora_init.verification.verdict import Verdict
 
 _MODULE_OF = {
-    "initialize": "api", "verify": "api", "merge": "api", "convert": "api", "push": "api",
+    "initialize": "api", "initialize_part": "api", "PartResult": "result",
+    "verify": "api", "merge": "api", "convert": "api", "push": "api",
     "InitOptions": "options", "InitResult": "result", "Verdict": "verification.verdict", "MergeResult": "records",
     "ConvertResult": "records", "Published": "hub.upload", "Manifest": "manifest", "Progress": "run.progress",
     "MiloraError": "errors", "UsageError": "errors", "CheckpointError": "errors", "PlanError": "errors",
@@ -50,6 +51,7 @@ __all__ = [
     "MergeResult",
     "MiloraError",
     "OutputError",
+    "PartResult",
     "PlanError",
     "Progress",
     "Published",
@@ -59,6 +61,7 @@ __all__ = [
     "__version__",
     "convert",
     "initialize",
+    "initialize_part",
     "merge",
     "push",
     "verify",

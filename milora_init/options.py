@@ -73,6 +73,8 @@ class InitOptions:
             the output.
         push_to_hub: Push the output to this repository (`org/name`); `private` if it is created now.
         overwrite: Replace an earlier output of milora-init, finished or not.
+        part: `I/N`: make the I-th of N parts of the output's files (from 1) and stop; the same request without `part`
+            finishes. `auto` takes both numbers from torchrun, a Slurm array or SkyPilot.
 
     Raises:
         UsageError: A value out of its range.
@@ -103,6 +105,7 @@ class InitOptions:
     push_to_hub: str | None = None
     private: bool = True
     overwrite: bool = False
+    part: str | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -121,6 +124,7 @@ class InitOptions:
             ok = isinstance(value, str | None) and value in choices
             _require(ok, f"{name} is {_short(value)}", f"choose one of: {', '.join(known)}")
         self._check_method()
+        self._check_part()
 
     def _normalise(self) -> None:
         """Convert paths to text and lists to tuples; replace synonyms of values."""
@@ -162,6 +166,25 @@ class InitOptions:
         hint = "initialise without --push-to-hub, then upload the folder with `hf upload`"
         _require(self.push_to_hub is None, f"push_to_hub does not know an adapter alone yet, and {why}", hint)
 
+    def _check_part(self) -> None:
+        if self.part is None:
+            return
+        hint = "for the first of four parts: --part 1/4"
+        _require(isinstance(self.part, str), f"part is {_short(self.part)}, expected text", hint)
+        if self.part == "auto":
+            self._set("part", _part_of_environment())
+        number, _, count = self.part.partition("/")
+        digits = all(text.isascii() and text.isdigit() and len(text) <= 6 for text in (number, count))
+        _require(
+            digits and 1 <= int(number) <= int(count), f"part is {_short(self.part)}, not I/N from 1/N to N/N", hint
+        )
+        self._set("part", f"{int(number)}/{int(count)}")
+        why = "other parts may be writing to the same folder"
+        _require(not self.overwrite, f"overwrite and part exclude each other: {why}", "remove the old output first")
+        uploads = self.low_disk and self.push_to_hub is not None
+        hint = "drop --low-disk, or run without --part"
+        _require(not uploads, f"low_disk with push_to_hub removes files, but {why}", hint)
+
     def _check_targets(self) -> None:
         _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")
         for name in (*(self.target or ()), *self.exclude):
@@ -187,6 +210,14 @@ class InitOptions:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def part_numbers(self) -> tuple[int, int] | None:
+        """Number of the part, from 1, and the number of parts; None without `part`."""
+        if self.part is None:
+            return None
+        number, _, count = self.part.partition("/")
+        return int(number), int(count)
 
     @property
     def lora_alpha(self) -> int:
@@ -230,7 +261,32 @@ class InitOptions:
 
 
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(InitOptions))
-_RECIPE_KEYS = _OPTIONS - {"token", "overwrite"}
+_RECIPE_KEYS = _OPTIONS - {"token", "overwrite", "part"}
+
+
+# What launchers set: the number of a process, the first of these numbers, the step between them, and their count.
+_LAUNCHERS = (
+    ("RANK", None, None, "WORLD_SIZE"),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT"),
+    ("SKYPILOT_NODE_RANK", None, None, "SKYPILOT_NUM_NODES"),
+)
+
+
+def _part_of_environment() -> str:
+    """The part that a launcher has given to this process. Raises UsageError."""
+    for name, first, step, count in _LAUNCHERS:
+        if name in os.environ and count in os.environ:
+            try:
+                values = [int(os.environ[key]) for key in (name, count)]
+                start, stride = int(os.environ.get(first or "", 0)), int(os.environ.get(step or "", 1))
+                return f"{(values[0] - start) // max(stride, 1) + 1}/{values[1]}"
+            except ValueError:
+                message = (
+                    f"--part auto: {name} is {_short(os.environ[name])} and {count} is {_short(os.environ[count])}"
+                )
+                raise UsageError(message, hint="give the numbers: --part 1/4") from None
+    known = ", ".join(f"{name} and {count}" for name, _, _, count in _LAUNCHERS)
+    raise UsageError(f"--part auto: none of these is set: {known}", hint="give the numbers: --part 1/4")
 
 
 def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from milora_init.options import InitOptions, split_names
 
 if TYPE_CHECKING:
     from milora_init.cli.progress_bar import Bar
-    from milora_init.result import InitResult
+    from milora_init.result import InitResult, PartResult
 
 STARTED = time.monotonic()  # this file is imported when the process starts
 _METHOD, _LORA, _MODEL, _RUN, _HUB = "Method", "Adapter", "Model", "Run", "Hub"
@@ -125,6 +125,16 @@ def init(
             metavar="DEVICE", help="auto, cpu, cuda or cuda:N. Repeatable. (default: auto)", rich_help_panel=_RUN
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Make the I-th of N parts of the files and stop; the same command without --part finishes. "
+            "`auto`: the numbers of torchrun, a Slurm array or SkyPilot.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="For --mode random and the solver's start. (default: 0)", rich_help_panel=_RUN),
@@ -191,7 +201,7 @@ def init(
         target=_names(target), exclude=_names(exclude), alpha=alpha, rslora=rslora, dropout=dropout,
         task_type=task_type, text_only=text_only, dtype=dtype, revision=revision, cache_dir=cache_dir, token=token,
         trust_remote_code=trust_remote_code, low_disk=low_disk, device=device or None, seed=seed,
-        overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
+        overwrite=overwrite or None, push_to_hub=push_to_hub, private=private, part=part,
     )  # fmt: skip
     output.hide_bars_of_the_hub()
     if dry_run:
@@ -199,6 +209,13 @@ def init(
         return 0
     from milora_init.cli.progress_bar import Bar
 
+    if options.part is not None:
+        if limits:
+            raise UsageError("--fail-on needs all weights, not a part of them", hint="give it to the last command")
+        with Bar(quiet=quiet, verbose=verbose) as bar:
+            made = _run_part(options, bar, overwrite_repository=yes)
+        _print_part(made, as_json=as_json, quiet=quiet)
+        return 0
     with Bar(quiet=quiet, verbose=verbose) as bar:
         result = _run(options, bar, overwrite_repository=overwrite or yes)
     _print_result(result, as_json=as_json, quiet=quiet)
@@ -228,6 +245,21 @@ def _run(options: InitOptions, bar: Bar, *, overwrite_repository: bool) -> InitR
 
     bar.planning(options.model)
     return run(options, progress=bar, overwrite_repository=overwrite_repository)
+
+
+def _run_part(options: InitOptions, bar: Bar, *, overwrite_repository: bool) -> PartResult:
+    from milora_init.api import run_part
+
+    bar.planning(options.model)
+    return run_part(options, progress=bar, overwrite_repository=overwrite_repository)
+
+
+def _print_part(result: PartResult, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        output.json_output.give(result.to_json())
+    elif not quiet:
+        with may_be_lost():
+            output.print_part(result, elapsed_s=time.monotonic() - STARTED)
 
 
 def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:

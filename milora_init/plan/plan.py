@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_inde
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
+FLOPS_PER_BYTE = 200  # so many multiply-adds take about the time of copying one byte
 LOW_DISK_FILES = 2  # with low_disk, the most shards that are made at a time
 _LOW_DISK_SHARDS = LOW_DISK_FILES + 2  # and that are on the disk, of the model or of the output
 _PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
@@ -69,6 +71,29 @@ class Plan:
     config_bytes: bytes
     side_files: tuple[str, ...]
     notices: tuple[str, ...]
+
+    @cached_property
+    def own_jobs(self) -> tuple[ShardJob, ...]:
+        """The jobs of this run: all of them, or those of the part that the options name.
+
+        The costliest job goes to the part with the least work so far, then the next one. So parts of equal machines end
+        at about the same time, and every process finds the same parts.
+        """
+        if self.options.part_numbers is None:
+            return self.jobs
+        number, count = self.options.part_numbers
+        parts: list[tuple[int, int]] = [(0, index) for index in range(count)]  # work so far, part
+        own = []
+        for _, position in sorted((-self.cost(job), position) for position, job in enumerate(self.jobs)):
+            work, index = heappop(parts)
+            heappush(parts, (work + self.cost(self.jobs[position]), index))
+            if index == number - 1:
+                own.append(self.jobs[position])
+        return tuple(own)
+
+    def cost(self, job: ShardJob) -> int:
+        """Estimate of the time for a job, in multiply-adds."""
+        return FLOPS_PER_BYTE * self.read_bytes(job) + sum(map(self.flops, job.splits))
 
     @cached_property
     def adapter_header(self) -> Header:
@@ -142,20 +167,23 @@ class Plan:
     def required_disk_bytes(self) -> int:
         """The disk space that the run needs at its peak."""
         download = sorted(header.file_bytes for header in self.absent.values())
-        shards = sorted(job.base_bytes for job in self.jobs)
+        shards = sorted(job.base_bytes for job in self.own_jobs)
         low_disk = self.options.low_disk
         # Without low_disk, downloads go into the Hub's cache: `hub.download.require_cache_space` checks its disk. With
         # low_disk, a download is removed when its shard is finished, and a shard when it is uploaded.
         source_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk else 0
         base_bytes = sum(shards[-_LOW_DISK_SHARDS:] if low_disk and self.options.push_to_hub else shards)
         side_bytes = sum(stamp(self.source / name)[0] for name in self.side_files)
+        if self.options.part is not None:
+            factors = sum(4 * w.rank * sum(w.weight.shape) for job in self.own_jobs for w in job.splits)
+            return source_bytes + base_bytes + factors
         # The adapter counts twice: as one part for each shard, and as the final file that is assembled from the parts.
         return source_bytes + base_bytes + 2 * self.adapter_bytes + side_bytes
 
     @property
     def absent(self) -> Mapping[str, Header]:
         """Headers of the weight files that are on the Hub, not on the disk, and needed; by file name."""
-        needed = {job.source.name for job in self.jobs}
+        needed = {job.source.name for job in self.own_jobs}
         absent = self.checkpoint.remote.absent if self.checkpoint.remote else {}
         return {name: header for name, header in absent.items() if name in needed}
 

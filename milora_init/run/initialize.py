@@ -10,8 +10,9 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -31,9 +32,10 @@ from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import LOW_DISK_FILES, Plan
+from milora_init.result import PartResult
 from milora_init.run import weight
 from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
-from milora_init.run.devices import memory_bytes
+from milora_init.run.devices import memory_bytes, resolve_devices
 from milora_init.run.journal import Entry
 from milora_init.run.makers import LocalMakers, Makers
 from milora_init.run.output_folder import OutputFolder
@@ -62,6 +64,13 @@ class ShardUploader(Protocol):
 
     def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str]) -> object:
         """Upload all other files: the output is finished."""
+
+
+class ShardPreuploader(Protocol):
+    """Uploads the content of finished shards for a later commit; see `hub.upload.Repository`."""
+
+    def upload(self, path: Path, name: str) -> None:
+        """Upload a file that the last push will commit."""
 
 
 def carry_out(
@@ -93,6 +102,55 @@ def carry_out(
     return repository.published_manifest(manifest), "done", repository.published
 
 
+def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_repository: bool = False) -> PartResult:
+    """Make the files of the part that the options name; see `api.initialize_part`. Raises as `run_plan`."""
+    options = plan.options
+    assert options.part is not None
+    repository = None
+    if options.push_to_hub:
+        from milora_init.hub.upload import Repository
+
+        repository = Repository(options.push_to_hub, private=options.private, token=options.token)
+        repository.prepare(overwrite=overwrite_repository)
+    progress = progress or Progress()
+    started = time.monotonic()
+    resolve_devices(options.device)  # a wrong one is refused before anything is written
+    out = OutputFolder(plan.out, MANIFEST, read_manifest, options.part_numbers)
+    _require_same_kind(plan, out)
+    own = {job.target for job in plan.own_jobs}
+    if out.prepare(plan):
+        return PartResult(options.out, "unchanged", options.part, plan.fingerprint, (), len(plan.jobs), len(plan.jobs))
+    try:
+        with _pools(plan, progress) as (files, solvers):
+            entries = out.finished_shards(files, among=own)
+            todo = [job for job in plan.own_jobs if job.target not in entries]
+            require_loadable(plan)
+            _report_start(plan, todo, out, progress)
+            with (
+                _prefetcher(plan, todo, out, progress) as prefetcher,
+                _local_makers(plan, out, progress, files, solvers, prefetcher) as makers,
+            ):
+                loop = _Committer(plan, out, progress, None, prefetcher, started, repository)
+                made = loop.run(makers, todo)
+        finished = len(out.entries())
+    except BaseException:
+        out.abandon()
+        raise
+    out.leave()
+    return PartResult(options.out, "part", options.part, plan.fingerprint, tuple(made), finished, len(plan.jobs))
+
+
+@contextmanager
+def _pools(plan: Plan, progress: Progress) -> Iterator[tuple[FilePool, SolverPool]]:
+    """The threads of a run."""
+    devices, threads_per_device = solver_devices(plan)
+    with (
+        FilePool() as files,
+        SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
+    ):
+        yield files, solvers
+
+
 def run_plan(
     plan: Plan, *, progress: Progress | None = None, uploader: ShardUploader | None = None
 ) -> tuple[Manifest, Status]:
@@ -106,7 +164,7 @@ def run_plan(
     """
     progress = progress or Progress()
     started = time.monotonic()
-    devices, threads_per_device = solver_devices(plan)
+    resolve_devices(plan.options.device)  # a wrong one is refused before anything is written
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     _require_same_kind(plan, out)
     if finished := out.prepare(plan):
@@ -114,10 +172,7 @@ def run_plan(
             uploader.push(out.path, finished, pushed_before=())
         return finished, "unchanged"
     try:
-        with (
-            FilePool() as files,
-            SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
-        ):
+        with _pools(plan, progress) as (files, solvers):
             entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
@@ -173,7 +228,8 @@ def _require_same_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:
 
 
 def _report_start(plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> None:
-    progress.begin(plan, [job for job in plan.jobs if job not in todo])
+    planned = {job.target for job in todo}
+    progress.begin(plan, [job for job in plan.own_jobs if job.target not in planned])
     for job in todo:
         if (out.path / job.target).is_file():
             progress.remaking(job.target)
@@ -189,15 +245,17 @@ class _Committer:
     uploader: ShardUploader | None
     prefetcher: Prefetcher
     started: float
+    preuploader: ShardPreuploader | None = None
 
     def run(self, makers: Makers[ShardJob, WeightRecord], todo: Sequence[ShardJob]) -> dict[str, Entry]:
         """Let the shards of these jobs be made; return their entries of the journal by the shard's name."""
         entries: dict[str, Entry] = {}
-        finished_before = len(self.plan.jobs) - len(todo)
+        of = len(self.plan.own_jobs)
+        finished_before = of - len(todo)
         for job, result in makers.run(todo):
             entries[job.target] = self._commit(job, result)
             finished = finished_before + len(entries)
-            self.progress.shard(result, finished, len(self.plan.jobs), time.monotonic() - self.started)
+            self.progress.shard(result, finished, of, time.monotonic() - self.started)
         return entries
 
     def _commit(self, job: ShardJob, result: ShardResult[WeightRecord]) -> Entry:
@@ -213,7 +271,10 @@ class _Committer:
             entry = dataclasses.replace(entry, pushed=self.uploader.push_shard(path, entry.shard))
             self.out.journal.append(entry)
             path.unlink()
-        elif self.plan.writes_base and self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
+            return entry
+        if self.preuploader and self.plan.writes_base:
+            self.preuploader.upload(path, entry.shard)
+        if self.plan.writes_base and self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
             drop_from_page_cache(path)
         return entry
 
@@ -253,7 +314,7 @@ def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
 def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Prefetcher:
     """Downloads the model's files that are still on the Hub: into its cache, or with low_disk into the work folder."""
     options, remote = plan.options, plan.checkpoint.remote
-    folder = out.work / "source" if options.low_disk else None
+    folder = out.work / f"{out.attempts.name}.source" if options.low_disk else None
     if remote and plan.absent and not folder:
         from milora_init.hub.download import require_cache_space
 
