@@ -75,6 +75,7 @@ class InitOptions:
         overwrite: Replace an earlier output of milora-init, finished or not.
         part: `I/N`: make the I-th of N parts of the output's files (from 1) and stop; the same request without `part`
             finishes. `auto` takes both numbers from torchrun, a Slurm array or SkyPilot.
+        ray: Address of a Ray cluster, or `auto`, whose nodes make the files; they must see the model and the output.
 
     Raises:
         UsageError: A value out of its range.
@@ -106,6 +107,7 @@ class InitOptions:
     private: bool = True
     overwrite: bool = False
     part: str | None = None
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -145,7 +147,7 @@ class InitOptions:
         self._set("token", clean_token(self.token))
 
     def _check_text(self) -> None:
-        for name in ("model", "out", "revision", "cache_dir", "push_to_hub"):
+        for name in ("model", "out", "revision", "cache_dir", "push_to_hub", "ray"):
             value = getattr(self, name)
             _require(isinstance(value, str | None), f"{name} is {_short(value)}, expected text", "quote it")
             _require("\0" not in (value or ""), f"{name} contains a NUL character", "write it without")
@@ -167,6 +169,11 @@ class InitOptions:
         _require(self.push_to_hub is None, f"push_to_hub does not know an adapter alone yet, and {why}", hint)
 
     def _check_part(self) -> None:
+        if self.ray is not None:
+            _require(bool(self.ray), "--ray is empty", "name the cluster: --ray auto or HOST:PORT")
+            _require(self.part is None, "ray and part exclude each other", "drop one of them")
+            why = "low_disk works on one machine, and ray on many"
+            _require(not self.low_disk, f"low_disk and ray exclude each other: {why}", "drop one of them")
         if self.part is None:
             return
         hint = "for the first of four parts: --part 1/4"
@@ -261,7 +268,7 @@ class InitOptions:
 
 
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(InitOptions))
-_RECIPE_KEYS = _OPTIONS - {"token", "overwrite", "part"}
+_RECIPE_KEYS = _OPTIONS - {"token", "overwrite", "part", "ray"}
 
 
 # What launchers set: the number of a process, the first of these numbers, the step between them, and their count.

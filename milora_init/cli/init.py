@@ -135,6 +135,15 @@ def init(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Make the files on a Ray cluster: auto, or HOST:PORT. Its nodes must see the model and --out.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="For --mode random and the solver's start. (default: 0)", rich_help_panel=_RUN),
@@ -201,7 +210,7 @@ def init(
         target=_names(target), exclude=_names(exclude), alpha=alpha, rslora=rslora, dropout=dropout,
         task_type=task_type, text_only=text_only, dtype=dtype, revision=revision, cache_dir=cache_dir, token=token,
         trust_remote_code=trust_remote_code, low_disk=low_disk, device=device or None, seed=seed,
-        overwrite=overwrite or None, push_to_hub=push_to_hub, private=private, part=part,
+        overwrite=overwrite or None, push_to_hub=push_to_hub, private=private, part=part, ray=ray,
     )  # fmt: skip
     output.hide_bars_of_the_hub()
     if dry_run:

@@ -41,7 +41,7 @@ from milora_init.untrusted import printable, read_text
 FLOPS_PER_BYTE = 200  # so many multiply-adds take about the time of copying one byte
 LOW_DISK_FILES = 2  # with low_disk, the most shards that are made at a time
 _LOW_DISK_SHARDS = LOW_DISK_FILES + 2  # and that are on the disk, of the model or of the output
-_PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
+PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Plan:
         """Estimate the peak memory of a run that solves this many weights at a time."""
         largest_factor = max(info.size_bytes for info in self.adapter_header.tensors.values())
         largest_weights = sorted((self.memory_bytes(w) for w in self.weights), reverse=True)[:weights_at_once]
-        return _PROCESS_BYTES + max(2 * largest_factor, sum(largest_weights))
+        return PROCESS_BYTES + max(2 * largest_factor, sum(largest_weights))
 
     @property
     def solve_flops(self) -> int:

@@ -34,7 +34,7 @@ from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import LOW_DISK_FILES, Plan
 from milora_init.result import PartResult
 from milora_init.run import weight
-from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
+from milora_init.run.adapter_file import assemble_adapter, part_name
 from milora_init.run.devices import memory_bytes, resolve_devices
 from milora_init.run.journal import Entry
 from milora_init.run.makers import LocalMakers, Makers
@@ -121,34 +121,19 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
     if out.prepare(plan):
         return PartResult(options.out, "unchanged", options.part, plan.fingerprint, (), len(plan.jobs), len(plan.jobs))
     try:
-        with _pools(plan, progress) as (files, solvers):
+        with FilePool() as files:
             entries = out.finished_shards(files, among=own)
             todo = [job for job in plan.own_jobs if job.target not in entries]
             require_loadable(plan)
             _report_start(plan, todo, out, progress)
-            with (
-                _prefetcher(plan, todo, out, progress) as prefetcher,
-                _local_makers(plan, out, progress, files, solvers, prefetcher) as makers,
-            ):
-                loop = _Committer(plan, out, progress, None, prefetcher, started, repository)
-                made = loop.run(makers, todo)
+            with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
+                made = _Committer(plan, out, progress, None, prefetcher, started, repository).run(makers, todo)
         finished = len(out.entries())
     except BaseException:
         out.abandon()
         raise
     out.leave()
     return PartResult(options.out, "part", options.part, plan.fingerprint, tuple(made), finished, len(plan.jobs))
-
-
-@contextmanager
-def _pools(plan: Plan, progress: Progress) -> Iterator[tuple[FilePool, SolverPool]]:
-    """The threads of a run."""
-    devices, threads_per_device = solver_devices(plan)
-    with (
-        FilePool() as files,
-        SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
-    ):
-        yield files, solvers
 
 
 def run_plan(
@@ -164,7 +149,8 @@ def run_plan(
     """
     progress = progress or Progress()
     started = time.monotonic()
-    resolve_devices(plan.options.device)  # a wrong one is refused before anything is written
+    if plan.options.ray is None:
+        resolve_devices(plan.options.device)  # a wrong one is refused before anything is written
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     _require_same_kind(plan, out)
     if finished := out.prepare(plan):
@@ -172,19 +158,15 @@ def run_plan(
             uploader.push(out.path, finished, pushed_before=())
         return finished, "unchanged"
     try:
-        with _pools(plan, progress) as (files, solvers):
+        with FilePool() as files:
             entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
             if uploader:
                 uploader.mark_unfinished()
-            with (
-                _prefetcher(plan, todo, out, progress) as prefetcher,
-                _local_makers(plan, out, progress, files, solvers, prefetcher) as makers,
-            ):
-                loop = _Committer(plan, out, progress, uploader, prefetcher, started)
-                entries |= loop.run(makers, todo)
+            with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
+                entries |= _Committer(plan, out, progress, uploader, prefetcher, started).run(makers, todo)
         manifest = _assemble(plan, out, entries, checked_with, started)
         if uploader:
             uploader.push(
@@ -243,7 +225,7 @@ class _Committer:
     out: OutputFolder[Manifest]
     progress: Progress
     uploader: ShardUploader | None
-    prefetcher: Prefetcher
+    prefetcher: Prefetcher | None
     started: float
     preuploader: ShardPreuploader | None = None
 
@@ -266,7 +248,8 @@ class _Committer:
         """
         entry = self.out.commit(result)
         path = self.out.path / entry.shard
-        self.prefetcher.release(job)
+        if self.prefetcher:
+            self.prefetcher.release(job)
         if self.uploader:
             entry = dataclasses.replace(entry, pushed=self.uploader.push_shard(path, entry.shard))
             self.out.journal.append(entry)
@@ -279,36 +262,38 @@ class _Committer:
         return entry
 
 
-def _local_makers(
-    plan: Plan,
-    out: OutputFolder[Manifest],
-    progress: Progress,
-    files: FilePool,
-    solvers: SolverPool,
-    prefetcher: Prefetcher,
-) -> LocalMakers[ShardJob, WeightRecord]:
-    """Makes shards in the pools of this process."""
+@contextmanager
+def _makers(
+    plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], files: FilePool, progress: Progress
+) -> Iterator[tuple[Makers[ShardJob, WeightRecord], Prefetcher | None]]:
+    """What makes the shards: the nodes of a Ray cluster, or the pools of this process with a prefetcher."""
+    options = plan.options
+    if options.ray is not None:
+        from milora_init.run.ray_makers import RayMakers
+
+        with RayMakers(options.ray, plan, out.attempts, progress) as on_nodes:
+            yield on_nodes, None
+        return
+    devices, threads_per_device = solver_devices(plan)
 
     def submit(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[WeightRecord]]:
         return [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
 
-    return LocalMakers(
-        solvers,
-        files,
-        open_shard=lambda job: shard_writer(job, out.attempt()),
-        submit=submit,
-        count=lambda job: len(job.splits),
-        fetch=prefetcher.take,
-        most_files=LOW_DISK_FILES if plan.options.low_disk else None,
-        progress=progress,
-    )
-
-
-def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
-    """Writes the shard of a job, and its part of the adapter, in the folder of an attempt."""
-    assert job.stamp is not None, "the source is on the disk"
-    part = (part_name(job.target), part_header(job.splits)) if job.splits else None
-    return ShardWriter(job.source, job.stamp, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
+    with (
+        SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
+        _prefetcher(plan, todo, out, progress) as prefetcher,
+        LocalMakers(
+            solvers,
+            files,
+            open_shard=lambda job: weight.shard_writer(job, out.attempt()),
+            submit=submit,
+            count=lambda job: len(job.splits),
+            fetch=prefetcher.take,
+            most_files=LOW_DISK_FILES if options.low_disk else None,
+            progress=progress,
+        ) as makers,
+    ):
+        yield makers, prefetcher
 
 
 def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Prefetcher:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,7 @@ from milora_init.manifest import WeightRecord
 from milora_init.methods import Factors, Mode
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.weights import WeightPlan
-from milora_init.run.adapter_file import part_key
+from milora_init.run.adapter_file import part_header, part_key, part_name
 from milora_init.run.pool import DeviceLock
 from milora_init.run.progress import Progress
 from milora_init.run.shard import ShardWriter
@@ -41,6 +42,13 @@ class WeightJob:
     B: WriteTarget
     mode: Mode
     factors: Factors
+
+
+def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
+    """Writes the shard of a job, and its part of the adapter, in the folder of an attempt."""
+    assert job.stamp is not None, "the source is on the disk"
+    part = (part_name(job.target), part_header(job.splits)) if job.splits else None
+    return ShardWriter(job.source, job.stamp, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
 
 
 def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJob]:
