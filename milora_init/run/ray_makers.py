@@ -2,7 +2,8 @@
 
 Every node must see the model and the output folder at the same paths, and have the same milora_init and torch: `check`
 is called on every node before the first file is made, and again by each task, because nodes may join later. A task
-makes its file in the folder of its attempt, with the code of a single machine, and returns sizes, hashes and records. The driver alone gives names and writes the journal. So a task that Ray has started twice, or that ends after the
+makes its file in the folder of its attempt, with the code of a single machine, and returns sizes, hashes and records.
+The driver alone gives names and writes the journal. So a task that Ray has started twice, or that ends after the
 driver, changes nothing.
 
 A task that is lost with its worker or its node is started again by Ray. An error of a task ends the run.
@@ -15,6 +16,8 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
+import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +46,7 @@ from milora_init.run.shard import ShardWriter
 
 RETRIES = 4  # of a task whose worker or node is lost
 IN_FLIGHT = 2  # tasks for each that can run at a time: a node that is free finds the next one
+_ANSWER_S = 20  # in which a cluster must answer at all
 _PROBE_S = 300  # in which every node must have answered
 _POLL_S = 10  # how often the driver looks for new nodes while no task ends
 _PROBE = "probe"  # a file in the attempts' folder, by which a node shows that it sees the same folder
@@ -343,14 +347,38 @@ def connect(address: str) -> Any:
         import ray
     except ImportError as error:
         raise UsageError("--ray needs Ray, which is not installed", hint="pip install 'milora-init[ray]'") from error
+    _require_answer(address)
     try:
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a lost node is reported where it matters
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, or an error of authentication
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"no Ray cluster answers at {address}: {reason}",
-            hint="start one with `ray start --head`, and name it with --ray HOST:PORT. If it was started with token "
-            "authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too",
-        ) from error
+        raise _no_cluster(address, reason) from error
     return ray
+
+
+def _require_answer(address: str) -> None:
+    """Raise UsageError where no cluster answers. ray.init would wait for minutes, and then end this process."""
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "health-check",
+        "--address",
+        address,
+        "--skip-version-check",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise _no_cluster(address, f"no answer in {_ANSWER_S} s") from None
+    if done.returncode:
+        raise _no_cluster(address, (done.stderr.strip().splitlines() or ["it is not healthy"])[-1])
+
+
+def _no_cluster(address: str, reason: str) -> UsageError:
+    return UsageError(
+        f"no Ray cluster answers at {address}: {reason}",
+        hint="start one with `ray start --head`, and name it with --ray HOST:PORT. If it was started with token "
+        "authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too",
+    )

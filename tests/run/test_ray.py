@@ -69,7 +69,7 @@ def test_a_node_that_does_not_see_the_model_or_sees_another_version_is_refused(t
     with pytest.raises(CheckpointError, match="sees another version of"):
         check(asked, {source: (size_bytes, modified - 1)})
     source.unlink()
-    with pytest.raises(CheckpointError, match="does not see .*model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"does not see .*model\.safetensors"):
         check(asked, {source: (size_bytes, modified)})
 
 
@@ -110,7 +110,8 @@ class TestCluster:
     pytestmark = pytest.mark.ray
 
     @pytest.fixture(scope="class")
-    def cluster(self) -> Iterator[Any]:
+    @classmethod
+    def cluster(cls) -> Iterator[Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(ROOT))
             patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
@@ -188,19 +189,23 @@ class TestCluster:
                 time.sleep(TIMEOUT_S)
             return real(job, *rest)
 
-        def kill() -> None:
+        def kill_worker() -> None:
             pid, _ = wait_for_text(flags / worker_victim).split()
             os.kill(int(pid), signal.SIGKILL)
-            _, node_id = wait_for_text(flags / node_victim).split()
-            killed.append(next(node for node in cluster.worker_nodes if node.node_id == node_id))
-            cluster.add_node(num_cpus=1)  # a node that joins during the run is used
-            cluster.remove_node(killed[0], allow_graceful=False)
+
+        class KillNode(Progress):
+            def shard(self, *_: Any) -> None:
+                if not killed:
+                    _, node_id = wait_for_text(flags / node_victim).split()
+                    killed.append(next(node for node in cluster.worker_nodes if node.node_id == node_id))
+                    cluster.add_node(num_cpus=1)  # a node that joins during the run is used
+                    cluster.remove_node(killed[0], allow_graceful=False)
 
         killed: list[Any] = []
         monkeypatch.setattr(ray_makers, "make_file", hanging)
-        killer = threading.Thread(target=kill)
+        killer = threading.Thread(target=kill_worker)
         killer.start()
-        self.start(cluster, source, tmp_path / "out")
+        self.start(cluster, source, tmp_path / "out", KillNode())
         killer.join()
         assert killed
         whole()
@@ -251,7 +256,7 @@ class TestCluster:
         self, cluster: Any, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch, "__version__", "0.0.1")  # of this machine: so the nodes have another one
-        with pytest.raises(PlanError, match="node .* with torch") as caught:
+        with pytest.raises(PlanError, match=r"node .* with torch") as caught:
             self.start(cluster, checkpoint("llama"), tmp_path / "out")
         assert isinstance(caught.value, MiloraError)
         assert not (tmp_path / "out").exists()
