@@ -28,7 +28,7 @@ from milora_init.run.progress import Progress
 from milora_init.run.ray_makers import Request, Versions, check
 
 Built = Callable[..., Path]
-TIMEOUT_S = 240
+TIMEOUT_S = 90
 ROOT = Path(__file__).parents[2]
 
 
@@ -189,23 +189,26 @@ class TestCluster:
                 time.sleep(TIMEOUT_S)
             return real(job, *rest)
 
-        def kill_worker() -> None:
+        def kill() -> None:
             pid, _ = wait_for_text(flags / worker_victim).split()
             os.kill(int(pid), signal.SIGKILL)
+            _worker, node_id = wait_for_text(flags / node_victim).split()
+            killed.append(next(node for node in cluster.worker_nodes if node.node_id == node_id))
+            cluster.remove_node(killed[0], allow_graceful=False)
 
-        class KillNode(Progress):
+        class AddNode(Progress):
+            added = False
+
             def shard(self, *_: Any) -> None:
-                if not killed:
-                    _, node_id = wait_for_text(flags / node_victim).split()
-                    killed.append(next(node for node in cluster.worker_nodes if node.node_id == node_id))
+                if not self.added:
+                    self.added = True
                     cluster.add_node(num_cpus=1)  # a node that joins during the run is used
-                    cluster.remove_node(killed[0], allow_graceful=False)
 
         killed: list[Any] = []
         monkeypatch.setattr(ray_makers, "make_file", hanging)
-        killer = threading.Thread(target=kill_worker)
+        killer = threading.Thread(target=kill)
         killer.start()
-        self.start(cluster, source, tmp_path / "out", KillNode())
+        self.start(cluster, source, tmp_path / "out", AddNode())
         killer.join()
         assert killed
         whole()
@@ -261,7 +264,10 @@ class TestCluster:
         assert isinstance(caught.value, MiloraError)
         assert not (tmp_path / "out").exists()
 
-    def test_no_cluster_is_one_clear_error(self, checkpoint: Built, tmp_path: Path) -> None:
+    def test_no_cluster_is_one_clear_error(
+        self, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray_makers, "_ANSWER_S", 5)
         options = InitOptions(model=str(checkpoint("llama")), out=str(tmp_path / "out"), rank=4, ray="127.0.0.1:1")
         with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:1") as caught:
             api.run(options, progress=False)
