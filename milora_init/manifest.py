@@ -334,19 +334,3 @@ def require_manifest(folder: Path) -> Manifest:
             hint="give the --out folder of a finished run; to finish an interrupted run, repeat its command",
         )
     return manifest
-
-
-def require_residual_base(folder: Path, manifest: Manifest, instead: str) -> None:
-    """Raise OutputError unless the output has a residual base.
-
-    Args:
-        folder: The output.
-        manifest: Its manifest.
-        instead: What to do with an adapter of an original model.
-    """
-    if not manifest.method.writes_base:
-        raise OutputError(
-            f"{folder} has no residual base: it is an adapter of {manifest.source['model']!r}, of method "
-            f"{manifest.method.name}, which this command does not know yet",
-            hint=instead,
-        )

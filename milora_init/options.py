@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from milora_init.errors import UsageError
-from milora_init.methods import METHODS, MODES, Method, Mode, method_of_mode
+from milora_init.methods import DROPOUT, METHODS, MODES, Method, Mode, method_of_mode
 
 DEFAULT_RECIPE = "llm-adapters"
 DEFAULT_TARGET = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -58,7 +58,7 @@ class InitOptions:
         alpha: `lora_alpha`. None is the rank, which makes the scale 1. B and A are divided by the square root of
             the scale, so that scale * B @ A is the component for every alpha.
         rslora: Use the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732).
-        dropout: `lora_dropout` for training. None is that of the method: 0.05 for `milora`, 0 for the others.
+        dropout: `lora_dropout` for training. None is 0: see `methods.DROPOUT`.
         task_type: PEFT's task type. None derives it from the architecture.
         text_only: For a multimodal model: make the adapter for the text model that AutoModelForCausalLM builds, and
             not for the class that config.json names. Only for models of which it builds one.
@@ -165,8 +165,6 @@ class InitOptions:
         why = f"method {method.name} writes no base: the output is an adapter of the original model"
         _require(self.dtype == "auto", f"dtype is {self.dtype}, but {why}", "drop --dtype")
         _require(not self.low_disk, f"low_disk is set, but {why}", "drop --low-disk")
-        hint = "initialise without --push-to-hub, then upload the folder with `hf upload`"
-        _require(self.push_to_hub is None, f"push_to_hub does not know an adapter alone yet, and {why}", hint)
 
     def _check_part(self) -> None:
         if self.ray is not None:
@@ -232,7 +230,7 @@ class InitOptions:
 
     @property
     def lora_dropout(self) -> float:
-        return self.chosen.dropout if self.dropout is None else self.dropout
+        return DROPOUT if self.dropout is None else self.dropout
 
     @property
     def chosen(self) -> Method:
@@ -310,22 +308,28 @@ def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) ->
     known = sorted(known)
     found: dict[str, Any] = {}
     for key, value in values.items():
-        word = str(key).replace("-", "_")
-        name = SYNONYMS.get(word, word)
+        word, name = str(key).replace("-", "_"), _option_name(key)
         if word in DTYPE_FLAGS:
             if value is not True:
                 continue
-            name, value = "dtype", DTYPE_FLAGS[word]
+            value = DTYPE_FLAGS[word]
         if name not in known:
             close = get_close_matches(name, [*known, *SYNONYMS], n=1)
             hint = f"did you mean `{_dashed(close[0])}`?" if close else f"known keys: {', '.join(map(_dashed, known))}"
             raise UsageError(f"{where}unknown key `{key}`" if where else f"no option `{key}`", hint=hint)
         if name in found:
-            raise UsageError(f"{where}`{key}` is a second name of `{_dashed(name)}`, which is given too")
+            other = next(k for k in values if k != key and _option_name(k) == name)
+            raise UsageError(f"{where}`{other}` and `{key}` are two names of one option", hint="keep one of them")
         if name in ("target", "exclude", "device") and isinstance(value, str):
             value = split_names(value)
         found[name] = value
     return found
+
+
+def _option_name(key: object) -> str:
+    """The name of the option that a key of a recipe, or a keyword, stands for."""
+    word = str(key).replace("-", "_")
+    return "dtype" if word in DTYPE_FLAGS else SYNONYMS.get(word, word)
 
 
 def split_names(text: str) -> list[str]:

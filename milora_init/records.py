@@ -36,6 +36,7 @@ from milora_init.result import Result
 MERGED = "milora_merge.json"
 CONVERTED = "milora_convert.json"
 RECORDS = (MANIFEST, MERGED, CONVERTED)
+ORIGINAL_MODEL = "original model"  # `base` in the inputs of a merge or conversion without a residual base
 _FORMAT = 1
 _OF_THE_CALL = ("unchanged", "bit_equal", "dry_run")  # not in the file
 _NOT_PRINTED = ("inputs", "source_files", "tensors", "from_hub", "model", "revision", "unchanged", "dry_run")

@@ -88,8 +88,8 @@ def warnings(manifest: Manifest) -> list[str]:
     affected = [weight for weight in manifest.weights if weight.untrainable]
     if affected:
         found.append(
-            f"{sum(w.untrainable for w in affected)} directions in {len(affected)} weights have a singular value near "
-            f"zero and get almost no gradient; the first of these weights is {affected[0].module}"
+            f"{_count(sum(w.untrainable for w in affected), 'direction')} of {_count(len(affected), 'weight')}, of "
+            f"{affected[0].module} first, with a singular value near zero: there is almost no gradient there"
         )
     return found
 
@@ -111,6 +111,10 @@ def notes(manifest: Manifest) -> list[str]:
     ]
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
 def _and_more(weights: list[WeightRecord]) -> str:
     more = len(weights) - 1
     return f", and {more} more weight{'s' if more > 1 else ''}" if more else ""
@@ -122,8 +126,10 @@ def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
     return max(math.inf if value is None else value for value in found)
 
 
-def loading_lines(manifest: Manifest) -> str:
+def loading_lines(manifest: Manifest, branch: str | None = None) -> str:
     """Python code that loads the pair, or an adapter on its original model, for training.
+
+    `branch` is that of the repository, where such an adapter was pushed to another one than `main`.
 
     Users run this code. Therefore text from a file enters it only as a valid identifier or as a quoted string.
     """
@@ -137,13 +143,14 @@ def loading_lines(manifest: Manifest) -> str:
         model = _quoted(str(manifest.adapter["base_model_name_or_path"]))
         commit = manifest.adapter.get("revision")
         of_commit = f", revision={_quoted(str(commit))}" if commit else ""
+        of_branch = f", revision={_quoted(branch)}" if branch else ""
         # Without it PEFT would compute its own factors of every weight first, by a full SVD.
         no_svd = ", low_cpu_mem_usage=True" if manifest.method.init_lora_weights is not True else ""
         return (
             f"from peft import PeftModel\n"
             f"from transformers import {cls}\n\n"
             f'base = {cls}.from_pretrained({model}, dtype="auto"{of_commit}{trust})\n'
-            f"model = PeftModel.from_pretrained(base, {out}, is_trainable=True{no_svd})"
+            f"model = PeftModel.from_pretrained(base, {out}{of_branch}, is_trainable=True{no_svd})"
         )
     branch = manifest.adapter.get("revision")
     revision = f", revision={_quoted(branch)}" if branch else ""

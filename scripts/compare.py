@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 RANK = 8
 DROPOUT = 0  # of every adapter
 BATCH, WARMUP = 16, 10
-COMPARED = ("lora", "milora", "pissa", "olora-tail", "rlmo", "mica", "full")  # those of them that METHODS has
+COMPARED = ("lora", "milora", "pissa", "olora-tail", "rlmo", "mica", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def main() -> int:
 
 def variants() -> list[Variant]:
     """What is compared: LoRA at both scales, all others at alpha = r."""
-    chosen = [METHODS[name] for name in COMPARED if name in METHODS]
+    chosen = [METHODS[name] for name in COMPARED]
     return [
         Variant(method.name, None if method.starts_from == "full" else factor * RANK)
         for method in chosen
@@ -145,7 +145,7 @@ def initialise(base: Path, out: Path) -> dict[str, Path]:
     for variant in variants():
         method = METHODS[variant.method]
         starts[method.name] = base
-        if method.mode is not None:
+        if method.is_initial:
             starts[method.name] = out / "starts" / method.name
             shutil.rmtree(starts[method.name], ignore_errors=True)
             make_start(method, str(base), starts[method.name], rank=RANK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,7 +89,7 @@ def init(
     ] = None,
     dropout: Annotated[
         float | None,
-        typer.Option(metavar="P", help="lora_dropout. (default: the recipe's, or the method's)", rich_help_panel=_LORA),
+        typer.Option(metavar="P", help="lora_dropout. (default: the recipe's, or 0)", rich_help_panel=_LORA),
     ] = None,
     task_type: Annotated[
         str | None,
@@ -212,6 +213,9 @@ def init(
         trust_remote_code=trust_remote_code, low_disk=low_disk, device=device or None, seed=seed,
         overwrite=overwrite or None, push_to_hub=push_to_hub, private=private, part=part, ray=ray,
     )  # fmt: skip
+    if private is not None and not options.push_to_hub:
+        hint = "add --push-to-hub ORG/NAME, or drop it"
+        raise UsageError("--private and --public are for --push-to-hub, which is not given", hint=hint)
     output.hide_bars_of_the_hub()
     if dry_run:
         _plan(options, as_json=as_json, quiet=quiet)
@@ -227,8 +231,11 @@ def init(
         return 0
     with Bar(quiet=quiet, verbose=verbose) as bar:
         result = _run(options, bar, overwrite_repository=overwrite or yes)
-    _print_result(result, as_json=as_json, quiet=quiet)
-    return output.require_below(limits, result.manifest)
+    exceeded = output.exceeded_limits(limits, result.manifest)
+    _print_result(result, exceeded, as_json=as_json, quiet=quiet)
+    for limit in exceeded:
+        output.print_exceeded(limit)
+    return 1 if exceeded else 0
 
 
 def _only_model(argument: str | None, option: str | None) -> str | None:
@@ -292,12 +299,13 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         output.print_plan(plan, estimate_s, plan.peak_memory_bytes(len(devices)))
 
 
-def _print_result(result: InitResult, *, as_json: bool, quiet: bool) -> None:
+def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_json: bool, quiet: bool) -> None:
     from milora_init.hub.model_card import write_step_summary
 
     write_step_summary(result.manifest)
     if as_json:
-        output.json_output.give(result.to_json())
+        limits = {"exceeded": [asdict(limit) for limit in exceeded], "exit_code": 1} if exceeded else {}
+        output.json_output.give(result.to_json() | limits)
     elif not quiet:
         with may_be_lost():
             unchanged = result.status == "unchanged"

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milora_init.errors import UsageError
-from milora_init.methods import method_of_inputs
+from milora_init.methods import DROPOUT, method_of_inputs
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -118,18 +119,33 @@ def parse_limits(words: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def require_below(limits: Mapping[str, float], manifest: Manifest) -> int:
-    """Print an error for every limit that a weight exceeds; return the exit status."""
-    status = 0
+@dataclass(frozen=True, slots=True)
+class Exceeded:
+    """A limit of `--fail-on` and the weight that exceeds it most."""
+
+    name: str
+    limit: float
+    value: float
+    module: str
+
+
+def exceeded_limits(limits: Mapping[str, float], manifest: Manifest) -> list[Exceeded]:
+    """The limits that a weight exceeds."""
+    found = []
     for name, limit in limits.items():
         worst = max(manifest.weights, key=lambda weight: getattr(weight.rounding, name))
         if (value := getattr(worst.rounding, name)) > limit:
-            message = f"the {name} of {worst.module} is {value:.2g}, above --fail-on {name}={limit:g}"
-            hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
-            print_error(message, hint)
-            annotate(message, hint)
-            status = 1
-    return status
+            found.append(Exceeded(name, limit, value, worst.module))
+    return found
+
+
+def print_exceeded(exceeded: Exceeded) -> None:
+    """Print the error for a limit that is exceeded."""
+    name, value = exceeded.name, exceeded.value
+    message = f"the {name} of {exceeded.module} is {value:.2g}, above --fail-on {name}={exceeded.limit:g}"
+    hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
+    print_error(message, hint)
+    annotate(message, hint)
 
 
 def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
@@ -143,11 +159,12 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
-    download = sum(header.file_bytes for header in plan.absent.values())
+    download = sum(plan.downloads.values())
     console.print(
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
     console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
+    console.print(f"for       {method.use}. Reported by others: {method.reported}")
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
     console.print(f"base      {written} (model {size(plan.source_bytes)})")
     console.print(f"adapter   {size(plan.adapter_bytes)}")
@@ -227,9 +244,9 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
             f"{weight.module}  rank {weight.rank}  {weight.certificate.path}  leak {percent(weight.rounding.leak)}"
             f"  step-0 error {percent(weight.rounding.error)}  {duration(weight.elapsed_s)}"
         )
-    columns = ("module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified", "solving")
+    columns = ["module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified", "solving"]
     rows = [
-        (
+        [
             group.suffix,
             "{} x {}".format(*group.shape),
             str(group.count),
@@ -239,9 +256,11 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
             percent(group.rounding_error),
             f"{group.certificate:.0e}" if math.isfinite(group.certificate) else "not unique",
             duration(group.elapsed_s),
-        )
+        ]
         for group in weight_groups(manifest.weights)
     ]
+    if not manifest.method.writes_base:  # nothing was rounded
+        columns, rows = columns[:5] + columns[7:], [row[:5] + row[7:] for row in rows]
     spare = ("solving", "certified", "energy", "rank", "weights")
     shown = _print_table(console, columns, rows, spare=spare)
     legend = " ".join(f"{name}: {meaning}." for name, meaning in _LEGEND.items() if name in shown)
@@ -283,12 +302,12 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
             ", ".join(_short_targets(recipe["target"])),
             str(recipe.get("rank", "")),
             method.name,
-            str(recipe.get("dropout", method.dropout)),
+            str(recipe.get("dropout", DROPOUT)),
         )
         for name, recipe in recipes.items()
         for method in [method_of_inputs(recipe)]
     ]
-    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, spare=("dropout", "rank", "method"))
+    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, wrapped="target")
 
 
 def _short_targets(targets: Sequence[str]) -> list[str]:
@@ -316,17 +335,22 @@ def _print_sentence(label: Text, text: str) -> None:
 
 
 def _print_table(
-    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]
+    console: Console,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    spare: Sequence[str] = (),
+    wrapped: str = "",
 ) -> list[str]:
     """Print a table; return the columns that it has.
 
-    If the terminal is too narrow, columns of `spare` are left out, the first ones first.
+    If the terminal is too narrow, columns of `spare` are left out, the first ones first, and the column `wrapped` gets
+    more lines.
     """
     kept = list(columns)
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for number, name in enumerate(kept):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=name != wrapped)
         for row in rows:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
         unbounded = console.options.update(max_width=1000)  # in its own width everything fits, cut off

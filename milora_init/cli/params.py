@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from milora_init.errors import UsageError
 from milora_init.options import DTYPE_FLAGS, SYNONYMS
 
 Pair = Annotated[
@@ -46,9 +47,14 @@ _OTHER_SPELLINGS: Mapping[str, Mapping[str, str | None]] = {
 
 
 def current_spelling(command: str, words: list[str]) -> list[str]:
-    """The words of a command with the option names that `--help` shows."""
+    """The words of a command with the option names that `--help` shows.
+
+    Raises:
+        UsageError: One option is given by two names.
+    """
     spellings = _OTHER_SPELLINGS.get(command, {})
     found: list[str] = []
+    given: dict[str | None, str] = {}  # the spelling of each option
     for place, word in enumerate(words):
         if word == "--":
             return [*found, *words[place:]]
@@ -56,10 +62,13 @@ def current_spelling(command: str, words: list[str]) -> list[str]:
         if not name.startswith("--"):
             found.append(word)
             continue
-        name = name.replace("_", "-")
-        if command == "init" and name.removeprefix("--") in DTYPE_FLAGS and not equals:
-            found += ["--dtype", DTYPE_FLAGS[name.removeprefix("--")]]
-            continue
-        current = spellings.get(name, name)
-        found += [value] * bool(equals) if current is None else [f"{current}{equals}{value}"]
+        as_given, name = name, name.replace("_", "-")
+        dtype = DTYPE_FLAGS.get(name.removeprefix("--")) if command == "init" and not equals else None
+        current = "--dtype" if dtype else spellings.get(name, name)
+        if given.setdefault(current, as_given) != as_given and current is not None:
+            raise UsageError(f"{given[current]} and {as_given} are two names of one option", hint="keep one of them")
+        if dtype:
+            found += ["--dtype", dtype]
+        else:
+            found += [value] * bool(equals) if current is None else [f"{current}{equals}{value}"]
     return found

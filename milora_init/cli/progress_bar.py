@@ -43,8 +43,8 @@ class _Text(ProgressColumn):
 
 
 def _is_interactive(console: Console) -> bool:
-    """Whether a bar can be redrawn: on a terminal, and in a notebook."""
-    return console.is_terminal or console.is_jupyter
+    """Whether a bar can be redrawn: on a terminal, and in a notebook. FORCE_COLOR makes no terminal of a file."""
+    return console.is_jupyter or (console.is_terminal and console.file.isatty())
 
 
 @contextmanager
@@ -147,6 +147,9 @@ class Bar(RunProgress):
             self._console.print(f"fetching {name}, {size(size_bytes)}")
         elif not self._at:
             self._bar.update(self._task, current=f"fetching {name}")
+
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {text}")
 
     def solving(self, module: str, device: str) -> None:
         self._at[device] = module

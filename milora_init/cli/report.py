@@ -37,7 +37,7 @@ def report(
     from milora_init.hub.pair import locate_pair
     from milora_init.records import require_pair
 
-    folder = locate_pair(pair, only=(), cache_dir=cache_dir, token=token)
+    folder = locate_pair(pair, only="record", cache_dir=cache_dir, token=token)
     manifest = replace(require_pair(folder, pair), out=pair)  # the folder may have been moved since
     if as_json:
         from milora_init.report import report_json

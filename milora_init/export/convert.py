@@ -2,6 +2,8 @@
 
     residual + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
 
+An adapter of the original model (rlmo, rlpo, mica) is a plain LoRA already: it is copied, or cut.
+
 The rank doubles, or each module is cut to its best directions; see `linalg.low_rank`.
 
 Where modules differ in rank or scale, or are cut, the scales are multiplied into the factors and every module's alpha
@@ -31,7 +33,7 @@ from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_fold
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.export.plain_layout import FORMS, Form, PlainModule, cut, padded, plain_modules
 from milora_init.export.servers import serving_command, serving_notices
-from milora_init.hub.pair import ADAPTER_FILES, is_hub_id, locate_adapter, locate_pair
+from milora_init.hub.pair import is_hub_id, locate_adapter, locate_pair
 from milora_init.linalg.low_rank import product_svd
 from milora_init.lora.compatibility import (
     require_initial_adapter,
@@ -40,7 +42,15 @@ from milora_init.lora.compatibility import (
     require_trained_on,
 )
 from milora_init.lora.config import rank_and_alpha_patterns, stacked_alpha
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, WEIGHTS_FILE, LoraAdapter, read_lora
+from milora_init.lora.folder import (
+    CONFIG_FILE,
+    LORA_CONFIG,
+    LORA_FOLDER,
+    WEIGHTS_FILE,
+    LoraAdapter,
+    adapter_folder,
+    read_lora,
+)
 from milora_init.lora.tensor_layout import lora_key, stack_factors, stacked_shapes, unstack_factors
 from milora_init.manifest import (
     MANIFEST,
@@ -48,10 +58,17 @@ from milora_init.manifest import (
     Manifest,
     fingerprint,
     read_manifest,
-    require_residual_base,
 )
 from milora_init.plan.finished import another_request, require_intact
-from milora_init.records import CONVERTED, RECORDS, ConvertedModule, ConvertResult, read_converted, require_pair
+from milora_init.records import (
+    CONVERTED,
+    ORIGINAL_MODEL,
+    RECORDS,
+    ConvertedModule,
+    ConvertResult,
+    read_converted,
+    require_pair,
+)
 from milora_init.run.output_folder import (
     require_no_file,
     require_no_other_output,
@@ -83,7 +100,7 @@ def convert(  # noqa: PLR0913  the options of the command
         if not value:  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
     form = _form(for_)
-    located = locate_pair(pair, only=ADAPTER_FILES, cache_dir=cache_dir, token=token)
+    located = locate_pair(pair, only="adapter", cache_dir=cache_dir, token=token)
     initial, manifest = _initial_adapter(located, pair)
     trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
     before, after = _read_adapters(initial, trained, manifest, pair)
@@ -93,7 +110,8 @@ def convert(  # noqa: PLR0913  the options of the command
     revision = source["revision"] if model in (None, source["model"]) else None
     from_hub = revision is not None or (model not in (None, source["model"]) and is_hub_id(str(model)))
     model = model or str(source["model"])
-    modules = plain_modules(before.modules, manifest.weights if manifest else (), form)
+    times = 2 if manifest is None or manifest.method.writes_base else 1
+    modules = plain_modules(before.modules, manifest.weights if manifest else (), form, times)
     _require_cut(modules, rank, energy)
     compress = rank is not None or energy is not None
     target = Path(out).expanduser()
@@ -101,7 +119,7 @@ def convert(  # noqa: PLR0913  the options of the command
         require_outside(target, folder, "./plain")
     patterns = before.config.get("rank_pattern") or before.config.get("alpha_pattern")
     scaled = compress or form != "peft" or bool(patterns)
-    with Updates(before, after, scaled=scaled) as updates:
+    with Updates(before if times == 2 else None, after, scaled=scaled) as updates:
         if compress:
             modules = cut(modules, updates.ranks(modules, rank, energy))
         if form == "sglang":
@@ -109,7 +127,7 @@ def convert(  # noqa: PLR0913  the options of the command
         config = {
             **_plain_config(before.config, model),
             **_targets(before.config, modules, form),
-            **_ranks_and_alphas(before, modules, scaled=scaled),
+            **_ranks_and_alphas(before, modules, times, scaled=scaled),
         }
         inputs = {
             "convert": __version__,
@@ -120,6 +138,7 @@ def convert(  # noqa: PLR0913  the options of the command
             "for": form,
             "scales": {module: factors.scale for module, factors in after.modules.items()},
             "config": config,
+            **({"base": ORIGINAL_MODEL} if times == 1 else {}),
         }
         result = ConvertResult(
             out=out,
@@ -195,15 +214,13 @@ def _initial_adapter(folder: Path, pair: str) -> tuple[Path, Manifest | None]:
     Raises:
         OutputError: The folder is neither a pair nor an adapter.
     """
-    manifest = None
     has_record = any((folder / name).exists() for name in RECORDS)
     is_adapter = (folder / CONFIG_FILE).exists() or (folder / LORA_CONFIG).exists()
     if has_record or (folder / WORK_FOLDER).is_dir() or not is_adapter:
         manifest = require_pair(folder, pair)
-        instead = "nothing is to convert: the trained adapter is a plain LoRA of the original model"
-        require_residual_base(folder, manifest, instead)
+        return adapter_folder(folder, manifest.method), manifest
     if (folder / LORA_FOLDER).is_dir():
-        return folder / LORA_FOLDER, manifest
+        return folder / LORA_FOLDER, None
     return folder, read_manifest(folder.absolute().parent)
 
 
@@ -298,18 +315,21 @@ class Updates:
     """The updates s (B A - B0 A0) of a trained adapter, read from both files.
 
     Args:
-        before, after: The initial and the trained adapter.
+        before: The initial adapter; None where B0 A0 is zero, so that the update is s B A.
+        after: The trained adapter.
         scaled: Whether each module's scale s is multiplied into B.
     """
 
-    def __init__(self, before: LoraAdapter, after: LoraAdapter, *, scaled: bool) -> None:
+    def __init__(self, before: LoraAdapter | None, after: LoraAdapter, *, scaled: bool) -> None:
         self._before, self._after, self._scaled = before, after, scaled
         self._source = ""
         self._factors: tuple[Tensor, Tensor] | None = None
 
     def __enter__(self) -> Updates:
         with ExitStack() as files:
-            self._initial = files.enter_context(safe_open(self._before.weights, framework="pt"))
+            self._initial = (
+                files.enter_context(safe_open(self._before.weights, framework="pt")) if self._before else None
+            )
             self._trained = files.enter_context(safe_open(self._after.weights, framework="pt"))
             self._files = files.pop_all()
         return self
@@ -323,13 +343,13 @@ class Updates:
             m, n = module.shape
             return torch.zeros(1, module.rank, n), torch.zeros(1, m, module.rank)
         if self._factors is None or self._source != module.source:  # the experts of a layer share one source
-            start, end = self._before.modules[module.source], self._after.modules[module.source]
-            A, B = difference(
-                (self._trained.get_tensor(end.A), self._trained.get_tensor(end.B)),
-                (self._initial.get_tensor(start.A), self._initial.get_tensor(start.B)),
-                start.experts,
-            )
-            self._source, self._factors = module.source, (A, start.scale * B if self._scaled else B)
+            end, initial = self._after.modules[module.source], None
+            if self._before is not None and self._initial is not None:
+                start = self._before.modules[module.source]
+                initial = self._initial.get_tensor(start.A), self._initial.get_tensor(start.B)
+            trained = self._trained.get_tensor(end.A), self._trained.get_tensor(end.B)
+            A, B = difference(trained, initial, end.experts)
+            self._source, self._factors = module.source, (A, end.scale * B if self._scaled else B)
         A, B = self._factors
         if module.expert is None:
             return A, B
@@ -389,23 +409,31 @@ def _cut_factors(updates: Updates, module: PlainModule, *, compress: bool) -> tu
     return torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more)), lost
 
 
-def difference(trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor], experts: int) -> tuple[Tensor, Tensor]:
+def difference(
+    trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor] | None, experts: int
+) -> tuple[Tensor, Tensor]:
     """Factors of B @ A - B0 @ A0 in float64, by expert: A (experts, 2r, n) and B (experts, m, 2r).
 
     Args:
-        trained, initial: A (experts * r, n) and B (m, r * experts), as in the adapter's file.
+        trained, initial: A (experts * r, n) and B (m, r * experts), as in the adapter's file. Without `initial`, the
+            result has the factors of B @ A.
         experts: How many are stacked; 1 for a plain module.
     """
-    (A, B), (A0, B0) = (unstack_factors(A.double(), B.double(), experts) for A, B in (trained, initial))
+    A, B = unstack_factors(trained[0].double(), trained[1].double(), experts)
+    if initial is None:
+        return A, B
+    A0, B0 = unstack_factors(initial[0].double(), initial[1].double(), experts)
     return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
 
 
-def _ranks_and_alphas(before: LoraAdapter, modules: Sequence[PlainModule], *, scaled: bool) -> dict[str, Any]:
+def _ranks_and_alphas(
+    before: LoraAdapter, modules: Sequence[PlainModule], times: int, *, scaled: bool
+) -> dict[str, Any]:
     """The keys of adapter_config.json for ranks and scales; with `scaled`, each module's alpha is its rank."""
     if not scaled:
         rslora = bool(before.config.get("use_rslora"))
-        alpha = stacked_alpha(before.config["lora_alpha"], 2, rslora=rslora)
-        return {"r": 2 * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
+        alpha = stacked_alpha(before.config["lora_alpha"], times, rslora=rslora)
+        return {"r": times * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
                 "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
     highest = max(module.width for module in modules)
     # A server's reader takes the rank of an expert from its tensors; alpha / r is the scale 1 of every module.

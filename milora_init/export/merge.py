@@ -2,9 +2,9 @@
 
     W' = round(residual + scale * B @ A)
 
-With the initial adapter this gives the original model again, except for the rounding of the residual. All other
-tensors are copied as bytes. milora_merge.json records what was merged. An interrupted merge is resumed by the same
-command.
+An adapter of the original model is merged into that model, with W in place of the residual. With the initial adapter
+this gives the original model again, except for the rounding of the residual. All other tensors are copied as bytes.
+milora_merge.json records what was merged. An interrupted merge is resumed by the same command.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from typing import Any
 import torch
 
 from milora_init import __version__
-from milora_init.checkpoint.files import file_mode, read_bytes, read_chunks, source_file
-from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model
+from milora_init.checkpoint.files import file_mode, read_bytes, read_chunks, source_file, stamp
+from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header, plan_header, safetensors_name
-from milora_init.checkpoint.side_files import travels
+from milora_init.checkpoint.side_files import side_files, travels
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.export import merge_weight
 from milora_init.export.merge_weight import MergeJob
 from milora_init.hub.pair import locate_adapter, locate_pair
 from milora_init.hub.source import fetch_original
 from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
-from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside, require_residual_base
+from milora_init.lora.folder import LoraAdapter, adapter_files, adapter_folder, expected_tensors, read_lora
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside
 from milora_init.model.adaptable import read_structure
 from milora_init.options import InitOptions
-from milora_init.records import MERGED, MergeResult, read_merged, require_pair
+from milora_init.plan.output_files import target_name
+from milora_init.records import MERGED, ORIGINAL_MODEL, MergeResult, read_merged, require_pair
 from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
 from milora_init.run.pool import FilePool, SolverPool, weights_at_once
@@ -55,11 +56,15 @@ class MergePlan:
     """What is to be merged, and what is written: a `run.output_folder.OutputPlan`.
 
     Attributes:
-        base: The residual base, its headers read.
-        manifest: Of the base.
+        base: The residual base, or the original model where the method writes no base; its headers read.
+        manifest: Of the pair.
         adapter: The adapter, its header read.
         records: The weights that are merged, by the name of the tensor that holds them.
         headers: Of each shard of the output, by its name.
+        sources: The file of the base for each shard of the output.
+        side_files: The files of the base that are copied, each with its size: tokenizer, licence, code.
+        config_bytes: Content of config.json.
+        index: Content of the index; None for a model of one file.
         overwrite: Whether an earlier merge may be replaced.
     """
 
@@ -68,6 +73,10 @@ class MergePlan:
     adapter: LoraAdapter
     records: Mapping[str, list[WeightRecord]]
     headers: Mapping[str, Header]
+    sources: Mapping[str, str]
+    side_files: Mapping[str, int]
+    config_bytes: bytes
+    index: bytes | None
     overwrite: bool
 
     @property
@@ -81,26 +90,21 @@ class MergePlan:
             "source": self.manifest.fingerprint,
             "adapter": self.adapter.digest,
             "scales": {module: factors.scale for module, factors in self.adapter.modules.items()},
+            **({} if self.manifest.method.writes_base else {"base": ORIGINAL_MODEL}),
         }
 
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.inputs)
 
-    @cached_property
-    def side_files(self) -> Sequence[str]:
-        """The files of the base that are copied: tokenizer, licence, code."""
-        written = {*self.headers, SAFETENSORS_INDEX, "config.json", LORA_CONFIG, LORA_WEIGHTS}
-        return [name for name in self.manifest.files if name not in written]
-
     @property
     def files(self) -> Sequence[str]:
-        index = [] if self.base.index is None else [SAFETENSORS_INDEX]
+        index = [] if self.index is None else [SAFETENSORS_INDEX]
         return [*self.headers, *index, *self.side_files, "config.json"]
 
     @property
     def required_disk_bytes(self) -> int:
-        return self.weights_bytes + sum(self.manifest.files[name] for name in self.side_files)
+        return self.weights_bytes + sum(self.side_files.values())
 
     @property
     def weights_bytes(self) -> int:
@@ -123,11 +127,13 @@ def merge(  # noqa: PLR0913  the options of the command
     """Write to `out` one plain model that computes what a residual base and an adapter compute together.
 
     Args:
-        pair: A folder that milora-init wrote, or its Hub id: the residual base and the initial adapter.
+        pair: A folder that milora-init wrote, or its Hub id: the residual base and the initial adapter, or an adapter
+            of the original model.
         out: Folder to write.
         adapter: The trained adapter, a folder or a Hub id; None for the initial one in `pair`.
         overwrite: Replace an earlier merge in `out`.
-        model: The original model, a folder or a Hub id: count the merged entries that have its bits.
+        model: The original model, a folder or a Hub id: count the merged entries that have its bits. For an adapter of
+            the original model, where that model is; without it, as the manifest names it.
         revision: Of the original model. Without one, the recorded commit.
         cache_dir, token: Of the Hub.
         progress: Called for each shard that is finished: its name, the bytes of all finished shards, those of all.
@@ -149,13 +155,18 @@ def merge(  # noqa: PLR0913  the options of the command
             raise UsageError(f"{option} is empty", hint="name a folder")
     located = locate_pair(pair, cache_dir=cache_dir, token=token)
     trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
-    plan = plan_merge(located, trained, overwrite=overwrite, given=pair)
+    manifest = require_pair(located, pair)
     original = None
-    if model:
-        options = InitOptions(model=model, out=out, revision=revision, cache_dir=cache_dir, token=token)
-        original = _open_original(plan.manifest, options)
+    if model or not manifest.method.writes_base:
+        name = model or str(manifest.source["model"])
+        options = InitOptions(model=name, out=out, revision=revision, cache_dir=cache_dir, token=token)
+        original = _open_original(manifest, options)
+    plan = plan_merge(located, trained, overwrite=overwrite, given=pair, original=original)
+    if not model:
+        original = None
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
-    require_outside(folder.path, plan.adapter.path, "./merged")
+    for path in (plan.adapter.path, plan.source):
+        require_outside(folder.path, path, "./merged")
     require_no_other_output(folder.path, MERGED)
     if (folder.path / "adapter_config.json").exists():
         raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
@@ -166,9 +177,10 @@ def merge(  # noqa: PLR0913  the options of the command
         for name in plan.side_files:
             path = source_file(plan.source, name)
             folder.write(name, read_chunks(path), mode=file_mode(path))
-        if index := _index(plan):
-            folder.write(SAFETENSORS_INDEX, index, mode=file_mode(plan.source / SAFETENSORS_INDEX))
-        folder.write("config.json", _config(plan), mode=file_mode(plan.source / "config.json"))
+        if plan.index is not None:
+            index = PICKLE_INDEX if plan.base.is_pickle else SAFETENSORS_INDEX
+            folder.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(plan.source / index))
+        folder.write("config.json", plan.config_bytes, mode=file_mode(plan.source / "config.json"))
     except BaseException:
         folder.abandon()
         raise
@@ -176,11 +188,11 @@ def merge(  # noqa: PLR0913  the options of the command
     merged = MergeResult(
         out=out,
         pair=pair,
-        adapter=f"{pair}/{LORA_FOLDER}" if adapter is None else adapter,
+        adapter=str(adapter_folder(Path(pair), plan.manifest.method)) if adapter is None else adapter,
         model=source["model"],
         revision=source["revision"],
         from_hub=source["revision"] is not None,
-        initial=plan.adapter.digest == plan.manifest.hashes.get(LORA_WEIGHTS),
+        initial=plan.adapter.digest == plan.manifest.hashes.get(adapter_files(plan.manifest.method)[1]),
         modules=len(plan.manifest.weights),
         entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
         tensors={name: records[0].dtype for name, records in plan.records.items()},
@@ -200,7 +212,7 @@ def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     original = open_model(fetch_original(manifest, options))
     if not original.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
-            f"{options.model} is not what this base was made from: another model, or another commit",
+            f"{options.model} is not what this output was made from: another model, or another commit",
             hint=f"name the model it was made from: --model {manifest.source['model']}",
         )
     return original
@@ -214,18 +226,28 @@ def _compared(merged: MergeResult, folder: Path, original: Checkpoint | None, ma
 
 
 def plan_merge(
-    pair: Path, adapter: Path | None = None, *, overwrite: bool = False, given: str | None = None
+    pair: Path,
+    adapter: Path | None = None,
+    *,
+    overwrite: bool = False,
+    given: str | None = None,
+    original: Checkpoint | None = None,
 ) -> MergePlan:
     """Read the headers of a base and an adapter, and check that they belong together. Raises as `merge`.
 
-    `given` is the pair as the user wrote it.
+    Args:
+        pair: The folder.
+        adapter: The trained adapter; None for the initial one.
+        overwrite: See `MergePlan`.
+        given: The pair as the user wrote it.
+        original: The original model, where the method writes no base.
     """
     manifest = require_pair(pair, given or str(pair))
-    require_residual_base(pair, manifest, "load the trained adapter on its model and call PEFT's merge_and_unload")
-    require_inside(pair, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
-    checkpoint = open_model(pair)
+    config_name, weights_name = adapter_files(manifest.method)
+    require_inside(pair, (*manifest.files, config_name, weights_name))
+    checkpoint = open_model(pair) if original is None or manifest.method.writes_base else original
     for name, size_bytes in manifest.files.items():
-        if name in (LORA_CONFIG, LORA_WEIGHTS):  # the adapter is checked below
+        if name in (config_name, weights_name):  # the adapter is checked below
             continue
         intact = (pair / name).is_file() and (pair / name).stat().st_size == size_bytes
         if intact and name not in checkpoint.headers:  # shards are hashed when they are read
@@ -236,10 +258,10 @@ def plan_merge(
     if any(record.transposed for record in manifest.weights):  # the shape of a square weight does not show it
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         with suppress(CheckpointError):  # an unknown class, or one with code of its own: then the shapes must do
-            structure = read_structure(pair, checkpoint.config, shapes)
+            structure = read_structure(checkpoint.folder, checkpoint.config, shapes)
     for fault in check_weight_records(checkpoint, manifest, structure):
         raise CheckpointError(f"{pair / MANIFEST}: {fault.where} {fault.what}", hint=fault.hint)
-    initial = read_lora(pair / LORA_FOLDER, manifest.weights)
+    initial = read_lora(adapter_folder(pair, manifest.method), manifest.weights)
     require_initial_adapter(initial, manifest)
     lora = read_lora(adapter, manifest.weights) if adapter else initial
     if lora.path.resolve() != initial.path.resolve():
@@ -249,11 +271,33 @@ def plan_merge(
     records: dict[str, list[WeightRecord]] = {}
     for record in manifest.weights:
         records.setdefault(record.tensor, []).append(record)
-    headers = {name: _merged_header(header, records) for name, header in checkpoint.headers.items()}
-    plan = MergePlan(checkpoint, manifest, lora, records, headers, overwrite)
-    if foreign := [name for name in plan.side_files if not travels(Path(name).parts[0])]:
+    headers, sources = {}, {}
+    for number, (file, header) in enumerate(checkpoint.headers.items()):
+        target = target_name(checkpoint, file, number)
+        headers[target], sources[target] = _merged_header(header, records), file
+    return MergePlan(
+        base=checkpoint,
+        manifest=manifest,
+        adapter=lora,
+        records=records,
+        headers=headers,
+        sources=sources,
+        side_files=_side_files(pair, manifest, checkpoint),
+        config_bytes=_config(manifest, checkpoint),
+        index=_index(checkpoint, headers, sources),
+        overwrite=overwrite,
+    )
+
+
+def _side_files(pair: Path, manifest: Manifest, base: Checkpoint) -> dict[str, int]:
+    """The files of the base that are copied, and their sizes. Raises CheckpointError."""
+    if not manifest.method.writes_base:
+        return {name: stamp(base.folder / name)[0] for name in side_files(base.folder)}
+    written = {*base.headers, SAFETENSORS_INDEX, "config.json", *adapter_files(manifest.method)}
+    names = [name for name in manifest.files if name not in written]
+    if foreign := [name for name in names if not travels(Path(name).parts[0])]:
         raise CheckpointError(f"{pair / MANIFEST} names {foreign[0]}, which is no file of an output", hint=_FETCH_AGAIN)
-    return plan
+    return {name: manifest.files[name] for name in names}
 
 
 def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: MergeProgress) -> dict[str, str]:
@@ -269,8 +313,9 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
         hashes = {name: entry.hashes[name] for name, entry in finished.items()}
 
         def open_shard(name: str) -> ShardWriter[None]:
-            stamp, header = plan.base.stamps[name], plan.headers[name]
-            return ShardWriter(plan.source / name, stamp, attempt=folder.attempt(), name=name, header=header)
+            source, header = plan.sources[name], plan.headers[name]
+            stamp = plan.base.stamps[source]
+            return ShardWriter(plan.source / source, stamp, attempt=folder.attempt(), name=name, header=header)
 
         def submit(name: str, shard: ShardWriter[None]) -> list[Future[None]]:
             """Give a shard's weights to the solver pool; hash its source meanwhile."""
@@ -278,7 +323,8 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
                 shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
                 for tensor in _merged(plan, name)
             ]
-            _require_source(plan, name, sha256(plan.source / name, cancelled=files.cancelled))
+            if plan.manifest.method.writes_base:  # the original model was compared when it was opened
+                _require_source(plan, name, sha256(plan.source / name, cancelled=files.cancelled))
             return merged
 
         makers = LocalMakers(
@@ -294,7 +340,7 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
 
 def _merged(plan: MergePlan, name: str) -> list[str]:
     """The tensors of a shard that hold weights to merge."""
-    return [tensor for tensor in plan.base.headers[name].tensors if tensor in plan.records]
+    return [tensor for tensor in plan.base.headers[plan.sources[name]].tensors if tensor in plan.records]
 
 
 def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJob:
@@ -344,18 +390,23 @@ def _merged_header(header: Header, records: Mapping[str, list[WeightRecord]]) ->
     return plan_header(entries, metadata=header.metadata)
 
 
-def _index(plan: MergePlan) -> bytes:
-    """Content of the index; empty for a model of one file."""
-    if plan.base.index is None:
-        return b""
-    if all(plan.headers[name] is header for name, header in plan.base.headers.items()):
-        return read_bytes(plan.source / SAFETENSORS_INDEX)
-    total = sum(header.data_bytes for header in plan.headers.values())
-    index = {**plan.base.index, "metadata": {**plan.base.index.get("metadata", {}), "total_size": total}}
+def _index(base: Checkpoint, headers: Mapping[str, Header], sources: Mapping[str, str]) -> bytes | None:
+    """Content of the output's index; None for a model of one file."""
+    if base.index is None:
+        return None
+    if not base.is_pickle and all(headers[name] is header for name, header in base.headers.items()):
+        return read_bytes(base.folder / SAFETENSORS_INDEX)
+    target_of = {file: target for target, file in sources.items()}
+    total = sum(header.data_bytes for header in headers.values())
+    weight_map = {
+        name: target_of[file] for name, file in base.index["weight_map"].items() if name not in base.missing_tensors
+    }
+    metadata = {**base.index.get("metadata", {}), "total_size": total}
+    index = {**base.index, "metadata": metadata, "weight_map": weight_map}
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _config(plan: MergePlan) -> bytes:
+def _config(manifest: Manifest, base: Checkpoint) -> bytes:
     """The original model's config.json."""
-    text = plan.manifest.source.get("config.json")
-    return plan.base.config_bytes if text is None else str(text).encode()
+    text = manifest.source.get("config.json")
+    return base.config_bytes if text is None else str(text).encode()

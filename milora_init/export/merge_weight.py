@@ -60,15 +60,17 @@ def run(job: MergeJob, device: torch.device, device_lock: DeviceLock, progress: 
 def _merge(
     residual: TensorSource, merged: WriteTarget, factors: FactorReader, record: WeightRecord, scale: float
 ) -> None:
-    """Merge one weight, one block of its stored rows at a time."""
+    """Merge one weight, one block of its stored rows at a time; a pickled weight is read as a whole."""
     B, A = factors.read(record)
     left, right = (A.mT, B.mT) if record.transposed else (B, A)
     dtype = TORCH_DTYPES[merged.dtype]
+    whole = residual.read() if residual.offset is None else None
     count = max(1, _BLOCK_ELEMENTS // residual.shape[1])
     for start in range(0, residual.shape[0], count):
         stop = min(start + count, residual.shape[0])
         try:
-            block = merged_weight(residual.rows(start, stop).read(), left[start:stop], right, scale, dtype)
+            rows = residual.rows(start, stop).read() if whole is None else whole[start:stop]
+            block = merged_weight(rows, left[start:stop], right, scale, dtype)
         except ValueError as error:
             hint = "look at the training: an adapter with NaN or Inf cannot be merged"
             raise SolveError(f"{record.module} cannot be merged: {error}", hint=hint) from error

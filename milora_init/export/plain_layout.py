@@ -57,13 +57,16 @@ class PlainModule:
         return self.key if self.source is None or self.expert is None else (self.source, self.first_row)
 
 
-def plain_modules(adapter: Mapping[str, LoraFactors], records: Sequence[WeightRecord], form: Form) -> list[PlainModule]:
-    """The modules of the plain adapter at their full rank, twice the trained one, in the trained adapter's order.
+def plain_modules(
+    adapter: Mapping[str, LoraFactors], records: Sequence[WeightRecord], form: Form, times: int = 2
+) -> list[PlainModule]:
+    """The modules of the plain adapter at their full rank, in the trained adapter's order.
 
     Args:
         adapter: The factors of the trained adapter.
         records: The weights that were split; they name the experts on disk.
         form: What reads the plain adapter.
+        times: How many times the trained rank the full one is: 2 where the initial component is subtracted, else 1.
 
     Raises:
         PlanError: Experts that are stored in a way whose form the server's reader is not known for.
@@ -74,7 +77,7 @@ def plain_modules(adapter: Mapping[str, LoraFactors], records: Sequence[WeightRe
             experts.setdefault(record.key, []).append(record)
     found: list[PlainModule] = []
     for key, factors in adapter.items():
-        rank = 2 * factors.rank
+        rank = times * factors.rank
         stacked = PlainModule(key, factors.name, key, factors.shape, rank, rank, experts=factors.experts)
         if form == "peft" or key not in experts or experts[key][0].row is not None:
             found.append(stacked)

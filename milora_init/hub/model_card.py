@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
+from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES, TESTED_WITH_MICA
 from milora_init.manifest import Manifest
-from milora_init.records import CONVERTED, MERGED, ConvertResult, MergeResult
+from milora_init.records import CONVERTED, MERGED, ORIGINAL_MODEL, ConvertResult, MergeResult
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -25,9 +25,25 @@ _METHODS = {
     "pissa": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
     "olora-tail": "the directions of the minor singular components, without their singular values "
     "([arXiv 2606.02437](https://arxiv.org/abs/2606.02437))",
+    "rlmo": "A has the directions of the r smallest singular values "
+    "([RLMO, arXiv 2606.31813](https://arxiv.org/abs/2606.31813))",
+    "rlpo": "A has the directions of the r largest singular values "
+    "([RLPO, arXiv 2606.31813](https://arxiv.org/abs/2606.31813))",
+    "mica": "B has the directions of the r smallest singular values "
+    "([MiCA, arXiv 2604.01694](https://arxiv.org/abs/2604.01694))",
     "mid": "the middle singular components",
     "random": "singular components drawn at random",
 }
+_CITATION = """```bibtex
+@inproceedings{wang2025milora,
+  title     = {{MiLoRA}: Harnessing Minor Singular Components for Parameter-Efficient {LLM} Finetuning},
+  author    = {Wang, Hanqing and Li, Yixia and Wang, Shuo and Chen, Guanhua and Chen, Yun},
+  booktitle = {Proceedings of NAACL},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2406.09044}
+}
+```
+"""
 _PLAIN_NAME = re.compile(r"(?!www\.)[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _MARKUP = re.compile(r"[\\*<>\[\]|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 _MAX_SUMMARY_BYTES = 1 << 20  # GitHub's limit for the summary of one step
@@ -35,11 +51,14 @@ _MAX_SUMMARY_BYTES = 1 << 20  # GitHub's limit for the summary of one step
 
 def card_data(manifest: Manifest) -> dict[str, Any]:
     """Return the metadata of the card, without the fields that are copied from the card of the original model."""
-    tags = ["lora", name if (name := manifest.method.name) in ("milora", "pissa") else "svd", "residual-base"]
+    tags = ["lora", name if (name := manifest.method.name) in ("milora", "pissa") else "svd"]
+    if manifest.method.writes_base:
+        tags.append("residual-base")
     model = str(manifest.source["model"])
     data: dict[str, Any] = {"library_name": "peft", "tags": tags}
     if manifest.source["revision"] is not None:  # a local folder has none, and its path is not published
-        data |= {"base_model": model, "base_model_relation": "finetune"}
+        relation = "finetune" if manifest.method.writes_base else "adapter"
+        data |= {"base_model": model, "base_model_relation": relation}
     return data
 
 
@@ -50,12 +69,9 @@ def card_text(manifest: Manifest, repo: str) -> str:
         manifest: The manifest as it is published, see `hub.upload`.
         repo: Id of the repository.
     """
-    inputs, source = manifest.inputs, manifest.source
+    source = manifest.source
     commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
-    model = str(source["model"])
-    is_safe_link = all(_PLAIN_NAME.fullmatch(part) for part in model.split("/"))
-    model_link = f"[{model}](https://huggingface.co/{model})" if is_safe_link else _code(model)
-    name = model_link if source["revision"] else "a local model"
+    name = _model_name(source)
     peft = PEFT_FOR_EXPERTS if manifest.adapter.get("target_parameters") else PEFT_FOR_MODULES
     return f"""
 # {_escape(repo.rpartition("/")[2])}
@@ -79,11 +95,9 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 
 ## How it was made
 
-`milora-init` {_name(manifest.versions["milora_init"])}: method {manifest.method.name}, mode {_code(inputs["mode"])}, \
-rank {_name(inputs["rank"])}, \
-alpha {_name(inputs["alpha"])}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
-{", ".join(sorted({_name(w.dtype) for w in manifest.weights}))}, \
-dropout {_name(manifest.adapter["lora_dropout"])} for training.
+{_settings(manifest)}, residuals in {", ".join(sorted({_name(w.dtype) for w in manifest.weights}))}.
+
+{_for_what(manifest)}
 
 {_weight_table(manifest)}
 
@@ -100,16 +114,90 @@ for the original model.
 
 ## Citation
 
-```bibtex
-@inproceedings{{wang2025milora,
-  title     = {{{{MiLoRA}}: Harnessing Minor Singular Components for Parameter-Efficient {{LLM}} Finetuning}},
-  author    = {{Wang, Hanqing and Li, Yixia and Wang, Shuo and Chen, Guanhua and Chen, Yun}},
-  booktitle = {{Proceedings of NAACL}},
-  year      = {{2025}},
-  url       = {{https://arxiv.org/abs/2406.09044}}
-}}
+{_CITATION}"""
+
+
+def adapter_card(manifest: Manifest, repo: str, branch: str | None = None) -> str:
+    """The card's text of an adapter of an original model, for the branch of the repository that it is written for.
+
+    Args:
+        manifest: The manifest as it is published, see `hub.upload`.
+        repo: Id of the repository.
+        branch: Its branch; None for `main`.
+    """
+    source, method = manifest.source, manifest.method
+    commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
+    name = _model_name(source)
+    local = "" if source["revision"] else f"\nReplace {_code(source['model'])} by the place of that model.\n"
+    if method.init_lora_weights is True:
+        peft = PEFT_FOR_EXPERTS if manifest.adapter.get("target_parameters") else PEFT_FOR_MODULES
+        needs = f"It needs PEFT {peft} or later."
+    else:
+        needs = (
+            f"It needs a PEFT that knows `init_lora_weights={_quoted(str(method.init_lora_weights))}`, such as "
+            f"{TESTED_WITH_MICA}, which freezes B."
+        )
+    return f"""
+# {_escape(repo.rpartition("/")[2])}
+
+A LoRA adapter for {name}{commit}, not trained yet. {_METHODS[method.name]}.
+
+The model itself is not changed, and B A is zero before training: the adapter on its model computes what the model
+computes. PEFT trains {method.trained}.
+
+## Load it
+
+```python
+{loading_lines(manifest, branch)}
 ```
-"""
+{local}
+{needs} For DPO or GRPO the model with the adapter switched off is the reference.
+
+## How it was made
+
+{_settings(manifest)}: {_code(method.formulas)} for each weight W = U S V^T.
+
+{_for_what(manifest)}
+
+{_weight_table(manifest)}
+
+*energy*: the share of these triplets in the weight's squared norm. *certified*: a proven bound of the relative error of
+U S V^T. `milora_init.json` has the figures of every weight, and the SHA-256 of every file; `milora-init verify` reads
+them.
+
+{"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
+## After training
+
+The trained adapter is a plain LoRA of the same model. `milora-init merge` merges it, `milora-init convert` copies it
+or cuts its rank.
+
+## Citation
+
+{_CITATION}"""
+
+
+def _model_name(source: Mapping[str, Any]) -> str:
+    """The original model in a sentence: a link to the Hub, or that it is local."""
+    if not source["revision"]:
+        return "a local model"
+    model = str(source["model"])
+    is_safe_link = all(_PLAIN_NAME.fullmatch(part) for part in model.split("/"))
+    return f"[{model}](https://huggingface.co/{model})" if is_safe_link else _code(model)
+
+
+def _settings(manifest: Manifest) -> str:
+    """Version and options of the run, for a card."""
+    inputs = manifest.inputs
+    return (
+        f"`milora-init` {_name(manifest.versions['milora_init'])}: method {manifest.method.name}, mode "
+        f"{_code(inputs['mode'])}, rank {_name(inputs['rank'])}, alpha {_name(inputs['alpha'])}"
+        f"{', rsLoRA' if inputs['rslora'] else ''}, dropout {_name(manifest.adapter['lora_dropout'])} for training"
+    )
+
+
+def _for_what(manifest: Manifest) -> str:
+    """What the method is for, and what others report of it."""
+    return f"The method is for {manifest.method.use}. Reported by others: {manifest.method.reported}"
 
 
 def plain_card_data(record: MergeResult | ConvertResult) -> dict[str, Any]:
@@ -136,6 +224,11 @@ def merged_card(record: MergeResult, config: Mapping[str, Any], repo: str) -> st
         if record.initial
         else f"A fine-tuned {name}: an adapter that was trained on a residual base was merged into that base."
     )
+    added_to = "residual"
+    if record.inputs.get("base") == ORIGINAL_MODEL:
+        added_to = "W"
+        again = f"{name} again, unchanged: the initial adapter, which adds nothing, was merged into it."
+        what = again if record.initial else f"A fine-tuned {name}: a LoRA adapter was merged into it."
     return f"""
 # {_escape(repo.rpartition("/")[2])}
 
@@ -154,7 +247,7 @@ model = {cls}.from_pretrained({_quoted(repo)}, dtype="auto"{trusted})
 ## How it was made
 
 `milora-init merge` {_name(record.inputs.get("merge", ""))}, from {_inputs(record)}: \
-W' = round(residual + scale * B A) in {record.modules} weights. All other tensors are the original's, byte for byte.
+W' = round({added_to} + scale * B A) in {record.modules} weights. All other tensors are the original's, byte for byte.
 
 `{MERGED}` has the SHA-256 of every file; `milora-init verify` reads them.
 """
@@ -170,6 +263,9 @@ def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) 
     lost = f" At most {worst:.2e} of a module's update was lost (Frobenius norm)." if record.cut else ""
     of_commit = f", revision={_quoted(record.revision)}" if record.revision else ""
     local = "" if record.from_hub else f"\nReplace {_code(record.model)} by the place of the original model.\n"
+    how = "the adapter was trained on a residual base, and residual + s B A = W + s [B, -B0] [A; A0]."
+    if record.inputs.get("base") == ORIGINAL_MODEL:
+        how = "the adapter was trained on the original model, and copied" + (", cut to a rank." if record.cut else ".")
     return f"""
 # {_escape(repo.rpartition("/")[2])}
 
@@ -190,7 +286,7 @@ model = PeftModel.from_pretrained(base, {_quoted(repo)})
 ## How it was made
 
 `milora-init convert` {_name(record.inputs.get("convert", ""))}, from {_inputs(record)}: \
-the adapter was trained on a residual base, and residual + s B A = W + s [B, -B0] [A; A0].
+{how}
 
 `{CONVERTED}` has the SHA-256 of every file; `milora-init verify` reads them.
 """
@@ -259,18 +355,18 @@ Fingerprint {_code(manifest.fingerprint[:12])}.
 
 
 def _weight_table(manifest: Manifest) -> str:
-    """Return a table with a row for each group of weights."""
-    lines = [
-        "| module | shape | weights | rank | energy | leak | step-0 error | certified |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.rank} "
-        f"| {percent(group.energy)} | {percent(group.leak)} | {percent(group.rounding_error)} "
-        f"| {group.certificate:.0e} |"
+    """Return a table with a row for each group of weights; without a base, nothing was rounded."""
+    columns = ["module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified"]
+    rows = [
+        [
+            _name(group.suffix), f"{group.shape[0]} x {group.shape[1]}", str(group.count), str(group.rank),
+            percent(group.energy), percent(group.leak), percent(group.rounding_error), f"{group.certificate:.0e}",
+        ]
         for group in weight_groups(manifest.weights)
-    ]
-    return "\n".join(lines)
+    ]  # fmt: skip
+    if not manifest.method.writes_base:
+        columns, *rows = ([*line[:5], line[7]] for line in (columns, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows))
 
 
 def _code(value: object) -> str:

@@ -25,6 +25,7 @@ from milora_init.expert_slot import ExpertSlot
 from milora_init.lora.config import lora_scale, match_pattern
 from milora_init.lora.tensor_layout import factor_shapes, lora_key, parse_lora_key, weight_factors
 from milora_init.manifest import WeightRecord
+from milora_init.methods import Method
 from milora_init.untrusted import read_text
 
 CONFIG_FILE = "adapter_config.json"
@@ -42,6 +43,16 @@ UNSUPPORTED_KEYS = (
 )  # fmt: skip
 _RANK_AND_ALPHA_LIMIT = 1e9
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def adapter_files(method: Method) -> tuple[str, str]:
+    """The adapter's config and weights in an output of a method, by the path relative to the output."""
+    return (LORA_CONFIG, LORA_WEIGHTS) if method.writes_base else (CONFIG_FILE, WEIGHTS_FILE)
+
+
+def adapter_folder(output: Path, method: Method) -> Path:
+    """The folder of the initial adapter in an output of a method, which is the output itself if it has no base."""
+    return output / LORA_FOLDER if method.writes_base else output
 
 
 class AdaptedWeight(Protocol):

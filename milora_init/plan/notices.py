@@ -117,14 +117,20 @@ def _rank_notices(options: InitOptions, weights: Sequence[WeightPlan]) -> list[s
 
 
 def _dropout_notices(options: InitOptions, adapter_config: Mapping[str, Any]) -> list[str]:
-    """Say what a dropout that was asked for does, where the method has none of its own."""
+    """Say what a dropout that was asked for does."""
     method, dropout = options.chosen, adapter_config["lora_dropout"]
-    if not dropout or method.dropout:
+    if not dropout:
         return []
     if method.writes_base:
-        why = "dropout removes a part of the component that the factors carry, so in training mode the pair does not "
-        return [f"lora_dropout is {dropout}: {why}compute the model's function; 0 is the default of {method.name}"]
-    return [f"lora_dropout is {dropout}: 0 is the default of {method.name}"]
+        why = (
+            "in training mode it removes a part of the component that was taken out of the base, so the training "
+            "starts from another function than the model's, with a higher loss"
+        )
+    elif method.factors == "right":
+        why = "in reinforcement learning the policy that samples and the policy that is trained would differ"
+    else:
+        why = "it removes a part of what A reads"
+    return [f"lora_dropout is {dropout}: {why}; --dropout 0 switches it off, and is the default without a recipe"]
 
 
 def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:

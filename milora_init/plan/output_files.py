@@ -50,6 +50,11 @@ class ShardJob:
         """Size of the output's file; 0 if no base is written."""
         return self.header.file_bytes if self.header else 0
 
+    def source_part(self, source: Header) -> Header:
+        """Header of a file with only the tensors that are split, for the header of the source."""
+        infos = (source.tensors[name] for name in self.weights)
+        return plan_header(((info.name, info.dtype, info.shape) for info in infos), metadata=source.metadata)
+
     @property
     def splits(self) -> list[WeightPlan]:
         """Every weight of the file that is split, from all tensors."""
@@ -84,7 +89,7 @@ def plan_shard(
     return ShardJob(
         source=checkpoint.folder / file,
         stamp=checkpoint.stamps.get(file),
-        target=_target_name(checkpoint, file, number),
+        target=target_name(checkpoint, file, number),
         header=header,
         weights=weights,
         mode=options.chosen.mode,
@@ -92,7 +97,7 @@ def plan_shard(
     )
 
 
-def _target_name(checkpoint: Checkpoint, file: str, number: int) -> str:
+def target_name(checkpoint: Checkpoint, file: str, number: int) -> str:
     """Name an output file: as its source, or as transformers names safetensors files if the source is a pickle."""
     if not checkpoint.is_pickle:
         return file

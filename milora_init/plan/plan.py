@@ -26,7 +26,7 @@ from milora_init.checkpoint.side_files import side_files
 from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, WEIGHTS_FILE
+from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, adapter_files
 from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
 from milora_init.methods import METHODS
@@ -117,7 +117,7 @@ class Plan:
     @property
     def adapter_files(self) -> tuple[str, str]:
         """The adapter's config and weights, by the path relative to the output."""
-        return (LORA_CONFIG, LORA_WEIGHTS) if self.writes_base else (CONFIG_FILE, WEIGHTS_FILE)
+        return adapter_files(self.options.chosen)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -166,12 +166,13 @@ class Plan:
     @property
     def required_disk_bytes(self) -> int:
         """The disk space that the run needs at its peak."""
-        download = sorted(header.file_bytes for header in self.absent.values())
+        download = sorted(self.downloads.values())
         shards = sorted(job.base_bytes for job in self.own_jobs)
         low_disk = self.options.low_disk
         # Without low_disk, downloads go into the Hub's cache: `hub.download.require_cache_space` checks its disk. With
         # low_disk, a download is removed when its shard is finished, and a shard when it is uploaded.
-        source_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk else 0
+        # Without a base, single tensors are downloaded into the work folder, and removed in the same way.
+        source_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk or not self.writes_base else 0
         base_bytes = sum(shards[-_LOW_DISK_SHARDS:] if low_disk and self.options.push_to_hub else shards)
         side_bytes = sum(stamp(self.source / name)[0] for name in self.side_files)
         if self.options.part is not None:
@@ -186,6 +187,18 @@ class Plan:
         needed = {job.source.name for job in self.own_jobs}
         absent = self.checkpoint.remote.absent if self.checkpoint.remote else {}
         return {name: header for name, header in absent.items() if name in needed}
+
+    @cached_property
+    def downloads(self) -> Mapping[str, int]:
+        """How many bytes are downloaded of each file of `absent`: all, or without a base its weights to adapt alone."""
+        headers = self.checkpoint.headers
+        return {
+            job.source.name: (
+                headers[job.source.name] if self.writes_base else job.source_part(headers[job.source.name])
+            ).file_bytes
+            for job in self.jobs
+            if job.source.name in self.absent
+        }
 
     @property
     def source_bytes(self) -> int:
@@ -340,7 +353,7 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, A
         alpha=options.lora_alpha,
         estimate_s=round(estimate_s, 1),
         source_bytes=plan.source_bytes,
-        download_bytes=sum(header.file_bytes for header in plan.absent.values()),
+        download_bytes=sum(plan.downloads.values()),
         base_bytes=plan.base_bytes,
         adapter_bytes=plan.adapter_bytes,
         peak_memory_bytes=plan.peak_memory_bytes(weights_at_once),

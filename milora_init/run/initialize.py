@@ -25,7 +25,8 @@ from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import drop_from_page_cache, sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.errors import OutputError
-from milora_init.hub.source import fetch_file
+from milora_init.hub.ranges import RangesIgnoredError
+from milora_init.hub.source import fetch_file, fetch_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.methods import method_of_inputs
 from milora_init.plan.finished import request
@@ -289,7 +290,7 @@ def _makers(
             submit=submit,
             count=lambda job: len(job.splits),
             fetch=prefetcher.take,
-            most_files=LOW_DISK_FILES if options.low_disk else None,
+            most_files=LOW_DISK_FILES if options.low_disk or (plan.absent and not plan.writes_base) else None,
             progress=progress,
         ) as makers,
     ):
@@ -297,19 +298,49 @@ def _makers(
 
 
 def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Prefetcher:
-    """Downloads the model's files that are still on the Hub: into its cache, or with low_disk into the work folder."""
-    options, remote = plan.options, plan.checkpoint.remote
-    folder = out.work / f"{out.attempts.name}.source" if options.low_disk else None
-    if remote and plan.absent and not folder:
+    """Downloads what the jobs read of files that are still on the Hub.
+
+    These are whole files, into the Hub's cache, or with low_disk into the work folder. Without a base they are the
+    weights to adapt alone, into the work folder; where the server does not send parts, whole files into the cache.
+    """
+    options, remote, headers = plan.options, plan.checkpoint.remote, plan.checkpoint.headers
+    folder = out.work / f"{out.attempts.name}.source"
+    into = folder if options.low_disk else None
+    whole_files = plan.writes_base
+    if whole_files and into is None:
+        _require_cache_space(plan)
+
+    def fetch(job: ShardJob) -> Path:
+        nonlocal whole_files
+        name = job.source.name
+        if not whole_files:
+            progress.fetching(name, plan.downloads[name])
+            try:
+                return fetch_tensors(options, remote, name, job.source_part(headers[name]), folder)
+            except RangesIgnoredError as error:
+                whole_files = True
+                progress.note(f"{error.message}: the files are downloaded as a whole, into the cache")
+                _require_cache_space(plan)
+        progress.fetching(name, headers[name].file_bytes)
+        return fetch_file(options, remote, name, into)
+
+    def remove(path: Path) -> None:
+        if path.parent.resolve() == folder.resolve():
+            path.unlink()
+
+    allowed: dict[str, set[bytes]] = {}
+    for job in (job for job in jobs if job.stamp is None):
+        header = headers[job.source.name]
+        allowed[job.source.name] = {header.raw} if plan.writes_base else {header.raw, job.source_part(header).raw}
+    return Prefetcher(jobs, allowed, fetch, remove if options.low_disk or not plan.writes_base else None)
+
+
+def _require_cache_space(plan: Plan) -> None:
+    """Raise HubError where the disk of the Hub's cache has no space for the whole files that are still to come."""
+    if plan.checkpoint.remote and plan.absent:
         from milora_init.hub.download import require_cache_space
 
-        require_cache_space(dataclasses.replace(remote, absent=plan.absent), plan.source)
-
-    def fetch(name: str) -> Path:
-        progress.fetching(name, plan.checkpoint.headers[name].file_bytes)
-        return fetch_file(options, remote, name, folder)
-
-    return Prefetcher(jobs, plan.checkpoint.headers, fetch, Path.unlink if folder else None)
+        require_cache_space(dataclasses.replace(plan.checkpoint.remote, absent=plan.absent), plan.source)
 
 
 def _assemble(

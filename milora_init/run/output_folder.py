@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
+from milora_init.checkpoint.side_files import would_be_loaded
 from milora_init.checkpoint.writer import partial_of, sync_folder, writing
 from milora_init.errors import OutputError
 from milora_init.manifest import WORK_FOLDER, WeightRecord
@@ -105,7 +105,9 @@ def require_writable(out: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"--out {out} cannot be written: no permission in {parent}")
+        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+        why = f"{parent} is on a read-only file system" if read_only else f"no permission in {parent}"
+        raise OutputError(f"--out {out} cannot be written: {why}", hint="choose another --out")
     return parent
 
 
@@ -479,7 +481,7 @@ class OutputFolder(Generic[Record]):
         for path in sorted(self.path.iterdir()):
             if path.name in ours:
                 continue
-            if path.name in planned or (path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES):
+            if path.name in planned or (path.is_file() and would_be_loaded(path.name)):
                 raise OutputError(
                     f"{self.path} already holds {path.name}, which is not an output of milora-init",
                     hint="choose another --out, or move it away",
@@ -493,7 +495,7 @@ class OutputFolder(Generic[Record]):
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(
-                f"--out {self.path} needs {needed / 1e6:,.0f} MB, its disk has {free / 1e6:,.0f} MB free",
+                f"--out {self.path} needs {needed / 1e6:,.1f} MB, its disk has {free / 1e6:,.1f} MB free",
                 hint="free some space, or choose an --out on another disk",
             )
 

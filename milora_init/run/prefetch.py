@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from milora_init.checkpoint.files import stamp
-from milora_init.checkpoint.header import Header, read_header
+from milora_init.checkpoint.header import read_header
 from milora_init.errors import CheckpointError
 from milora_init.plan.output_files import ShardJob
 
-Fetch = Callable[[str], Path]
+Fetch = Callable[[ShardJob], Path]
 
 
 class Prefetcher:
@@ -21,8 +21,8 @@ class Prefetcher:
 
     Args:
         jobs: In the order in which they will be taken.
-        headers: Of every file of the model, as planned.
-        fetch: Downloads a file of the model by its name; called from other threads.
+        headers: The headers, as bytes, that each file may have: its own, or that of a part of it.
+        fetch: Downloads a file of the model, or the part of it that a job reads; called from other threads.
         remove: Called with a downloaded file that is no longer needed; None to keep it.
     """
 
@@ -31,7 +31,7 @@ class Prefetcher:
     def __init__(
         self,
         jobs: Sequence[ShardJob],
-        headers: Mapping[str, Header],
+        headers: Mapping[str, Collection[bytes]],
         fetch: Fetch,
         remove: Callable[[Path], None] | None = None,
     ) -> None:
@@ -77,8 +77,7 @@ class Prefetcher:
             self._downloads[job.source.name] = self._pool.submit(self._download, job)
 
     def _download(self, job: ShardJob) -> ShardJob:
-        name = job.source.name
-        path = self._fetch(name)
-        if read_header(path).raw != self._headers[name].raw:
+        path = self._fetch(job)
+        if read_header(path).raw not in self._headers[job.source.name]:
             raise CheckpointError(f"{path} is not the file whose header was planned with", hint="run it again")
         return dataclasses.replace(job, source=path, stamp=stamp(path))

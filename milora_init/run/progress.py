@@ -36,7 +36,7 @@ class ShardResult(Generic[Record]):
 class Progress:
     """Receives the events of a run. These methods do nothing; a subclass overrides those that it needs.
 
-    `solving`, `tensor` and `fetching` are called from other threads than the run's.
+    `solving`, `tensor`, `fetching` and `note` are called from other threads than the run's.
     """
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
@@ -50,6 +50,9 @@ class Progress:
 
     def fetching(self, name: str, size_bytes: int) -> None:
         """A file of the model is being downloaded from the Hub."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know, and that ends nothing."""
 
     def tensor(self, name: str, size_bytes: int) -> None:
         """A tensor of the model was copied, or one of its weights split; `size_bytes` is the size of what was read."""

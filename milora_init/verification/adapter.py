@@ -24,8 +24,6 @@ from milora_init.lora.compatibility import (
 from milora_init.lora.folder import (
     CONFIG_FILE,
     EXTRA_WEIGHT_KEYS,
-    LORA_CONFIG,
-    LORA_WEIGHTS,
     UNSUPPORTED_KEYS,
     WEIGHTS_FILE,
     expected_tensors,
@@ -58,9 +56,9 @@ def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | N
         modules: Names of all modules of the model.
         trained: The adapter_config.json of a trained adapter; the one in the pair if None.
     """
-    name = LORA_CONFIG if trained is None else str(trained)
+    name = pair.adapter_files[0] if trained is None else str(trained)
     try:
-        config = read_config(trained or pair.folder / LORA_CONFIG)
+        config = read_config(trained or pair.folder / name)
     except CheckpointError as error:
         return [Finding(name, error.message, MAKE_AGAIN if trained is None else error.hint)]
     wanted = pair.manifest.adapter
@@ -81,7 +79,8 @@ def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | N
             what = f"{key} is {config[key]!r}, which this adapter was not made for"
             findings.append(Finding(name, what, f"remove {key}" if trained is None else _TRAIN_AGAIN))
     findings += _check_targets(name, config, wanted, modules)
-    findings += _check_base_path(name, config.get("base_model_name_or_path"), pair)
+    path = config.get("base_model_name_or_path")
+    findings += (_check_base_path if pair.manifest.method.writes_base else _check_model_path)(name, path, pair)
     return findings
 
 
@@ -127,6 +126,20 @@ def _check_base_path(name: str, path: object, pair: Pair) -> list[Finding]:
     if isinstance(path, str) and _HUB_ID.fullmatch(path) and not Path(path).exists():
         return [note(name, f"{key} is {path}, a repository on the Hub, as `milora-init push` writes it")]
     return [Finding(name, f"{key} is {path!r}, not this base", hint)]
+
+
+def _check_model_path(name: str, path: object, pair: Pair) -> list[Finding]:
+    """base_model_name_or_path of an adapter of an original model must name that model, which may have been moved."""
+    key = "base_model_name_or_path"
+    recorded = pair.manifest.adapter[key]
+    if path == recorded:
+        return []
+    hint = _set_field(key, recorded)
+    if not isinstance(path, str) or not path:
+        return [Finding(name, f"{key} is {path!r}, not the original model", hint)]
+    if other_base_in_config({key: path}, pair.manifest):
+        return [Finding(name, f"{key} is {path}, an output of milora-init, not the original model {recorded}", hint)]
+    return [note(name, f"{key} is {path}; the adapter was made for {recorded}")]
 
 
 def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained: bool = False) -> list[Finding]:
@@ -186,22 +199,28 @@ def check_initial_factors(pair: Pair) -> list[Finding]:
         CheckpointError: A file that cannot be read.
     """
     records = pair.manifest.weights
-    with open_factors(pair.folder / LORA_WEIGHTS) as factors:
+    with open_factors(pair.weights) as factors:
         of = pair.manifest.method.factors
         differing = sum(_has_other_singular_values(*factors.read(record), record, of) for record in records)
     if differing <= len(records) / 2:
         return []
+    if of in ("right", "left"):
+        what = "it is not the initial adapter that the manifest describes: it was trained in place, or replaced"
+        return [Finding(pair.adapter_files[1], what, KEEP_A_COPY, "replaced_adapter")]
     what = "its singular values are not those in the manifest: the adapter was trained in place, or is of another base"
-    return [Finding(LORA_WEIGHTS, what, KEEP_A_COPY, "replaced_adapter")]
+    return [Finding(pair.adapter_files[1], what, KEEP_A_COPY, "replaced_adapter")]
 
 
 def _has_other_singular_values(B: Tensor, A: Tensor, record: WeightRecord, factors: Factors) -> bool:
     """Whether the first or the last singular value of a module's B (m, R) and A (R, n) is not the recorded one.
 
     In an initial adapter column j of B and row j of A have lengths whose product is a singular value, or with
-    orthonormal factors 1.
+    orthonormal factors 1. With `right` and `left` factors one of both is zero, and the lengths of the other are 1.
     """
     B, A = initial_block(B.double(), A.double(), record.rank, record.expert)
+    if factors in ("right", "left"):
+        kept, zero = (A.norm(dim=1), B) if factors == "right" else (B.norm(dim=0), A)
+        return bool(zero.any()) or not float((kept - 1).abs().max()) <= 1e-4
     s = record.scale * B.norm(dim=0) * A.norm(dim=1)
     first, last = (record.s_first, record.s_last) if factors == "balanced" else (record.scale, record.scale)
     tolerance = 1e-4 * first + (1e-12 * record.s_max if factors == "balanced" else 0.0)
@@ -239,7 +258,7 @@ def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *,
     if compare_values and not any(finding.problem for finding in header_findings):
         unrelated: dict[str, str] = {}
         try:
-            unrelated = modules_not_trained_from(pair.folder / LORA_WEIGHTS, weights, records)
+            unrelated = modules_not_trained_from(pair.weights, weights, records)
         except PlanError as error:
             findings.append(Finding(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
         foreign = foreign or len(unrelated) > len(records) / 2

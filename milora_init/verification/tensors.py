@@ -120,7 +120,7 @@ def _compare(
     for record in manifest.weights:
         records.setdefault(record.tensor, []).append(record)
     modules = [record.module for record in manifest.weights]
-    solved_again = set(modules if all_components else _spread(modules))
+    solved_again = set(modules if all_components else spread(modules))
     with open_tensors(base) as residuals, open_tensors(model) as originals, open_factors(adapter) as factors:
         for name in (name for name in base.tensors if name in model.tensors):
             original, residual = originals.read(name), residuals.read(name)
@@ -324,7 +324,7 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _spread(names: list[str]) -> list[str]:
+def spread(names: list[str]) -> list[str]:
     """The first, the middle and the last of some names."""
     last = len(names) - 1
     return [names[round(last * i / (_SAMPLE - 1))] for i in range(_SAMPLE)]

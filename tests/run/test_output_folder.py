@@ -56,7 +56,21 @@ def test_a_finished_output_holds_exactly_the_documented_files(start: Start, chec
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "old.gguf", "lora/notes", "tokenizer.json"]
+    "name",
+    [
+        "model.safetensors",
+        "pytorch_model.bin",
+        "config.json",
+        "old.gguf",
+        "lora/notes",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "adapter_config.json",
+        "spiece.model",
+        "vocab.txt",
+        "chat_template.jinja",
+        "modeling_x.py",
+    ],
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_with_other_model_files_is_refused_and_unchanged(
