@@ -115,8 +115,8 @@ class PartResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         return envelope(
-            "init", self.status, out=self.out, fingerprint=self.fingerprint,
-            part=self.part, made=list(self.made), finished_files=self.finished, of_files=self.of,
+            "init", "part", out=self.out, fingerprint=self.fingerprint, part=self.part, made=list(self.made),
+            finished_files=self.finished, of_files=self.of, unchanged=self.status == "unchanged",
         )  # fmt: skip
 
 
