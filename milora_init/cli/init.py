@@ -287,16 +287,16 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         from milora_init.plan.peft_check import require_loadable
         from milora_init.plan.plan import describe, make_plan
         from milora_init.run.devices import multiply_rate
-        from milora_init.run.pool import solver_devices
+        from milora_init.run.pool import solver_devices, weights_in_memory
 
         plan = make_plan(options, *locate_model(options))
         require_loadable(plan)
-        devices = solver_devices(plan)[0]
-        estimate_s = plan.solve_flops / multiply_rate(devices[0])
+        estimate_s = plan.solve_flops / multiply_rate(solver_devices(plan)[0][0])
+        at_once, others = weights_in_memory(plan)
     if as_json:
-        output.json_output.give(describe(plan, len(devices), estimate_s))
+        output.json_output.give(describe(plan, at_once, estimate_s, others))
     elif not quiet:
-        output.print_plan(plan, estimate_s, plan.peak_memory_bytes(len(devices)))
+        output.print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once, others))
 
 
 def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_json: bool, quiet: bool) -> None:

@@ -8,6 +8,7 @@ and numbers, so it can be pickled and sent to another process.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ FLOPS_PER_BYTE = 200  # so many multiply-adds take about the time of copying one
 LOW_DISK_FILES = 2  # with low_disk, the most shards that are made at a time
 _LOW_DISK_SHARDS = LOW_DISK_FILES + 2  # and that are on the disk, of the model or of the output
 PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
+_WEIGHT_BYTES = 9 << 10  # and for each weight its plan and its record: scripts/bench_scale.py
 
 
 @dataclass(frozen=True)
@@ -222,11 +224,18 @@ class Plan:
         """Size of the adapter's weight file."""
         return self.adapter_header.file_bytes
 
-    def peak_memory_bytes(self, weights_at_once: int) -> int:
-        """Estimate the peak memory of a run that solves this many weights at a time."""
+    def peak_memory_bytes(self, weights_at_once: int, waiting: int = 0) -> int:
+        """Estimate the peak memory of a run; how many files are made at a time does not matter.
+
+        Args:
+            weights_at_once: How many weights the CPU solves at a time.
+            waiting: How many more are read or written meanwhile, or are solved on a GPU.
+        """
         largest_factor = max(info.size_bytes for info in self.adapter_header.tensors.values())
-        largest_weights = sorted((self.memory_bytes(w) for w in self.weights), reverse=True)[:weights_at_once]
-        return PROCESS_BYTES + max(2 * largest_factor, sum(largest_weights))
+        solved = sorted(map(self.memory_bytes, self.weights), reverse=True)[:weights_at_once]
+        read = sorted(map(self.stored_bytes, self.weights), reverse=True)[:waiting]
+        own = PROCESS_BYTES + _WEIGHT_BYTES * len(self.weights)
+        return own + max(2 * largest_factor, sum(solved) + sum(read))
 
     @property
     def solve_flops(self) -> int:
@@ -240,8 +249,11 @@ class Plan:
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
         m, n = w.weight.shape
-        stored_bytes = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
-        return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, stored_bytes)
+        return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, self.stored_bytes(w))
+
+    def stored_bytes(self, w: WeightPlan) -> int:
+        """What one weight and its residual take as they are read and written."""
+        return math.prod(w.weight.shape) * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
 
     def weight_counts(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
         """Count the weights by (suffix, shape, source dtype, rank), in the model's order."""
@@ -330,12 +342,12 @@ def _refuse_residual(folder: Path) -> None:
     )
 
 
-def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, Any]:
+def describe(plan: Plan, weights_at_once: int, estimate_s: float, waiting: int = 0) -> dict[str, Any]:
     """Return the plan as the JSON object that `--dry-run --json` prints.
 
     Args:
         plan: The plan.
-        weights_at_once: How many weights are solved at a time, for the estimate of the memory.
+        weights_at_once, waiting: For the estimate of the memory; see `Plan.peak_memory_bytes`.
         estimate_s: Estimate of the time for solving, in seconds.
     """
     options, remote = plan.options, plan.checkpoint.remote
@@ -356,7 +368,7 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, A
         download_bytes=sum(plan.downloads.values()),
         base_bytes=plan.base_bytes,
         adapter_bytes=plan.adapter_bytes,
-        peak_memory_bytes=plan.peak_memory_bytes(weights_at_once),
+        peak_memory_bytes=plan.peak_memory_bytes(weights_at_once, waiting),
         solve_flops=plan.solve_flops,
         adapter_config=dict(plan.adapter_config),
         weight_count=len(plan.weights),

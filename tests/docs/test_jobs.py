@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support import shell_commands
 
 from milora_init.manifest import MANIFEST, WORK_FOLDER
 
@@ -38,20 +38,17 @@ done
 
 
 @pytest.fixture
-def folder(example_files: Files, tmp_path: Path) -> Path:
-    """A folder with the example files, and a `bin` with milora-init and sbatch in it."""
+def folder(example_files: Files, tmp_path: Path) -> Iterator[Path]:
+    """A folder with the example files, and a `commands` with milora-init and sbatch in it."""
     example_files(tmp_path)
-    (tmp_path / "bin").mkdir()
-    milora = f'#!/bin/sh\nexec "{sys.executable}" -m milora_init "$@"\n'
-    for name, content in (("milora-init", milora), ("sbatch", SBATCH)):
-        (tmp_path / "bin" / name).write_text(content)
-        (tmp_path / "bin" / name).chmod(0o755)
-    return tmp_path
+    with shell_commands.served(tmp_path) as commands:
+        (commands / "sbatch").write_text(SBATCH)
+        (commands / "sbatch").chmod(0o755)
+        yield tmp_path
 
 
 def shell(command: str, folder: Path, **environment: str) -> None:
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    places = {"PATH": path, "PYTHONPATH": str(ROOT)}
+    places = {"PATH": f"{folder / 'commands'}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env={**os.environ, **places, **environment},
         capture_output=True, text=True, check=False,
