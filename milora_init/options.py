@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -28,8 +28,8 @@ _LIMIT = 2**63  # every whole number must be below it
 # Names that PEFT and trainers use for our options. A recipe, the Python functions and the command line accept them.
 SYNONYMS: Mapping[str, str] = {
     "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
-    "target_modules": "target", "lora_target": "target", "lora_target_modules": "target", "exclude_modules": "exclude",
-    "output_dir": "out", "model_name_or_path": "model", "use_rslora": "rslora",
+    "targets": "target", "target_modules": "target", "lora_target": "target", "lora_target_modules": "target",
+    "exclude_modules": "exclude", "output_dir": "out", "model_name_or_path": "model", "use_rslora": "rslora",
 }  # fmt: skip
 DTYPE_FLAGS: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _VALUE_SYNONYMS: Mapping[str, Mapping[str, str]] = {
@@ -52,8 +52,9 @@ class InitOptions:
         mode: Which triplets, with MiLoRA's factors: `min` (MiLoRA), `max` (PiSSA), `mid` or `random`. None is the mode
             of `method`; without both, `min`.
         target: What to adapt, as in PEFT: module suffixes, full module names, `all-linear`; also `re:PATTERN`, a
-            regular expression that must match a module's full name. None is the five linear layers of the MiLoRA
-            paper, or `all-linear` for a model that lacks one of them.
+            regular expression that must match a module's full name; and `kappa:0.2` or `energy:0.2`, which choose
+            this share of the linear layers by what a scan of the model finds, see `run.scan.measured_targets`. None is
+            the five linear layers of the MiLoRA paper, or `all-linear` for a model that lacks one of them.
         exclude: What not to adapt, in the same form.
         alpha: `lora_alpha`. None is the rank, which makes the scale 1. B and A are divided by the square root of
             the scale, so that scale * B @ A is the component for every alpha.
@@ -194,6 +195,10 @@ class InitOptions:
         _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")
         for name in (*(self.target or ()), *self.exclude):
             _require(isinstance(name, str) and bool(name), f"target {_short(name)} is not a module name")
+            _require(measured_target(name) is None or name not in self.exclude, f"exclude {name} is not a module name")
+        measured = next((name for name in self.target or () if measured_target(name)), None)
+        why = f"target {measured} is chosen by a scan of the whole model, which low_disk does not keep"
+        _require(not (measured and self.low_disk), why, "drop --low-disk, or name the modules")
         for option in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, option)
             ok = isinstance(pattern, Mapping) and all(
@@ -335,6 +340,34 @@ def _option_name(key: object) -> str:
 def split_names(text: str) -> list[str]:
     """Names that are separated by commas; a `re:PATTERN` is one name, because patterns contain commas."""
     return [text] if text.startswith("re:") else [name.strip() for name in text.split(",")]
+
+
+def measured_target(target: str) -> tuple[Literal["kappa", "energy"], float] | None:
+    """The figure and the share of a target that chooses by a figure: `kappa:0.2`; None for any other target.
+
+    Raises:
+        UsageError: The share is no number above 0 and at most 1.
+    """
+    figure, colon, text = target.partition(":")
+    if not colon or figure not in ("kappa", "energy"):
+        return None
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    _require(0 < share <= 1, f"target {_short(target)} has no share of the weights", f"for example {figure}:0.2")
+    return ("kappa" if figure == "kappa" else "energy"), share
+
+
+def require_ranks(ranks: Sequence[object]) -> tuple[int, ...]:
+    """The ranks of a scan, ascending. Raises UsageError unless there is one, and all are whole numbers above 0."""
+    _require(bool(ranks), "no rank is named", "for example --rank 64")
+    found = []
+    for rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < _LIMIT:
+            raise UsageError(f"rank is {_short(rank)}, expected a whole number of at least 1 and below 2^63")
+        found.append(rank)
+    return tuple(sorted(set(found)))
 
 
 def clean_token(token: str | None) -> str | None:

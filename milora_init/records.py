@@ -23,7 +23,6 @@ from milora_init.json_fields import (
     flag,
     number,
     one_of,
-    or_absent,
     or_none,
     read_object,
     require_fields,
@@ -32,6 +31,7 @@ from milora_init.json_fields import (
 )
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, read_manifest
 from milora_init.result import Result
+from milora_init.serving import FORMS, serving_command
 
 MERGED = "milora_merge.json"
 CONVERTED = "milora_convert.json"
@@ -39,7 +39,7 @@ RECORDS = (MANIFEST, MERGED, CONVERTED)
 ORIGINAL_MODEL = "original model"  # `base` in the inputs of a merge or conversion without a residual base
 _FORMAT = 1
 _OF_THE_CALL = ("unchanged", "bit_equal", "dry_run")  # not in the file
-_NOT_PRINTED = ("inputs", "source_files", "tensors", "from_hub", "model", "revision", "unchanged", "dry_run")
+_NOT_PRINTED = ("inputs", "source_files", "tensors", "changed", "from_hub", "model", "revision", "unchanged", "dry_run")
 
 
 class _Recorded(Result):
@@ -65,6 +65,10 @@ class MergeResult(_Recorded):
         modules: How many modules were merged.
         entries: How many entries the merged weights have.
         tensors: The tensors with merged weights, and the dtype of each one's residual.
+        changed: The tensors that cannot be compared with the original's: retrained, added, left out, or of another
+            dtype.
+        retrained: The tensors that were trained beside the factors.
+        notices: What to know before the model is used.
         source_files: A hash of each file of the original model, as in the manifest's `inputs`.
         fingerprint: Hash of `inputs`.
         inputs: All that determines the bytes: the pair's fingerprint, the adapter's hash and scales, the version.
@@ -90,6 +94,9 @@ class MergeResult(_Recorded):
     files: Mapping[str, int]
     hashes: Mapping[str, str]
     elapsed_s: float
+    changed: tuple[str, ...] = ()
+    retrained: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
     bit_equal: int | None = None
     unchanged: bool = False
 
@@ -133,7 +140,6 @@ class ConvertResult(_Recorded):
         files, hashes: Size in bytes and SHA-256 of every file of the output except this one.
         elapsed_s: Seconds.
         form: What reads the adapter: `peft`, `vllm` or `sglang`.
-        serve: The command that serves it; empty for PEFT.
         notices: What to know before the adapter is used.
         unchanged: Whether the same conversion was finished before.
         dry_run: Whether nothing was written.
@@ -154,10 +160,14 @@ class ConvertResult(_Recorded):
     hashes: Mapping[str, str]
     elapsed_s: float
     form: str = "peft"
-    serve: str = ""
     notices: tuple[str, ...] = ()
     unchanged: bool = False
     dry_run: bool = False
+
+    @property
+    def serve(self) -> str:
+        """The command that serves it; empty for PEFT."""
+        return serving_command(max(module.rank for module in self.modules), self.form, self.model, self.out)
 
     def summary(self) -> Mapping[str, object]:
         return {"status": _status(self), "out": self.out, "modules": len(self.modules), "model": self.model}
@@ -173,7 +183,10 @@ def _envelope(command: str, result: MergeResult | ConvertResult) -> dict[str, An
     fields = {name: value for name, value in asdict(result).items() if name not in _NOT_PRINTED}
     if isinstance(result, ConvertResult):
         fields["modules"] = list(fields["modules"])
-        fields["warnings"] = list(fields.pop("notices"))
+        fields["serve"] = result.serve
+    else:
+        fields["retrained"] = list(fields["retrained"])
+    fields["warnings"] = list(fields.pop("notices"))
     return envelope(command, _status(result), source={"model": result.model, "revision": result.revision}, **fields)
 
 
@@ -192,10 +205,11 @@ _COMMON: Mapping[str, Check] = {
 _DTYPE = one_of("float64", "float32", "bfloat16", "float16")
 _MERGE: Mapping[str, Check] = {
     **_COMMON, "initial": flag, "modules": at_least_1, "entries": at_least_1, "tensors": each(text, _DTYPE),
+    "changed": all_of(text), "retrained": all_of(text), "notices": all_of(text),
 }  # fmt: skip
 _CONVERT: Mapping[str, Check] = {
     **_COMMON, "cut": flag, "modules": lambda value: isinstance(value, list) and bool(value),
-    "form": or_absent(one_of("peft", "vllm", "sglang")), "serve": or_absent(text), "notices": or_absent(all_of(text)),
+    "form": one_of(*FORMS), "notices": all_of(text),
 }  # fmt: skip
 _MODULE: Mapping[str, Check] = {"module": text, "rank": at_least_1, "lost": number}
 _LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "adapter_model.safetensors")}
@@ -204,13 +218,16 @@ _LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "ad
 def read_merged(folder: Path) -> MergeResult | None:
     """The record of a finished merge, None where there is none. Raises OutputError."""
     content = _read(folder / MERGED, _MERGE)
-    return None if content is None else MergeResult(**content)
+    if content is None:
+        return None
+    lists = {name: tuple(content[name]) for name in ("changed", "retrained", "notices")}
+    return MergeResult(**{**content, **lists})
 
 
 def read_converted(folder: Path) -> ConvertResult | None:
     """The record of a finished conversion, None where there is none. Raises OutputError."""
     content = _read(folder / CONVERTED, _CONVERT)
-    return None if content is None else ConvertResult(**{**content, "notices": tuple(content.get("notices", ()))})
+    return None if content is None else ConvertResult(**{**content, "notices": tuple(content["notices"])})
 
 
 def _read(path: Path, fields: Mapping[str, Check]) -> dict[str, Any] | None:

@@ -158,7 +158,7 @@ def verdicts() -> str:
 def functions() -> str:
     """Signature and first line of each public function."""
     parts = []
-    for function in (api.initialize, api.verify, api.merge, api.convert, api.push):
+    for function in (api.initialize, api.scan, api.verify, api.merge, api.convert, api.push):
         signature = inspect.signature(function)
         lines = [f"    {parameter}," for parameter in _parameters(signature)]
         heading = f"### {function.__name__}\n\n{(inspect.getdoc(function) or '').partition(chr(10))[0]}"

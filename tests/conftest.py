@@ -79,6 +79,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "MILORA_DEBUG", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("MILORA_PICTURE", "0")  # drawing one takes longer than the rest of a push
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_arguments_override_the_recipe_and_the_recipe_overrides_the_defaults(tmp
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"), [("ranks", "rank"), ("targets", "target"), ("task_typ", "task-type"), ("drop-out", "dropout")]
+    ("key", "meant"), [("ranks", "rank"), ("tagret", "target"), ("task_typ", "task-type"), ("drop-out", "dropout")]
 )
 def test_an_unknown_key_names_the_closest(key: str, meant: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"

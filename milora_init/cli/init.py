@@ -71,8 +71,8 @@ def init(
             "--target",
             "-t",
             metavar="NAME",
-            help="What to adapt: module suffix, full name, all-linear, or re:PATTERN. Repeatable. "
-            "(default: q, k, v, up and down projections, or all-linear)",
+            help="What to adapt: module suffix, full name, all-linear, re:PATTERN, or kappa:P and energy:P (see scan). "
+            "Repeatable. (default: q, k, v, up and down projections, or all-linear)",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -288,8 +288,10 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         from milora_init.plan.plan import describe, make_plan
         from milora_init.run.devices import multiply_rate
         from milora_init.run.pool import solver_devices, weights_in_memory
+        from milora_init.run.scan import measured_targets
 
-        plan = make_plan(options, *locate_model(options))
+        located = locate_model(options)
+        plan = make_plan(options, *located, measured=measured_targets(options, *located))
         require_loadable(plan)
         estimate_s = plan.solve_flops / multiply_rate(solver_devices(plan)[0][0])
         at_once, others = weights_in_memory(plan)

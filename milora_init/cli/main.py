@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from milora_init import __version__
-from milora_init.cli import convert, env, init, merge, output, push, recipes, report, verify
+from milora_init.cli import convert, env, init, merge, output, push, recipes, report, scan, verify
 from milora_init.cli.output import annotate, print_error, print_traceback, print_version
 from milora_init.cli.params import current_spelling
 from milora_init.cli.streams import replace_standard_streams
@@ -29,6 +29,7 @@ from milora_init.errors import MiloraError, UsageError, explain
 DEFAULT_COMMAND = "init"
 COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "init": init.init,
+    "scan": scan.scan,
     "verify": verify.verify,
     "report": report.report,
     "merge": merge.merge,
@@ -38,7 +39,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "env": env.env,
 }
 _ROOT_OPTIONS = ("--help", "-h", "--version", "-V", "--install-completion", "--show-completion")
-_NOT_RESUMED = ("verify", "report", "convert", "recipes", "env")  # commands that start anew
+_NOT_RESUMED = ("scan", "verify", "report", "convert", "recipes", "env")  # commands that start anew
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 

@@ -22,13 +22,26 @@ from milora_init.report import duration, loading_lines, notes, percent, size, wa
 from milora_init.untrusted import printable
 
 if TYPE_CHECKING:
+    from milora_init.export.movement import MovedGroup
     from milora_init.hub.upload import Published
     from milora_init.manifest import Manifest
     from milora_init.plan.plan import Plan
     from milora_init.records import ConvertResult, MergeResult
     from milora_init.result import PartResult
+    from milora_init.spectra import ScanResult
     from milora_init.verification.verdict import Verdict
 
+_SCAN_LEGEND = {
+    "condition": "largest singular value over the smallest, of the worst weight",
+    "stable": "mean of ||W||_F^2 / s_max^2",
+    "effective": "mean effective rank, exp of the entropy of the singular values",
+    "min": "mean share of the {} smallest triplets in the squared norm",
+    "max": "that of the {} largest",
+    "leak": "estimate of the part of the {} smallest that rounding would leave in the base, of the worst weight",
+    "init": "estimate of init's time",
+    "spectrum": "singular values from the largest to the smallest, mean of the weights, logarithmic",
+}
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_DIFFERENCES = 20  # of a verdict; the rest is counted
 _LEGEND = {  # what the columns of the summary mean
     "energy": "the component's share of the weight's squared norm",
@@ -202,7 +215,9 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
         console.print(f"{name}  {size(size_bytes)}")
     total = size(sum(merged.files.values()))
     end = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
-    console.print(f"{merged.out}: {merged.modules} modules merged, {total}, {end}")
+    beside = f" and {len(merged.retrained)} retrained tensors" if merged.retrained else ""
+    console.print(f"{merged.out}: {merged.modules} modules{beside} merged, {total}, {end}")
+    print_warnings(merged.notices)
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
         console.print(f"{part} are equal to the original's, bit for bit")
@@ -228,6 +243,30 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     console.print(f"load it on {converted.model}, not on the residual base")
     if converted.serve:
         console.print(f"serve it with: {converted.serve}")
+
+
+def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str) -> None:
+    """Print what a training did to the weights: a row for each kind of module."""
+    console = _stdout()
+    columns = ("module", "weights", "moved", "smallest", "between", "largest", "intruders")
+    rows = [
+        (
+            group.suffix,
+            str(group.count),
+            percent(group.relative),
+            *(percent(share) for share in (group.minor, group.middle, group.principal)),
+            f"{group.intruders} of {group.vectors}",
+        )
+        for group in groups
+    ]
+    _print_table(console, columns, rows, spare=("weights", "between"))
+    legend = (
+        "moved: norm of the update, relative to the weight. smallest, between, largest: share of the update's squared "
+        "norm in these directions of the original weight, as many at either end as the rank. intruders: largest "
+        "directions of the trained weight that are similar to none of the original."
+    )
+    console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
+    console.print(f"{adapter}: trained on {pair}")
 
 
 def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool = False) -> None:
@@ -274,6 +313,70 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
     what = "pair" if manifest.method.writes_base else "adapter on the original model"
     for line in ("", f"Load the {what}, for training or inference:", "", *loading_lines(manifest).splitlines()):
         console.print(line)
+
+
+def print_scan(result: ScanResult, *, verbose: bool = False) -> None:
+    """Print the spectra of a model: a row for each group of weights; with `verbose`, a line for each weight first."""
+    console, rank = _stdout(), result.rank
+    for weight in result.weights if verbose else ():
+        figures = weight.at(rank)
+        energies = (figures.energy_min, figures.energy_max) if figures else (None, None)
+        leak = figures.leak.get(weight.dtype) if figures else None
+        console.print(
+            f"{weight.module}  s {weight.s_max:.3g} to {weight.s_min:.3g}  condition {_condition(weight.condition)}"
+            f"  stable rank {weight.stable_rank:.3g}  effective rank {weight.effective_rank:.3g}"
+            f"  min {_share(energies[0])}  max {_share(energies[1])}  leak {_share(leak)}"
+        )
+    columns = [
+        "module", "shape", "weights", "s_max", "condition", "stable", "effective", "min", "max", "leak", "init",
+    ]  # fmt: skip
+    rows, groups = [], result.groups()
+    drawn = console.is_terminal and console.encoding.startswith("utf")
+    lines = sparklines([group.curve for group in groups])
+    for group, line in zip(groups, lines, strict=True):
+        rows.append(
+            [
+                group.suffix, "{} x {}".format(*group.shape), str(group.count), f"{group.s_max:.3g}",
+                _condition(group.condition), f"{group.stable_rank:.3g}", f"{group.effective_rank:.3g}",
+                _share(group.energy_min), _share(group.energy_max), _share(group.leak),
+                "-" if group.init_s is None else duration(group.init_s), *([line] * drawn),
+            ]
+        )  # fmt: skip
+    spare = ("init", "s_max", "effective", "stable", "weights", "shape")
+    shown = _print_table(console, [*columns, *(["spectrum"] * drawn)], rows, spare=(*spare, *(["spectrum"] * drawn)))
+    legend = " ".join(f"{name}: {meaning.format(rank)}." for name, meaning in _SCAN_LEGEND.items() if name in shown)
+    console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
+    console.print(
+        f"{result.model}: {count_weights(result.weights)} scanned in {duration(result.elapsed_s)}; init at rank {rank} "
+        f"would take about {duration(result.init_s)} of one core or GPU"
+    )
+    for note in result.notes:
+        _print_sentence(Text("note:", "bold"), note)
+
+
+def _condition(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.2g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else percent(value)
+
+
+def sparklines(curves: Sequence[Sequence[float]], width: int = 12) -> list[str]:
+    """Spectra as rows of blocks, by the logarithm of s / s_max; all have one scale, of eight decades at most."""
+    lengths = [[math.log10(s / max(curve)) if s > 0 else -math.inf for s in curve] for curve in curves]
+    decades = min(8.0, max((-low for low in map(min, lengths) if math.isfinite(low)), default=1.0)) or 1.0
+    found = []
+    for logarithms in lengths:
+        picked = [logarithms[round(place * (len(logarithms) - 1) / (width - 1))] for place in range(width)]
+        found.append("".join(_BLOCKS[min(7, int(8 * max(0.0, 1 + value / decades)))] for value in picked))
+    return found
+
+
+def print_written(*paths: str | None) -> None:
+    """Print the files that were written."""
+    for path in filter(None, paths):
+        _stdout().print(f"wrote {path}")
 
 
 def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:

@@ -32,6 +32,14 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code in the model's own repository.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
+Html = Annotated[
+    str | None,
+    typer.Option("--html", metavar="FILE", help="Write a self-contained page with pictures.", show_default=False),
+]
+Plot = Annotated[
+    str | None,
+    typer.Option("--plot", metavar="FILE", help="Write a picture (PNG); needs matplotlib.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more: each weight, shard, module or file.")]
@@ -39,6 +47,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more: each
 # Spellings that are accepted and not shown. None: the value is an argument without an option.
 _OTHER_SPELLINGS: Mapping[str, Mapping[str, str | None]] = {
     "init": {"--config": "--recipe", **{f"--{old.replace('_', '-')}": f"--{new}" for old, new in SYNONYMS.items()}},
+    "scan": {"--model": None, "--targets": "--target", "--ranks": "--rank"},
     "verify": {"--against": "--model"},
     "merge": {"--against": "--model"},
     "convert": {"--base": "--model", "--trained": "--adapter", "--init": None},

@@ -135,7 +135,8 @@ class Bar(RunProgress):
         self._total = sum(map(plan.cost, plan.own_jobs))
         self._earlier = self._done = sum(map(plan.cost, done))
         self._weights, self._split = len(own_weights), sum(len(job.splits) for job in done)
-        self._bar.update(self._task, total=total_bytes, completed=done_bytes, weights=self._count())
+        what, count = "splitting", self._count()
+        self._bar.update(self._task, total=total_bytes, completed=done_bytes, what=what, weights=count, left="")
         if done:
             self._console.print(f"resuming: {size(done_bytes)} of {size(total_bytes)} were done before")
 
@@ -167,6 +168,15 @@ class Bar(RunProgress):
             self._done += self._flops_per_byte * size_bytes + self._flops.get(name, 0)
             self._split += name in self._flops
         self._bar.update(self._task, advance=size_bytes, weights=self._count(), left=self._time_left())
+
+    def scanning(self) -> None:
+        self._bar.update(self._task, what="scanning")
+
+    def scanned(self, name: str, weights: int, finished: int, of: int, elapsed_s: float) -> None:
+        if self._verbose or not _is_interactive(self._console):
+            left = f", {self._time_left()}" if finished < of else ""
+            count = f"{weights} weight{'' if weights == 1 else 's'}"
+            self._console.print(f"[{finished}/{of}] {name}: {count} scanned, {duration(elapsed_s)}{left}")
 
     def pushing(self, repo: str) -> None:
         self._bar.start()

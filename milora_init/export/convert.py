@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from milora_init import __version__
+from milora_init.checkpoint.folder import Checkpoint, open_checkpoint
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import Header, plan_header
+from milora_init.checkpoint.header import Header, TensorInfo, plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
-from milora_init.errors import OutputError, PlanError, UsageError
-from milora_init.export.plain_layout import FORMS, Form, PlainModule, cut, padded, plain_modules
-from milora_init.export.servers import serving_command, serving_notices
+from milora_init.errors import MiloraError, OutputError, PlanError, UsageError
+from milora_init.export.plain_layout import MERGE_INSTEAD, PlainModule, cut, padded, plain_modules
+from milora_init.export.trained_parameters import trained_parameters, unchanged_copies
 from milora_init.hub.pair import is_hub_id, locate_adapter, locate_pair
 from milora_init.linalg.low_rank import product_svd
 from milora_init.lora.compatibility import (
@@ -75,6 +76,7 @@ from milora_init.run.output_folder import (
     require_outside,
     require_writable,
 )
+from milora_init.serving import FORMS, Form, serving_notices
 
 
 def convert(  # noqa: PLR0913  the options of the command
@@ -110,7 +112,8 @@ def convert(  # noqa: PLR0913  the options of the command
     revision = source["revision"] if model in (None, source["model"]) else None
     from_hub = revision is not None or (model not in (None, source["model"]) and is_hub_id(str(model)))
     model = model or str(source["model"])
-    times = 2 if manifest is None or manifest.method.writes_base else 1
+    times = 2 if manifest is None or manifest.method.writes_base else 1  # an adapter of the original is plain already
+    copied, beside_notices = _beside_factors(after, initial.parent, manifest, form)
     modules = plain_modules(before.modules, manifest.weights if manifest else (), form, times)
     _require_cut(modules, rank, energy)
     compress = rank is not None or energy is not None
@@ -126,6 +129,7 @@ def convert(  # noqa: PLR0913  the options of the command
             modules = padded(modules)
         config = {
             **_plain_config(before.config, model),
+            **_beside_config(after.config, copied),
             **_targets(before.config, modules, form),
             **_ranks_and_alphas(before, modules, times, scaled=scaled),
         }
@@ -156,17 +160,16 @@ def convert(  # noqa: PLR0913  the options of the command
             hashes={},
             elapsed_s=0.0,
             form=form,
-            serve=serving_command(modules, form, model, out),
-            notices=tuple(serving_notices(modules, form, str(source["architecture"]))),
+            notices=(*beside_notices, *_serving_notices(modules, form, str(source["architecture"]))),
         )
         if dry_run:
             return replace(result, modules=tuple(_module_result(updates, module, compress) for module in modules),
-                           files=_planned_sizes(modules, config), dry_run=True)  # fmt: skip
+                           files=_planned_sizes(modules, copied, config), dry_run=True)  # fmt: skip
         if finished := _finished(target, inputs, overwrite=overwrite):
             return finished
 
         def write(folder: Path) -> ConvertResult:
-            written = _write_weights(updates, modules, folder / WEIGHTS_FILE, compress=compress)
+            written = _write_weights(updates, modules, copied, folder / WEIGHTS_FILE, compress=compress)
             (folder / CONFIG_FILE).write_bytes(_config_bytes(config))
             files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
             complete = replace(
@@ -182,6 +185,11 @@ def convert(  # noqa: PLR0913  the options of the command
         return _write_folder(target.resolve(), write)  # a link to a folder stays a link
 
 
+def _serving_notices(modules: Sequence[PlainModule], form: Form, architecture: str) -> list[str]:
+    highest = max(module.width for module in modules)
+    return serving_notices([module.name for module in modules], highest, form, architecture)
+
+
 def _form(given: str) -> Form:
     """What reads the plain adapter. Raises UsageError."""
     for form in FORMS:
@@ -194,9 +202,60 @@ def _config_bytes(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _planned_sizes(modules: Sequence[PlainModule], config: Mapping[str, Any]) -> dict[str, int]:
+def _beside_factors(
+    adapter: LoraAdapter, pair: Path, manifest: Manifest | None, form: Form
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The tensors beside the factors that are copied into the plain adapter, and what the user should know about them.
+
+    Copies of embeddings that were not trained are left out.
+
+    Raises:
+        PlanError: They do not fit the model, or the server does not read them.
+    """
+    factors = {name for module in adapter.modules.values() for name in (module.A, module.B)}
+    copied = {name: info for name, info in adapter.header.tensors.items() if name not in factors}
+    base = _base(pair) if manifest and adapter.others else None
+    if base and manifest:  # without the base nothing is checked, and copies are kept, which is right for PEFT
+        trained_parameters(adapter, base, base.config, manifest)
+        for name in unchanged_copies(adapter, base, manifest):
+            del copied[name]
+    if form != "peft" and adapter.config.get("use_dora"):
+        raise PlanError(
+            f"{form} has no DoRA, and DoRA cannot be written as factors: it gives each row of the weight a new length",
+            hint=MERGE_INSTEAD,
+        )
+    if form != "peft" and copied:
+        raise PlanError(
+            f"{form} reads factors only, and {adapter.path} has {len(copied)} more tensors, {min(copied)} first",
+            hint=MERGE_INSTEAD,
+        )
+    rows = {other.shape[0] for other in adapter.others if other.kind == "copy" and other.key in copied}
+    notices = [
+        f"embeddings and head are in the adapter, with {row} rows: call "
+        f"model.resize_token_embeddings({row}) before it is loaded, if the model has another number"
+        for row in sorted(rows)
+    ]
+    return copied, notices
+
+
+def _base(pair: Path) -> Checkpoint | None:
+    """The base in the folder of a pair; None if it is not there, as in a Hub repository of which less was fetched."""
+    with suppress(MiloraError):
+        return open_checkpoint(pair)
+    return None
+
+
+def _beside_config(config: Mapping[str, Any], copied: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The keys of adapter_config.json that name what is in the file beside the factors."""
+    keys = ("task_type", "modules_to_save", "trainable_token_indices", "use_dora", "ensure_weight_tying", "bias")
+    return {key: config[key] for key in keys if copied and config.get(key)}
+
+
+def _planned_sizes(
+    modules: Sequence[PlainModule], copied: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> dict[str, int]:
     """The size in bytes of the files that would be written."""
-    return {CONFIG_FILE: len(_config_bytes(config)), WEIGHTS_FILE: _header(modules).file_bytes}
+    return {CONFIG_FILE: len(_config_bytes(config)), WEIGHTS_FILE: _header(modules, copied).file_bytes}
 
 
 def _module_result(updates: Updates, module: PlainModule, compress: bool) -> ConvertedModule:
@@ -315,7 +374,7 @@ class Updates:
     """The updates s (B A - B0 A0) of a trained adapter, read from both files.
 
     Args:
-        before: The initial adapter; None where B0 A0 is zero, so that the update is s B A.
+        before: The initial adapter; None where it adds nothing to its model, so that s B A is the update.
         after: The trained adapter.
         scaled: Whether each module's scale s is multiplied into B.
     """
@@ -327,9 +386,8 @@ class Updates:
 
     def __enter__(self) -> Updates:
         with ExitStack() as files:
-            self._initial = (
-                files.enter_context(safe_open(self._before.weights, framework="pt")) if self._before else None
-            )
+            start = self._before
+            self._initial = files.enter_context(safe_open(start.weights, framework="pt")) if start else None
             self._trained = files.enter_context(safe_open(self._after.weights, framework="pt"))
             self._files = files.pop_all()
         return self
@@ -343,18 +401,24 @@ class Updates:
             m, n = module.shape
             return torch.zeros(1, module.rank, n), torch.zeros(1, m, module.rank)
         if self._factors is None or self._source != module.source:  # the experts of a layer share one source
-            end, initial = self._after.modules[module.source], None
-            if self._before is not None and self._initial is not None:
-                start = self._before.modules[module.source]
-                initial = self._initial.get_tensor(start.A), self._initial.get_tensor(start.B)
-            trained = self._trained.get_tensor(end.A), self._trained.get_tensor(end.B)
-            A, B = difference(trained, initial, end.experts)
+            end = self._after.modules[module.source]
+            start = self._before.modules[module.source] if self._before else end
+            A, B = difference(
+                (self._trained.get_tensor(end.A), self._trained.get_tensor(end.B)),
+                (self._initial.get_tensor(start.A), self._initial.get_tensor(start.B)) if self._initial else None,
+                end.experts,
+            )
             self._source, self._factors = module.source, (A, end.scale * B if self._scaled else B)
         A, B = self._factors
         if module.expert is None:
             return A, B
         rows = slice(module.first_row, module.first_row + module.shape[0])
         return A[module.expert, None], B[module.expert, None, rows]
+
+    def trained(self, name: str) -> Tensor:
+        """A tensor of the trained adapter's file."""
+        found: Tensor = self._trained.get_tensor(name)
+        return found
 
     def ranks(self, modules: Iterable[PlainModule], rank: int | None, energy: float | None) -> dict[str, int]:
         """The rank that each module is cut to, by key: at most `rank`, and enough for this share of its energy."""
@@ -370,30 +434,31 @@ class Updates:
 
 
 def _write_weights(
-    updates: Updates, modules: Sequence[PlainModule], path: Path, *, compress: bool
+    updates: Updates, modules: Sequence[PlainModule], copied: Mapping[str, TensorInfo], path: Path, *, compress: bool
 ) -> list[ConvertedModule]:
-    """Write the plain adapter's factors."""
+    """Write the plain adapter's factors, and the trained tensors beside them."""
     results = []
-    with SafetensorsWriter(path, _header(modules)) as writer:
+    with SafetensorsWriter(path, _header(modules, copied)) as writer:
         for module in modules:
             A, B, lost = _cut_factors(updates, module, compress=compress)
             for factor, tensor in zip("AB", stack_factors(A, B), strict=True):
                 writer.write(lora_key(module.key, factor), tensor.float().contiguous())
             results.append(ConvertedModule(module.key, module.rank, lost))
+        for name in copied:
+            writer.write(name, updates.trained(name))
         writer.finish()
     return results
 
 
-def _header(modules: Sequence[PlainModule]) -> Header:
+def _header(modules: Sequence[PlainModule], copied: Mapping[str, TensorInfo]) -> Header:
     """The header of the plain adapter's file."""
-    return plan_header(
-        (
-            (lora_key(module.key, factor), "F32", shape)
-            for module in modules
-            for factor, shape in zip("AB", stacked_shapes(module.width, module.shape, module.experts), strict=True)
-        ),
-        metadata={"format": "pt"},
-    )
+    factors = [
+        (lora_key(module.key, factor), "F32", shape)
+        for module in modules
+        for factor, shape in zip("AB", stacked_shapes(module.width, module.shape, module.experts), strict=True)
+    ]
+    others = [(name, info.dtype, info.shape) for name, info in copied.items()]
+    return plan_header([*factors, *others], metadata={"format": "pt"})
 
 
 def _cut_factors(updates: Updates, module: PlainModule, *, compress: bool) -> tuple[Tensor, Tensor, float]:

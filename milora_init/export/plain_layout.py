@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from milora_init.errors import PlanError
 from milora_init.lora.folder import LoraFactors
 from milora_init.manifest import WeightRecord
+from milora_init.serving import Form
 
-Form = Literal["peft", "vllm", "sglang"]
-FORMS: tuple[Form, ...] = get_args(Form)
 # The projections of an expert on disk, as gate, up and down.
 _EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED_PROJECTIONS = ("gate_up_proj", "down_proj")
-_MERGE_INSTEAD = "serve the merged model: milora-init merge PAIR --adapter TRAINED --out MERGED"
+MERGE_INSTEAD = "serve the merged model: milora-init merge PAIR --adapter TRAINED --out MERGED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ class PlainModule:
 
 
 def plain_modules(
-    adapter: Mapping[str, LoraFactors], records: Sequence[WeightRecord], form: Form, times: int = 2
+    adapter: Mapping[str, LoraFactors], records: Sequence[WeightRecord], form: Form, times: int
 ) -> list[PlainModule]:
     """The modules of the plain adapter at their full rank, in the trained adapter's order.
 
@@ -66,7 +64,7 @@ def plain_modules(
         adapter: The factors of the trained adapter.
         records: The weights that were split; they name the experts on disk.
         form: What reads the plain adapter.
-        times: How many times the trained rank the full one is: 2 where the initial component is subtracted, else 1.
+        times: The full rank is so many times the trained one.
 
     Raises:
         PlanError: Experts that are stored in a way whose form the server's reader is not known for.
@@ -114,7 +112,7 @@ def _missing_projections(
                     raise PlanError(
                         f"only {record.expert.parameter} was adapted, and {form} reads fused experts only together "
                         f"with {name}",
-                        hint=_MERGE_INSTEAD,
+                        hint=MERGE_INSTEAD,
                     )
                 raise _unknown_experts(record.expert.parameter, form)
             prefix, _, last = record.module.rpartition(".")
@@ -140,7 +138,7 @@ def _other_fused(parameter: str) -> str:
 
 def _unknown_experts(name: str, form: Form) -> PlanError:
     return PlanError(f"{name}: it is not known which names {form} reads for the experts of this model",
-                     hint=_MERGE_INSTEAD)  # fmt: skip
+                     hint=MERGE_INSTEAD)  # fmt: skip
 
 
 def cut(modules: Sequence[PlainModule], ranks: Mapping[str, int]) -> list[PlainModule]:

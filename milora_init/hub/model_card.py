@@ -6,6 +6,7 @@ escaped or written as code: they cannot become links, images or HTML.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,8 +19,13 @@ from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES, T
 from milora_init.manifest import Manifest
 from milora_init.records import CONVERTED, MERGED, ORIGINAL_MODEL, ConvertResult, MergeResult
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
+from milora_init.spectra import ScanResult
 from milora_init.untrusted import printable
 
+PICTURE = "milora_init.png"
+_PICTURE = f"""
+![Heat maps by layer and module: energy, leak, step-0 error, and time to solve]({PICTURE})
+"""
 _METHODS = {
     "milora": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
     "pissa": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
@@ -46,6 +52,7 @@ _CITATION = """```bibtex
 """
 _PLAIN_NAME = re.compile(r"(?!www\.)[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _MARKUP = re.compile(r"[\\*<>\[\]|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_MOST_NAMES = 8  # of tensors in a sentence
 _MAX_SUMMARY_BYTES = 1 << 20  # GitHub's limit for the summary of one step
 
 
@@ -62,12 +69,13 @@ def card_data(manifest: Manifest) -> dict[str, Any]:
     return data
 
 
-def card_text(manifest: Manifest, repo: str) -> str:
+def card_text(manifest: Manifest, repo: str, *, picture: bool = False) -> str:
     """Return the Markdown of the card for a repository.
 
     Args:
         manifest: The manifest as it is published, see `hub.upload`.
         repo: Id of the repository.
+        picture: Show the file PICTURE, which lies beside the card.
     """
     source = manifest.source
     commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
@@ -105,7 +113,7 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 the base. *step-0 error*: the distance of base and component from the weight, relative to the weight. *certified*: a
 proven bound of the component's relative error. `milora_init.json` has the figures of every weight, and the SHA-256 of
 every file; `milora-init verify` reads them.
-
+{_PICTURE if picture else ""}
 {"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
 ## After training
 
@@ -234,7 +242,7 @@ def merged_card(record: MergeResult, config: Mapping[str, Any], repo: str) -> st
 
 {what}
 
-It is a plain model, in the dtype of the original. It needs neither PEFT nor an adapter.
+It is a plain model. It needs neither PEFT nor an adapter.
 
 ## Load it
 
@@ -247,10 +255,21 @@ model = {cls}.from_pretrained({_quoted(repo)}, dtype="auto"{trusted})
 ## How it was made
 
 `milora-init merge` {_name(record.inputs.get("merge", ""))}, from {_inputs(record)}: \
-W' = round({added_to} + scale * B A) in {record.modules} weights. All other tensors are the original's, byte for byte.
+W' = round({added_to} + scale * B A) in {record.modules} weights. {_other_tensors(record)}
 
 `{MERGED}` has the SHA-256 of every file; `milora-init verify` reads them.
 """
+
+
+def _other_tensors(record: MergeResult) -> str:
+    """A sentence on the tensors without merged factors."""
+    names = [_code(name) for name in record.retrained]
+    retrained = (
+        f"Retrained: {', '.join(names[:_MOST_NAMES])}{' and more' * (len(names) > _MOST_NAMES)}. " if names else ""
+    )
+    dtype = record.inputs.get("dtype")
+    rest = f"cast to {_code(dtype)}" if dtype else "the original's, byte for byte"
+    return f"{retrained}All other tensors are {rest}."
 
 
 def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) -> str:
@@ -266,14 +285,7 @@ def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) 
     how = "the adapter was trained on a residual base, and residual + s B A = W + s [B, -B0] [A; A0]."
     if record.inputs.get("base") == ORIGINAL_MODEL:
         how = "the adapter was trained on the original model, and copied" + (", cut to a rank." if record.cut else ".")
-    return f"""
-# {_escape(repo.rpartition("/")[2])}
-
-A LoRA adapter for {name}: {rank} in {len(record.modules)} modules.{lost}
-
-It is a plain LoRA of the original model. Do not load it on a residual base.
-
-## Load it
+    load = f"""## Load it
 
 ```python
 from peft import PeftModel
@@ -281,8 +293,22 @@ from transformers import {cls}
 
 base = {cls}.from_pretrained({_quoted(record.model)}, dtype="auto"{of_commit})
 model = PeftModel.from_pretrained(base, {_quoted(repo)})
-```
-{local}
+```"""
+    if record.serve:
+        serve = dataclasses.replace(record, out=repo).serve
+        load = (
+            f"## Serve it\n\nIts tensors are in the form that {record.form} reads.\n\n```bash\n{printable(serve)}\n```"
+        )
+    notices = "".join(f"\n- {_escape(line)}" for line in record.notices)
+    return f"""
+# {_escape(repo.rpartition("/")[2])}
+
+A LoRA adapter for {name}: {rank} in {len(record.modules)} modules.{lost}
+
+It is a plain LoRA of the original model. Do not load it on a residual base.
+
+{load}
+{notices}{local}
 ## How it was made
 
 `milora-init convert` {_name(record.inputs.get("convert", ""))}, from {_inputs(record)}: \
@@ -352,6 +378,29 @@ Fingerprint {_code(manifest.fingerprint[:12])}.
 {loading_lines(manifest)}
 ```
 """
+
+
+def scan_summary(result: ScanResult) -> str:
+    """Return the Markdown of a scan: a table with a row for each group of weights."""
+    rank = result.rank
+    lines = [
+        f"### Singular spectra of {_code(result.model)}",
+        "",
+        f"{len(result.weights)} weights, rank {rank}, scanned in {duration(result.elapsed_s)}.",
+        "",
+        "| module | shape | weights | s_max | condition | stable rank | effective rank "
+        f"| energy of the {rank} smallest | energy of the {rank} largest | leak (estimate) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in result.groups():
+        shares = ["" if v is None else percent(v) for v in (group.energy_min, group.energy_max, group.leak)]
+        condition = "infinite" if group.condition is None else f"{group.condition:.2g}"
+        lines.append(
+            f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.s_max:.3g} "
+            f"| {condition} | {group.stable_rank:.3g} | {group.effective_rank:.3g} | {' | '.join(shares)} |"
+        )
+    lines += ["", *(f"- {_escape(note)}" for note in result.notes)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _weight_table(manifest: Manifest) -> str:

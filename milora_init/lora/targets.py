@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from milora_init.errors import PlanError
 from milora_init.model.adaptable import EXPERTS, Adaptable, ModelStructure
+from milora_init.options import measured_target
 from milora_init.untrusted import plain_names
 
 ALL_LINEAR = "all-linear"
@@ -33,7 +34,12 @@ except (re.error, OverflowError, RecursionError) as error:
 """
 
 
-def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Adaptable]:
+def select(
+    structure: ModelStructure,
+    targets: Sequence[str],
+    exclude: Sequence[str] = (),
+    measured: Mapping[str, Collection[str]] = {},
+) -> list[Adaptable]:
     """The adaptable weights that match `targets` and not `exclude`, in the model's order.
 
     As in PEFT, a target is the full name of a module, a suffix of it that follows a dot, or `all-linear`. A target
@@ -44,6 +50,7 @@ def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[
         structure: The modules of the model.
         targets: The targets; a weight needs to match one of them.
         exclude: Names, suffixes and `re:PATTERN` of modules that are not adapted.
+        measured: The modules that each target means which chooses by a figure, such as `kappa:0.2`.
 
     Raises:
         PlanError: A target matches nothing, or only modules that cannot be adapted; an exclusion matches no module; or
@@ -52,6 +59,12 @@ def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[
     selected: set[str] = set()
     names = {*structure.modules, *structure.adaptable, *structure.experts, *structure.refused}
     for target in targets:
+        if target in measured:
+            selected |= set(measured[target])
+            continue
+        if measured_target(target):
+            hint = "name modules here; `milora-init init` takes this target"
+            raise PlanError(f"target {target!r} chooses by a scan, and none was made", hint=hint)
         if target == ALL_LINEAR:
             hits = {name for name in structure.adaptable.keys() - structure.heads if not _tower(structure, name)}
             if not hits:

@@ -144,14 +144,19 @@ def config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     """
     if dtype == "auto" or config_dtypes(checkpoint.config) == {dtype}:
         return checkpoint.config_bytes
-    config = deepcopy(checkpoint.config)
+    return (json.dumps(with_dtype(checkpoint.config, dtype), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the content of config.json with this dtype, in torch's name."""
+    changed = deepcopy(dict(config))
     # Composite models have a config for each part, such as text_config, with a dtype of its own.
-    sections = [config, *(section for section in config.values() if isinstance(section, dict))]
+    sections = [changed, *(section for section in changed.values() if isinstance(section, dict))]
     for section in sections:
         section |= dict.fromkeys(_DTYPE_KEYS & section.keys(), dtype)
-    if not _DTYPE_KEYS & config.keys():
-        config["dtype"] = dtype
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    if not _DTYPE_KEYS & changed.keys():
+        changed["dtype"] = dtype
+    return changed
 
 
 def config_dtypes(config: Mapping[str, Any]) -> set[str]:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from heapq import heappop, heappush
@@ -260,13 +260,20 @@ class Plan:
         return dict(Counter((w.weight.suffix, w.weight.shape, w.source_dtype, w.rank) for w in self.weights))
 
 
-def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = None) -> Plan:
+def make_plan(
+    options: InitOptions,
+    folder: Path,
+    remote: RemoteFiles | None = None,
+    *,
+    measured: Mapping[str, Collection[str]] = {},
+) -> Plan:
     """Plan a run.
 
     Args:
         options: The request.
         folder: The folder of the model, or its snapshot in the cache of the Hub.
         remote: For a snapshot, the files that are on the Hub.
+        measured: What `run.scan.measured_targets` chose for the targets of the options.
 
     Raises:
         CheckpointError: The model cannot be read, or its files contradict each other.
@@ -285,7 +292,7 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         trust_remote_code=options.trust_remote_code,
         text_only=options.text_only,
     )
-    weights, adapter_config = plan_weights(options, checkpoint, structure)
+    weights, adapter_config = plan_weights(options, checkpoint, structure, measured)
     by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
     for w in weights:
         by_tensor[w.weight.tensor] = (*by_tensor.get(w.weight.tensor, ()), w)

@@ -7,7 +7,7 @@ uses here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,10 @@ class WeightPlan:
 
 
 def plan_weights(
-    options: InitOptions, checkpoint: Checkpoint, structure: ModelStructure
+    options: InitOptions,
+    checkpoint: Checkpoint,
+    structure: ModelStructure,
+    measured: Mapping[str, Collection[str]] = {},
 ) -> tuple[tuple[WeightPlan, ...], dict[str, Any]]:
     """Return every weight to split, in the model's order, and the content of adapter_config.json.
 
@@ -56,7 +59,7 @@ def plan_weights(
         PlanError: The options do not fit the model.
     """
     _require_task_type(options.task_type, structure)
-    selected = select(structure, _targets(options, structure), options.exclude)
+    selected = select(structure, _targets(options, structure), options.exclude, measured)
     targets = peft_targets(selected, structure)
     ranks_and_alphas = _ranks_and_alphas(selected, options)
     weights = tuple(

@@ -60,5 +60,11 @@ class Progress:
     def shard(self, result: ShardResult[Any], finished: int, of: int, elapsed_s: float) -> None:
         """A shard has its final name: number `finished` of `of`, after `elapsed_s` seconds."""
 
+    def scanning(self) -> None:
+        """The run that has just begun finds the spectra of the weights, and splits none."""
+
+    def scanned(self, name: str, weights: int, finished: int, of: int, elapsed_s: float) -> None:
+        """`scan` has read the last of a file's weights: number `finished` of `of` files, after `elapsed_s` seconds."""
+
     def pushing(self, repo: str) -> None:
         """The output is finished and its upload to a repository on the Hub starts."""

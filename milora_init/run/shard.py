@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Generic, TypeVar
 from milora_init.checkpoint.files import Stamp, file_mode, stamp
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header
-from milora_init.checkpoint.tensor_file import SafetensorsShard, TensorSource, open_shard
+from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
 from milora_init.checkpoint.writer import SafetensorsWriter, WriteTarget, writing
 from milora_init.errors import CheckpointError
 from milora_init.run.pool import SolverPool, SolverTask
@@ -28,14 +29,14 @@ Result = TypeVar("Result")
 
 
 class ShardWriter(Generic[Result]):
-    """One shard that is being written, its source file, and its part of the adapter if it has one.
+    """One shard that is being written, its source files, and its part of the adapter if it has one.
 
     In this order: `submit` every weight, `copy_other_tensors`, `finish`. The `with` block owns the files: without
     `finish`, the folder of the attempt is removed when it ends.
 
     Args:
-        source: The file of the model or of the residual base.
-        source_stamp: Its stamp when it was planned.
+        sources: The files of the model or of the residual base that it is made from, each with its stamp when it was
+            planned. It gets the permissions of the first.
         attempt: The folder to make the files in. It is created, and nobody else writes there.
         name: The shard's name in the output folder.
         header: The shard's layout; None to write only its part of the adapter.
@@ -48,8 +49,7 @@ class ShardWriter(Generic[Result]):
 
     def __init__(
         self,
-        source: Path,
-        source_stamp: Stamp,
+        sources: Mapping[Path, Stamp],
         *,
         attempt: Path,
         name: str,
@@ -57,14 +57,14 @@ class ShardWriter(Generic[Result]):
         adapter_part: tuple[str, Header] | None = None,
     ) -> None:
         self.name = name
-        self._path, self._stamp, self._attempt, self._finished = source, source_stamp, attempt, False
+        self._header, self._stamps, self._attempt, self._finished = header, sources, attempt, False
+        mode = file_mode(next(iter(sources)))
         # By their path relative to the output folder; the part is finished first.
         layouts: dict[str, Header] = dict([adapter_part] if adapter_part else [])
         if header:
             layouts[name] = header
         self._writers = {
-            path: SafetensorsWriter(attempt / Path(path).name, layout, mode=file_mode(source))
-            for path, layout in layouts.items()
+            path: SafetensorsWriter(attempt / Path(path).name, layout, mode=mode) for path, layout in layouts.items()
         }
         self._shard = self._writers.get(name)
         self._part = self._writers.get(adapter_part[0]) if adapter_part else None
@@ -74,8 +74,11 @@ class ShardWriter(Generic[Result]):
 
     def __enter__(self) -> ShardWriter[Result]:
         with ExitStack() as files:
-            self._source = open_shard(self._path)
-            files.enter_context(self._source)
+            self._sources: dict[str, SafetensorsShard | PickleShard] = {}
+            for path in self._stamps:
+                shard = open_shard(path)
+                files.enter_context(shard)
+                self._sources |= dict.fromkeys(shard.header.tensors, shard)
             self._require_unchanged()
             files.callback(self._remove_unfinished)
             with writing(self._attempt):
@@ -90,7 +93,7 @@ class ShardWriter(Generic[Result]):
 
     def locate(self, tensor: str) -> TensorSource:
         """Where a task reads a tensor of the source."""
-        return self._source.locate(tensor)
+        return self._sources[tensor].locate(tensor)
 
     def target(self, tensor: str) -> WriteTarget:
         """Where tasks write a tensor of the shard: one task all of it, or several tasks a row each."""
@@ -116,17 +119,18 @@ class ShardWriter(Generic[Result]):
         Raises:
             CancelledError: `cancelled` was set.
         """
-        if self._shard is None:
+        if self._shard is None or self._header is None:
             return
-        for name, info in self._source.header.tensors.items():
+        for name, info in self._header.tensors.items():
             if cancelled is not None and cancelled.is_set():
                 raise CancelledError
             if name in self._targets:
                 continue
-            if isinstance(self._source, SafetensorsShard):
-                self._shard.copy(name, self._source.fileno, self._source.offset(name), self._source.path)
+            source = self._sources[name]
+            if isinstance(source, SafetensorsShard):
+                self._shard.copy(name, source.fileno, source.offset(name), source.path)
             else:
-                self._shard.write(name, self._source.read(name))
+                self._shard.write(name, source.read(name))
             progress.tensor(name, info.size_bytes)
         self._shard.flush()
 
@@ -156,7 +160,8 @@ class ShardWriter(Generic[Result]):
             shutil.rmtree(self._attempt, ignore_errors=True)
 
     def _require_unchanged(self) -> None:
-        if stamp(self._path) != self._stamp:
-            raise CheckpointError(
-                f"{self._path} changed during the run", hint="wait until nobody writes to it, and run again"
-            )
+        for path, expected in self._stamps.items():
+            if stamp(path) != expected:
+                raise CheckpointError(
+                    f"{path} changed during the run", hint="wait until nobody writes to it, and run again"
+                )

@@ -48,7 +48,7 @@ def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
     """Writes the shard of a job, and its part of the adapter, in the folder of an attempt."""
     assert job.stamp is not None, "the source is on the disk"
     part = (part_name(job.target), part_header(job.splits)) if job.splits else None
-    return ShardWriter(job.source, job.stamp, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
+    return ShardWriter({job.source: job.stamp}, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
 
 
 def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJob]:
@@ -83,12 +83,12 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
         SolveError: It cannot be split, its residual does not fit the dtype, or the GPU failed.
         OutputError: The result cannot be written.
     """
-    with _gpu_errors(job, device), ExitStack() as files:
+    with gpu_errors(job.source, device), ExitStack() as files:
         write_residual = files.enter_context(job.residual.opened()) if job.residual else None
         write_A, write_B = files.enter_context(job.A.opened()), files.enter_context(job.B.opened())
         read_started = time.monotonic()
         pinned = device.type == "cuda"
-        W = _read(job.source, pinned=pinned)
+        W = read_weight(job.source, pinned=pinned)
         with suppress(torch.OutOfMemoryError):  # then it is copied under the lock, when the other thread's weight left
             W = W.to(device, non_blocking=pinned)
         read = time.monotonic()
@@ -110,7 +110,7 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
 
 
 @contextmanager
-def _gpu_errors(job: WeightJob, device: torch.device) -> Iterator[None]:
+def gpu_errors(source: TensorSource, device: torch.device) -> Iterator[None]:
     """Raise a SolveError for what a GPU raises. Its errors come late: any call may raise them."""
     try:
         yield
@@ -119,12 +119,12 @@ def _gpu_errors(job: WeightJob, device: torch.device) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0]
         raise SolveError(
-            f"{job.source.name} in {job.source.path}: {device} failed: {reason}",
+            f"{source.name} in {source.path}: {device} failed: {reason}",
             hint="run the same command again to resume, or with --device cpu",
         ) from error
 
 
-def _read(source: TensorSource, *, pinned: bool) -> torch.Tensor:
+def read_weight(source: TensorSource, *, pinned: bool) -> torch.Tensor:
     """The weight, in page-locked memory if `pinned` and if the machine has enough of it."""
     if pinned:
         with suppress(RuntimeError):

@@ -31,7 +31,7 @@ from milora_init.lora.folder import (
     read_config,
 )
 from milora_init.lora.targets import resolve_target_modules
-from milora_init.lora.tensor_layout import initial_block, parse_lora_key
+from milora_init.lora.tensor_layout import initial_block, parse_lora_key, parse_magnitude_key
 from milora_init.manifest import WeightRecord
 from milora_init.methods import Factors
 from milora_init.verification.files import KEEP_A_COPY, MAKE_AGAIN, Pair
@@ -39,13 +39,14 @@ from milora_init.verification.verdict import Finding, note
 
 # Fields that decide what the pair computes. A trainer may change all others: lora_dropout, task_type, ...
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
+_BESIDE_FACTORS = ("bias", *EXTRA_WEIGHT_KEYS)  # a trainer may train these too
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MOST_NAMES = 3  # in one message
 _MOST_MODULES = 20  # with a finding of their own
 # An edit of the config would not help: the factors were trained for the function that it describes.
 _TRAIN_AGAIN = "train again from this base's lora/, without a change to it"
-_REFUSED = "milora-init merge and convert refuse this adapter because of"
+_KEPT = "trained beside the factors, and kept by merge and convert"
 
 
 def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | None = None) -> list[Finding]:
@@ -65,16 +66,19 @@ def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | N
     findings = []
     for key in _FIELDS:
         if config.get(key) != wanted[key]:
+            if trained is not None and key in _BESIDE_FACTORS:
+                findings.append(note(name, f"{key} is {config.get(key)!r}: {_KEPT}"))
+                continue
             what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
             findings.append(Finding(name, what, _set_field(key, wanted[key]) if trained is None else _TRAIN_AGAIN))
     for key in _PATTERNS:
         if (config.get(key) or {}) != (wanted[key] or {}):
             what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
             findings.append(Finding(name, what, _set_field(key, wanted[key])))
-    for key in UNSUPPORTED_KEYS:
+    for key in (*EXTRA_WEIGHT_KEYS, *UNSUPPORTED_KEYS):
         if config.get(key) and config[key] != wanted.get(key):
-            if trained is not None and key in EXTRA_WEIGHT_KEYS:  # PEFT stores what these name beside the factors
-                findings.append(note(name, f"{_REFUSED} {key} = {config[key]!r}; PEFT's merge_and_unload merges it"))
+            if trained is not None and key in _BESIDE_FACTORS:
+                findings.append(note(name, f"{key} is {config[key]!r}: {_KEPT}"))
                 continue
             what = f"{key} is {config[key]!r}, which this adapter was not made for"
             findings.append(Finding(name, what, f"remove {key}" if trained is None else _TRAIN_AGAIN))
@@ -158,7 +162,7 @@ def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained
     findings = []
     if extra:
         more = f" and {len(extra) - _MOST_NAMES} more" if len(extra) > _MOST_NAMES else ""
-        findings.append(note(str(path), f"{_REFUSED} the tensors {', '.join(extra[:_MOST_NAMES])}{more}"))
+        findings.append(note(str(path), f"{', '.join(extra[:_MOST_NAMES])}{more}: {_KEPT}"))
     hint = "name the base that this adapter was made for"
 
     def add(keys: list[str], what: str) -> None:
@@ -181,7 +185,7 @@ def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained
 
 
 def _is_lora(key: str) -> bool:
-    return ".lora_" in key
+    return ".lora_" in key and parse_magnitude_key(key) is None
 
 
 def _differing_tensors(

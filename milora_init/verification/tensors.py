@@ -10,7 +10,7 @@ Letters: W (m, n) is an original weight, R (m, n) its residual, B (m, r) and A (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -157,7 +157,7 @@ def count_bit_equal(merged: Checkpoint, model: Checkpoint, manifest: Manifest) -
 
 
 def compare_merged(
-    merged: Checkpoint, model: Checkpoint, residuals: Mapping[str, str], *, initial: bool
+    merged: Checkpoint, model: Checkpoint, residuals: Mapping[str, str], *, initial: bool, changed: Collection[str] = ()
 ) -> Iterator[Finding]:
     """Every tensor of a merged model that was not adapted must have the original's bytes.
 
@@ -170,15 +170,16 @@ def compare_merged(
         model: The original model.
         residuals: The adapted tensors, and the dtype of each one's residual, in torch's names.
         initial: Whether the initial adapter was merged.
+        changed: Tensors that were retrained, added or left out, or have another dtype: they are not compared.
 
     Raises:
         CheckpointError: A tensor that cannot be read.
     """
-    for name in sorted(merged.tensors.keys() ^ model.tensors.keys()):
+    for name in sorted((merged.tensors.keys() ^ model.tensors.keys()) - set(changed)):
         where = "the original model" if name in merged.tensors else "the merged model"
         yield Finding(name, f"{where} has no such tensor", _MERGE_AGAIN)
     with open_tensors(merged) as after, open_tensors(model) as before:
-        for name in (name for name in merged.tensors if name in model.tensors):
+        for name in (name for name in merged.tensors if name in model.tensors and name not in changed):
             now, W = after.read(name), before.read(name)
             if (now.dtype, now.shape) != (W.dtype, W.shape):
                 what = f"{now.dtype} {list(now.shape)}, in the original model {W.dtype} {list(W.shape)}"

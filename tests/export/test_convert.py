@@ -165,9 +165,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MiloraError], str]] = {
     "another rank": (lambda t: edit(t, r=8), CheckpointError, "rank 8"),
     "another alpha": (lambda t: edit(t, lora_alpha=99), PlanError, "scale"),
     "another base": (_another, PlanError, "unrelated to the adapter that this base was made with"),
-    "DoRA": (lambda t: edit(t, use_dora=True), PlanError, "use_dora"),
-    "bias": (lambda t: edit(t, bias="all"), PlanError, "bias"),
-    "modules_to_save": (lambda t: edit(t, modules_to_save=["lm_head"]), PlanError, "modules_to_save"),
+    "DoRA": (lambda t: edit(t, use_dora=True), CheckpointError, "lora_magnitude_vector"),
+    "a bias of the factors": (lambda t: edit(t, lora_bias=True), PlanError, "lora_bias"),
+    "modules_to_save": (lambda t: edit(t, modules_to_save=["lm_head"]), CheckpointError, "modules_to_save"),
+    "tokens": (lambda t: edit(t, trainable_token_indices=[1]), CheckpointError, "trainable_token_indices"),
     "experts": (
         lambda t: edit(t, target_parameters=["experts.gate_up_proj"]),
         PlanError,

@@ -213,7 +213,7 @@ def odd_parameters(out: Path, trained: Path) -> None:
         (a_key_missing, CheckpointError, "incomplete"),
         (a_key_too_many, PlanError, "lm_head"),
         (of_another_base, PlanError, "unrelated to the adapter"),
-        (with_dora, PlanError, "use_dora"),
+        (with_dora, CheckpointError, "lora_magnitude_vector"),
         (not_finite, PlanError, "NaN or infinite"),
         (another_initial, PlanError, "is not the adapter that its base was made with"),
         (another_scale, PlanError, "its base was made with scale 1"),

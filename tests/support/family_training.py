@@ -23,8 +23,8 @@ def pattern_options(family: Family) -> dict[str, Any]:
     return {"rslora": True, "rank_pattern": {last: 3}, "alpha_pattern": {first: 5, last: 7}}
 
 
-def initialize_family(name: str, folder: Path, dtype: str, **options: Any) -> tuple[Path, Path, Manifest]:
-    family = FAMILIES[name]
+def initialize_family(name: str | Family, folder: Path, dtype: str, **options: Any) -> tuple[Path, Path, Manifest]:
+    family = FAMILIES[name] if isinstance(name, str) else name
     source, out = architectures.save(folder / "source", family, dtype), folder / "out"
     asked = InitOptions(
         model=str(source), out=str(out), **{"rank": 4, "target": family.targets, "device": ("cpu",), **options}

