@@ -22,6 +22,7 @@ from milora_init.methods import DROPOUT, METHODS, MODES, Method, Mode, method_of
 DEFAULT_RECIPE = "llm-adapters"
 DEFAULT_TARGET = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASES = ("dense", "mixed")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _LIMIT = 2**63  # every whole number must be below it
 
@@ -64,6 +65,9 @@ class InitOptions:
         text_only: For a multimodal model: make the adapter for the text model that AutoModelForCausalLM builds, and
             not for the class that config.json names. Only for models of which it builds one.
         dtype: The dtype of the residual weights; `auto` keeps the model's. Not for a method that writes no base.
+        nf4: For `pissa` and a base that QLoRA will quantise: make the base of numbers that NF4 has, and let the adapter
+            make up for the rounding, in so many rounds (5 is a good choice). 0 for an ordinary base.
+        base: What becomes of a quantised model: `dense` dequantises all of its weights, `mixed` only the adapted ones.
         device: `auto` (every visible GPU, else the CPU), `cpu`, `cuda` or `cuda:N`; several share the work.
         seed: For `random`, and for the solver's start vectors.
         rank_pattern, alpha_pattern: Other ranks and alphas for some targets, in the form of `target`. If several match
@@ -95,6 +99,8 @@ class InitOptions:
     task_type: str | None = None
     text_only: bool = False
     dtype: str = "auto"
+    base: str = "dense"
+    nf4: int = 0
     device: tuple[str, ...] = ("auto",)
     seed: int = 0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -119,7 +125,8 @@ class InitOptions:
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {_short(value)}, expected true or false")
         choices_of: Mapping[str, Iterable[str | None]] = {
-            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": DTYPES, "task_type": (None, *TASK_TYPES),
+            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": DTYPES, "base": BASES,
+            "task_type": (None, *TASK_TYPES),
         }  # fmt: skip
         for name, choices in choices_of.items():
             value = getattr(self, name)
@@ -161,10 +168,16 @@ class InitOptions:
         method = self.chosen
         agree = self.mode is None or method.mode == self.mode
         _require(agree, f"method {method.name} takes the `{method.mode}` triplets, not `{self.mode}`", "drop --mode")
+        why = (
+            f"nf4 is {self.nf4}, and the method is {method.name}: the correction puts what NF4 rounds away into the "
+            "adapter, where it outweighs all but the largest directions"
+        )
+        _require(not self.nf4 or method.name == "pissa", why, "use --method pissa, or drop --nf4")
         if method.writes_base:
             return
         why = f"method {method.name} writes no base: the output is an adapter of the original model"
         _require(self.dtype == "auto", f"dtype is {self.dtype}, but {why}", "drop --dtype")
+        _require(self.base == "dense", f"base is {self.base}, but {why}", "drop --base")
         _require(not self.low_disk, f"low_disk is set, but {why}", "drop --low-disk")
 
     def _check_part(self) -> None:
@@ -215,6 +228,8 @@ class InitOptions:
         _require(alpha_ok, f"alpha is {_short(self.alpha)}, {at_least_1}")
         dropout_ok = self.dropout is None or (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1)
         _require(dropout_ok, f"dropout is {_short(self.dropout)}, expected 0 <= dropout < 1")
+        nf4_ok = _is_int(self.nf4) and 0 <= self.nf4 <= 100
+        _require(nf4_ok, f"nf4 is {_short(self.nf4)}, expected a number of rounds from 0 to 100")
         seed_ok = _is_int(self.seed) and 0 <= self.seed < _LIMIT
         _require(seed_ok, f"seed is {_short(self.seed)}, expected 0 <= seed < 2^63")
 

@@ -35,6 +35,7 @@ class WeightGroup:
         rounding_error: The largest distance of base and component from the weight, relative to the weight.
         certificate: The largest certified relative error of a component.
         elapsed_s: Seconds for solving all of them.
+        leak_in_nf4: The largest leak if the base were quantised to NF4 (QLoRA); None if it was not measured.
     """
 
     suffix: str
@@ -46,6 +47,7 @@ class WeightGroup:
     rounding_error: float
     certificate: float
     elapsed_s: float
+    leak_in_nf4: float | None
 
 
 def weight_groups(weights: Iterable[WeightRecord]) -> list[WeightGroup]:
@@ -64,9 +66,16 @@ def weight_groups(weights: Iterable[WeightRecord]) -> list[WeightGroup]:
             rounding_error=max(weight.rounding.error for weight in group),
             certificate=max(component_error(weight) for weight in group),
             elapsed_s=sum(weight.elapsed_s for weight in group),
+            leak_in_nf4=_largest_in_nf4(group),
         )
         for (suffix, shape, rank), group in groups.items()
     ]
+
+
+def _largest_in_nf4(weights: Iterable[WeightRecord]) -> float | None:
+    """The largest leak if the residuals were quantised to NF4; None for an older manifest."""
+    found = [weight.rounding.leak_if.get("nf4") for weight in weights]
+    return max((value for value in found if value is not None), default=None)
 
 
 def component_error(weight: WeightRecord) -> float:
@@ -79,7 +88,7 @@ def warnings(manifest: Manifest) -> list[str]:
     """What can hurt the training or the use of a pair: the notices of the plan, and figures out of range."""
     found = list(manifest.notices)
     inexact = [weight for weight in manifest.weights if weight.rounding.error > _UNIT_ROUNDOFF.get(weight.dtype, 0.0)]
-    if inexact:
+    if inexact and not manifest.inputs.get("nf4"):  # a note gives the error of NF4
         worst = max(inexact, key=lambda weight: weight.rounding.error)
         found.append(
             f"base and component of {worst.module} differ from the weight by {percent(worst.rounding.error)}, more "
@@ -96,12 +105,16 @@ def warnings(manifest: Manifest) -> list[str]:
 
 def notes(manifest: Manifest) -> list[str]:
     """What is worth knowing and does not change the training: how much of the components stayed in the base."""
+    if manifest.inputs.get("nf4"):
+        error = max(weight.rounding.error for weight in manifest.weights)
+        return [f"base and adapter differ from the weights by up to {percent(error)} a weight, which NF4 rounds away"]
     leaking = [weight for weight in manifest.weights if weight.rounding.leak > LEAK_LIMIT]
     if not leaking:
         return []
     worst = max(leaking, key=lambda weight: weight.rounding.leak)
     error = max(weight.rounding.error for weight in manifest.weights)
-    leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in worst.rounding.leak_if}
+    dtypes = worst.rounding.leak_if.keys() - {"nf4"}
+    leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in sorted(dtypes)}
     others = [f"--dtype {dtype} ({percent(leak)})" for dtype, leak in leaks.items() if leak < _LEAK_OF_OTHER_DTYPES]
     return [
         f"rounding to {worst.dtype} leaves up to {percent(worst.rounding.leak)} of a component in the base "

@@ -142,6 +142,33 @@ def methods() -> str:
     return table(("method", "for", "trained", "writes a base", "what others report"), rows)
 
 
+def method_choice() -> str:
+    """What each method is for, in short."""
+    rows = [
+        (
+            f"`{m.name}`{' (default)' if m is MILORA else ''}",
+            m.use,
+            m.trained,
+            "yes" if m.writes_base else "no",
+            m.source,
+        )
+        for m in METHODS.values()
+        if m.use != "comparisons"
+    ]
+    return table(("method", "for", "trained", "writes a base", "source"), rows)
+
+
+def quantised() -> str:
+    """The quantised formats that tests read."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.quantised import FORMATS
+
+    rows = [
+        (name, f"`{method}`", writer, "yes" if mixed else "no") for name, (method, writer, mixed) in FORMATS.items()
+    ]
+    return table(("format", "quant_method", "written by", "mixed base"), rows)
+
+
 def error_classes() -> str:
     """The classes of errors."""
     found: list[type[errors.MiloraError]] = [errors.MiloraError, *errors.MiloraError.__subclasses__()]
@@ -214,6 +241,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "recipes": recipes,
     "synonyms": synonyms,
     "methods": methods,
+    "method-choice": method_choice,
+    "quantised": quantised,
     "errors": error_classes,
     "verdicts": verdicts,
     "functions": functions,

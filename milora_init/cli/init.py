@@ -111,6 +111,22 @@ def init(
             rich_help_panel=_LORA,
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Of a quantised model: dense, or mixed, which dequantises the adapted weights alone. (default: dense)",
+            rich_help_panel=_LORA,
+        ),
+    ] = None,
+    nf4: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With pissa, for QLoRA: a base of NF4's numbers, corrected in N rounds, e.g. 5. (default: 0, none)",
+            rich_help_panel=_LORA,
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Annotated[
         bool | None,
@@ -209,9 +225,10 @@ def init(
     options = InitOptions.from_recipe(
         recipe, model=_only_model(model_argument, model), out=out, rank=rank, method=method, mode=mode,
         target=_names(target), exclude=_names(exclude), alpha=alpha, rslora=rslora, dropout=dropout,
-        task_type=task_type, text_only=text_only, dtype=dtype, revision=revision, cache_dir=cache_dir, token=token,
-        trust_remote_code=trust_remote_code, low_disk=low_disk, device=device or None, seed=seed,
-        overwrite=overwrite or None, push_to_hub=push_to_hub, private=private, part=part, ray=ray,
+        task_type=task_type, text_only=text_only, dtype=dtype, base=base, nf4=nf4, revision=revision,
+        cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, low_disk=low_disk,
+        device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
+        part=part, ray=ray,
     )  # fmt: skip
     if private is not None and not options.push_to_hub:
         hint = "add --push-to-hub ORG/NAME, or drop it"

@@ -46,6 +46,7 @@ _MOST_DIFFERENCES = 20  # of a verdict; the rest is counted
 _LEGEND = {  # what the columns of the summary mean
     "energy": "the component's share of the weight's squared norm",
     "leak": "the part of the component that rounding leaves in the base",
+    "NF4 leak": "the same if QLoRA quantises the base",
     "step-0 error": "distance of base and component from the weight, relative to the weight",
     "certified": "proven bound of the component's relative error",
 }
@@ -178,8 +179,13 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     )
     console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
     console.print(f"for       {method.use}. Reported by others: {method.reported}")
+    for name, count in plan.formats.items():
+        console.print(f"stored    {count} tensors as {name}")
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
     console.print(f"base      {written} (model {size(plan.source_bytes)})")
+    for base, size_bytes in plan.base_sizes.items():
+        if base != plan.options.base:
+            console.print(f"          {size(size_bytes)} with --base {base}")
     console.print(f"adapter   {size(plan.adapter_bytes)}")
     console.print(f"memory    about {size(memory_bytes)}")
     if download:
@@ -283,7 +289,18 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
             f"{weight.module}  rank {weight.rank}  {weight.certificate.path}  leak {percent(weight.rounding.leak)}"
             f"  step-0 error {percent(weight.rounding.error)}  {duration(weight.elapsed_s)}"
         )
-    columns = ["module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified", "solving"]
+    columns = [
+        "module",
+        "shape",
+        "weights",
+        "rank",
+        "energy",
+        "leak",
+        "NF4 leak",
+        "step-0 error",
+        "certified",
+        "solving",
+    ]
     rows = [
         [
             group.suffix,
@@ -292,6 +309,7 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
             str(group.rank),
             percent(group.energy),
             percent(group.leak),
+            "" if group.leak_in_nf4 is None else percent(group.leak_in_nf4),
             percent(group.rounding_error),
             f"{group.certificate:.0e}" if math.isfinite(group.certificate) else "not unique",
             duration(group.elapsed_s),
@@ -299,8 +317,8 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
         for group in weight_groups(manifest.weights)
     ]
     if not manifest.method.writes_base:  # nothing was rounded
-        columns, rows = columns[:5] + columns[7:], [row[:5] + row[7:] for row in rows]
-    spare = ("solving", "certified", "energy", "rank", "weights")
+        columns, rows = columns[:5] + columns[8:], [row[:5] + row[8:] for row in rows]
+    spare = ("solving", "NF4 leak", "certified", "energy", "rank", "weights")
     shown = _print_table(console, columns, rows, spare=spare)
     legend = " ".join(f"{name}: {meaning}." for name, meaning in _LEGEND.items() if name in shown)
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)

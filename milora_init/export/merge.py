@@ -23,7 +23,7 @@ import torch
 from milora_init.checkpoint.files import file_mode, read_chunks, source_file
 from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.errors import CheckpointError, OutputError, UsageError
+from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.export import merge_weight
 from milora_init.export.merge_plan import MergeOptions, MergePlan, plan_merge
 from milora_init.export.merge_weight import MergedWeight, MergeJob
@@ -102,6 +102,7 @@ def merge(  # noqa: PLR0913  the options of the command
         name = model or str(manifest.source["model"])
         asked = InitOptions(model=name, out=out, revision=revision, cache_dir=cache_dir, token=token)
         original = _open_original(manifest, asked)
+    _require_dense(original, manifest)
     plan = plan_merge(located, trained, options=options, given=pair, original=original)
     if not model:
         original = None
@@ -134,7 +135,9 @@ def merge(  # noqa: PLR0913  the options of the command
         model=source["model"],
         revision=source["revision"],
         from_hub=source["revision"] is not None,
-        initial=plan.adapter.digest == plan.manifest.hashes.get(adapter_files(plan.manifest.method)[1]),
+        # A base of NF4's numbers does not give the original again.
+        initial=plan.adapter.digest == plan.manifest.hashes.get(adapter_files(plan.manifest.method)[1])
+        and not plan.manifest.inputs.get("nf4"),
         modules=len(plan.manifest.weights),
         entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
         tensors={name: task.weights[0].dtype for name, task in plan.tasks.items() if task.weights},
@@ -183,6 +186,15 @@ def _shard_bytes(size: str | None) -> int | None:
     if found < 1:
         raise UsageError(f"--shard-size {size!r} is no size", hint="for example --shard-size 5GB")
     return found
+
+
+def _require_dense(original: Checkpoint | None, manifest: Manifest) -> None:
+    """Raise PlanError for an adapter of an original model that is quantised."""
+    if original is not None and not manifest.method.writes_base and original.quantised.tensors:
+        raise PlanError(
+            f"{original.folder} is quantised: merged weights would have to be quantised again; merge never does that",
+            hint="load the trained adapter on this model; servers do that too, see docs/quantised.md",
+        )
 
 
 def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:

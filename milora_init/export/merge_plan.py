@@ -148,7 +148,7 @@ class MergePlan:
     @property
     def changed(self) -> tuple[str, ...]:
         """The tensors that verify cannot compare with the original model's: retrained, added, left out or cast."""
-        base = self.base.tensors
+        base = self.base.stored
         written = {name: info for header in self.headers.values() for name, info in header.tensors.items()}
         cast = {name for name, task in self.tasks.items() if not task.weights}
         if self.options.dtype != "auto":
@@ -309,7 +309,7 @@ class _Layout:
                 )
             if new:
                 found[info.name] = TensorTask(new.source, new=new)
-            elif records or info.dtype != self._base.tensors[info.name].dtype:
+            elif records or info.dtype != self._base.stored[info.name].dtype:
                 found[info.name] = TensorTask(info.name, tuple(records))
         return found
 

@@ -156,7 +156,13 @@ def open_snapshot(
             hashes[name] = info.lfs.sha256
             headers[name] = _read_remote_header(model, name, commit, token, info.size)
         hashes |= {name: _cached_hash(folder / name) for name in files if name not in hashes}
-    return folder, RemoteFiles(model, commit, hashes, headers)
+
+    def read(name: str, start: int, stop: int) -> bytes:
+        with hub_errors(model, revision):
+            url = hf_hub_url(model, name, revision=commit)
+            return b"".join(read_range(url, start, stop, token=token, description=f"{name} of {model}"))
+
+    return folder, RemoteFiles(model, commit, hashes, headers, read)
 
 
 def _weight_files(folder: Path, api: HfApi, model: str) -> list[str]:

@@ -131,11 +131,10 @@ def read_structure(  # noqa: PLR0913  each parameter is one fact about the check
         text_only: Build the class that AutoModelForCausalLM chooses, not the class in config.json.
 
     Raises:
-        CheckpointError: config.json names no class of transformers, or describes a quantised model; or the tensors do
-            not fit this class; or the class needs a missing tensor.
+        CheckpointError: config.json names no class of transformers; or the tensors do not fit this class; or the class
+            needs a missing tensor.
         PlanError: `text_only` is set, but AutoModelForCausalLM has no text-only class for this config.json.
     """
-    _refuse_quantised(config)
     _refuse_more_layers_than_tensors(folder, config, len(shapes))
     model = meta_model.build_meta_model(folder, config, trust_remote_code=trust_remote_code, text_only=text_only)
     architecture = type(model).__name__
@@ -496,17 +495,3 @@ def _refuse_more_layers_than_tensors(folder: Path, config: Mapping[str, Any], co
                 f"{folder}/config.json: {key} is {value}, but the checkpoint has only {count} tensors",
                 hint=_ONE_MODEL_HINT,
             )
-
-
-def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if config.json, or a config inside it, describes a quantised model."""
-    for key in ("quantization_config", "compression_config"):
-        if quantisation := config.get(key):
-            method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-            raise CheckpointError(
-                f"the checkpoint is quantised ({method}): its singular components are not those of the model",
-                hint="start from the unquantised checkpoint, or dequantise it and save it again",
-            )
-    for part in config.values():
-        if isinstance(part, dict):
-            _refuse_quantised(part)

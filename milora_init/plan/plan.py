@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
 from pathlib import Path
@@ -23,7 +23,7 @@ from milora_init.checkpoint.files import stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, RemoteFiles, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import DTYPES, Header
-from milora_init.checkpoint.side_files import side_files
+from milora_init.checkpoint.quantised_tensors import RULES_VERSION
 from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
@@ -33,9 +33,10 @@ from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
 from milora_init.methods import METHODS
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
-from milora_init.plan.finished import option_inputs
+from milora_init.plan.finished import copied_side_files, option_inputs
 from milora_init.plan.notices import plan_notices
-from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
+from milora_init.plan.output_files import ShardJob, config_with_dtype, plain_config, plan_index, plan_shard
+from milora_init.plan.quantised_base import base_sizes, mixed_config, plan_layout
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
@@ -59,8 +60,10 @@ class Plan:
         adapter_config: Content of adapter_config.json.
         index: Content of the output's index; None if the base is a single file.
         config_bytes: Content of the output's config.json, if a base is written.
+        merged_config_bytes: Content of config.json of a model that is merged from the output.
         side_files: Files that are copied unchanged, by the path relative to the model's folder.
         notices: What the user should know before the run.
+        base_sizes: Of a quantised model, the size of the shards for each `--base` that is possible; else empty.
     """
 
     options: InitOptions
@@ -71,8 +74,10 @@ class Plan:
     adapter_config: Mapping[str, Any]
     index: bytes | None
     config_bytes: bytes
+    merged_config_bytes: bytes
     side_files: tuple[str, ...]
     notices: tuple[str, ...]
+    base_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def own_jobs(self) -> tuple[ShardJob, ...]:
@@ -138,6 +143,7 @@ class Plan:
             "dropout": self.adapter_config["lora_dropout"],
             "task_type": self.adapter_config["task_type"],
             "modules": [w.weight.module for w in self.weights],
+            **({"dequantisation": RULES_VERSION} if self.checkpoint.quantised.tensors else {}),
         }
 
     @cached_property
@@ -147,8 +153,8 @@ class Plan:
 
     @property
     def changes_config(self) -> bool:
-        """Whether the output's config.json differs from the model's, because the options change the dtype."""
-        return self.config_bytes != self.checkpoint.config_bytes
+        """Whether the output's config.json is not that of a merged model, because the options change the dtype."""
+        return self.config_bytes != self.merged_config_bytes
 
     @property
     def source(self) -> Path:
@@ -212,7 +218,7 @@ class Plan:
         source = self.checkpoint.headers[job.source.name]
         if self.writes_base:
             return source.data_bytes
-        return sum(source.tensors[name].size_bytes for name in job.weights)
+        return sum((job.quantised.get(name) or source.tensors[name]).size_bytes for name in job.weights)
 
     @property
     def base_bytes(self) -> int:
@@ -244,7 +250,8 @@ class Plan:
 
     def flops(self, w: WeightPlan) -> int:
         """Estimate the multiply-adds for one weight."""
-        return solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.chosen.mode)
+        solves = 1 + self.options.nf4  # each round of the correction is another one
+        return solves * solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.chosen.mode)
 
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
@@ -253,7 +260,17 @@ class Plan:
 
     def stored_bytes(self, w: WeightPlan) -> int:
         """What one weight and its residual take as they are read and written."""
-        return math.prod(w.weight.shape) * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
+        quantised = w.weight.tensor in self.checkpoint.quantised.tensors
+        read_as = "F32" if quantised else w.source_dtype
+        entry_bytes = DTYPES[read_as].itemsize + DTYPES[w.dtype].itemsize
+        if self.options.nf4:
+            entry_bytes += 5 * 4  # the rest of W, the product, and NF4's steps, in float32
+        return math.prod(w.weight.shape) * entry_bytes
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Count the quantised tensors of the model by format."""
+        return dict(Counter(tensor.rule.format for tensor in self.checkpoint.quantised.tensors.values()))
 
     def weight_counts(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
         """Count the weights by (suffix, shape, source dtype, rank), in the model's order."""
@@ -281,7 +298,8 @@ def make_plan(
     """
     _refuse_residual(folder)
     checkpoint = open_model(folder, remote)
-    copied = side_files(folder)  # checks each path; transformers, which reads these files, is called after that
+    # Checks each path; transformers, which reads these files, is called after that.
+    copied = copied_side_files(checkpoint)
     writes_base = options.chosen.writes_base
     structure = read_structure(
         folder,
@@ -296,11 +314,13 @@ def make_plan(
     by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
     for w in weights:
         by_tensor[w.weight.tensor] = (*by_tensor.get(w.weight.tensor, ()), w)
-    jobs = tuple(
-        plan_shard(checkpoint, file, number, by_tensor, options)
-        for number, (file, header) in enumerate(checkpoint.headers.items())
-        if writes_base or not by_tensor.keys().isdisjoint(header.tensors)
+    layout = plan_layout(checkpoint, options, weights)
+    merged = mixed_config(checkpoint, layout, weights) if layout.mixed else plain_config(checkpoint)
+    planned = (
+        plan_shard(checkpoint, file, number, by_tensor, options, layout)
+        for number, file in enumerate(checkpoint.headers)
     )
+    jobs = tuple(job for job in planned if job is not None)
     plan = Plan(
         options=options,
         checkpoint=checkpoint,
@@ -309,9 +329,11 @@ def make_plan(
         weights=weights,
         adapter_config=adapter_config,
         index=plan_index(checkpoint, jobs) if writes_base else None,
-        config_bytes=config_with_dtype(checkpoint, options.dtype),
+        config_bytes=config_with_dtype(checkpoint, merged, options.dtype),
+        merged_config_bytes=config_with_dtype(checkpoint, merged, "auto"),
         side_files=tuple(copied) if writes_base else (),
         notices=tuple(plan_notices(options, checkpoint, structure, weights, adapter_config)),
+        base_sizes=base_sizes(checkpoint, options, by_tensor) if writes_base else {},
     )
     name, count = Counter(plan.files).most_common(1)[0]
     if count > 1:
@@ -374,6 +396,8 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float, waiting: int =
         source_bytes=plan.source_bytes,
         download_bytes=sum(plan.downloads.values()),
         base_bytes=plan.base_bytes,
+        base_sizes=dict(plan.base_sizes),
+        formats=plan.formats,
         adapter_bytes=plan.adapter_bytes,
         peak_memory_bytes=plan.peak_memory_bytes(weights_at_once, waiting),
         solve_flops=plan.solve_flops,

@@ -11,9 +11,9 @@ import json
 import platform
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -34,16 +34,16 @@ from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import LOW_DISK_FILES, Plan
 from milora_init.result import PartResult
-from milora_init.run import weight
+from milora_init.run import shard_job
 from milora_init.run.adapter_file import assemble_adapter, part_name
 from milora_init.run.devices import memory_bytes, resolve_devices
 from milora_init.run.journal import Entry
 from milora_init.run.makers import LocalMakers, Makers
 from milora_init.run.output_folder import OutputFolder
+from milora_init.run.parts import with_parts
 from milora_init.run.pool import FilePool, SolverPool, solver_devices
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress, ShardResult
-from milora_init.run.shard import ShardWriter
 
 if TYPE_CHECKING:
     from milora_init.hub.upload import Published
@@ -55,10 +55,10 @@ class ShardUploader(Protocol):
     """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
 
     def mark_unfinished(self) -> None:
-        """Shards will be uploaded, the first ones or more of them."""
+        """Mark the repository as unfinished, before the first `push_shard`; a resumed run does it again."""
 
     def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
-        """The names of those files, given with their SHA-256, that are uploaded already."""
+        """Of these files, with their SHA-256, the names of those that are uploaded already."""
 
     def push_shard(self, path: Path, name: str) -> str:
         """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
@@ -91,7 +91,7 @@ def carry_out(
     from milora_init.hub.upload import Repository
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.prepare(overwrite=overwrite_repository)
+    repository.prepare(MANIFEST, options.model if plan.checkpoint.remote else "", overwrite=overwrite_repository)
     if not options.low_disk:
         manifest, status = run_plan(plan, progress=progress)
         if progress:
@@ -112,7 +112,8 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
         from milora_init.hub.upload import Repository
 
         repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-        repository.prepare(overwrite=overwrite_repository)
+        model = options.model if plan.checkpoint.remote else ""
+        repository.prepare(MANIFEST, model, overwrite=overwrite_repository)
     progress = progress or Progress()
     started = time.monotonic()
     resolve_devices(options.device)  # a wrong one is refused before anything is written
@@ -127,6 +128,7 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
             todo = [job for job in plan.own_jobs if job.target not in entries]
             require_loadable(plan)
             _report_start(plan, todo, out, progress)
+            todo = with_parts(todo, plan.checkpoint, out.attempts)
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
                 made = _Committer(plan, out, progress, None, prefetcher, started, repository).run(makers, todo)
         finished = len(out.entries())
@@ -164,6 +166,7 @@ def run_plan(
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
+            todo = with_parts(todo, plan.checkpoint, out.attempts)
             if uploader:
                 uploader.mark_unfinished()
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
@@ -277,18 +280,15 @@ def _makers(
         return
     devices, threads_per_device = solver_devices(plan)
 
-    def submit(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[WeightRecord]]:
-        return [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
-
     with (
         SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
         _prefetcher(plan, todo, out, progress) as prefetcher,
         LocalMakers(
             solvers,
             files,
-            open_shard=lambda job: weight.shard_writer(job, out.attempt()),
-            submit=submit,
-            count=lambda job: len(job.splits),
+            open_shard=lambda job: shard_job.shard_writer(job, out.attempt()),
+            submit=partial(shard_job.submit, solvers),
+            count=shard_job.count,
             fetch=prefetcher.take,
             most_files=LOW_DISK_FILES if options.low_disk or (plan.absent and not plan.writes_base) else None,
             progress=progress,
@@ -380,11 +380,7 @@ def _assemble(
             "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.structure.architecture,
             **({"other_class": plan.structure.other_class} if plan.structure.other_class else {}),
-            **(
-                {"config.json": plan.checkpoint.config_bytes.decode()}
-                if plan.writes_base and plan.changes_config
-                else {}
-            ),
+            **({"config.json": plan.merged_config_bytes.decode()} if plan.writes_base and plan.changes_config else {}),
             **({"trust_remote_code": True} if options.trust_remote_code else {}),
         },
         out=options.out,

@@ -38,11 +38,10 @@ from milora_init.manifest import WeightRecord
 from milora_init.options import InitOptions
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.plan import PROCESS_BYTES, Plan
-from milora_init.run import weight
+from milora_init.run import shard_job
 from milora_init.run.makers import LocalMakers
 from milora_init.run.pool import FilePool, SolverPool
 from milora_init.run.progress import Progress, ShardResult
-from milora_init.run.shard import ShardWriter
 
 RETRIES = 4  # of a task whose worker or node is lost
 IN_FLIGHT = 2  # tasks for each that can run at a time: a node that is free finds the next one
@@ -155,17 +154,13 @@ def make_file(job: ShardJob, request: Request, header: Header, threads: int) -> 
         LocalMakers(
             solvers,
             files,
-            open_shard=lambda job: weight.shard_writer(job, request.attempts / uuid.uuid4().hex),
-            submit=partial(_submit, solvers),
-            count=lambda job: len(job.splits),
+            open_shard=lambda job: shard_job.shard_writer(job, request.attempts / uuid.uuid4().hex),
+            submit=partial(shard_job.submit, solvers),
+            count=shard_job.count,
         ) as makers,
     ):
         ((_, result),) = makers.run([job])
     return result
-
-
-def _submit(solvers: SolverPool, job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Any]:
-    return [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
 
 
 class RayMakers:
@@ -229,7 +224,7 @@ class RayMakers:
     def _start(self, smallest: Mapping[str, float], job: ShardJob) -> Any:
         """Start the task of a job; return its reference. It fits on the smallest node."""
         plan, request = self._plan, self._request
-        threads = max(1, min(len(job.splits), int(smallest["CPU"])))
+        threads = max(1, min(shard_job.count(job), int(smallest["CPU"])))
         on_gpu = request.on_gpu and bool(job.splits)
         needed = sorted(map(plan.memory_bytes, job.splits), reverse=True)
         most = int(smallest.get("memory", 0))

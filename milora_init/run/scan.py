@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
+from milora_init.checkpoint.dequantise import QuantisedSource
 from milora_init.checkpoint.files import stamp
 from milora_init.checkpoint.folder import RemoteFiles
 from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource, open_shard
-from milora_init.errors import CheckpointError, SolveError, UsageError
+from milora_init.errors import CheckpointError, PlanError, SolveError, UsageError
 from milora_init.hub.source import fetch_file
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.linalg.spectrum import effective_rank, energy, estimated_leaks, gap, singular_values, stable_rank
@@ -31,6 +32,7 @@ from milora_init.options import InitOptions, measured_target
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.plan import Plan, make_plan
 from milora_init.plan.weights import WeightPlan
+from milora_init.run.dense import locate
 from milora_init.run.devices import multiply_rate, resolve_devices
 from milora_init.run.pool import DeviceLock, SolverPool, weights_at_once
 from milora_init.run.prefetch import Prefetcher
@@ -46,7 +48,7 @@ class _Job:
     """Find the spectrum of the weight at `source`."""
 
     plan: WeightPlan
-    source: TensorSource
+    source: TensorSource | QuantisedSource
     ranks: tuple[int, ...]
     keep_all: bool  # all singular values, and not the curve alone
     rate: float  # multiply-adds per second, for the estimate of init's time
@@ -95,6 +97,9 @@ def scan(
         count = weights_at_once([_memory_bytes(w) for w in plan.weights])
         devices, threads = devices * count, 1 if count > 1 else threads
     wanted = tuple(sorted(set(ranks)))
+    widest = max(min(w.weight.shape) for w in plan.weights)
+    if wanted[0] > widest:
+        raise PlanError(f"rank {wanted[0]} is above the {widest} that the weights allow", hint=f"--rank {widest}")
     found: dict[str, WeightSpectrum] = {}
     finished = 0
     progress.begin(plan, [])
@@ -154,7 +159,7 @@ def measured_targets(
         hint = "name the modules, or choose by kappa"
         raise UsageError(f"energy is known of the smallest and the largest triplets, not of `{mode}`", hint=hint)
     candidates = dataclasses.replace(options, target=("all-linear",))
-    result = scan(candidates, folder, remote, ranks=[options.rank], progress=progress)
+    result = scan(candidates, folder, remote, ranks=[1, options.rank], progress=progress)
     chosen = {}
     for target, (figure, share) in asked.items():
         if figure == "kappa":
@@ -174,6 +179,7 @@ def _memory_bytes(w: WeightPlan) -> int:
 def _prefetcher(plan: Plan, progress: Progress) -> Prefetcher:
     """Downloads the files that are still on the Hub into its cache."""
     remote, headers = plan.checkpoint.remote, plan.checkpoint.headers
+    absent = set(remote.absent) if remote else set()
     if remote and plan.absent:
         from milora_init.hub.download import require_cache_space
 
@@ -181,6 +187,8 @@ def _prefetcher(plan: Plan, progress: Progress) -> Prefetcher:
 
     def fetch(job: ShardJob) -> Path:
         name = job.source.name
+        for other in {place.path.name for place in job.elsewhere.values()} & absent:  # parts of quantised weights
+            fetch_file(plan.options, remote, other, None)
         progress.fetching(name, headers[name].file_bytes)
         return fetch_file(plan.options, remote, name, None)
 
@@ -191,7 +199,7 @@ def _jobs(job: ShardJob, ranks: tuple[int, ...], keep_all: bool, rate: float) ->
     """One job for each weight of a file, the largest first."""
     with open_shard(job.source) as shard:
         for plan in sorted(job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
-            source = shard.locate(plan.weight.tensor)
+            source = locate(plan.weight.tensor, job, shard)
             row = plan.weight.row
             yield _Job(plan, source if row is None else source.at(row), ranks, keep_all, rate)
 

@@ -71,6 +71,7 @@ class ShardWriter(Generic[Result]):
         self._targets: dict[str, WriteTarget] = {}
         self._part_targets: dict[str, WriteTarget] = {}
         self._results: list[Future[Result]] = []
+        self._others: list[Future[None]] = []
 
     def __enter__(self) -> ShardWriter[Result]:
         with ExitStack() as files:
@@ -113,6 +114,11 @@ class ShardWriter(Generic[Result]):
         self._results.append(pool.submit(task, job))
         return self._results[-1]
 
+    def submit_other(self, pool: SolverPool, task: SolverTask[Job, None], job: Job) -> Future[None]:
+        """Give a job without a result to the pool: a tensor that is neither split nor copied as bytes."""
+        self._others.append(pool.submit(task, job))
+        return self._others[-1]
+
     def copy_other_tensors(self, progress: Progress, cancelled: threading.Event | None = None) -> None:
         """Copy every tensor that no task writes, byte for byte; nothing if only a part of the adapter is written.
 
@@ -144,6 +150,8 @@ class ShardWriter(Generic[Result]):
             Exception: What a task raised.
         """
         records = tuple(future.result() for future in self._results)
+        for other in self._others:
+            other.result()
         for writer, targets in ((self._shard, self._targets), (self._part, self._part_targets)):
             if writer is not None:
                 for name in targets:

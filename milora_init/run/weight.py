@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from milora_init.checkpoint.dequantise import QuantisedSource
 from milora_init.checkpoint.dtypes import TORCH_DTYPES
 from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource
@@ -25,7 +25,8 @@ from milora_init.manifest import WeightRecord
 from milora_init.methods import Factors, Mode
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.weights import WeightPlan
-from milora_init.run.adapter_file import part_header, part_key, part_name
+from milora_init.run.adapter_file import part_key
+from milora_init.run.dense import locate
 from milora_init.run.pool import DeviceLock
 from milora_init.run.progress import Progress
 from milora_init.run.shard import ShardWriter
@@ -36,19 +37,13 @@ class WeightJob:
     """Split the weight at `source` and write its parts to `residual`, `A` and `B`; no residual if that is None."""
 
     plan: WeightPlan
-    source: TensorSource
+    source: TensorSource | QuantisedSource
     residual: WriteTarget | None
     A: WriteTarget
     B: WriteTarget
     mode: Mode
     factors: Factors
-
-
-def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
-    """Writes the shard of a job, and its part of the adapter, in the folder of an attempt."""
-    assert job.stamp is not None, "the source is on the disk"
-    part = (part_name(job.target), part_header(job.splits)) if job.splits else None
-    return ShardWriter({job.source: job.stamp}, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
+    nf4_rounds: int = 0
 
 
 def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJob]:
@@ -56,7 +51,7 @@ def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJ
     jobs = []
     for plan in sorted(job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
         weight = plan.weight
-        source = shard.locate(weight.tensor)
+        source = locate(weight.tensor, job, shard)
         residual = shard.target(weight.tensor) if job.header else None
         jobs.append(
             WeightJob(
@@ -67,6 +62,7 @@ def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJ
                 B=shard.part_target(part_key(weight.module, "B")),
                 mode=job.mode,
                 factors=job.factors,
+                nf4_rounds=job.nf4_rounds,
             )
         )
     return jobs
@@ -110,7 +106,7 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
 
 
 @contextmanager
-def gpu_errors(source: TensorSource, device: torch.device) -> Iterator[None]:
+def gpu_errors(source: TensorSource | QuantisedSource, device: torch.device) -> Iterator[None]:
     """Raise a SolveError for what a GPU raises. Its errors come late: any call may raise them."""
     try:
         yield
@@ -124,7 +120,7 @@ def gpu_errors(source: TensorSource, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def read_weight(source: TensorSource, *, pinned: bool) -> torch.Tensor:
+def read_weight(source: TensorSource | QuantisedSource, *, pinned: bool) -> torch.Tensor:
     """The weight, in page-locked memory if `pinned` and if the machine has enough of it."""
     if pinned:
         with suppress(RuntimeError):
@@ -158,6 +154,7 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
             factors=job.factors,
             dtype=TORCH_DTYPES[plan.dtype],
             seed=plan.seed,
+            nf4_rounds=job.nf4_rounds,
         )
 
     try:
@@ -192,7 +189,7 @@ def _record(job: WeightJob, result: Split, solved_on: str, seconds: dict[str, fl
         row=weight.row,
         expert=weight.expert,
         key=plan.key,
-        source_dtype=torch_name(job.source.dtype),
+        source_dtype=torch_name(plan.source_dtype),
         dtype=torch_name(plan.dtype),
         rank=plan.rank,
         scale=plan.scale,
