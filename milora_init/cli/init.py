@@ -243,10 +243,12 @@ def init(
         if limits:
             raise UsageError("--fail-on needs all weights, not a part of them", hint="give it to the last command")
         with Bar(quiet=quiet, verbose=verbose) as bar:
+            bar.started = STARTED
             made = _run_part(options, bar, overwrite_repository=yes)
         _print_part(made, as_json=as_json, quiet=quiet)
         return 0
     with Bar(quiet=quiet, verbose=verbose) as bar:
+        bar.started = STARTED
         result = _run(options, bar, overwrite_repository=overwrite or yes)
     exceeded = output.exceeded_limits(limits, result.manifest)
     _print_result(result, exceeded, as_json=as_json, quiet=quiet)
@@ -328,6 +330,6 @@ def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_jso
     elif not quiet:
         with may_be_lost():
             unchanged = result.status == "unchanged"
-            output.print_summary(result.manifest, elapsed_s=None if unchanged else time.monotonic() - STARTED)
+            output.print_summary(result.manifest, elapsed_s=None if unchanged else result.manifest.elapsed_s)
             if result.pushed:
                 output.print_pushed(result.pushed)

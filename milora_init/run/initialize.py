@@ -115,7 +115,7 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
         model = options.model if plan.checkpoint.remote else ""
         repository.prepare(MANIFEST, model, overwrite=overwrite_repository)
     progress = progress or Progress()
-    started = time.monotonic()
+    started = time.monotonic() if progress.started is None else progress.started
     resolve_devices(options.device)  # a wrong one is refused before anything is written
     out = OutputFolder(plan.out, MANIFEST, read_manifest, options.part_numbers)
     _require_same_kind(plan, out)
@@ -151,7 +151,7 @@ def run_plan(
         MiloraError: See `errors`. The output is unfinished then; if a shard was finished, the same plan resumes it.
     """
     progress = progress or Progress()
-    started = time.monotonic()
+    started = time.monotonic() if progress.started is None else progress.started
     if plan.options.ray is None:
         resolve_devices(plan.options.device)  # a wrong one is refused before anything is written
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
