@@ -263,6 +263,11 @@ def read_output(folder: Path) -> Output | None:
     return read_manifest(folder) or read_merged(folder) or read_converted(folder)
 
 
+def record_name(output: Output) -> str:
+    """The file name of an output's record."""
+    return MANIFEST if isinstance(output, Manifest) else MERGED if isinstance(output, MergeResult) else CONVERTED
+
+
 def require_output(folder: Path, given: str) -> Output:
     """The record of the finished output in a folder.
 

@@ -192,8 +192,9 @@ class ScanResult(Result):
 
     @property
     def rank(self) -> int:
-        """The rank whose figures tables and pictures show: 64, the default of init; else the largest of `ranks`."""
-        return _DEFAULT_RANK if _DEFAULT_RANK in self.ranks else max(self.ranks)
+        """The rank that tables and pictures show: 64, the default of init; else the largest that a weight allows."""
+        allowed = {figures.rank for weight in self.weights for figures in weight.ranks}
+        return _DEFAULT_RANK if _DEFAULT_RANK in allowed else max(allowed)
 
     @property
     def init_s(self) -> float:

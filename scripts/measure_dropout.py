@@ -2,9 +2,10 @@
 
     python scripts/measure_dropout.py FOLDER [--methods milora pissa olora-tail] [--rank 64]
 
-Prints the mean loss per token of the first 1,024 tokens of README.md: of the original model; of each method's output in
-evaluation mode; and in training mode with dropout 0.05, with several draws. In training mode with dropout 0 nothing is
-random, so the loss is that of evaluation mode: SmolLM2 has no dropout of its own.
+Prints the mean loss per token of 1,024 tokens of generated word problems (word_problems.py): of the original model; of
+each method's output in evaluation mode; and in training mode with dropout 0.05, with several draws. In training mode
+with dropout 0 nothing is random, so the loss is that of evaluation mode: SmolLM2 has no dropout of its own. The weights
+are stored in bfloat16 and computed with in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from smollm2 import convert
+from word_problems import split
 
 from milora_init import InitOptions, initialize
 from milora_init.methods import METHODS
@@ -36,9 +38,10 @@ def main() -> int:
 
     args.folder.mkdir(parents=True, exist_ok=True)
     source = convert(args.folder / "smollm2")
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = [problem.training_row() for problem in split(100, 0, seed=0)[0]]
+    text = "\n\n".join(f"{row['query']}\n{row['response']}" for row in rows)
     ids = AutoTokenizer.from_pretrained(source)(text, return_tensors="pt").input_ids[:, :TOKENS]
-    original = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     print(f"{ids.shape[1]} tokens, rank {args.rank}; original: {loss(original, ids, training=False):.3f}\n")
     print("| method | evaluation mode | training mode, dropout 0.05 |\n|---|---|---|")
     for name in args.methods:
@@ -57,7 +60,7 @@ def load(source: Path, name: str, args: argparse.Namespace) -> Any:
     out = args.folder / f"{name}-{args.rank}"
     request = InitOptions(model=str(source), out=str(out), method=name, rank=args.rank, dropout=DROPOUT, overwrite=True)
     has_base = initialize(request, progress=False).manifest.method.writes_base
-    base = AutoModelForCausalLM.from_pretrained(out if has_base else source, dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(out if has_base else source, dtype=torch.float32)
     folder = out / "lora" if has_base else out
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True, low_cpu_mem_usage=name == "mica")
 

@@ -117,6 +117,22 @@ def methods() -> str:
     return table(("method", "for", "trained", "writes a base", "what others report"), rows)
 
 
+def method_choice() -> str:
+    """What each method is for, in short."""
+    rows = [
+        (
+            f"`{m.name}`{' (default)' if m is MILORA else ''}",
+            m.use,
+            m.trained,
+            "yes" if m.writes_base else "no",
+            m.source,
+        )
+        for m in METHODS.values()
+        if m.use != "comparisons"
+    ]
+    return table(("method", "for", "trained", "writes a base", "source"), rows)
+
+
 def quantised() -> str:
     """The quantised formats that tests read."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -186,6 +202,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "recipes": recipes,
     "synonyms": synonyms,
     "methods": methods,
+    "method-choice": method_choice,
     "quantised": quantised,
     "errors": error_classes,
     "verdicts": verdicts,

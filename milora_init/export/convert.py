@@ -37,6 +37,7 @@ from milora_init.export.trained_parameters import trained_parameters, unchanged_
 from milora_init.hub.pair import is_hub_id, locate_adapter, locate_pair
 from milora_init.linalg.low_rank import product_svd
 from milora_init.lora.compatibility import (
+    have_equal_factors,
     require_initial_adapter,
     require_same_modules,
     require_trained_from,
@@ -297,7 +298,7 @@ def _read_adapters(
     if manifest:
         require_initial_adapter(before, manifest)
     require_same_modules(before, after, manifest)
-    if after.digest == before.digest:
+    if have_equal_factors(before.weights, after.weights):
         hint = "name the folder that the trainer saved"
         raise PlanError(f"{adapter} holds the initial factors of {pair}: it was not trained", hint=hint)
     if manifest:

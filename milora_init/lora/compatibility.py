@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from milora_init.checkpoint.header import Header
@@ -200,6 +201,17 @@ def require_trained_from(initial: Path, trained: Path, weights: Sequence[Adapted
     """
     if found := modules_not_trained_from(initial, trained, weights):
         raise PlanError(f"{trained}: {summarise_modules(found)}", hint=OTHER_BASE_HINT)
+
+
+def have_equal_factors(one: Path, other: Path) -> bool:
+    """Whether two weights files hold the same modules with the same factors. Raises CheckpointError."""
+    with open_factors(one) as of_one, open_factors(other) as of_other:
+        modules = _whole_modules(of_one.header)
+        return modules == _whole_modules(of_other.header) and all(
+            torch.equal(x, y)
+            for module in modules
+            for x, y in zip(of_one.read(module), of_other.read(module), strict=True)
+        )
 
 
 def summarise_modules(reasons: Mapping[str, str]) -> str:

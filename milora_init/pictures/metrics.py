@@ -76,9 +76,11 @@ def report_metrics(manifest: Manifest) -> list[Metric[WeightRecord]]:
                lambda value: _PATHS[round(value)], "max", "linear"),
         Metric("time", "time", "Seconds for solving.", lambda w: w.elapsed_s, seconds, "sum"),
     ]  # fmt: skip
+    if not manifest.method.writes_base:  # nothing is rounded
+        found = [metric for metric in found if metric.key not in ("leak", "error")]
     if manifest.method.mode == "min":
         of_weight = Metric(
             "condition", "condition", "Largest singular value over the smallest.", condition, number, "max"
         )
-        found.insert(3, of_weight)
+        found.insert(len(found) - 3, of_weight)
     return found

@@ -65,10 +65,10 @@ def scan_plot(result: ScanResult) -> bytes:
 
 
 def report_plot(manifest: Manifest) -> bytes:
-    """The picture of a finished run: heat maps of energy, leak, error and time."""
+    """The picture of a finished run: heat maps of energy, time, and if a base was written, leak and error."""
     grid = grid_of(manifest.weights, lambda weight: weight.module)
     shown = {metric.key: metric for metric in report_metrics(manifest)}
-    chosen = [shown[key] for key in ("energy", "leak", "error", "time")]
+    chosen = [shown[key] for key in ("energy", "leak", "error", "time") if key in shown]
     figure = new_figure(11, 0.5 + len(chosen) * (0.9 + 0.22 * len(grid.kinds)))
     heat_maps(figure, grid, chosen)
     _title(figure, f"{_last(str(manifest.source['model']))}: {manifest.method.name}, rank {manifest.inputs['rank']}")

@@ -54,10 +54,10 @@ class ShardUploader(Protocol):
     """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
 
     def mark_unfinished(self) -> None:
-        """Shards will be uploaded, the first ones or more of them."""
+        """Mark the repository as unfinished, before the first `push_shard`; a resumed run does it again."""
 
     def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
-        """The names of those files, given with their SHA-256, that are uploaded already."""
+        """Of these files, with their SHA-256, the names of those that are uploaded already."""
 
     def push_shard(self, path: Path, name: str) -> str:
         """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
@@ -83,7 +83,7 @@ def carry_out(
     from milora_init.hub.upload import Repository
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.prepare(overwrite=overwrite_repository)
+    repository.prepare(MANIFEST, options.model if plan.checkpoint.remote else "", overwrite=overwrite_repository)
     if not options.low_disk:
         manifest, status = run_plan(plan, progress=progress)
         if progress:

@@ -24,7 +24,7 @@ from milora_init.checkpoint.files import stamp
 from milora_init.checkpoint.folder import RemoteFiles
 from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource, open_shard
-from milora_init.errors import CheckpointError, SolveError, UsageError
+from milora_init.errors import CheckpointError, PlanError, SolveError, UsageError
 from milora_init.hub.source import fetch_file
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.linalg.spectrum import effective_rank, energy, estimated_leaks, gap, singular_values, stable_rank
@@ -97,6 +97,9 @@ def scan(
         count = weights_at_once([_memory_bytes(w) for w in plan.weights])
         devices, threads = devices * count, 1 if count > 1 else threads
     wanted = tuple(sorted(set(ranks)))
+    widest = max(min(w.weight.shape) for w in plan.weights)
+    if wanted[0] > widest:
+        raise PlanError(f"rank {wanted[0]} is above the {widest} that the weights allow", hint=f"--rank {widest}")
     found: dict[str, WeightSpectrum] = {}
     finished = 0
     progress.begin(plan, [])
@@ -156,7 +159,7 @@ def measured_targets(
         hint = "name the modules, or choose by kappa"
         raise UsageError(f"energy is known of the smallest and the largest triplets, not of `{mode}`", hint=hint)
     candidates = dataclasses.replace(options, target=("all-linear",))
-    result = scan(candidates, folder, remote, ranks=[options.rank], progress=progress)
+    result = scan(candidates, folder, remote, ranks=[1, options.rank], progress=progress)
     chosen = {}
     for target, (figure, share) in asked.items():
         if figure == "kappa":

@@ -17,6 +17,7 @@ from milora_init.errors import CheckpointError, MiloraError, PlanError
 from milora_init.lora.compatibility import (
     OTHER_BASE_HINT,
     explain_other_class,
+    have_equal_factors,
     modules_not_trained_from,
     other_base_in_config,
     summarise_modules,
@@ -273,6 +274,16 @@ def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *,
     if foreign:  # the hints of the checks would only make it look as if it were of this base
         return [replace(f, hint=OTHER_BASE_HINT, problem="foreign_adapter") if f.problem else f for f in findings]
     return [replace(f, problem="adapter_misfit") if f.problem else f for f in findings]
+
+
+def find_untrained(pair: Pair, folder: Path) -> list[Finding]:
+    """A note, if an adapter holds the initial factors of the pair, whose adapter must be readable."""
+    weights = folder / WEIGHTS_FILE
+    with suppress(MiloraError):  # what cannot be read is a finding of `check_trained_adapter`
+        if weights.is_file() and have_equal_factors(pair.weights, weights):
+            what = "the initial factors: this adapter was not trained, or saved before its first step"
+            return [Finding(str(weights), what, "name the folder that the trainer saved", None)]
+    return []
 
 
 def _most_factors_differ(path: Path, records: Sequence[WeightRecord]) -> bool:

@@ -22,6 +22,7 @@ from milora_init.verification.adapter import (
     check_adapter_header,
     check_initial_factors,
     check_trained_adapter,
+    find_untrained,
 )
 from milora_init.verification.files import Pair, check_files, check_stray_files
 from milora_init.verification.tensors import EPS32, open_tensors, spread
@@ -59,13 +60,15 @@ def verify_adapter(
         if readable and changed:
             findings += check_initial_factors(output)
     if trained is not None:
+        untrained = find_untrained(output, trained) if readable else []
+        findings += untrained
         findings += check_trained_adapter(output, trained, modules, compare_values=readable)
         checked["adapter"] = given_adapter
     if original is not None and readable:
         model = open_model(fetch_original(manifest, original))
         findings += compare_directions(output.weights, model, manifest, all_components=all_components)
         checked |= {"model": original.model, "components": "all" if all_components else "sample"}
-    code = verdict_code(findings, trained=trained is not None, has_base=False)
+    code = verdict_code(findings, trained=trained is not None and not untrained, has_base=False)
     return Verdict(output.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
 
 

@@ -13,7 +13,8 @@ from milora_init.checkpoint.folder import Checkpoint, open_checkpoint, open_mode
 from milora_init.errors import MiloraError, UsageError
 from milora_init.hub.pair import locate_adapter, locate_output
 from milora_init.hub.source import fetch_original
-from milora_init.manifest import Manifest
+from milora_init.lora.folder import LORA_FOLDER
+from milora_init.manifest import MANIFEST, Manifest
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.records import read_output
@@ -22,6 +23,7 @@ from milora_init.verification.adapter import (
     check_adapter_header,
     check_initial_factors,
     check_trained_adapter,
+    find_untrained,
 )
 from milora_init.verification.files import (
     MAKE_AGAIN,
@@ -75,6 +77,8 @@ def verify(  # noqa: PLR0913  the options of the command
     folder = locate_output(pair, cache_dir=cache_dir, token=token)
     trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
     output = read_output(folder)
+    if output is None and folder.name == LORA_FOLDER and (folder.parent / MANIFEST).is_file():
+        raise UsageError(f"{pair} is a part of a pair: its initial adapter", hint=f"milora-init verify {folder.parent}")
     if output is None:
         return verify_without_manifest(pair, folder, trained, trust_remote_code=trust_remote_code)
     original = None
@@ -134,6 +138,8 @@ def _verify(
         findings += check_initial_factors(pair)
 
     if adapter is not None:
+        untrained = find_untrained(pair, adapter) if readable else []
+        findings += untrained
         findings += check_trained_adapter(pair, adapter, modules, compare_values=readable)
         checked["adapter"] = given_adapter
     if original is not None and base is not None and readable:
@@ -141,7 +147,7 @@ def _verify(
         findings += compare_with_model(base, pair.weights, model, manifest, all_components=all_components)
         components = "all" if all_components else "sample"
         checked |= {"model": original.model, "tensors": len(base.tensors), "components": components}
-    code = verdict_code(findings, trained=adapter is not None)
+    code = verdict_code(findings, trained=adapter is not None and not untrained)
     return Verdict(pair.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support import reference
+from support import architectures, reference
 from support.families import FAMILIES, Family
 from support.family_training import initialize_family, load, load_on_original, model_output, train, train_model
 from support.runs import initialize
@@ -149,42 +149,51 @@ def test_an_original_that_was_moved_is_named_with_model(own: Built, start: Start
     api.merge(tmp_path / "out", tmp_path / "merged", model=tmp_path / "moved", progress=False)
 
 
-@pytest.mark.parametrize("known_path", [True, False])
+@pytest.fixture(scope="module")
+def trained_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """trained_with(method) is an output of one model, and an adapter that was trained from it; tests change neither."""
+    folder, made = tmp_path_factory.mktemp("methods"), dict[str, tuple[Path, Path]]()
+    source = architectures.save(folder / "source", LLAMA, "float32")
+
+    def get(method: str) -> tuple[Path, Path]:
+        if method not in made:
+            out, trained = folder / method, folder / f"{method}-trained"
+            options = InitOptions(
+                model=str(source), out=str(out), method=method, target=LLAMA.targets, rank=4, device=("cpu",)
+            )
+            if initialize(options).method.writes_base:
+                train(LLAMA, out, trained)
+            else:
+                train_model(LLAMA, load_on_original(LLAMA, source, out, trainable=True), trained)
+            made[method] = out, trained
+        return made[method]
+
+    return get
+
+
 @pytest.mark.parametrize(
-    ("made", "trained_with"),
+    ("made", "other"),
     [
         ("rlmo", "milora"), ("rlmo", "olora-tail"), ("rlmo", "pissa"), ("rlmo", "rlpo"), ("rlmo", "mica"),
         ("mica", "rlmo"), ("mica", "milora"), ("milora", "rlmo"), ("olora-tail", "rlmo"), ("olora-tail", "mica"),
     ],
 )  # fmt: skip
 def test_an_adapter_of_another_method_is_refused(
-    made: str, trained_with: str, known_path: bool, tmp_path: Path
+    made: str, other: str, trained_with: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     """Also where its config names a path that is not here, so that only the factors tell."""
-    source, out, manifest = initialize_family("llama", tmp_path, "float32", method=made)
-    options = InitOptions(
-        model=str(source),
-        out=str(tmp_path / "other"),
-        method=trained_with,
-        target=LLAMA.targets,
-        rank=4,
-        device=("cpu",),
-    )
-    if initialize(options).method.writes_base:
-        trained = train(LLAMA, tmp_path / "other", tmp_path / "trained")
-    else:
-        model = load_on_original(LLAMA, source, tmp_path / "other", trainable=True)
-        trained = train_model(LLAMA, model, tmp_path / "trained")
-    if not known_path:
-        edit_json(trained / "adapter_config.json", base_model_name_or_path="/nowhere/model")
-    with pytest.raises(PlanError):
-        api.merge(out, tmp_path / "merged", adapter=trained, progress=False)
-    with pytest.raises(PlanError):
-        api.convert(out, trained, tmp_path / "plain")
+    out = trained_with(made)[0]
+    trained = shutil.copytree(trained_with(other)[1], tmp_path / "trained")
+    for path in ("as saved", "/nowhere/model"):
+        if path != "as saved":
+            edit_json(trained / "adapter_config.json", base_model_name_or_path=path)
+        with pytest.raises(PlanError):
+            api.merge(out, tmp_path / "merged", adapter=trained, progress=False)
+        with pytest.raises(PlanError):
+            api.convert(out, trained, tmp_path / "plain")
     assert not api.verify(out, adapter=trained).ok
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "plain").exists()
-    assert manifest.method.name == made
 
 
 def test_the_record_names_no_residual(tmp_path: Path) -> None:

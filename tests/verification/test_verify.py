@@ -22,7 +22,8 @@ from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_input
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.cli.main import run
-from milora_init.errors import UsageError
+from milora_init.errors import PlanError, UsageError
+from milora_init.export.convert import convert
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.progress import Progress, ShardResult
@@ -476,3 +477,25 @@ def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
     assert process.stderr.splitlines()[-1] == " ".join(map(str, statuses))
     assert "Traceback" not in process.stderr
     assert "please report" not in process.stderr
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_an_adapter_that_was_not_trained_is_named(saved_again: bool, pristine: Built, tmp_path: Path) -> None:
+    out, adapter = pristine(), tmp_path / "adapter"
+    shutil.copytree(out / "lora", adapter)
+    if saved_again:
+        weights = adapter / "adapter_model.safetensors"
+        save_file(tensors(adapter), weights, metadata={"format": "pt", "saved": "again"})
+        assert weights.read_bytes() != (out / "lora" / weights.name).read_bytes()
+    verdict = verify(str(out), adapter=str(adapter))
+    assert (verdict.ok, verdict.code) == (True, "pair")
+    assert any("this adapter was not trained" in note for note in verdict.notes)
+    with pytest.raises(PlanError, match="holds the initial factors"):
+        convert(str(out), str(adapter), str(tmp_path / "plain"))
+    assert not (tmp_path / "plain").exists()
+
+
+def test_the_adapter_inside_a_pair_is_told_from_a_foreign_folder(pristine: Built) -> None:
+    with pytest.raises(UsageError, match="is a part of a pair") as caught:
+        verify(str(pristine() / "lora"))
+    assert caught.value.hint == f"milora-init verify {pristine()}"
