@@ -48,35 +48,36 @@ class BlockedMatrix:
         """Each block of rows: which rows, and the block (rows, q) in float64. The next block takes its memory."""
         p, q = self.shape
         step = max(1, min(most_rows, self.arithmetic.row_block_bytes // (8 * q)))
-        memory: Tensor | None = None  # new memory for each block would take longer than the conversion
-        for start in range(0, p, step):
-            rows = slice(start, min(p, start + step))
-            if memory is None:
-                memory = block = self._convert(rows, torch.float64)
-            else:
-                block = memory[: rows.stop - start].copy_(self.stored[rows])
+        for rows, block in self._converted(step, torch.float64):
             if self.exponent:
                 # Two factors, because 2^1074 is not a float64.
                 half = self.exponent // 2
                 block.mul_(math.ldexp(1.0, -half)).mul_(math.ldexp(1.0, half - self.exponent))
             yield rows, block
 
-    def float32_blocks(self) -> Iterator[Tensor]:
-        """Each block of rows (rows, q), rounded to float32 where that is shorter than the weight's dtype."""
-        p, q = self.shape
+    def float32_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The same in float32, rounded where that is shorter than the weight's dtype."""
+        q = self.shape[1]
         if self.exponent:
-            for _, block in self.blocks(self.arithmetic.float32_rows):
-                yield block.to(torch.float32)
+            for rows, block in self.blocks(self.arithmetic.float32_rows):
+                yield rows, block.to(torch.float32)
             return
         step = max(1, min(self.arithmetic.float32_rows, self.arithmetic.row_block_bytes // (4 * q)))
-        for start in range(0, p, step):
-            yield self._convert(slice(start, min(p, start + step)), torch.float32)
+        yield from self._converted(step, torch.float32)
 
-    def _convert(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        block = self.stored[rows]
-        if block.stride(0) < block.stride(1):  # the transpose of a wide weight: convert in the order of its memory
-            return block.mT.to(dtype, copy=True).mT
-        return block.to(dtype, copy=True)
+    def _converted(self, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of `step` rows as they are stored, in dtype, one after the other in the same memory.
+
+        New memory for each block would take longer than the conversion.
+        """
+        p, q = self.shape
+        transposed = self.stored.stride(0) < self.stored.stride(1)  # of a wide weight: keep the order of its memory
+        size = (q, min(step, p)) if transposed else (min(step, p), q)
+        memory = torch.empty(size, dtype=dtype, device=self.stored.device)
+        memory = memory.mT if transposed else memory
+        for start in range(0, p, step):
+            rows = slice(start, min(p, start + step))
+            yield rows, memory[: rows.stop - start].copy_(self.stored[rows])
 
     def times(self, V: Tensor) -> Tensor:
         """X V (p, k) for V (q, k)."""
@@ -131,16 +132,8 @@ class BlockedMatrix:
             G = self.float32_gram().tril_()
             G += G.tril(-1).mT
             return lambda V: G @ V
-        blocks = list(self.float32_blocks())
-
-        def apply(V: Tensor) -> Tensor:
-            # The image lies row by row, and so its transpose is fast as the first factor.
-            out = torch.zeros(V.shape[1], q, dtype=V.dtype, device=V.device)
-            for block in blocks:
-                out.addmm_((block @ V).mT, block)
-            return out.mT
-
-        return apply
+        blocks = [block.clone() for _, block in self.float32_blocks()]
+        return lambda V: times_and_back(blocks, V)
 
     def gram(self) -> Tensor:
         """The lower triangle of the Gram matrix X^T X (q, q); the entries above it have no meaning."""
@@ -152,7 +145,16 @@ class BlockedMatrix:
 
     def float32_gram(self) -> Tensor:
         """The same in float32."""
-        return gram_of_blocks(self.float32_blocks(), self.shape[1], self.arithmetic)
+        return gram_of_blocks((block for _, block in self.float32_blocks()), self.shape[1], self.arithmetic)
+
+
+def times_and_back(blocks: Iterable[Tensor], V: Tensor) -> Tensor:
+    """X^T X V (q, k) for V (q, k) and the blocks of rows of X (rows, q)."""
+    # The image lies row by row, and so its transpose is fast as the first factor.
+    out = torch.zeros(V.shape[1], V.shape[0], dtype=V.dtype, device=V.device)
+    for block in blocks:
+        out.addmm_((block @ V).mT, block)
+    return out.mT
 
 
 def gram_of_blocks(blocks: Iterable[Tensor], q: int, arithmetic: DeviceArithmetic) -> Tensor:

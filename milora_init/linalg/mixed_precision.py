@@ -35,16 +35,14 @@ Sources: the correction equation: G. Sleijpen and H. van der Vorst (1996), https
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from milora_init.linalg.arithmetic import DeviceArithmetic
-from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator, gram_of_blocks
+from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator, gram_of_blocks, times_and_back
 from milora_init.linalg.certificate import (
     Certificate,
     Gaps,
@@ -68,18 +66,18 @@ from milora_init.linalg.lanczos import (
 )
 
 EPS32 = torch.finfo(torch.float32).eps
-_EXTRA = 32  # vectors beyond the wanted ones: the more, the better conditioned is the correction equation
+_EXTRA = 48  # vectors beyond the wanted ones: the more, the better conditioned is the correction equation
 _ANGLE = 3e-4  # of the float32 vectors, about as accurate as float32 leaves them
 _PRODUCTS = 12  # vectors that A is applied to, for each wanted one
 _NOISE = 0.1  # of eps * ||G||: four times and more what was measured on the eigenvectors of the smallest eigenvalues
-_DEFLATED = 72  # large directions that are taken out of X before its Gram matrix is rounded
+_DEFLATED = 48  # large directions that are taken out of X before its Gram matrix is rounded
 _BELOW_ZERO = 100  # times the noise: the shift where the spectrum reaches down to zero
 _SHIFT_BLOCK = 48
 _SHIFT = 0.95  # of the smallest eigenvalue
 _MOST_CHEBYSHEV_STEPS = 12
-_BEST_REDUCTION = 1e-5  # of the error by one correction: the rounding of M leaves more
+_BEST_REDUCTION = 1e-4  # of the error by one correction: the rounding of A leaves about as much
 _MOST_CORRECTIONS = 5
-_MARGIN = 0.2  # of the tolerated error of a triplet: what its correction aims at
+_MARGIN = 0.5  # of the tolerated error of a triplet: what its correction aims at
 
 
 Number = TypeVar("Number", float, Tensor)
@@ -98,17 +96,14 @@ class _End(Protocol):
     def right_side(self, R: Tensor, theta: Tensor) -> Tensor:
         """b (q, b) in the correction equation (I - sigma A) t = b, for residuals R (q, b) and eigenvalues theta (b,)."""
 
-    def weights(self, b: Tensor, R: Tensor, nearest: float) -> Tensor | None:
+    def weights(self, b: Tensor, R: Tensor, nearest: Tensor) -> Tensor | None:
         """R^T (X^T X - shift I)^-1 R (b,), rather too large than too small; None if not known.
 
-        b is right_side(R), in float32 as R (q, b); `nearest` is the first unwanted eigenvalue of G.
+        b is right_side(R), in float32 as R (q, b); `nearest` (1,) is the first unwanted eigenvalue of G.
         """
 
-    def eigenvalue_of(self, theta: Tensor) -> Tensor:
-        """The eigenvalues of A that belong to eigenvalues of G."""
-
-    def nearest_unwanted(self, theta: Tensor, R: Tensor) -> Tensor:
-        """The first unwanted eigenvalue (1,) of G, rather too near than too far: its Ritz value (1,), residual (q, 1)."""
+    def resolves(self, nearest: float) -> bool:
+        """Whether float32 resolves the wanted end, if `nearest` is the first unwanted eigenvalue of G."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,19 +151,13 @@ class _SmallEnd:
         unit = (R / size.clamp_min(1e-300)).to(torch.float32)
         return theta - 2 * size.square() * (unit * self.apply(unit)).sum(dim=0)
 
-    def weights(self, b: Tensor, R: Tensor, nearest: float) -> Tensor | None:
-        return (R * b).sum(dim=0) * -self._excess(nearest)
+    def weights(self, b: Tensor, R: Tensor, nearest: Tensor) -> Tensor | None:
+        # An eigenvalue of M that is at least `nearest` exceeds that of G by at most this factor.
+        excess = 1 + (max(0.0, self.noise - self.shift) / nearest).to(torch.float32)
+        return (R * b).sum(dim=0).mul_(-excess)
 
-    def _excess(self, next_eigenvalue: float) -> float:
-        """The most by which an eigenvalue of M exceeds one of G that is at least `next_eigenvalue`, as a factor.
-
-        Raises:
-            NotConverged: It is not close to 1.
-        """
-        above = self.noise - self.shift
-        if not above <= 0.5 * next_eigenvalue:
-            raise NotConverged("float32 does not resolve the wanted end")
-        return 1 + max(0.0, above / next_eigenvalue)
+    def resolves(self, nearest: float) -> bool:
+        return self.noise - self.shift <= 0.5 * nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +177,11 @@ class _LargeEnd:
         # An unwanted Ritz value lies below its eigenvalue, by its residual at most.
         return theta + R.norm(dim=0)
 
-    def weights(self, b: Tensor, R: Tensor, nearest: float) -> Tensor | None:  # noqa: ARG002  the protocol's
+    def weights(self, b: Tensor, R: Tensor, nearest: Tensor) -> Tensor | None:  # noqa: ARG002  the protocol's
         return None
+
+    def resolves(self, nearest: float) -> bool:
+        return nearest > 0
 
 
 def extreme_triplets(
@@ -205,37 +197,35 @@ def extreme_triplets(
     vectors, image, theta = _ritz_vectors(end, X, pairs, r, largest=largest)
     # s descends: the first unwanted triplet is the first or the last one of r + 1.
     wanted, following = (slice(r), slice(r, None)) if largest else (slice(1, None), slice(1))
+    s_max = math.sqrt(max(float(theta[0]), 0.0)) if end.s_max is None else end.s_max
+    of_wanted = theta[:r] if largest else theta[:r].flip(0)
     beyond: _Beyond | None = None
-    nearest = math.nan
     left, s, right, image = _rotate(image, vectors[:, : r + 1], X.arithmetic)
     previous = math.inf
     for corrections in range(_MOST_CORRECTIONS + 1):
         residual = residual_of(X, left, s, right)
         if corrections == 0:
-            unwanted = end.nearest_unwanted(s[following].square(), residual[:, following] * s[following])
-            nearest = float(unwanted)
+            nearest = end.nearest_unwanted(s[following].square(), residual[:, following] * s[following])
+            nearest_s = nearest.clamp_min(0).sqrt().expand(r)
             left, s, right, image, residual = (x[..., wanted] for x in (left, s, right, image, residual))
         size = residual.norm(dim=0).clamp_min(1e-300)
         direction = outside(right, residual / size).to(torch.float32)
         b = end.right_side(direction, s.square().to(torch.float32))
         weights = end.weights(b, direction, nearest)
-        unwanted_s = torch.full_like(s, max(nearest, 0.0) ** 0.5)
         solution = Solution(
             left,
             s,
             right,
             image,
-            float(s[0]) if end.s_max is None else end.s_max,
+            s_max,
             path="mixed",
             reason=f"r = {r} of q = {X.shape[1]}, {how}, {corrections} corrections",
             complete="an independent block found nothing beyond the cut",
         )
-        certificate, errors = measure(
-            solution,
-            Gaps(unwanted_s, (s - unwanted_s).abs()),
-            residual,
-            None if weights is None else weights.to(torch.float64) * size.square(),
-        )
+        gaps = Gaps(nearest_s, (s - nearest_s).abs())
+        certificate, errors = measure(solution, gaps, residual, None if weights is None else weights * size.square())
+        if not end.resolves(errors.nearest**2):
+            raise NotConverged("float32 does not resolve the wanted end")
         if is_accepted(solution, certificate, tolerance):
             return solution, certificate
         error = math.inf if certificate.component_error is None else certificate.component_error
@@ -244,7 +234,8 @@ def extreme_triplets(
         previous = error
         if beyond is None:
             beyond = _Beyond.of(end, right, vectors[:, r:], theta[r:])
-        t = _corrections(end, beyond, solution, b, errors * (math.sqrt(r) / tolerance), largest=largest)
+        excess = errors.parts * (math.sqrt(r) / tolerance)
+        t = _corrections(end, beyond, right, b, 1 / end.eigenvalue_of(of_wanted), excess, largest=largest)
         right, _ = X.arithmetic.orthonormalise(torch.addcmul(right, t, size * s), condition=10)
         left, s, right, image = _rotate(X.times(right), right, X.arithmetic)
     raise NotConverged(f"corrections in float64 left an error of {error:.1e}")
@@ -337,17 +328,14 @@ def _deflated_inverse(X: BlockedMatrix) -> _SmallEnd:
     """(G + noise I)^-1 by block elimination of the largest directions. Raises NotConverged."""
     q, arithmetic = X.shape[1], X.arithmetic
     start = torch.randn(q, _DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    blocks = list(X.float32_blocks())  # of rows; it is read five times
-    starts = list(accumulate(block.shape[0] for block in blocks))[:-1]
     V = start.to(X.stored.device, torch.float32)
-    Q = arithmetic.normalise(_transposed_times(blocks, [block @ V for block in blocks]))
-    U, R = arithmetic.orthonormalise(torch.cat([block @ Q for block in blocks]), condition=1e4)
+    Q = arithmetic.normalise(times_and_back((block for _, block in X.float32_blocks()), V))
+    U, R = arithmetic.orthonormalise(torch.cat([block @ Q for _, block in X.float32_blocks()]), condition=1e4)
     F = torch.linalg.solve_triangular(R, Q, upper=True, left=False)
-    Z = _transposed_times(blocks, U.tensor_split(starts)).mT
-    for block, rows in zip(blocks, U.tensor_split(starts), strict=True):
-        block.addmm_(rows, Z, alpha=-1)
-    S = gram_of_blocks(blocks, q, arithmetic)
-    del blocks
+    Z = torch.zeros(U.shape[1], q, dtype=U.dtype, device=U.device)
+    for rows, block in X.float32_blocks():
+        Z.addmm_(U[rows].mT, block)
+    S = gram_of_blocks((block.addmm_(U[rows], Z, alpha=-1) for rows, block in X.float32_blocks()), q, arithmetic)
     norm, trace, s_max = torch.stack(
         [torch.linalg.matrix_norm(S), S.diagonal().sum(), torch.linalg.matrix_norm(R, ord=2)]
     ).tolist()
@@ -364,14 +352,6 @@ def _deflated_inverse(X: BlockedMatrix) -> _SmallEnd:
     half = torch.addmm(F, F, Z @ SZ).mul_(0.5).sub_(SZ)
     whole = torch.addmm(factor.inverse, half, F.mT).addmm_(F, half.mT)
     return _SmallEnd(CholeskyFactor(factor.L, [], whole), None, shift, noise, s_max)
-
-
-def _transposed_times(blocks: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """X^T U (q, k), for the blocks of rows of X (p, q) and of U (p, k)."""
-    out = blocks[0].mT @ rows[0]
-    for block, of_block in zip(blocks[1:], rows[1:], strict=True):
-        out.addmm_(block.mT, of_block)
-    return out
 
 
 def _noise(norm: Number) -> Number:
@@ -407,65 +387,61 @@ class _Beyond:
 
 
 def _corrections(  # noqa: PLR0913  the parameters of the equation
-    end: _End, beyond: _Beyond, solution: Solution, b: Tensor, excess: Tensor, *, largest: bool
+    end: _End, beyond: _Beyond, right: Tensor, b: Tensor, sigma: Tensor, excess: Tensor, *, largest: bool
 ) -> Tensor:
-    """t (q, r) with (I - sigma A) t = b on the complement of the solution's right vectors.
+    """t (q, r) with (I - sigma A) t = b on the complement of the wanted vectors.
 
     Args:
         end: Has the operator A.
         beyond: The vectors beyond the wanted ones.
-        solution: The wanted triplets.
+        right: The wanted vectors (q, r).
         b: (q, r) in float32.
+        sigma: (r,) on the CPU.
         excess: (r,) on the CPU, by how much the error of each triplet is too large.
         largest: Which end.
     """
-    V = solution.right.to(torch.float32)
+    V = right.to(torch.float32)
     E = outside(V, beyond.E)
     b = outside(V, b)
-    sigma = 1 / end.eigenvalue_of(solution.s.square())
     # In the span of E: (I - sigma diag(values)) c = E^T b + sigma rest^T t.
-    coarse = 1 / (1 - beyond.values.to(sigma.device).unsqueeze(1) * sigma)
-    coarse, sigma32 = coarse.to(torch.float32), sigma.to(torch.float32)
+    coarse = 1 / (1 - beyond.values.unsqueeze(1) * sigma)
+    coarse, coupling = torch.stack([coarse, coarse * sigma]).to(b.device, torch.float32)
     of_b = E.mT @ b
-    fine = torch.addmm(b, E, of_b, alpha=-1).addmm_(beyond.rest, sigma32 * coarse * of_b)
-    t = _chebyshev(end, torch.cat([V, E], dim=1), fine, sigma.cpu(), beyond.reach, excess, largest=largest)
-    c = coarse * torch.addcmul(of_b, sigma32, beyond.rest.mT @ t)
-    return torch.addmm(t, E, c)
+    fine = torch.addmm(b, E, of_b, alpha=-1).addmm_(beyond.rest, coupling * of_b)
+    t = _chebyshev(end, torch.cat([V, E], dim=1), fine, sigma, beyond.reach, excess, largest=largest)
+    return torch.addmm(t, E, (coarse * of_b).addcmul_(coupling, beyond.rest.mT @ t))
 
 
 def _chebyshev(  # noqa: PLR0913  the parameters of the iteration
     end: _End, basis: Tensor, b: Tensor, sigma: Tensor, reach: float, excess: Tensor, *, largest: bool
 ) -> Tensor:
-    """t (q, r) with (I - K) t = b, for K = sigma P A P, by Chebyshev's iteration in each column.
+    """t (q, r) with (I - K) t = b, for K = sigma P A P, by Chebyshev's iteration in each column; b is overwritten.
 
     P projects on the complement of the basis (q, k); b (q, r) lies there. The eigenvalues of K lie between 0 and sigma *
     reach. sigma (r,) and excess (r,), on the CPU, decide how many steps a column gets: most for those next to the
     unwanted eigenvalues, the last ones of the largest triplets and the first ones of the smallest.
+
+    Source: Y. Saad (2003), Iterative Methods for Sparse Linear Systems, algorithm 12.1.
     """
-    center = (sigma * reach).clamp(1e-6, 0.99) / 2
-    radius = center / (1 - center)  # of the spectrum of the iteration's matrix, once centered
-    rate = radius / (1 + (1 - radius.square()).sqrt())
+    half = (sigma * reach).clamp(1e-6, 0.99) / 2  # of the interval of eigenvalues of I - K, around 1 - half
+    ratio = (1 - half) / half
+    rate = ratio - (ratio.square() - 1).sqrt()
     reduction = (_MARGIN / excess).clamp(_BEST_REDUCTION, 1.0)
     steps = (torch.log(reduction) / torch.log(rate)).ceil().clamp(0, _MOST_CHEBYSHEV_STEPS)
-    weights = [torch.ones_like(sigma)]
-    for step in range(int(steps.max())):
-        weights.append(1 / (1 - radius.square() * weights[-1] / (2 if step == 0 else 4)))
-    # x <- w (K x + b - c x) / (1 - c) + (1 - w) x_before
-    table = torch.stack(
-        [torch.stack([w / (1 - center), w * sigma / (1 - center), -w * center / (1 - center), 1 - w]) for w in weights]
-    ).to(b.device, b.dtype)
-    t = table[0, 0] * b
-    before = torch.zeros_like(t)
-    for step in range(1, len(weights)):
+    rho, table = 1 / ratio, [torch.stack([sigma, 1 / (1 - half)])]
+    for _ in range(int(steps.max())):
+        rho, before = 1 / (2 * ratio - rho), rho
+        table.append(torch.stack([rho * before, 2 * rho / half]))
+    (of_image, first), *factors = torch.stack(table).to(b.device, b.dtype)
+    residual, change = b, first * b
+    t = change.clone()
+    for step, (of_change, of_residual) in enumerate(factors, start=1):
         going_on = (steps >= step).nonzero().flatten()
         active = slice(int(going_on[0]), None) if largest else slice(int(going_on[-1]) + 1)
-        now = t[:, active]
-        of_b, of_image, of_t, of_before = table[step, :, active]
-        image = outside(basis, end.apply(now.contiguous()))
-        new = of_b * b[:, active]
-        new.addcmul_(of_image, image).addcmul_(of_t, now).addcmul_(of_before, before[:, active])
-        before[:, active] = now
-        t[:, active] = new
+        r, d = residual[:, active], change[:, active]
+        r.sub_(d).addcmul_(of_image[active], outside(basis, end.apply(d)))
+        d.mul_(of_change[active]).addcmul_(of_residual[active], r)
+        t[:, active].add_(d)
     return t
 
 
