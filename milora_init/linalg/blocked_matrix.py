@@ -47,37 +47,34 @@ class BlockedMatrix:
     def blocks(self, most_rows: int = 1 << 60) -> Iterator[tuple[slice, Tensor]]:
         """Each block of rows: which rows, and the block (rows, q) in float64. The next block takes its memory."""
         p, q = self.shape
-        step = max(1, min(most_rows, self.arithmetic.row_block_bytes // (8 * q)))
-        for rows, block in self._converted(step, torch.float64):
+        step = min(p, max(1, min(most_rows, self.arithmetic.row_block_bytes // (8 * q))))
+        # New memory for each block would take longer than the conversion. It is in the order of the weight's own.
+        size = (q, step) if _is_transposed(self.stored) else (step, q)
+        memory = torch.empty(size, dtype=torch.float64, device=self.stored.device)
+        memory = memory.mT if _is_transposed(self.stored) else memory
+        for start in range(0, p, step):
+            rows = slice(start, min(p, start + step))
+            block = memory[: rows.stop - start].copy_(self.stored[rows])
             if self.exponent:
                 # Two factors, because 2^1074 is not a float64.
                 half = self.exponent // 2
                 block.mul_(math.ldexp(1.0, -half)).mul_(math.ldexp(1.0, half - self.exponent))
             yield rows, block
 
-    def float32_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The same in float32, rounded where that is shorter than the weight's dtype."""
-        q = self.shape[1]
+    def float32_blocks(self) -> Iterator[Tensor]:
+        """Each block of rows (rows, q), rounded to float32 where that is shorter than the weight's dtype."""
+        p, q = self.shape
         if self.exponent:
-            for rows, block in self.blocks(self.arithmetic.float32_rows):
-                yield rows, block.to(torch.float32)
+            for _, block in self.blocks(self.arithmetic.float32_rows):
+                yield block.to(torch.float32)
             return
         step = max(1, min(self.arithmetic.float32_rows, self.arithmetic.row_block_bytes // (4 * q)))
-        yield from self._converted(step, torch.float32)
-
-    def _converted(self, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of `step` rows as they are stored, in dtype, one after the other in the same memory.
-
-        New memory for each block would take longer than the conversion.
-        """
-        p, q = self.shape
-        transposed = self.stored.stride(0) < self.stored.stride(1)  # of a wide weight: keep the order of its memory
-        size = (q, min(step, p)) if transposed else (min(step, p), q)
-        memory = torch.empty(size, dtype=dtype, device=self.stored.device)
-        memory = memory.mT if transposed else memory
         for start in range(0, p, step):
-            rows = slice(start, min(p, start + step))
-            yield rows, memory[: rows.stop - start].copy_(self.stored[rows])
+            block = self.stored[start : start + step]
+            if _is_transposed(block):
+                yield block.mT.to(torch.float32, copy=True).mT
+            else:
+                yield block.to(torch.float32, copy=True)
 
     def times(self, V: Tensor) -> Tensor:
         """X V (p, k) for V (q, k)."""
@@ -90,10 +87,21 @@ class BlockedMatrix:
     def transposed_times(self, U: Tensor) -> Tensor:
         """X^T U (q, k) for U (p, k)."""
         padded = _pad(U)
-        out = U.new_zeros(padded.shape[1], self.shape[1])  # its transpose takes up to twice the time
+        out = U.new_zeros(self.shape[1], padded.shape[1])
         for rows, block in self.blocks():
-            out.addmm_(padded[rows].mT, block)
-        return out[: U.shape[1]].mT.contiguous()
+            out.addmm_(block.mT, padded[rows])
+        return out[:, : U.shape[1]].contiguous()
+
+    def times_and_back(self, V: Tensor) -> tuple[Tensor, Tensor]:
+        """X V (p, k) and X^T X V (q, k) for V (q, k), reading X once."""
+        padded = _pad(V)
+        out = V.new_empty(self.shape[0], padded.shape[1])
+        back = V.new_zeros(self.shape[1], padded.shape[1])
+        for rows, block in self.blocks():
+            torch.mm(block, padded, out=out[rows])
+            back.addmm_(block.mT, out[rows])
+        k = V.shape[1]
+        return out[:, :k], back[:, :k]
 
     def to_float64(self) -> Tensor:
         """X itself (p, q), all of it."""
@@ -132,8 +140,16 @@ class BlockedMatrix:
             G = self.float32_gram().tril_()
             G += G.tril(-1).mT
             return lambda V: G @ V
-        blocks = [block.clone() for _, block in self.float32_blocks()]
-        return lambda V: times_and_back(blocks, V)
+        blocks = list(self.float32_blocks())
+
+        def apply(V: Tensor) -> Tensor:
+            # The image lies row by row, and so its transpose is fast as the first factor.
+            out = torch.zeros(V.shape[1], q, dtype=V.dtype, device=V.device)
+            for block in blocks:
+                out.addmm_((block @ V).mT, block)
+            return out.mT
+
+        return apply
 
     def gram(self) -> Tensor:
         """The lower triangle of the Gram matrix X^T X (q, q); the entries above it have no meaning."""
@@ -145,16 +161,7 @@ class BlockedMatrix:
 
     def float32_gram(self) -> Tensor:
         """The same in float32."""
-        return gram_of_blocks((block for _, block in self.float32_blocks()), self.shape[1], self.arithmetic)
-
-
-def times_and_back(blocks: Iterable[Tensor], V: Tensor) -> Tensor:
-    """X^T X V (q, k) for V (q, k) and the blocks of rows of X (rows, q)."""
-    # The image lies row by row, and so its transpose is fast as the first factor.
-    out = torch.zeros(V.shape[1], V.shape[0], dtype=V.dtype, device=V.device)
-    for block in blocks:
-        out.addmm_((block @ V).mT, block)
-    return out.mT
+        return gram_of_blocks(self.float32_blocks(), self.shape[1], self.arithmetic)
 
 
 def gram_of_blocks(blocks: Iterable[Tensor], q: int, arithmetic: DeviceArithmetic) -> Tensor:
@@ -184,6 +191,11 @@ def _add_gram(G: Tensor, block: Tensor, whole_columns: int) -> None:
     _add_gram(G[:half, :half], left, whole_columns)
     _add_gram(G[half:, half:], right, whole_columns)
     G[half:, :half].addmm_(right.mT, left)
+
+
+def _is_transposed(stored: Tensor) -> bool:
+    """Whether it is the transpose of a wide weight, which lies in memory column by column."""
+    return stored.stride(0) < stored.stride(1)
 
 
 def _pad(V: Tensor) -> Tensor:

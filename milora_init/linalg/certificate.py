@@ -75,19 +75,6 @@ class Gaps:
     distance: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Errors:
-    """Figures behind a certificate, on the CPU.
-
-    Attributes:
-        parts: (r,), of each triplet: their squares sum to the square of the component error.
-        nearest: The unwanted singular value nearest to the first triplet.
-    """
-
-    parts: Tensor
-    nearest: float
-
-
 def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
     """Measure a solution against X (p, q)."""
     residual = residual_of(X, solution.left, solution.s, solution.right)
@@ -104,8 +91,10 @@ def residual_of(X: BlockedMatrix, left: Tensor, s: Tensor, right: Tensor) -> Ten
 
 def measure(
     solution: Solution, gaps: Gaps, residual: Tensor, weights: Tensor | None = None
-) -> tuple[Certificate, Errors]:
-    """The certificate of a solution, and what each triplet adds to its error.
+) -> tuple[Certificate, Tensor]:
+    """The certificate of a solution, and the part (r,) of each triplet in its error, on the CPU.
+
+    The squares of the parts sum to the square of the component error.
 
     Most of the residual b = X^T u - s v is rounding error along the largest singular vectors, where it does no harm:
     the part of b along s_j changes D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that
@@ -154,7 +143,7 @@ def measure(
         component_error=error if math.isfinite(error) else None,
         complete=solution.complete,
     )
-    return certificate, Errors(changes / max(component_norm, resolution), float(nearest[0]))
+    return certificate, changes / max(component_norm, resolution)
 
 
 def gaps_in(spectrum: Tensor, wanted: Tensor) -> Gaps:

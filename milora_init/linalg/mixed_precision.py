@@ -4,26 +4,23 @@ Why. What is wanted needs float64 accuracy, but most of the work towards it does
 float64 on a CPU, and 32 or 64 times on most GPUs. The products of bfloat16 numbers are exact in it.
 
 How. 1. An operator A in float32 whose largest eigenvalues are wanted. For the largest triplets it is the Gram matrix
-G = X^T X. For the smallest it is M^-1, with M = G - shift I, from G and a Cholesky factor. 2. Block Lanczos
-(lanczos.py) or a filtered subspace (filtered_subspace.py) with A: the wanted right vectors, and some beyond them, to
-three or four digits. 3. Rayleigh-Ritz with them in float64, in X itself. 4. The residual of the wanted triplets in
-float64, and from it the certificate. 5. While that is not accepted: a correction t of each wanted vector v, with
-eigenvalue theta and residual R = G v - theta v, from
+G = X^T X, applied as X^T (X v). For the smallest it is M^-1, with M = G - shift I, from G and a Cholesky factor.
+2. Block Lanczos (lanczos.py) or a filtered subspace (filtered_subspace.py) with A: the wanted right vectors, and some
+beyond them, to three digits. 3. Rayleigh-Ritz with these vectors in float64, from X V and X^T X V. 4. While the error
+estimate is too large: a correction t of each wanted vector v, with Ritz value theta and residual R = G v - theta v,
+from
 
-    (G - theta I) t = -R    on the complement of the wanted vectors,
+    (G - theta I) t = -R    on the complement of the basis,
 
-in float32, to as many digits as the triplet needs: t is added to v. Back to steps 3 and 4, with the wanted vectors
-alone.
+the correction equation of the Jacobi-Davidson method. It is solved to a few digits, in float32, by Chebyshev's
+iteration on (I - (theta - shift) M^-1) t = -M^-1 R, or on (I - G / theta) t = R / theta. The corrections join the
+basis: back to step 3.
 
-The correction equation is solved as (I - sigma A) t = b, where 1 / sigma is the eigenvalue of A that belongs to theta.
-The vectors beyond the wanted ones, where I - sigma A is nearly singular, are eliminated exactly; what is left takes
-Chebyshev's iteration a few steps.
+Precision. Step 3 alone decides the accuracy. Each correction multiplies the error by the relative error of A on the
+complement, 1e-2 to 1e-4.
 
-Precision. Steps 3 and 4 alone decide the accuracy. Each correction multiplies the error by the relative error of A on
-the complement, 1e-2 to 1e-4.
-
-Cost. For the smallest p q^2 and q^3 / 3 operations in float32, for the largest 4 p q for each product. In float64
-2 p q for each vector of step 2, and 4 p q r for each round of steps 3 and 4, of which there are two mostly.
+Cost. For the smallest p q^2 and q^3 / 3 operations in float32, for the largest 4 p q for each product; in float64
+4 p q for each column of the basis, of which there are r to 4 r.
 
 Failure. `NotConverged` where float32 does not resolve the wanted end: the first unwanted eigenvalue of G must be well
 above eps * ||G||. That shows in the corrections, too, which then do not converge. The certificate (certificate.py) is
@@ -35,23 +32,17 @@ Sources: the correction equation: G. Sleijpen and H. van der Vorst (1996), https
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from milora_init.linalg.arithmetic import DeviceArithmetic
-from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator, gram_of_blocks, times_and_back
-from milora_init.linalg.certificate import (
-    Certificate,
-    Gaps,
-    NotConverged,
-    Solution,
-    is_accepted,
-    measure,
-    residual_of,
-)
+from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator, gram_of_blocks
+from milora_init.linalg.certificate import Certificate, Gaps, NotConverged, Solution, certify, is_accepted
 from milora_init.linalg.cholesky import CholeskyFactor, cholesky
 from milora_init.linalg.filtered_subspace import filtered_eigenpairs
 from milora_init.linalg.lanczos import (
@@ -66,21 +57,33 @@ from milora_init.linalg.lanczos import (
 )
 
 EPS32 = torch.finfo(torch.float32).eps
-_EXTRA = 48  # vectors beyond the wanted ones: the more, the better conditioned is the correction equation
-_ANGLE = 3e-4  # of the float32 vectors, about as accurate as float32 leaves them
-_PRODUCTS = 12  # vectors that A is applied to, for each wanted one
+_EXTRA = 32  # vectors beyond the wanted ones: the more, the better conditioned is the correction equation
+_ANGLE = 1e-3  # of the float32 vectors, about as accurate as float32 leaves them
 _NOISE = 0.1  # of eps * ||G||: four times and more what was measured on the eigenvectors of the smallest eigenvalues
-_DEFLATED = 48  # large directions that are taken out of X before its Gram matrix is rounded
+_DEFLATED = 72  # large directions that are taken out of X before its Gram matrix is rounded
 _BELOW_ZERO = 100  # times the noise: the shift where the spectrum reaches down to zero
 _SHIFT_BLOCK = 48
 _SHIFT = 0.95  # of the smallest eigenvalue
 _MOST_CHEBYSHEV_STEPS = 12
-_BEST_REDUCTION = 1e-4  # of the error by one correction: the rounding of A leaves about as much
+_BEST_REDUCTION = 1e-5  # of the error by one correction: the rounding of M leaves more
 _MOST_CORRECTIONS = 5
-_MARGIN = 0.5  # of the tolerated error of a triplet: what its correction aims at
+_COLUMNS = 24  # corrections are computed in multiples of this
 
 
 Number = TypeVar("Number", float, Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Estimate:
+    """Of the errors of computed triplets.
+
+    Attributes:
+        errors: (r,), the part of each triplet in the relative error of the component.
+        nearest: The nearest unwanted singular value.
+    """
+
+    errors: Tensor
+    nearest: float
 
 
 class _End(Protocol):
@@ -93,17 +96,17 @@ class _End(Protocol):
     def apply(self, B: Tensor) -> Tensor:
         """A B (q, b) for B (q, b)."""
 
-    def right_side(self, R: Tensor, theta: Tensor) -> Tensor:
-        """b (q, b) in the correction equation (I - sigma A) t = b, for residuals R (q, b) and eigenvalues theta (b,)."""
+    def precondition(self, R: Tensor) -> Tensor:
+        """The right-hand side (q, b) of the equation that A solves, for R (q, b), up to a factor for each column."""
 
-    def weights(self, b: Tensor, R: Tensor, nearest: Tensor) -> Tensor | None:
-        """R^T (X^T X - shift I)^-1 R (b,), rather too large than too small; None if not known.
+    def eigenvalue_of(self, theta: Tensor) -> Tensor:
+        """The eigenvalues of A that belong to eigenvalues of G."""
 
-        b is right_side(R), in float32 as R (q, b); `nearest` (1,) is the first unwanted eigenvalue of G.
-        """
+    def estimate(self, theta: Tensor, weights: Tensor) -> _Estimate:
+        """For the Ritz values theta (r + 1,), the first unwanted one last, and weights = R^T precondition(R)."""
 
-    def resolves(self, nearest: float) -> bool:
-        """Whether float32 resolves the wanted end, if `nearest` is the first unwanted eigenvalue of G."""
+    def inverse(self, estimate: _Estimate) -> Operator | None:
+        """The product with (X^T X - shift I)^-1 in float64, rather too large than too small; None if not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,49 +142,68 @@ class _SmallEnd:
         x = self.S.solve(torch.addmm(B, Z.mT, c, alpha=-1))
         return torch.addmm(x, F, torch.addmm(c, Z, x, alpha=-1))
 
-    def right_side(self, R: Tensor, theta: Tensor) -> Tensor:  # noqa: ARG002  the protocol's
-        return self.apply(R).neg_()
+    def precondition(self, R: Tensor) -> Tensor:
+        return self.apply(R)
 
     def eigenvalue_of(self, theta: Tensor) -> Tensor:
         return 1 / (theta - self.shift)
 
-    def nearest_unwanted(self, theta: Tensor, R: Tensor) -> Tensor:
-        # An unwanted Ritz value lies above its eigenvalue, by about R^T M^-1 R.
-        size = R.norm(dim=0)
-        unit = (R / size.clamp_min(1e-300)).to(torch.float32)
-        return theta - 2 * size.square() * (unit * self.apply(unit)).sum(dim=0)
+    def estimate(self, theta: Tensor, weights: Tensor) -> _Estimate:
+        """Raises NotConverged."""
+        # An unwanted Ritz value lies above its eigenvalue, by about its own weight.
+        following = float(theta[-1] - 2 * weights[-1])
+        theta, weights = theta[:-1], weights[:-1].clamp_min(0)
+        excess = self._excess(following)
+        s, nearest = theta.clamp_min(0).sqrt(), math.sqrt(following)
+        distance = (following - theta).clamp_min(1e-300)
+        per_weight = nearest * (following + theta).clamp_min(0).sqrt() / distance  # as in `certify`
+        errors = (excess * weights).sqrt() * per_weight / float(s.norm().clamp_min(1e-300))
+        return _Estimate(errors, nearest)
 
-    def weights(self, b: Tensor, R: Tensor, nearest: Tensor) -> Tensor | None:
-        # An eigenvalue of M that is at least `nearest` exceeds that of G by at most this factor.
-        excess = 1 + (max(0.0, self.noise - self.shift) / nearest).to(torch.float32)
-        return (R * b).sum(dim=0).mul_(-excess)
+    def inverse(self, estimate: _Estimate) -> Operator | None:
+        excess = self._excess(estimate.nearest**2)
+        return lambda B: excess * self.apply(B.to(torch.float32)).to(torch.float64)
 
-    def resolves(self, nearest: float) -> bool:
-        return self.noise - self.shift <= 0.5 * nearest
+    def _excess(self, next_eigenvalue: float) -> float:
+        """The most by which an eigenvalue of M exceeds one of G that is at least `next_eigenvalue`, as a factor.
+
+        Raises:
+            NotConverged: It is not close to 1.
+        """
+        above = self.noise - self.shift
+        if not above <= 0.5 * next_eigenvalue:
+            raise NotConverged("float32 does not resolve the wanted end")
+        return 1 + max(0.0, above / next_eigenvalue)
 
 
 @dataclass(frozen=True, slots=True)
 class _LargeEnd:
-    """A = G in float32."""
+    """A = G in float32, as X^T (X B) with the blocks of rows of X (rows, q)."""
 
-    apply: Operator
+    blocks: list[Tensor]
     s_max: float | None = None
 
-    def right_side(self, R: Tensor, theta: Tensor) -> Tensor:
-        return R / theta
+    def apply(self, B: Tensor) -> Tensor:
+        """G B (q, b) for B (q, b), in float32."""
+        return _transposed_times(self.blocks, [block @ B for block in self.blocks])
+
+    def precondition(self, R: Tensor) -> Tensor:
+        return R
 
     def eigenvalue_of(self, theta: Tensor) -> Tensor:
         return theta
 
-    def nearest_unwanted(self, theta: Tensor, R: Tensor) -> Tensor:
+    def estimate(self, theta: Tensor, weights: Tensor) -> _Estimate:
+        weights = weights.clamp_min(0)
+        s = theta.clamp_min(0).sqrt()
         # An unwanted Ritz value lies below its eigenvalue, by its residual at most.
-        return theta + R.norm(dim=0)
+        nearest = math.sqrt(max(float(theta[-1] + weights[-1].sqrt()), 0.0))
+        s, weights = s[:-1], weights[:-1]
+        errors = weights.sqrt() / (s - nearest).clamp_min(1e-300) / float(s.norm().clamp_min(1e-300))
+        return _Estimate(errors, nearest)
 
-    def weights(self, b: Tensor, R: Tensor, nearest: Tensor) -> Tensor | None:  # noqa: ARG002  the protocol's
+    def inverse(self, estimate: _Estimate) -> Operator | None:  # noqa: ARG002  the protocol's
         return None
-
-    def resolves(self, nearest: float) -> bool:
-        return nearest > 0
 
 
 def extreme_triplets(
@@ -192,80 +214,69 @@ def extreme_triplets(
     Raises:
         NotConverged: float32 does not resolve them, or the corrections do not converge.
     """
-    end: _End = _LargeEnd(X.float32_gram_operator(_PRODUCTS * r)) if largest else _small_end(X)
+    q, arithmetic, device = X.shape[1], X.arithmetic, X.stored.device
+    end: _End = _LargeEnd(list(X.float32_blocks())) if largest else _small_end(X)
     pairs, how = first_space(end, X, r)
-    vectors, image, theta = _ritz_vectors(end, X, pairs, r, largest=largest)
-    # s descends: the first unwanted triplet is the first or the last one of r + 1.
-    wanted, following = (slice(r), slice(r, None)) if largest else (slice(1, None), slice(1))
-    s_max = math.sqrt(max(float(theta[0]), 0.0)) if end.s_max is None else end.s_max
-    of_wanted = theta[:r] if largest else theta[:r].flip(0)
-    beyond: _Beyond | None = None
-    left, s, right, image = _rotate(image, vectors[:, : r + 1], X.arithmetic)
+    spare = 3 * (pairs.vectors.shape[1] - r) // 4  # beyond the wanted vectors, those of the basis that are as good
+    V = pairs.vectors
+    basis = V.to(torch.float32)
+    image, gram_image = X.times_and_back(V)
+    probe = pairs.probe.to(torch.float64)
     previous = math.inf
     for corrections in range(_MOST_CORRECTIONS + 1):
-        residual = residual_of(X, left, s, right)
-        if corrections == 0:
-            nearest = end.nearest_unwanted(s[following].square(), residual[:, following] * s[following])
-            nearest_s = nearest.clamp_min(0).sqrt().expand(r)
-            left, s, right, image, residual = (x[..., wanted] for x in (left, s, right, image, residual))
-        size = residual.norm(dim=0).clamp_min(1e-300)
-        direction = outside(right, residual / size).to(torch.float32)
-        b = end.right_side(direction, s.square().to(torch.float32))
-        weights = end.weights(b, direction, nearest)
-        solution = Solution(
-            left,
-            s,
-            right,
-            image,
-            s_max,
-            path="mixed",
-            reason=f"r = {r} of q = {X.shape[1]}, {how}, {corrections} corrections",
-            complete="an independent block found nothing beyond the cut",
-        )
-        gaps = Gaps(nearest_s, (s - nearest_s).abs())
-        certificate, errors = measure(solution, gaps, residual, None if weights is None else weights * size.square())
-        if not end.resolves(errors.nearest**2):
-            raise NotConverged("float32 does not resolve the wanted end")
-        if is_accepted(solution, certificate, tolerance):
-            return solution, certificate
-        error = math.inf if certificate.component_error is None else certificate.component_error
-        if corrections == _MOST_CORRECTIONS or not error < 0.5 * previous:
-            break  # the corrections do not converge
+        projected = V.mT @ gram_image
+        k = V.shape[1]
+        on_host = torch.cat([projected.flatten(), probe.flatten()]).cpu()
+        projected = on_host[: k * k].view(k, k)
+        if not bool(on_host.isfinite().all()):
+            raise NotConverged("the basis broke down in float64")
+        theta, Y = torch.linalg.eigh((projected + projected.mT) / 2)
+        if largest:
+            theta, Y = theta.flip(0), Y.flip(1)
+        if not spectral_norm(on_host[k * k :].view(probe.shape)) < float(end.eigenvalue_of(theta[r - 1])):
+            raise NotConverged("an independent block found what the subspace had missed")
+        scaled = torch.stack([Y[:, : r + 1], Y[:, : r + 1] * theta[: r + 1]]).to(device)
+        residual = torch.addmm(gram_image @ scaled[0], V, scaled[1], alpha=-1).to(torch.float32)
+        solved = outside(basis, end.precondition(residual))
+        weights = (residual * solved).sum(dim=0).cpu().to(torch.float64)
+        estimate = end.estimate(theta[: r + 1], weights)
+        error = float(estimate.errors.norm())
+        if error <= tolerance:
+            wanted = scaled[0, :, :r]
+            left, s, right, right_image = _rotate(image @ wanted, V @ wanted, arithmetic)
+            solution = Solution(
+                left,
+                s,
+                right,
+                right_image,
+                float(s[0]) if end.s_max is None else end.s_max,
+                path="mixed",
+                reason=f"r = {r} of q = {q}, {how}, {corrections} corrections",
+                complete="an independent block found nothing beyond the cut",
+                inverse=end.inverse(estimate),
+            )
+            nearest = torch.full_like(s, estimate.nearest)
+            certificate = certify(X, solution, Gaps(nearest, (s - nearest).abs()))
+            if is_accepted(solution, certificate, tolerance):
+                return solution, certificate
+        if not error > 0 or (corrections and not error < 0.5 * previous):
+            break  # no correction helps: the estimate has nothing left to reduce, or does not fall
         previous = error
-        if beyond is None:
-            beyond = _Beyond.of(end, right, vectors[:, r:], theta[r:])
-        excess = errors.parts * (math.sqrt(r) / tolerance)
-        t = _corrections(end, beyond, right, b, 1 / end.eigenvalue_of(of_wanted), excess, largest=largest)
-        right, _ = X.arithmetic.orthonormalise(torch.addcmul(right, t, size * s), condition=10)
-        left, s, right, image = _rotate(X.times(right), right, X.arithmetic)
+        if corrections == _MOST_CORRECTIONS:
+            break
+        worst = _worst(estimate.errors, tolerance)
+        sigma = 1 / end.eigenvalue_of(theta[worst])
+        reach = float(end.eigenvalue_of(theta[r + spare]))
+        reduction = min(0.1, max(0.1 * tolerance / error, _BEST_REDUCTION))
+        selection = torch.zeros(r + 1, worst.numel(), dtype=torch.float32)
+        selection[worst, torch.arange(worst.numel())] = weights[worst].abs().clamp_min(1e-37).rsqrt().to(torch.float32)
+        new = _corrections(end, basis, solved @ selection.to(device), sigma, reach, reduction)
+        new, _ = arithmetic.orthonormalise(outside(V, new.to(torch.float64)), condition=1e7)
+        new_image, new_gram_image = X.times_and_back(new)
+        V, image = torch.cat([V, new], dim=1), torch.cat([image, new_image], dim=1)
+        gram_image = torch.cat([gram_image, new_gram_image], dim=1)
+        basis = V.to(torch.float32)
     raise NotConverged(f"corrections in float64 left an error of {error:.1e}")
-
-
-def _ritz_vectors(
-    end: _End, X: BlockedMatrix, pairs: RitzPairs, r: int, *, largest: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rayleigh-Ritz in float64 with the vectors of `pairs` (q, k).
-
-    Returns:
-        The Ritz vectors (q, k), from the wanted end of the spectrum; the images under X of r + 1 of them (p, r + 1);
-        the Ritz values of G (k,), on the CPU.
-
-    Raises:
-        NotConverged: They are not finite, or the probe shows that a wanted vector was missed.
-    """
-    image = X.times(pairs.vectors)
-    projected = image.mT @ image
-    k = projected.shape[0]
-    on_host = torch.cat([projected.flatten(), pairs.probe.to(torch.float64).flatten()]).cpu()
-    if not bool(on_host.isfinite().all()):
-        raise NotConverged("the basis broke down in float64")
-    theta, Y = torch.linalg.eigh(on_host[: k * k].view(k, k))
-    if largest:
-        theta, Y = theta.flip(0), Y.flip(1)
-    if not spectral_norm(on_host[k * k :].view(pairs.probe.shape)) < float(end.eigenvalue_of(theta[r - 1])):
-        raise NotConverged("an independent block found what the subspace had missed")
-    Y = Y.to(image.device)
-    return pairs.vectors @ Y, image @ Y[:, : r + 1], theta
 
 
 def first_space(end: _End, X: BlockedMatrix, r: int) -> tuple[RitzPairs, str]:
@@ -288,6 +299,14 @@ def first_space(end: _End, X: BlockedMatrix, r: int) -> tuple[RitzPairs, str]:
         dtype=torch.float32,
     )
     return pairs, f"{pairs.steps} float32 steps of {block}"
+
+
+def _worst(errors: Tensor, tolerance: float) -> Tensor:
+    """The indices, ascending, of the triplets to correct, of r with these errors."""
+    r = errors.numel()
+    count = int((errors > 0.1 * tolerance / math.sqrt(r)).sum())
+    columns = min(r, -(-max(count, 1) // _COLUMNS) * _COLUMNS)
+    return errors.topk(columns).indices.sort().values
 
 
 def _small_end(X: BlockedMatrix) -> _SmallEnd:
@@ -328,14 +347,17 @@ def _deflated_inverse(X: BlockedMatrix) -> _SmallEnd:
     """(G + noise I)^-1 by block elimination of the largest directions. Raises NotConverged."""
     q, arithmetic = X.shape[1], X.arithmetic
     start = torch.randn(q, _DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    blocks = list(X.float32_blocks())  # of rows; it is read five times
+    starts = list(accumulate(block.shape[0] for block in blocks))[:-1]
     V = start.to(X.stored.device, torch.float32)
-    Q = arithmetic.normalise(times_and_back((block for _, block in X.float32_blocks()), V))
-    U, R = arithmetic.orthonormalise(torch.cat([block @ Q for _, block in X.float32_blocks()]), condition=1e4)
+    Q = arithmetic.normalise(_transposed_times(blocks, [block @ V for block in blocks]))
+    U, R = arithmetic.orthonormalise(torch.cat([block @ Q for block in blocks]), condition=1e4)
     F = torch.linalg.solve_triangular(R, Q, upper=True, left=False)
-    Z = torch.zeros(U.shape[1], q, dtype=U.dtype, device=U.device)
-    for rows, block in X.float32_blocks():
-        Z.addmm_(U[rows].mT, block)
-    S = gram_of_blocks((block.addmm_(U[rows], Z, alpha=-1) for rows, block in X.float32_blocks()), q, arithmetic)
+    Z = _transposed_times(blocks, U.tensor_split(starts)).mT
+    for block, rows in zip(blocks, U.tensor_split(starts), strict=True):
+        block.addmm_(rows, Z, alpha=-1)
+    S = gram_of_blocks(blocks, q, arithmetic)
+    del blocks
     norm, trace, s_max = torch.stack(
         [torch.linalg.matrix_norm(S), S.diagonal().sum(), torch.linalg.matrix_norm(R, ord=2)]
     ).tolist()
@@ -354,6 +376,14 @@ def _deflated_inverse(X: BlockedMatrix) -> _SmallEnd:
     return _SmallEnd(CholeskyFactor(factor.L, [], whole), None, shift, noise, s_max)
 
 
+def _transposed_times(blocks: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """X^T U (q, k), for the blocks of rows of X (p, q) and of U (p, k)."""
+    out = blocks[0].mT @ rows[0]
+    for block, of_block in zip(blocks[1:], rows[1:], strict=True):
+        out.addmm_(block.mT, of_block)
+    return out
+
+
 def _noise(norm: Number) -> Number:
     """The rounding error of an eigenvalue of a float32 Gram matrix whose lower triangle has this Frobenius norm."""
     return norm * (_NOISE * EPS32 * math.sqrt(2))
@@ -365,83 +395,32 @@ def _positive_definite(factor: CholeskyFactor | None) -> CholeskyFactor:
     return factor
 
 
-@dataclass(frozen=True, slots=True)
-class _Beyond:
-    """The vectors beyond the wanted ones, in float32: E (q, e) with A E = E diag(values) + rest.
+def _corrections(end: _End, basis: Tensor, solved: Tensor, sigma: Tensor, reach: float, reduction: float) -> Tensor:
+    """t (q, b) with (I - K) t = solved, for K = sigma P A P, by Chebyshev's iteration in each column.
 
-    `rest` (q, e) is orthogonal to E and the wanted vectors; `reach` is the largest eigenvalue of A outside both.
+    P projects on the complement of the basis (q, k); solved (q, b) lies there; sigma (b,) are inverse eigenvalues. The
+    eigenvalues of K lie between 0 and sigma * reach, where `reach` is the largest eigenvalue of A on the complement.
+    The iteration ends when the error of t should be `reduction` of t.
     """
-
-    E: Tensor
-    values: Tensor
-    rest: Tensor
-    reach: float
-
-    @classmethod
-    def of(cls, end: _End, wanted: Tensor, vectors: Tensor, theta: Tensor) -> _Beyond:
-        """For the wanted vectors (q, r), Ritz vectors beyond them (q, e), and their Ritz values of G (e,)."""
-        V, E = wanted.to(torch.float32), vectors.to(torch.float32)
-        values = end.eigenvalue_of(theta)
-        # The last ones are too rough to count as eigenvectors.
-        return cls(E, values, outside(E, outside(V, end.apply(E))), float(values[3 * len(values) // 4]))
-
-
-def _corrections(  # noqa: PLR0913  the parameters of the equation
-    end: _End, beyond: _Beyond, right: Tensor, b: Tensor, sigma: Tensor, excess: Tensor, *, largest: bool
-) -> Tensor:
-    """t (q, r) with (I - sigma A) t = b on the complement of the wanted vectors.
-
-    Args:
-        end: Has the operator A.
-        beyond: The vectors beyond the wanted ones.
-        right: The wanted vectors (q, r).
-        b: (q, r) in float32.
-        sigma: (r,) on the CPU.
-        excess: (r,) on the CPU, by how much the error of each triplet is too large.
-        largest: Which end.
-    """
-    V = right.to(torch.float32)
-    E = outside(V, beyond.E)
-    b = outside(V, b)
-    # In the span of E: (I - sigma diag(values)) c = E^T b + sigma rest^T t.
-    coarse = 1 / (1 - beyond.values.unsqueeze(1) * sigma)
-    coarse, coupling = torch.stack([coarse, coarse * sigma]).to(b.device, torch.float32)
-    of_b = E.mT @ b
-    fine = torch.addmm(b, E, of_b, alpha=-1).addmm_(beyond.rest, coupling * of_b)
-    t = _chebyshev(end, torch.cat([V, E], dim=1), fine, sigma, beyond.reach, excess, largest=largest)
-    return torch.addmm(t, E, (coarse * of_b).addcmul_(coupling, beyond.rest.mT @ t))
-
-
-def _chebyshev(  # noqa: PLR0913  the parameters of the iteration
-    end: _End, basis: Tensor, b: Tensor, sigma: Tensor, reach: float, excess: Tensor, *, largest: bool
-) -> Tensor:
-    """t (q, r) with (I - K) t = b, for K = sigma P A P, by Chebyshev's iteration in each column; b is overwritten.
-
-    P projects on the complement of the basis (q, k); b (q, r) lies there. The eigenvalues of K lie between 0 and sigma *
-    reach. sigma (r,) and excess (r,), on the CPU, decide how many steps a column gets: most for those next to the
-    unwanted eigenvalues, the last ones of the largest triplets and the first ones of the smallest.
-
-    Source: Y. Saad (2003), Iterative Methods for Sparse Linear Systems, algorithm 12.1.
-    """
-    half = (sigma * reach).clamp(1e-6, 0.99) / 2  # of the interval of eigenvalues of I - K, around 1 - half
-    ratio = (1 - half) / half
-    rate = ratio - (ratio.square() - 1).sqrt()
-    reduction = (_MARGIN / excess).clamp(_BEST_REDUCTION, 1.0)
-    steps = (torch.log(reduction) / torch.log(rate)).ceil().clamp(0, _MOST_CHEBYSHEV_STEPS)
-    rho, table = 1 / ratio, [torch.stack([sigma, 1 / (1 - half)])]
-    for _ in range(int(steps.max())):
-        rho, before = 1 / (2 * ratio - rho), rho
-        table.append(torch.stack([rho * before, 2 * rho / half]))
-    (of_image, first), *factors = torch.stack(table).to(b.device, b.dtype)
-    residual, change = b, first * b
-    t = change.clone()
-    for step, (of_change, of_residual) in enumerate(factors, start=1):
-        going_on = (steps >= step).nonzero().flatten()
-        active = slice(int(going_on[0]), None) if largest else slice(int(going_on[-1]) + 1)
-        r, d = residual[:, active], change[:, active]
-        r.sub_(d).addcmul_(of_image[active], outside(basis, end.apply(d)))
-        d.mul_(of_change[active]).addcmul_(of_residual[active], r)
-        t[:, active].add_(d)
+    center = (sigma * reach).clamp_max(0.99) / 2
+    radius = center / (1 - center)  # of the spectrum of the iteration's matrix, once centered
+    weights = [torch.ones_like(sigma)]
+    slowest = float(radius.max())
+    rate = slowest / (1 + math.sqrt(1 - slowest**2))
+    steps = math.ceil(math.log(reduction) / math.log(rate)) if rate > 0 else 1
+    for step in range(min(steps, _MOST_CHEBYSHEV_STEPS)):
+        weights.append(1 / (1 - radius.square() * weights[-1] / (2 if step == 0 else 4)))
+    # x <- w (K x + solved - c x) / (1 - c) + (1 - w) x_before
+    table = torch.stack(
+        [torch.stack([w / (1 - center), w * sigma / (1 - center), -w * center / (1 - center), 1 - w]) for w in weights]
+    )
+    (first, *_), *rest = table.to(solved.device, solved.dtype).unbind()
+    before: Tensor | None = None
+    t: Tensor = first * solved
+    for of_solved, of_image, of_t, of_before in rest:
+        image = outside(basis, end.apply(t))
+        new = torch.addcmul(torch.addcmul(of_solved * solved, of_image, image), of_t, t)
+        t, before = new if before is None else torch.addcmul(new, of_before, before), t
     return t
 
 
