@@ -4,8 +4,8 @@
     result = milora_init.initialize("./my-model", "./svd_init", rank=64)
     print(result.load)  # Python that loads the pair
 
-`initialize`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do. Every error is a
-`MiloraError`. Nothing heavy is imported until a name is used.
+`initialize`, `scan`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do. Every error is
+a `MiloraError`. Nothing heavy is imported until a name is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from milora_init.api import convert, initialize, merge, push, verify
+    from milora_init.api import convert, initialize, merge, push, scan, verify
     from milora_init.errors import (
         CheckpointError,
         HubError,
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from milora_init.records import ConvertResult, MergeResult
     from milora_init.result import InitResult
     from milora_init.run.progress import Progress
+    from milora_init.spectra import ScanResult
     from milora_init.verification.verdict import Verdict
 
 _MODULE_OF = {
     "initialize": "api", "verify": "api", "merge": "api", "convert": "api", "push": "api",
+    "scan": "api", "ScanResult": "spectra",
     "InitOptions": "options", "InitResult": "result", "Verdict": "verification.verdict", "MergeResult": "records",
     "ConvertResult": "records", "Published": "hub.upload", "Manifest": "manifest", "Progress": "run.progress",
     "MiloraError": "errors", "UsageError": "errors", "CheckpointError": "errors", "PlanError": "errors",
@@ -53,6 +55,7 @@ __all__ = [
     "PlanError",
     "Progress",
     "Published",
+    "ScanResult",
     "SolveError",
     "UsageError",
     "Verdict",
@@ -61,6 +64,7 @@ __all__ = [
     "initialize",
     "merge",
     "push",
+    "scan",
     "verify",
 ]
 

@@ -54,7 +54,8 @@ class Rounding:
         error: ||E|| / ||W||, the relative error of the pair.
         leak: ||E|| / ||D||, how much of the component, or of its opposite, stays in the base. 0 if D is zero.
         leak_if: The leak by dtype, if the residual were rounded to `bfloat16`, `float16` or `float32`. It is measured
-            on an eighth of the rows. None if the residual overflows in this dtype.
+            on an eighth of the rows. None if the residual overflows in this dtype. `nf4` is the leak if bitsandbytes
+            quantised the residual to 4 bits (QLoRA), measured on the first rows.
     """
 
     component: float

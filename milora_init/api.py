@@ -10,15 +10,17 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from milora_init.errors import UsageError
-from milora_init.options import InitOptions
+from milora_init.options import InitOptions, require_ranks, split_names
 from milora_init.result import InitResult
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from milora_init.hub.upload import Published
     from milora_init.records import ConvertResult, MergeResult
     from milora_init.run.progress import Progress
+    from milora_init.spectra import ScanResult
     from milora_init.verification.verdict import Verdict
 
 StrPath = str | os.PathLike[str]
@@ -85,13 +87,85 @@ def run(
         return InitResult(options.out, "unchanged", finished)
     from milora_init.plan.plan import make_plan
     from milora_init.run.initialize import carry_out
+    from milora_init.run.scan import measured_targets
 
     replace = options.overwrite if overwrite_repository is None else overwrite_repository
     with _receiver(progress) as receiver:
-        plan = make_plan(options, folder, remote)
+        measured = measured_targets(options, folder, remote, progress=receiver)
+        plan = make_plan(options, folder, remote, measured=measured)
         manifest, status, pushed = carry_out(plan, progress=receiver, overwrite_repository=replace)
     out = manifest.out if options.low_disk and options.push_to_hub else options.out
     return InitResult(out, status, manifest, pushed)
+
+
+def scan(  # noqa: PLR0913  the options of the command
+    model: StrPath,
+    *,
+    target: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str = (),
+    rank: Sequence[int] | int | None = None,
+    spectrum: bool = False,
+    html: StrPath | None = None,
+    plot: StrPath | None = None,
+    device: Sequence[str] | str = ("auto",),
+    text_only: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: StrPath | None = None,
+    token: str | None = None,
+    progress: bool | Progress = True,
+) -> ScanResult:
+    """Find the singular values of a model's weights, and what they say about rank, targets and dtype.
+
+    The model is read file by file, each weight once; nothing is written but the files that are asked for. Every
+    singular value of every weight is found in float64, to a relative error of 1e-8 as far as float64 resolves it.
+
+    Args:
+        model: The model: a folder or a Hub id.
+        target, exclude: Which weights, as in `initialize`: None is what it would adapt; `all-linear` are all others
+            too.
+        rank: The ranks to give figures for. None is 8, 16, 32, 64 and 128.
+        spectrum: Keep all singular values in the result.
+        html: Write one self-contained HTML page to this file.
+        plot: Write a picture (PNG) to this file. Needs matplotlib: pip install 'milora-init[plot]'.
+        device, text_only, trust_remote_code: As in `initialize`.
+        revision, cache_dir, token: As in huggingface_hub.
+        progress: See `initialize`.
+
+    Returns:
+        The result. `weights` has the figures of each weight; `to_json()` and `to_csv()` give them all.
+
+    Raises:
+        UsageError: A wrong option, or matplotlib is needed and not installed.
+        CheckpointError, PlanError, SolveError: The model cannot be read, does not fit the targets, or has a weight with
+            NaN or Inf entries.
+        OutputError: A file cannot be written, or would replace one that milora-init did not write.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    from milora_init.pictures.files import prepared
+    from milora_init.spectra import DEFAULT_RANKS
+
+    options = InitOptions(
+        model=os.fspath(model), out="scan", rank=1, target=None if target is None else _names(target),
+        exclude=_names(exclude), device=_names(device), text_only=text_only, revision=revision,
+        trust_remote_code=trust_remote_code, cache_dir=_text(cache_dir), token=token,
+    )  # fmt: skip
+    ranks = require_ranks(DEFAULT_RANKS if rank is None else (rank,) if isinstance(rank, int) else tuple(rank))
+    write_html, write_plot = prepared(html, "--html"), prepared(plot, "--plot")
+    from milora_init.hub.source import locate_model
+    from milora_init.run.scan import scan as scan_model
+
+    with _receiver(progress) as receiver:
+        result = scan_model(options, *locate_model(options), ranks=ranks, spectrum=spectrum, progress=receiver)
+    if write_html:
+        from milora_init.pictures.page import scan_page
+
+        write_html(scan_page(result).encode())
+    if write_plot:
+        from milora_init.pictures.plots import scan_plot
+
+        write_plot(scan_plot(result))
+    return result
 
 
 def verify(  # noqa: PLR0913  the options of the command
@@ -138,6 +212,9 @@ def merge(  # noqa: PLR0913
     *,
     adapter: StrPath | None = None,
     model: StrPath | None = None,
+    dtype: str = "auto",
+    shard_size: str | None = None,
+    tokenizer: StrPath | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     cache_dir: StrPath | None = None,
@@ -151,6 +228,10 @@ def merge(  # noqa: PLR0913
         out: The folder to write. If the same merge was finished there before, nothing is done.
         adapter: The trained adapter; None for the initial one of the pair, which gives the original model again.
         model: The original model: count the merged entries that have its bits.
+        dtype: Of the merged model: `auto` for that of the original, `float32`, `bfloat16` or `float16`.
+        shard_size: The most bytes of a file, such as `5GB`; None for the files of the base.
+        tokenizer: The folder of the tokenizer to write. None is that of the base; if the vocabulary was resized, the
+            one in the adapter's folder, if there is one.
         overwrite: Replace an earlier merge in `out`.
         revision: Branch, tag or commit of `model`.
         cache_dir, token: As in huggingface_hub.
@@ -169,7 +250,8 @@ def merge(  # noqa: PLR0913
 
     with by_files("merging", quiet=not progress) as receiver:
         return merge_pair(
-            os.fspath(pair), os.fspath(out), adapter=_text(adapter), model=_text(model), overwrite=overwrite,
+            os.fspath(pair), os.fspath(out), adapter=_text(adapter), model=_text(model), dtype=dtype,
+            shard_size=shard_size, tokenizer=_text(tokenizer), overwrite=overwrite,
             revision=revision, cache_dir=_text(cache_dir), token=token, progress=receiver,
         )  # fmt: skip
 
@@ -181,6 +263,9 @@ def convert(  # noqa: PLR0913
     *,
     model: str | None = None,
     rank: int | None = None,
+    energy: float | None = None,
+    for_: str = "peft",
+    dry_run: bool = False,
     overwrite: bool = False,
     cache_dir: StrPath | None = None,
     token: str | None = None,
@@ -193,21 +278,25 @@ def convert(  # noqa: PLR0913
         out: The folder to write. If the same conversion was finished there before, nothing is done.
         model: The original model, as adapter_config.json shall name it. None is the name in the manifest.
         rank: Keep the best `rank` directions of each module. None is twice the trained rank, which is exact.
+        energy: Keep as many directions of each module as this share of its update's squared norm needs.
+        for_: What reads the adapter: `peft`, `vllm` or `sglang`. They differ for models with experts.
+        dry_run: Write nothing; the result says what would be kept and lost.
         overwrite: Replace an earlier conversion in `out`.
         cache_dir, token: As in huggingface_hub.
 
     Raises:
-        UsageError: A folder that is not there, or a rank below 1.
+        UsageError: A folder that is not there, an `energy` outside 0 to 1, or a `for_` that is not known.
         CheckpointError: An adapter that cannot be read.
-        PlanError: Adapters that do not belong together, or hold more than A and B.
+        PlanError: Adapters that do not belong together, a rank that no module has, or a module that the server would
+            not read.
         OutputError: `out` holds something else, or cannot be written.
         HubError: The Hub refused, or cannot be reached.
     """
     from milora_init.export.convert import convert as convert_adapter
 
     return convert_adapter(
-        os.fspath(pair), os.fspath(adapter), os.fspath(out), model=model, rank=rank, overwrite=overwrite,
-        cache_dir=_text(cache_dir), token=token,
+        os.fspath(pair), os.fspath(adapter), os.fspath(out), model=model, rank=rank, energy=energy,
+        for_=for_, dry_run=dry_run, overwrite=overwrite, cache_dir=_text(cache_dir), token=token,
     )  # fmt: skip
 
 
@@ -248,6 +337,10 @@ def _receiver(progress: bool | Progress) -> AbstractContextManager[Progress | No
 
         return Bar(quiet=False, verbose=False)
     return nullcontext(progress or None)
+
+
+def _names(given: Sequence[str] | str) -> tuple[str, ...]:
+    return tuple(split_names(given) if isinstance(given, str) else given)
 
 
 def _text(path: StrPath | None) -> str | None:

@@ -229,6 +229,7 @@ def _pattern(value: Any) -> bool:
 
 
 _DTYPE = one_of("float64", "float32", "bfloat16", "float16")
+_LEAK_IF = one_of("float64", "float32", "bfloat16", "float16", "nf4")
 _MANIFEST: Mapping[str, Check] = {
     "source": an_object, "out": text, "fingerprint": sha256_text, "inputs": an_object,
     "versions": lambda value: each(text, text)(value) and "milora_init" in value,
@@ -268,7 +269,7 @@ _CERTIFICATE: Mapping[str, Check] = {
     "gap": or_none(number), "component_error": or_none(number), "complete": text,
 }  # fmt: skip
 _ROUNDING: Mapping[str, Check] = {
-    "component": number, "error": number, "leak": number, "leak_if": each(_DTYPE, or_none(number)),
+    "component": number, "error": number, "leak": number, "leak_if": each(_LEAK_IF, or_none(number)),
 }  # fmt: skip
 
 
@@ -334,19 +335,3 @@ def require_manifest(folder: Path) -> Manifest:
             hint="give the --out folder of a finished run; to finish an interrupted run, repeat its command",
         )
     return manifest
-
-
-def require_residual_base(folder: Path, manifest: Manifest, instead: str) -> None:
-    """Raise OutputError unless the output has a residual base.
-
-    Args:
-        folder: The output.
-        manifest: Its manifest.
-        instead: What to do with an adapter of an original model.
-    """
-    if not manifest.method.writes_base:
-        raise OutputError(
-            f"{folder} has no residual base: it is an adapter of {manifest.source['model']!r}, of method "
-            f"{manifest.method.name}, which this command does not know yet",
-            hint=instead,
-        )

@@ -38,7 +38,8 @@ class Method:
         mode: Which triplets: those of the smallest singular values, the largest, the middle ones, or a random choice.
         factors: What B and A are; see the table of this module.
         source: Where the method was published.
-        dropout: `lora_dropout` unless another one is asked for.
+        use: What it is for, in a few words.
+        reported: What others report of it, with the number of each paper: nothing here is our own result.
         init_lora_weights: The value in adapter_config.json. True makes PEFT load a plain LoRA; its other values make
             PEFT compute its own factors, or freeze one.
     """
@@ -47,7 +48,8 @@ class Method:
     mode: Mode
     factors: Factors
     source: str
-    dropout: float = 0.0
+    use: str
+    reported: str
     init_lora_weights: bool | str = True
 
     @property
@@ -67,21 +69,61 @@ class Method:
         return f"B = {B}, A = {A}, base = {base}"
 
 
-# Dropout on the input of A removes a part of what the factors carry, so a pair with dropout does not compute the
-# model's function in training mode. Where the factors carry the model the default is 0. MiLoRA keeps its authors' 0.05.
+# `lora_dropout` of every method, unless another one is asked for. Dropout acts on the input of A, so in training mode
+# it removes a part of what the factors carry. Where that was taken out of the base, the pair then does not compute the
+# model's function, and starts from a higher loss: docs/methods.md has what was measured, for milora too. With
+# reinforcement learning, the policy that samples and the policy that is trained would be two functions.
+DROPOUT = 0.0
+
+_RL_COLLAPSE = (
+    "For reinforcement learning with verifiable rewards, arXiv:2512.23165, arXiv:2601.09361 and arXiv:2606.31813 "
+    "report that PiSSA and MiLoRA do worse than LoRA or collapse."
+)
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("milora", "min", "balanced", "arXiv 2406.09044", dropout=0.05),
-        Method("pissa", "max", "balanced", "arXiv 2404.02948"),
-        Method("olora-tail", "min", "orthonormal", "arXiv 2606.02437, section 4.1.2"),
-        Method("rlmo", "min", "right", "arXiv 2606.31813"),
-        Method("rlpo", "max", "right", "arXiv 2606.31813"),
-        Method("mica", "min", "left", "arXiv 2604.01694", init_lora_weights="mica"),
-        Method("mid", "mid", "balanced", "a control experiment"),
-        Method("random", "random", "balanced", "a control experiment"),
+        Method(
+            "milora", "min", "balanced", "arXiv 2406.09044", use="supervised fine-tuning",
+            reported="arXiv:2406.09044 reports gains over LoRA and PiSSA. arXiv:2602.04998 reports nine LoRA variants, "
+            "MiLoRA and PiSSA among them, within 1 to 2 % of each other when each has its own learning rate. "
+            + _RL_COLLAPSE,
+        ),
+        Method(
+            "pissa", "max", "balanced", "arXiv 2404.02948",
+            use="supervised fine-tuning that starts in the largest directions",
+            reported="arXiv:2404.02948 reports gains over LoRA, arXiv:2602.04998 none beyond 1 to 2 % when each has "
+            "its own learning rate. " + _RL_COLLAPSE,
+        ),
+        Method(
+            "olora-tail", "min", "orthonormal", "arXiv 2606.02437, section 4.1.2",
+            use="reinforcement learning with a residual base",
+            reported="arXiv:2606.02437 reports that the singular vectors without the singular values train stably and "
+            "beat LoRA in reinforcement learning.",
+        ),
+        Method(
+            "rlmo", "min", "right", "arXiv 2606.31813", use="reinforcement learning",
+            reported="arXiv:2606.31813 reports that it trains stably and beats LoRA in reinforcement learning.",
+        ),
+        Method(
+            "rlpo", "max", "right", "arXiv 2606.31813", use="comparisons with rlmo",
+            reported="The largest directions in the same form, arXiv:2606.31813.",
+        ),
+        Method(
+            "mica", "min", "left", "arXiv 2604.01694", use="continued pretraining",
+            reported="Method of arXiv:2604.01694. PEFT's own benchmark (Llama-3.2-3B, MetaMathQA) reports 43.1 % "
+            "for it and 47.8 % for LoRA, with more forgetting.",
+            init_lora_weights="mica",
+        ),
+        Method(
+            "mid", "mid", "balanced", "a control experiment", use="comparisons",
+            reported="Triplets from the middle of the spectrum.",
+        ),
+        Method(
+            "random", "random", "balanced", "a control experiment", use="comparisons",
+            reported="Triplets drawn at random; `--seed` sets which.",
+        ),
     )
-}
+}  # fmt: skip
 MILORA = METHODS["milora"]
 _OF_MODE: Mapping[str, Method] = {m.mode: m for m in METHODS.values() if m.factors == "balanced"}
 

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from milora_init.errors import UsageError
-from milora_init.methods import METHODS, MODES, Method, Mode, method_of_mode
+from milora_init.methods import DROPOUT, METHODS, MODES, Method, Mode, method_of_mode
 
 DEFAULT_RECIPE = "llm-adapters"
 DEFAULT_TARGET = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASES = ("dense", "mixed")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _LIMIT = 2**63  # every whole number must be below it
 
 # Names that PEFT and trainers use for our options. A recipe, the Python functions and the command line accept them.
 SYNONYMS: Mapping[str, str] = {
     "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
-    "target_modules": "target", "lora_target": "target", "lora_target_modules": "target", "exclude_modules": "exclude",
-    "output_dir": "out", "model_name_or_path": "model", "use_rslora": "rslora",
+    "targets": "target", "target_modules": "target", "lora_target": "target", "lora_target_modules": "target",
+    "exclude_modules": "exclude", "output_dir": "out", "model_name_or_path": "model", "use_rslora": "rslora",
 }  # fmt: skip
 DTYPE_FLAGS: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _VALUE_SYNONYMS: Mapping[str, Mapping[str, str]] = {
@@ -52,17 +53,21 @@ class InitOptions:
         mode: Which triplets, with MiLoRA's factors: `min` (MiLoRA), `max` (PiSSA), `mid` or `random`. None is the mode
             of `method`; without both, `min`.
         target: What to adapt, as in PEFT: module suffixes, full module names, `all-linear`; also `re:PATTERN`, a
-            regular expression that must match a module's full name. None is the five linear layers of the MiLoRA
-            paper, or `all-linear` for a model that lacks one of them.
+            regular expression that must match a module's full name; and `kappa:0.2` or `energy:0.2`, which choose
+            this share of the linear layers by what a scan of the model finds, see `run.scan.measured_targets`. None is
+            the five linear layers of the MiLoRA paper, or `all-linear` for a model that lacks one of them.
         exclude: What not to adapt, in the same form.
         alpha: `lora_alpha`. None is the rank, which makes the scale 1. B and A are divided by the square root of
             the scale, so that scale * B @ A is the component for every alpha.
         rslora: Use the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732).
-        dropout: `lora_dropout` for training. None is that of the method: 0.05 for `milora`, 0 for the others.
+        dropout: `lora_dropout` for training. None is 0: see `methods.DROPOUT`.
         task_type: PEFT's task type. None derives it from the architecture.
         text_only: For a multimodal model: make the adapter for the text model that AutoModelForCausalLM builds, and
             not for the class that config.json names. Only for models of which it builds one.
         dtype: The dtype of the residual weights; `auto` keeps the model's. Not for a method that writes no base.
+        nf4: For `pissa` and a base that QLoRA will quantise: make the base of numbers that NF4 has, and let the adapter
+            make up for the rounding, in so many rounds (5 is a good choice). 0 for an ordinary base.
+        base: What becomes of a quantised model: `dense` dequantises all of its weights, `mixed` only the adapted ones.
         device: `auto` (every visible GPU, else the CPU), `cpu`, `cuda` or `cuda:N`; several share the work.
         seed: For `random`, and for the solver's start vectors.
         rank_pattern, alpha_pattern: Other ranks and alphas for some targets, in the form of `target`. If several match
@@ -91,6 +96,8 @@ class InitOptions:
     task_type: str | None = None
     text_only: bool = False
     dtype: str = "auto"
+    base: str = "dense"
+    nf4: int = 0
     device: tuple[str, ...] = ("auto",)
     seed: int = 0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -113,7 +120,8 @@ class InitOptions:
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {_short(value)}, expected true or false")
         choices_of: Mapping[str, Iterable[str | None]] = {
-            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": DTYPES, "task_type": (None, *TASK_TYPES),
+            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": DTYPES, "base": BASES,
+            "task_type": (None, *TASK_TYPES),
         }  # fmt: skip
         for name, choices in choices_of.items():
             value = getattr(self, name)
@@ -154,18 +162,26 @@ class InitOptions:
         method = self.chosen
         agree = self.mode is None or method.mode == self.mode
         _require(agree, f"method {method.name} takes the `{method.mode}` triplets, not `{self.mode}`", "drop --mode")
+        why = (
+            f"nf4 is {self.nf4}, and the method is {method.name}: the correction puts what NF4 rounds away into the "
+            "adapter, where it outweighs all but the largest directions"
+        )
+        _require(not self.nf4 or method.name == "pissa", why, "use --method pissa, or drop --nf4")
         if method.writes_base:
             return
         why = f"method {method.name} writes no base: the output is an adapter of the original model"
         _require(self.dtype == "auto", f"dtype is {self.dtype}, but {why}", "drop --dtype")
+        _require(self.base == "dense", f"base is {self.base}, but {why}", "drop --base")
         _require(not self.low_disk, f"low_disk is set, but {why}", "drop --low-disk")
-        hint = "initialise without --push-to-hub, then upload the folder with `hf upload`"
-        _require(self.push_to_hub is None, f"push_to_hub does not know an adapter alone yet, and {why}", hint)
 
     def _check_targets(self) -> None:
         _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")
         for name in (*(self.target or ()), *self.exclude):
             _require(isinstance(name, str) and bool(name), f"target {_short(name)} is not a module name")
+            _require(measured_target(name) is None or name not in self.exclude, f"exclude {name} is not a module name")
+        measured = next((name for name in self.target or () if measured_target(name)), None)
+        why = f"target {measured} is chosen by a scan of the whole model, which low_disk does not keep"
+        _require(not (measured and self.low_disk), why, "drop --low-disk, or name the modules")
         for option in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, option)
             ok = isinstance(pattern, Mapping) and all(
@@ -182,6 +198,8 @@ class InitOptions:
         _require(alpha_ok, f"alpha is {_short(self.alpha)}, {at_least_1}")
         dropout_ok = self.dropout is None or (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1)
         _require(dropout_ok, f"dropout is {_short(self.dropout)}, expected 0 <= dropout < 1")
+        nf4_ok = _is_int(self.nf4) and 0 <= self.nf4 <= 100
+        _require(nf4_ok, f"nf4 is {_short(self.nf4)}, expected a number of rounds from 0 to 100")
         seed_ok = _is_int(self.seed) and 0 <= self.seed < _LIMIT
         _require(seed_ok, f"seed is {_short(self.seed)}, expected 0 <= seed < 2^63")
 
@@ -194,7 +212,7 @@ class InitOptions:
 
     @property
     def lora_dropout(self) -> float:
-        return self.chosen.dropout if self.dropout is None else self.dropout
+        return DROPOUT if self.dropout is None else self.dropout
 
     @property
     def chosen(self) -> Method:
@@ -247,27 +265,61 @@ def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) ->
     known = sorted(known)
     found: dict[str, Any] = {}
     for key, value in values.items():
-        word = str(key).replace("-", "_")
-        name = SYNONYMS.get(word, word)
+        word, name = str(key).replace("-", "_"), _option_name(key)
         if word in DTYPE_FLAGS:
             if value is not True:
                 continue
-            name, value = "dtype", DTYPE_FLAGS[word]
+            value = DTYPE_FLAGS[word]
         if name not in known:
             close = get_close_matches(name, [*known, *SYNONYMS], n=1)
             hint = f"did you mean `{_dashed(close[0])}`?" if close else f"known keys: {', '.join(map(_dashed, known))}"
             raise UsageError(f"{where}unknown key `{key}`" if where else f"no option `{key}`", hint=hint)
         if name in found:
-            raise UsageError(f"{where}`{key}` is a second name of `{_dashed(name)}`, which is given too")
+            other = next(k for k in values if k != key and _option_name(k) == name)
+            raise UsageError(f"{where}`{other}` and `{key}` are two names of one option", hint="keep one of them")
         if name in ("target", "exclude", "device") and isinstance(value, str):
             value = split_names(value)
         found[name] = value
     return found
 
 
+def _option_name(key: object) -> str:
+    """The name of the option that a key of a recipe, or a keyword, stands for."""
+    word = str(key).replace("-", "_")
+    return "dtype" if word in DTYPE_FLAGS else SYNONYMS.get(word, word)
+
+
 def split_names(text: str) -> list[str]:
     """Names that are separated by commas; a `re:PATTERN` is one name, because patterns contain commas."""
     return [text] if text.startswith("re:") else [name.strip() for name in text.split(",")]
+
+
+def measured_target(target: str) -> tuple[Literal["kappa", "energy"], float] | None:
+    """The figure and the share of a target that chooses by a figure: `kappa:0.2`; None for any other target.
+
+    Raises:
+        UsageError: The share is no number above 0 and at most 1.
+    """
+    figure, colon, text = target.partition(":")
+    if not colon or figure not in ("kappa", "energy"):
+        return None
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    _require(0 < share <= 1, f"target {_short(target)} has no share of the weights", f"for example {figure}:0.2")
+    return ("kappa" if figure == "kappa" else "energy"), share
+
+
+def require_ranks(ranks: Sequence[object]) -> tuple[int, ...]:
+    """The ranks of a scan, ascending. Raises UsageError unless there is one, and all are whole numbers above 0."""
+    _require(bool(ranks), "no rank is named", "for example --rank 64")
+    found = []
+    for rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < _LIMIT:
+            raise UsageError(f"rank is {_short(rank)}, expected a whole number of at least 1 and below 2^63")
+        found.append(rank)
+    return tuple(sorted(set(found)))
 
 
 def clean_token(token: str | None) -> str | None:

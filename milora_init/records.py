@@ -15,6 +15,7 @@ from milora_init.envelope import Status, envelope
 from milora_init.errors import OutputError
 from milora_init.json_fields import (
     Check,
+    all_of,
     at_least_1,
     count,
     each,
@@ -30,13 +31,15 @@ from milora_init.json_fields import (
 )
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, read_manifest
 from milora_init.result import Result
+from milora_init.serving import FORMS, serving_command
 
 MERGED = "milora_merge.json"
 CONVERTED = "milora_convert.json"
 RECORDS = (MANIFEST, MERGED, CONVERTED)
+ORIGINAL_MODEL = "original model"  # `base` in the inputs of a merge or conversion without a residual base
 _FORMAT = 1
-_OF_THE_CALL = ("unchanged", "bit_equal")  # not in the file
-_NOT_PRINTED = ("inputs", "source_files", "tensors", "from_hub", "model", "revision", "unchanged")
+_OF_THE_CALL = ("unchanged", "bit_equal", "dry_run")  # not in the file
+_NOT_PRINTED = ("inputs", "source_files", "tensors", "changed", "from_hub", "model", "revision", "unchanged", "dry_run")
 
 
 class _Recorded(Result):
@@ -62,6 +65,10 @@ class MergeResult(_Recorded):
         modules: How many modules were merged.
         entries: How many entries the merged weights have.
         tensors: The tensors with merged weights, and the dtype of each one's residual.
+        changed: The tensors that cannot be compared with the original's: retrained, added, left out, or of another
+            dtype.
+        retrained: The tensors that were trained beside the factors.
+        notices: What to know before the model is used.
         source_files: A hash of each file of the original model, as in the manifest's `inputs`.
         fingerprint: Hash of `inputs`.
         inputs: All that determines the bytes: the pair's fingerprint, the adapter's hash and scales, the version.
@@ -87,6 +94,9 @@ class MergeResult(_Recorded):
     files: Mapping[str, int]
     hashes: Mapping[str, str]
     elapsed_s: float
+    changed: tuple[str, ...] = ()
+    retrained: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
     bit_equal: int | None = None
     unchanged: bool = False
 
@@ -129,7 +139,10 @@ class ConvertResult(_Recorded):
         inputs: All that determines the bytes: the hashes of both adapters, the new config, the version.
         files, hashes: Size in bytes and SHA-256 of every file of the output except this one.
         elapsed_s: Seconds.
+        form: What reads the adapter: `peft`, `vllm` or `sglang`.
+        notices: What to know before the adapter is used.
         unchanged: Whether the same conversion was finished before.
+        dry_run: Whether nothing was written.
     """
 
     out: str
@@ -146,11 +159,18 @@ class ConvertResult(_Recorded):
     files: Mapping[str, int]
     hashes: Mapping[str, str]
     elapsed_s: float
+    form: str = "peft"
+    notices: tuple[str, ...] = ()
     unchanged: bool = False
+    dry_run: bool = False
+
+    @property
+    def serve(self) -> str:
+        """The command that serves it; empty for PEFT."""
+        return serving_command(max(module.rank for module in self.modules), self.form, self.model, self.out)
 
     def summary(self) -> Mapping[str, object]:
-        status = "unchanged" if self.unchanged else "done"
-        return {"status": status, "out": self.out, "modules": len(self.modules), "model": self.model}
+        return {"status": _status(self), "out": self.out, "modules": len(self.modules), "model": self.model}
 
     def to_json(self) -> dict[str, Any]:
         return _envelope("convert", self)
@@ -163,8 +183,17 @@ def _envelope(command: str, result: MergeResult | ConvertResult) -> dict[str, An
     fields = {name: value for name, value in asdict(result).items() if name not in _NOT_PRINTED}
     if isinstance(result, ConvertResult):
         fields["modules"] = list(fields["modules"])
-    status: Status = "unchanged" if result.unchanged else "done"
-    return envelope(command, status, source={"model": result.model, "revision": result.revision}, **fields)
+        fields["serve"] = result.serve
+    else:
+        fields["retrained"] = list(fields["retrained"])
+    fields["warnings"] = list(fields.pop("notices"))
+    return envelope(command, _status(result), source={"model": result.model, "revision": result.revision}, **fields)
+
+
+def _status(result: MergeResult | ConvertResult) -> Status:
+    if isinstance(result, ConvertResult) and result.dry_run:
+        return "planned"
+    return "unchanged" if result.unchanged else "done"
 
 
 _COMMON: Mapping[str, Check] = {
@@ -176,9 +205,11 @@ _COMMON: Mapping[str, Check] = {
 _DTYPE = one_of("float64", "float32", "bfloat16", "float16")
 _MERGE: Mapping[str, Check] = {
     **_COMMON, "initial": flag, "modules": at_least_1, "entries": at_least_1, "tensors": each(text, _DTYPE),
+    "changed": all_of(text), "retrained": all_of(text), "notices": all_of(text),
 }  # fmt: skip
 _CONVERT: Mapping[str, Check] = {
     **_COMMON, "cut": flag, "modules": lambda value: isinstance(value, list) and bool(value),
+    "form": one_of(*FORMS), "notices": all_of(text),
 }  # fmt: skip
 _MODULE: Mapping[str, Check] = {"module": text, "rank": at_least_1, "lost": number}
 _LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "adapter_model.safetensors")}
@@ -187,13 +218,16 @@ _LEAST_FILES = {MERGED: ("config.json",), CONVERTED: ("adapter_config.json", "ad
 def read_merged(folder: Path) -> MergeResult | None:
     """The record of a finished merge, None where there is none. Raises OutputError."""
     content = _read(folder / MERGED, _MERGE)
-    return None if content is None else MergeResult(**content)
+    if content is None:
+        return None
+    lists = {name: tuple(content[name]) for name in ("changed", "retrained", "notices")}
+    return MergeResult(**{**content, **lists})
 
 
 def read_converted(folder: Path) -> ConvertResult | None:
     """The record of a finished conversion, None where there is none. Raises OutputError."""
     content = _read(folder / CONVERTED, _CONVERT)
-    return None if content is None else ConvertResult(**content)
+    return None if content is None else ConvertResult(**{**content, "notices": tuple(content["notices"])})
 
 
 def _read(path: Path, fields: Mapping[str, Check]) -> dict[str, Any] | None:
@@ -227,6 +261,11 @@ def _read(path: Path, fields: Mapping[str, Check]) -> dict[str, Any] | None:
 def read_output(folder: Path) -> Output | None:
     """The record of the finished output in a folder, None where there is none. Raises OutputError."""
     return read_manifest(folder) or read_merged(folder) or read_converted(folder)
+
+
+def record_name(output: Output) -> str:
+    """The file name of an output's record."""
+    return MANIFEST if isinstance(output, Manifest) else MERGED if isinstance(output, MergeResult) else CONVERTED
 
 
 def require_output(folder: Path, given: str) -> Output:

@@ -35,6 +35,7 @@ class WeightGroup:
         rounding_error: The largest distance of base and component from the weight, relative to the weight.
         certificate: The largest certified relative error of a component.
         elapsed_s: Seconds for solving all of them.
+        leak_in_nf4: The largest leak if the base were quantised to NF4 (QLoRA); None if it was not measured.
     """
 
     suffix: str
@@ -46,6 +47,7 @@ class WeightGroup:
     rounding_error: float
     certificate: float
     elapsed_s: float
+    leak_in_nf4: float | None
 
 
 def weight_groups(weights: Iterable[WeightRecord]) -> list[WeightGroup]:
@@ -64,9 +66,16 @@ def weight_groups(weights: Iterable[WeightRecord]) -> list[WeightGroup]:
             rounding_error=max(weight.rounding.error for weight in group),
             certificate=max(component_error(weight) for weight in group),
             elapsed_s=sum(weight.elapsed_s for weight in group),
+            leak_in_nf4=_largest_in_nf4(group),
         )
         for (suffix, shape, rank), group in groups.items()
     ]
+
+
+def _largest_in_nf4(weights: Iterable[WeightRecord]) -> float | None:
+    """The largest leak if the residuals were quantised to NF4; None for an older manifest."""
+    found = [weight.rounding.leak_if.get("nf4") for weight in weights]
+    return max((value for value in found if value is not None), default=None)
 
 
 def component_error(weight: WeightRecord) -> float:
@@ -79,7 +88,7 @@ def warnings(manifest: Manifest) -> list[str]:
     """What can hurt the training or the use of a pair: the notices of the plan, and figures out of range."""
     found = list(manifest.notices)
     inexact = [weight for weight in manifest.weights if weight.rounding.error > _UNIT_ROUNDOFF.get(weight.dtype, 0.0)]
-    if inexact:
+    if inexact and not manifest.inputs.get("nf4"):  # a note gives the error of NF4
         worst = max(inexact, key=lambda weight: weight.rounding.error)
         found.append(
             f"base and component of {worst.module} differ from the weight by {percent(worst.rounding.error)}, more "
@@ -88,20 +97,24 @@ def warnings(manifest: Manifest) -> list[str]:
     affected = [weight for weight in manifest.weights if weight.untrainable]
     if affected:
         found.append(
-            f"{sum(w.untrainable for w in affected)} directions in {len(affected)} weights have a singular value near "
-            f"zero and get almost no gradient; the first of these weights is {affected[0].module}"
+            f"{_count(sum(w.untrainable for w in affected), 'direction')} of {_count(len(affected), 'weight')}, of "
+            f"{affected[0].module} first, with a singular value near zero: there is almost no gradient there"
         )
     return found
 
 
 def notes(manifest: Manifest) -> list[str]:
     """What is worth knowing and does not change the training: how much of the components stayed in the base."""
+    if manifest.inputs.get("nf4"):
+        error = max(weight.rounding.error for weight in manifest.weights)
+        return [f"base and adapter differ from the weights by up to {percent(error)} a weight, which NF4 rounds away"]
     leaking = [weight for weight in manifest.weights if weight.rounding.leak > LEAK_LIMIT]
     if not leaking:
         return []
     worst = max(leaking, key=lambda weight: weight.rounding.leak)
     error = max(weight.rounding.error for weight in manifest.weights)
-    leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in worst.rounding.leak_if}
+    dtypes = worst.rounding.leak_if.keys() - {"nf4"}
+    leaks = {dtype: _largest_leak_if(dtype, manifest.weights) for dtype in sorted(dtypes)}
     others = [f"--dtype {dtype} ({percent(leak)})" for dtype, leak in leaks.items() if leak < _LEAK_OF_OTHER_DTYPES]
     return [
         f"rounding to {worst.dtype} leaves up to {percent(worst.rounding.leak)} of a component in the base "
@@ -109,6 +122,10 @@ def notes(manifest: Manifest) -> list[str]:
         f"computes the original's function within {percent(error)} a weight"
         + (f"; smaller with {' or '.join(others)}" if others else "")
     ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _and_more(weights: list[WeightRecord]) -> str:
@@ -122,8 +139,10 @@ def _largest_leak_if(dtype: str, weights: Iterable[WeightRecord]) -> float:
     return max(math.inf if value is None else value for value in found)
 
 
-def loading_lines(manifest: Manifest) -> str:
+def loading_lines(manifest: Manifest, branch: str | None = None) -> str:
     """Python code that loads the pair, or an adapter on its original model, for training.
+
+    `branch` is that of the repository, where such an adapter was pushed to another one than `main`.
 
     Users run this code. Therefore text from a file enters it only as a valid identifier or as a quoted string.
     """
@@ -137,13 +156,14 @@ def loading_lines(manifest: Manifest) -> str:
         model = _quoted(str(manifest.adapter["base_model_name_or_path"]))
         commit = manifest.adapter.get("revision")
         of_commit = f", revision={_quoted(str(commit))}" if commit else ""
+        of_branch = f", revision={_quoted(branch)}" if branch else ""
         # Without it PEFT would compute its own factors of every weight first, by a full SVD.
         no_svd = ", low_cpu_mem_usage=True" if manifest.method.init_lora_weights is not True else ""
         return (
             f"from peft import PeftModel\n"
             f"from transformers import {cls}\n\n"
             f'base = {cls}.from_pretrained({model}, dtype="auto"{of_commit}{trust})\n'
-            f"model = PeftModel.from_pretrained(base, {out}, is_trainable=True{no_svd})"
+            f"model = PeftModel.from_pretrained(base, {out}{of_branch}, is_trainable=True{no_svd})"
         )
     branch = manifest.adapter.get("revision")
     revision = f", revision={_quoted(branch)}" if branch else ""

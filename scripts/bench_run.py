@@ -12,6 +12,7 @@ Each command is a separate process. Its time is wall time; its peak memory is th
     copy        cp -r and sync: the least time in which the checkpoint can be written
     one module  milora-init with one small target: the cost without the solver, to compare with a copy
     merge       milora-init merge of the output of `ours`
+    scan        milora-init scan of the same targets; and of all linear layers
 
 Copy, one module and merge run twice: with the checkpoint out of the page cache (cold) and in it (warm).
 """
@@ -84,6 +85,8 @@ def main() -> None:
             "copy": copy,
             "one module": [*ours, *small, "--out", str(work / "one")],
             "ours": [*ours, *targets, "--out", str(work / "ours")],
+            "scan": [*tool, "scan", str(model), "--quiet", *targets],
+            "scan, all-linear": [*tool, "scan", str(model), "--quiet", "--target", "all-linear"],
             "merge, cold": merge,
             "merge": merge,
             **({} if args.no_reference else {"reference": script}),
@@ -97,7 +100,7 @@ def main() -> None:
                 manifest = json.loads((work / "ours" / "milora_init.json").read_text())
                 for part, key in PARTS.items():
                     figures[name][f"{part}_s"] = sum(weight[key] for weight in manifest["weights"])
-            if name != "ours":  # the merge commands need it
+            if name != "ours" and not name.startswith("scan"):  # the merge commands need it
                 shutil.rmtree(Path(command[-1]) if name != "reference" else work / "reference", ignore_errors=True)
         report(figures, sum(path.stat().st_size for path in model.glob("*.safetensors")))
         if args.json:
@@ -108,7 +111,7 @@ def main() -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Seconds and peak resident bytes of a command."""
+    """Seconds, seconds of the processor, and peak resident bytes of a command."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -116,7 +119,11 @@ def measure(command: list[str]) -> dict[str, float]:
     if process.returncode:
         sys.exit(f"failed with {process.returncode}: {' '.join(command[:6])} ...")
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"elapsed_s": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * unit}
+    return {
+        "elapsed_s": time.perf_counter() - started,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * unit,
+    }
 
 
 def cache(model: Path, *, keep: bool) -> None:
@@ -133,7 +140,7 @@ def cache(model: Path, *, keep: bool) -> None:
 def report(figures: dict[str, dict[str, float]], size_bytes: int) -> None:
     """Print the table."""
     table = Table(title=f"{size_bytes / 1e9:.2f} GB, {os.cpu_count()} cores, torch {version('torch')}", box=None)
-    for column in ("", "seconds", "against copy", "against reference", "peak memory"):
+    for column in ("", "seconds", "of processor", "against copy", "against reference", "peak memory"):
         table.add_column(column, justify="left" if not column else "right")
     for name, figure in figures.items():
         seconds = figure["elapsed_s"]
@@ -141,6 +148,7 @@ def report(figures: dict[str, dict[str, float]], size_bytes: int) -> None:
         table.add_row(
             name,
             f"{seconds:.1f}",
+            f"{figure['cpu_s']:.1f}",
             f"{seconds / figures['copy, cold' if name.endswith('cold') else 'copy']['elapsed_s']:.2f} x",
             f"{reference / seconds:.1f} times faster" if reference else "",
             f"{figure['peak_bytes'] / 2**20:.0f} MiB",

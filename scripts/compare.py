@@ -1,4 +1,4 @@
-"""Learning against forgetting, for every training method, on a tiny model: offline, on a CPU.
+"""Learning against forgetting, for the methods of COMPARED, on a tiny model: offline, on a CPU.
 
 A tiny Llama is pre-trained on docstrings (cached in compare/base). Every method then trains it on generated word
 problems through run_train.sh, at several learning rates and seeds. Measured are the loss on other word problems (what
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,9 +33,9 @@ from word_problems import split, write_lines
 
 HERE = Path(__file__).resolve().parent
 RANK = 8
-DROPOUT = 0  # of every adapter
+DROPOUT = 0  # lora_dropout of every adapter
 BATCH, WARMUP = 16, 10
-COMPARED = ("lora", "milora", "pissa", "olora-tail", "rlmo", "mica", "full")  # those of them that METHODS has
+COMPARED = ("lora", "milora", "pissa", "olora-tail", "rlmo", "mica", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Result:
         before_new, before_old: Mean loss per token on held-out word problems and docstrings before the training.
         new, old: The same after it.
         right: Share of held-out word problems with the right answer after "The answer is: ".
-        seconds: Of the training alone.
+        seconds: Duration of the training, without the evaluation.
     """
 
     variant: Variant
@@ -93,8 +93,13 @@ def main() -> int:
     base = pretrain(args.out / "base", tokens=args.tokens)
 
     runs, data = args.out / "runs", args.out / "data"
+    settings = {"tokens": args.tokens, "steps": args.steps, "rank": RANK, "dropout": DROPOUT, "batch": BATCH}
+    settings_file = args.out / "settings.json"
     if not args.resume:
         shutil.rmtree(runs, ignore_errors=True)
+    elif settings_file.is_file() and json.loads(settings_file.read_text()) != settings:
+        raise SystemExit(f"{args.out} has trainings with other settings; run it again without --resume")
+    settings_file.write_text(json.dumps(settings) + "\n")
     for folder in (runs, data):
         folder.mkdir(parents=True, exist_ok=True)
     training, held = split(2000, 100, seed=0)
@@ -113,10 +118,9 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda job: train(*job, starts=starts, out=args.out, steps=args.steps), jobs))
 
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings |= {"rank": RANK, "dropout": DROPOUT, "batch": BATCH, "warmup": WARMUP}
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     content = {
-        "settings": settings,
+        "settings": arguments | settings | {"warmup": WARMUP},
         "pretraining": json.loads((base / "pretraining.json").read_text()),
         "seconds": time.monotonic() - began,
         "results": [asdict(result) for result in results],
@@ -131,11 +135,11 @@ def main() -> int:
 
 def variants() -> list[Variant]:
     """What is compared: LoRA at both scales, all others at alpha = r."""
-    chosen = [METHODS[name] for name in COMPARED if name in METHODS]
+    chosen = [METHODS[name] for name in COMPARED]
     return [
         Variant(method.name, None if method.starts_from == "full" else factor * RANK)
         for method in chosen
-        for factor in sorted({1, method.alpha_per_rank}, reverse=True)
+        for factor in sorted({1, method.alpha_per_rank}, reverse=True)  # alpha = r; for LoRA the authors' 2r too
     ]
 
 
@@ -145,7 +149,7 @@ def initialise(base: Path, out: Path) -> dict[str, Path]:
     for variant in variants():
         method = METHODS[variant.method]
         starts[method.name] = base
-        if method.mode is not None:
+        if method.is_initial:
             starts[method.name] = out / "starts" / method.name
             shutil.rmtree(starts[method.name], ignore_errors=True)
             make_start(method, str(base), starts[method.name], rank=RANK)
@@ -155,18 +159,22 @@ def initialise(base: Path, out: Path) -> dict[str, Path]:
 def train(variant: Variant, rate: float, seed: int, *, starts: dict[str, Path], out: Path, steps: int) -> Result:
     """Train and evaluate in a process of its own. Raises SystemExit if it fails."""
     run = out / "runs" / f"{variant.method}-{variant.alpha}-{rate:g}-{seed}"
-    adapter = [] if variant.alpha is None else f"--rank {RANK} --alpha {variant.alpha} --dropout {DROPOUT}".split()
+    adapter = {} if variant.alpha is None else {"rank": RANK, "alpha": variant.alpha, "dropout": DROPOUT}
+    training: dict[str, object] = {
+        **adapter, "data": out / "data" / "train.jsonl", "learning-rate": rate, "seed": seed, "max-steps": steps,
+        "warmup-steps": WARMUP, "total-batch": BATCH, "device-batch": BATCH, "max-length": 256,
+    }  # fmt: skip
+    evaluation: dict[str, object] = {
+        "tasks": "gsm8k", "data": f"gsm8k={out}/data/gsm8k.jsonl", "max-new-tokens": 24, "batch-size": 100,
+        "device": "cpu",
+    }  # fmt: skip
     command = [
-        "bash", str(HERE / "run_train.sh"), variant.method, str(starts[variant.method]), str(run), *adapter,
-        *f"--data {out}/data/train.jsonl --eval-data new={out}/data/new.jsonl".split(),
-        *f"--eval-data old={out}/base/held-out.jsonl --learning-rate {rate} --seed {seed}".split(),
-        *f"--max-steps {steps} --warmup-steps {WARMUP} --total-batch {BATCH} --device-batch {BATCH}".split(),
-        *f"--max-length 256 -- --tasks gsm8k --data gsm8k={out}/data/gsm8k.jsonl".split(),
-        *["--max-new-tokens", "24", "--batch-size", "100", "--device", "cpu"],
+        "bash", str(HERE / "run_train.sh"), variant.method, str(starts[variant.method]), str(run), *_words(training),
+        "--eval-data", f"new={out}/data/new.jsonl", "--eval-data", f"old={out}/base/held-out.jsonl",
+        "--", *_words(evaluation),
     ]  # fmt: skip
-    graded = run / "results" / "gsm8k" / f"{variant.method}.json"
-    # What is unfinished starts anew: a training takes seconds.
-    if not graded.is_file() or json.loads((run / "training.json").read_text())["max_steps"] != steps:
+    score_file = run / "results" / "gsm8k" / f"{variant.method}.json"
+    if not score_file.is_file():  # an unfinished training is removed and started again
         shutil.rmtree(run, ignore_errors=True)
         environment = os.environ | {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -174,13 +182,18 @@ def train(variant: Variant, rate: float, seed: int, *, starts: dict[str, Path], 
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
         shutil.rmtree(run / "checkpoints")
     record = json.loads((run / "training.json").read_text())
-    right = json.loads(graded.read_text())["metrics"]["exact_match,none"]
+    right = json.loads(score_file.read_text())["metrics"]["exact_match,none"]
     result = Result(
         variant, rate, seed, record["before"]["new"], record["before"]["old"], record["after"]["new"],
         record["after"]["old"], right, record["seconds"],
     )  # fmt: skip
     print(f"    {variant.label}, {rate:g}, seed {seed}: {result.new:.3f} new, {result.old:.3f} old", flush=True)
     return result
+
+
+def _words(options: Mapping[str, object]) -> list[str]:
+    """The words of a command line for these options."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def grouped(results: Iterable[Result]) -> dict[Variant, dict[float, list[Result]]]:

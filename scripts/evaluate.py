@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training_methods import ADAPTER_FOLDER, MismatchError, folder_of, manifest_of, merge_pair
+from training_methods import MismatchError, find_start, manifest_of, merge_pair
 
 TASK_FILES = Path(__file__).parent / "evaluation"
 OWN_TASKS = ("gsm8k", "MATH")
@@ -33,12 +33,14 @@ class Subject:
         adapter: Folder of the adapter; None for a plain model.
         is_residual: Whether the weights are a residual base, which must not be evaluated without the adapter.
         name: Of the result files.
+        revision: Commit of a model on the Hub; None for the newest, and for a folder.
     """
 
     model: str
     adapter: str | None
     is_residual: bool
     name: str
+    revision: str | None = None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,11 +120,13 @@ def find_subject(model: str, adapter: str | None = None) -> Subject:
         if start["method"]["starts_from"] == "full":
             return Subject(str(Path(model) / "model"), None, False, name)
         pair = start["method"]["starts_from"] == "pair"
-        return Subject(start["model"], adapter or str(Path(model) / "adapter"), pair, name)
+        return Subject(start["model"], adapter or str(Path(model) / "adapter"), pair, name, start.get("revision"))
     manifest = manifest_of(model)
     if manifest is None:
         return Subject(model, adapter, False, name)
-    return Subject(model, adapter or str(Path(folder_of(model)) / ADAPTER_FOLDER), True, name)
+    output = find_start(manifest.method.name, model)
+    pair = output.method.starts_from == "pair"
+    return Subject(output.model, adapter or output.adapter, pair, name, output.revision)
 
 
 def run(subject: Subject, args: argparse.Namespace, out: Path) -> Any:
@@ -168,6 +172,8 @@ def _from_file(task: str, file: str) -> str:
 
 def _hf_arguments(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
     arguments: dict[str, Any] = {"pretrained": subject.model, "dtype": args.dtype}
+    if subject.revision:
+        arguments["revision"] = subject.revision
     if subject.adapter:
         arguments["peft"] = subject.adapter
     return arguments
@@ -175,6 +181,8 @@ def _hf_arguments(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
 
 def _vllm_arguments(subject: Subject, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"pretrained": subject.model, "dtype": args.dtype}
+    if subject.revision:
+        arguments["revision"] = subject.revision
     if subject.is_residual:
         merge_pair(subject.model, subject.adapter, out / "merged")
         arguments["pretrained"] = str(out / "merged")

@@ -2,7 +2,7 @@
 
     python scripts/train.py METHOD BASE SAVE_ROOT [options]
 
-BASE is an output of milora-init for milora, pissa, mid and random, and an original model for lora and full. Writes
+BASE is an output of milora-init for milora and its other methods, and an original model for lora and full. Writes
 
     SAVE_ROOT/training.json    settings, and the losses before and after
     SAVE_ROOT/adapter          the trained adapter (SAVE_ROOT/model with full)
@@ -165,7 +165,7 @@ def make_trainer(args: argparse.Namespace, start: Start) -> Any:
         config,
         train_dataset=read_rows(args.data, args),
         eval_dataset={name: read_rows(file, args) for name, _, file in (e.partition("=") for e in args.eval_data)},
-        processing_class=AutoTokenizer.from_pretrained(start.model),
+        processing_class=AutoTokenizer.from_pretrained(start.model, revision=start.revision),
     )
 
 
@@ -179,7 +179,9 @@ def load_model(start: Start, dtype: str = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     full = start.method.starts_from == "full"
-    base = AutoModelForCausalLM.from_pretrained(start.model, dtype="float32" if full else dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        start.model, revision=start.revision, dtype="float32" if full else dtype
+    )
     if full:
         return base
     if start.adapter is None:
@@ -194,7 +196,9 @@ def load_model(start: Start, dtype: str = "auto") -> Any:
 
     config = PeftConfig.from_pretrained(start.adapter)
     config.lora_dropout = start.dropout
-    model = PeftModel.from_pretrained(base, start.adapter, is_trainable=True, config=config)
+    # Without `low_cpu_mem_usage` PEFT computes its own factors for mica first, by a full SVD of every weight.
+    no_svd = config.init_lora_weights is not True
+    model = PeftModel.from_pretrained(base, start.adapter, is_trainable=True, config=config, low_cpu_mem_usage=no_svd)
     # PEFT only warns about tensors that found no module.
     left = load_peft_weights(start.adapter, device="cpu").keys() ^ get_peft_model_state_dict(model).keys()
     if left:

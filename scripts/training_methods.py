@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from milora_init.lora.folder import adapter_folder
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.methods import METHODS as INITIAL
 from milora_init.options import read_recipe
 
-ADAPTER_FOLDER = "lora"  # of the initial adapter in an output of milora-init
 RECIPE = "math"  # rank, targets and dropout of a fresh LoRA, and of the paper's GSM8K and MATH runs
 
 
@@ -22,27 +23,27 @@ class Method:
     """One way to train.
 
     Attributes:
-        name: As on the command line.
+        name: As on the command line; of a method with an initial adapter, as `milora-init --method` has it.
         starts_from: `pair`: the residual base and its initial adapter. `adapter`: the initial adapter on the original
             model, for methods that write no base. `fresh`: a new LoRA (B = 0) on the original model. `full`: every
             weight of the original model.
-        mode: What `milora-init --mode` must have been; None without an initial adapter.
         alpha_per_rank: alpha / rank in the authors' experiments. LoRA has 2, all others 1.
     """
 
     name: str
     starts_from: Literal["pair", "adapter", "fresh", "full"]
-    mode: str | None = None
     alpha_per_rank: int = 1
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether it trains the initial adapter of an output of milora-init."""
+        return self.starts_from in ("pair", "adapter")
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("milora", "pair", mode="min"),
-        Method("pissa", "pair", mode="max"),
-        Method("mid", "pair", mode="mid"),
-        Method("random", "pair", mode="random"),
+        *(Method(name, "pair" if initial.writes_base else "adapter") for name, initial in INITIAL.items()),
         Method("lora", "fresh", alpha_per_rank=2),
         Method("full", "full"),
     )
@@ -60,6 +61,7 @@ class Start:
     Attributes:
         method: The method.
         model: Folder or Hub id of the weights to load.
+        revision: Commit of a model on the Hub; None for the newest, and for a folder.
         adapter: Folder of the initial adapter; None for `fresh` and `full`.
         rank, alpha, scale, dropout: Of the adapter; None for `full`.
         targets: Modules of a fresh LoRA; empty for an initial adapter, which has its own.
@@ -68,6 +70,7 @@ class Start:
     method: Method
     model: str
     adapter: str | None
+    revision: str | None = None
     rank: int | None = None
     alpha: int | None = None
     scale: float | None = None
@@ -90,10 +93,10 @@ def find_start(
         MismatchError: The base does not fit the method, or an option does not fit the adapter.
     """
     method, manifest = METHODS[name], manifest_of(base)
-    if method.mode is None:
+    if not method.is_initial:
         if manifest is not None:
             raise MismatchError(
-                f"{base} is an output of milora-init, its base is not the original model: "
+                f"{base} is an output of milora-init, not the original model: "
                 f"train {name} on {manifest.source['model']}"
             )
         if method.starts_from == "full":
@@ -104,19 +107,21 @@ def find_start(
         rank = rank or int(recipe["rank"])
         alpha = alpha or method.alpha_per_rank * rank
         dropout = float(recipe["dropout"]) if dropout is None else dropout
-        return Start(method, base, None, rank, alpha, alpha / rank, dropout, tuple(recipe["target"]))
+        scale = alpha / rank
+        targets = tuple(recipe["target"])
+        return Start(method, base, None, rank=rank, alpha=alpha, scale=scale, dropout=dropout, targets=targets)
     if manifest is None:
         raise MismatchError(
             f"{base} has no {MANIFEST}: make the base first, with "
-            f"milora-init --model {base} --mode {method.mode} --out FOLDER"
+            f"milora-init --model {base} --method {name} --out FOLDER"
         )
-    if mode_of(manifest) != method.mode:
-        fits = [other.name for other in METHODS.values() if other.mode == mode_of(manifest)]
+    made_with = manifest.method.name
+    if made_with != name:
         raise MismatchError(
-            f"{base} was made with mode {mode_of(manifest)}, {name} needs mode {method.mode}: "
-            f"train {' or '.join(fits)} on it, or make another base with --mode {method.mode}"
+            f"{base} was made with method {made_with}, not {name}: train {made_with} on it, or make another output "
+            f"with milora-init --method {name}"
         )
-    adapter = Path(folder_of(base)) / ADAPTER_FOLDER
+    adapter = adapter_folder(Path(folder_of(base)), manifest.method)
     config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     for option, given, own in (("rank", rank, config["r"]), ("alpha", alpha, config["lora_alpha"])):
         if given not in (None, own):
@@ -124,15 +129,14 @@ def find_start(
                 f"the adapter of {base} has {option} {own}, not {given}: give it to milora-init instead"
             )
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
-    model = base if method.starts_from == "pair" else str(config["base_model_name_or_path"])
+    model, revision = base, None
+    if method.starts_from == "adapter":
+        model, revision = str(config["base_model_name_or_path"]), config.get("revision")
     own_dropout = float(config["lora_dropout"])
     chosen = own_dropout if dropout is None else dropout
-    return Start(method, model, str(adapter), config["r"], config["lora_alpha"], scale, chosen)
-
-
-def mode_of(manifest: Manifest) -> str:
-    """The mode that an output was made with."""
-    return str(manifest.inputs["mode"])
+    return Start(
+        method, model, str(adapter), revision, rank=config["r"], alpha=config["lora_alpha"], scale=scale, dropout=chosen
+    )
 
 
 def manifest_of(base: str) -> Manifest | None:
@@ -151,16 +155,15 @@ def folder_of(base: str) -> str:
     found = cached_file(base, MANIFEST, _raise_exceptions_for_missing_entries=False)
     if found is None:
         return ""
-    return str(snapshot_download(base, allow_patterns=[MANIFEST, f"{ADAPTER_FOLDER}/*"]))
+    return str(snapshot_download(base, allow_patterns=[MANIFEST, "lora/*", "adapter_*"]))
 
 
 def make_start(method: Method, model: str, out: Path, *, rank: int) -> None:
-    """Run milora-init for a method that has an initial adapter, in float32, with alpha = rank."""
+    """Run milora-init for a method that has an initial adapter, its base in float32, with alpha = rank."""
     from milora_init import InitOptions, initialize
 
-    initialize(
-        InitOptions(model=model, out=str(out), rank=rank, mode=cast(Any, method.mode), dtype="float32", device=("cpu",))
-    )
+    dtype = "float32" if method.starts_from == "pair" else "auto"
+    initialize(InitOptions(model=model, out=str(out), rank=rank, method=method.name, dtype=dtype, device=("cpu",)))
 
 
 def merge_pair(base: str, adapter: str | None, out: Path) -> None:

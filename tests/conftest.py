@@ -24,6 +24,7 @@ from support.runs import initialize
 
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
+from milora_init.run.makers import LocalMakers
 
 # Hypothesis draws the same examples in every run: a test result changes only if the code changes.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -78,6 +79,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "MILORA_DEBUG", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("MILORA_PICTURE", "0")  # drawing one takes longer than the rest of a push
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +134,12 @@ def start(tmp_path: Path) -> Callable[..., Manifest]:
         return initialize(InitOptions(model=str(model), **given), progress=progress)
 
     return run
+
+
+@pytest.fixture
+def file_by_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of an output is begun only when the one before it was recorded: for tests that count finished files."""
+    monkeypatch.setattr(LocalMakers, "MOST_FILES", 1)
 
 
 @pytest.fixture(scope="session")

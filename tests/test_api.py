@@ -16,6 +16,7 @@ from milora_init import InitOptions, UsageError
 from milora_init.cli.main import COMMANDS
 
 Built = Callable[..., Path]
+OF_THE_TERMINAL = {"as_json", "as_markdown", "as_csv", "quiet", "verbose"}
 
 
 def test_initialize_takes_paths_and_the_words_of_the_command_line(checkpoint: Built, tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_bar_is_the_default_and_false_prints_nothing(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", ["initialize", "verify", "merge", "convert", "push"])
+@pytest.mark.parametrize("name", ["initialize", "scan", "verify", "merge", "convert", "push"])
 def test_every_function_describes_its_parameters_and_errors(name: str) -> None:
     function = getattr(milora_init, name)
     text = inspect.getdoc(function) or ""
@@ -90,10 +91,10 @@ def test_every_function_describes_its_parameters_and_errors(name: str) -> None:
 
 def test_options_have_the_names_of_the_command_line() -> None:
     """What a function takes, its command takes by the same name."""
-    for name in ("verify", "merge", "convert", "push"):
+    for name in ("scan", "verify", "merge", "convert", "push"):
         function, command = getattr(milora_init, name), COMMANDS[name]
         of_function = set(inspect.signature(function).parameters) - {"progress"}
-        of_command = set(inspect.signature(command).parameters) - {"as_json", "quiet", "verbose"}
+        of_command = set(inspect.signature(command).parameters) - OF_THE_TERMINAL
         assert of_function == of_command, name
 
 

@@ -16,9 +16,10 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # A folder imports only from folders above it in this list, and from itself.
 FOLDERS = [
-    ".",  # errors, options, manifest, report, accuracy
+    ".",  # errors, options, manifest, report, accuracy, spectra
     "checkpoint",
     "linalg",
+    "pictures",
     "model",
     "lora",
     "hub",

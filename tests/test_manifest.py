@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -50,12 +51,12 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def json_paths(content: Any, at: JsonPath = ()) -> Iterator[JsonPath]:
-    """The path of every value in a manifest; of its list of weights, only the first."""
+    """The path of every value in a manifest; of its collections of like entries, only the first entry."""
     yield at
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in items:
-        if at != ("weights",) or key == 0:
-            yield from json_paths(value, (*at, key))
+    like = at in (("weights",), ("inputs",), ("files",), ("hashes",))
+    for key, value in itertools.islice(items, 1 if like else None):
+        yield from json_paths(value, (*at, key))
 
 
 def with_value(content: Any, at: JsonPath, value: Any) -> Any:

@@ -36,7 +36,7 @@ def test_every_recipe_sets_the_values_of_its_file(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "rank", "dropout"),
-    [("commonsense", 32, 0.05), ("math", 64, 0.05), ("instruction", 32, 0.05), ("llm-adapters", 64, 0.05)],
+    [("commonsense", 32, 0.05), ("math", 64, 0.05), ("instruction", 32, 0.05), ("llm-adapters", 64, 0.0)],
 )
 def test_the_recipes_have_the_settings_of_the_paper(name: str, rank: int, dropout: float) -> None:
     """MiLoRA paper (NAACL 2025), tables 10 to 12: five linears, alpha = r."""
@@ -65,7 +65,7 @@ def test_arguments_override_the_recipe_and_the_recipe_overrides_the_defaults(tmp
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"), [("ranks", "rank"), ("targets", "target"), ("task_typ", "task-type"), ("drop-out", "dropout")]
+    ("key", "meant"), [("ranks", "rank"), ("tagret", "target"), ("task_typ", "task-type"), ("drop-out", "dropout")]
 )
 def test_an_unknown_key_names_the_closest(key: str, meant: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
@@ -199,7 +199,7 @@ def test_a_nul_character_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_decides_triplets_factors_and_dropout(name: str) -> None:
     made = request(method=name)
-    assert (made.chosen.name, made.lora_dropout) == (name, 0.05 if name == "milora" else 0.0)
+    assert (made.chosen.name, made.lora_dropout) == (name, 0.0)
     assert made == request(method=name, mode=None)
     assert request(method=name, mode=made.chosen.mode).chosen is made.chosen
     assert request(method=name, dropout=0.1).lora_dropout == 0.1
@@ -219,7 +219,7 @@ def test_a_mode_that_contradicts_the_method_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["rlmo", "rlpo", "mica"])
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"low_disk": True}, {"push_to_hub": "me/model"}])
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"low_disk": True}])
 def test_options_of_a_base_are_refused_where_none_is_written(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"method {name} writes no base"):
         request(method=name, **options)
@@ -234,11 +234,16 @@ def test_an_argument_replaces_the_method_of_a_recipe_and_its_dropout(tmp_path: P
     assert made("qlora", mode="max") == ("pissa", 0.0)
     assert made("qlora", mode="min") == ("milora", 0.1)
     assert made("qlora", mode="max", dropout=0.2) == ("pissa", 0.2)
-    assert made("rl", mode="min") == ("milora", 0.05)
+    assert made("rl", mode="min") == ("milora", 0.0)
     own = tmp_path / "own.yaml"
     own.write_text("method: rlmo\ndropout: 0.1\n")
     assert made(str(own)) == ("rlmo", 0.1)
     assert made(str(own), method="mica") == ("mica", 0.1)  # its writer asked for it
+
+
+def test_the_recipe_of_pissa_has_the_settings_of_its_authors() -> None:
+    made = InitOptions.from_recipe("pissa", model="m", out="o")
+    assert (made.chosen.name, made.rank, made.lora_alpha, made.lora_dropout) == ("pissa", 128, 128, 0.0)
 
 
 def test_the_rl_recipe_writes_no_base_and_has_no_dropout() -> None:

@@ -50,6 +50,19 @@ def read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
+def read_range(path: Path, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start` on. Raises CheckpointError, also where the file ends before."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            content = file.read(size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    if len(content) != size:
+        raise CheckpointError(f"{path} ended early: it changed")
+    return content
+
+
 def source_file(folder: Path, name: str) -> Path:
     """The path of a file of the model that is copied unchanged.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from milora_init.checkpoint import hashing
-from milora_init.checkpoint.files import Stamp, read_bytes, read_json_object, source_file, stamp
-from milora_init.checkpoint.header import REFETCH, Header, TensorInfo, read_header
+from milora_init.checkpoint.files import Stamp, read_bytes, read_json_object, read_range, source_file, stamp
+from milora_init.checkpoint.header import REFETCH, Header, TensorInfo, read_header, safetensors_name
+from milora_init.checkpoint.quantisation import Quantisation, configured_dtype, read_quantisation
+from milora_init.checkpoint.quantised_tensors import (
+    QuantisedTensor,
+    QuantisedTensors,
+    find_quantised,
+    refuse_without_rule,
+)
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES, side_files
 from milora_init.errors import CheckpointError, UsageError
 from milora_init.untrusted import relative_name
@@ -29,6 +37,12 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 _SHARD = re.compile(r".+-\d+-of-\d+\.(safetensors|bin)")
+_SCALES = ("scale", "absmax", "quant_map")  # in the names of parts, whose dtype is not that of the model
+_SMALL_BYTES = 1 << 16  # of a tensor that is read while planning
+
+
+def _not_connected(name: str, _start: int, _stop: int) -> bytes:
+    raise CheckpointError(f"{name} is not on the disk", hint="download the model first: hf download MODEL")
 
 
 @dataclass(frozen=True)
@@ -40,12 +54,14 @@ class RemoteFiles:
         commit: The commit that every file is taken from.
         hashes: SHA-256 of each file of weights.
         absent: Header of each file of weights that is not in the folder yet.
+        read: Reads the bytes from `start` to `stop` of a file: read(name, start, stop). Raises HubError.
     """
 
     model: str
     commit: str
     hashes: Mapping[str, str]
     absent: Mapping[str, Header]
+    read: Callable[[str, int, int], bytes] = _not_connected
 
 
 @dataclass(frozen=True)
@@ -81,9 +97,68 @@ class Checkpoint:
         return read_json_object(self.folder / "config.json")
 
     @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor of the checkpoint by name."""
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor by name, as the files have it."""
         return {name: info for header in self.headers.values() for name, info in header.tensors.items()}
+
+    @cached_property
+    def file_of(self) -> Mapping[str, str]:
+        """The file of every stored tensor."""
+        return {name: file for file, header in self.headers.items() for name in header.tensors}
+
+    @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """How the checkpoint is quantised; None if it is not. Raises CheckpointError."""
+        return read_quantisation(self.folder, self.config)
+
+    @cached_property
+    def quantised(self) -> QuantisedTensors:
+        """The quantised tensors. Raises CheckpointError for a dtype without a rule and for parts that do not fit."""
+        found = QuantisedTensors({}, frozenset())
+        if self.quantisation:
+            found = find_quantised(self.quantisation, self.stored, self._dtype, self._read_small)
+        refuse_without_rule(self.stored, found.part_names, quantised=self.quantisation is not None)
+        return found
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo | QuantisedTensor]:
+        """Every tensor of the model by name. A quantised one has the shape and the dtype of its dense form."""
+        if not self.quantised.tensors:
+            return self.stored
+        by_codes = {tensor.codes.name: tensor for tensor in self.quantised.tensors.values()}
+        parts = self.quantised.part_names
+        found: dict[str, TensorInfo | QuantisedTensor] = {}
+        for name, info in self.stored.items():
+            if name in by_codes:
+                found[by_codes[name].name] = by_codes[name]
+            elif name not in parts:
+                found[name] = info
+        return found
+
+    @cached_property
+    def _dtype(self) -> str:
+        """The dtype of the model, by its safetensors name: that of config.json, else the commonest of its floats."""
+        if name := configured_dtype(self.config):
+            return safetensors_name(name)
+        no_scales = (info for name, info in self.stored.items() if not any(word in name for word in _SCALES))
+        dtypes = Counter(info.dtype for info in no_scales)
+        return max(("BF16", "F16", "F32"), key=lambda dtype: dtypes[dtype])
+
+    def _read_small(self, name: str) -> bytes:
+        """The bytes of a small stored tensor. Raises CheckpointError, and HubError if it is still on the Hub."""
+        file = self.file_of[name]
+        info, start = self.stored[name], len(self.headers[file].raw) + self.stored[name].start
+        if info.size_bytes > _SMALL_BYTES:
+            raise CheckpointError(f"{name} has {info.size_bytes} bytes, and should be a short description")
+        if self.remote and file in self.remote.absent:
+            return self.remote.read(file, start, start + info.size_bytes)
+        if self.is_pickle:
+            from milora_init.checkpoint.dtypes import bytes_of
+            from milora_init.checkpoint.tensor_file import PickleShard
+
+            with PickleShard(self.folder / file) as shard:
+                return bytes(bytes_of(shard.read(name)))
+        return read_range(self.folder / file, start, info.size_bytes)
 
     @cached_property
     def digest(self) -> Mapping[str, str]:
@@ -174,6 +249,7 @@ def open_model(folder: Path, remote: RemoteFiles | None = None) -> Checkpoint:
             f"{folder} holds {ADAPTER_CONFIG} beside its weights: transformers would load this adapter over them",
             hint="merge it first (PEFT: merge_and_unload, then save_pretrained elsewhere), or move it away",
         )
+    _ = checkpoint.quantised  # a tensor that no rule reads is found here
     return checkpoint
 
 

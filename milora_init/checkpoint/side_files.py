@@ -78,8 +78,17 @@ WEIGHT_SUFFIXES = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack",
     ".tflite", ".ot", ".mlmodel", ".npz", ".nemo", ".llamafile", ".partial",
 })  # fmt: skip
+# Of configs, tokenizers, chat templates, processors and code.
+_SIDE_FILE_SUFFIXES = frozenset({".json", ".model", ".tiktoken", ".jinja", ".py"})
+_VOCABULARIES = frozenset({"vocab.txt", "merges.txt"})
 # The output has its own files of these names, and its adapter in `lora`.
 _OWN_NAMES = frozenset({"config.json", "adapter_config.json", "milora_init.json", "milora_merge.json", "lora"})
+
+
+def would_be_loaded(name: str) -> bool:
+    """Whether transformers or PEFT could load a file of this name, beside the weights, as a part of the model."""
+    suffix = Path(name).suffix.lower()
+    return suffix in WEIGHT_SUFFIXES | _SIDE_FILE_SUFFIXES or name in _VOCABULARIES
 
 
 def travels(name: str) -> bool:

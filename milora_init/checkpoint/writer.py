@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from milora_init.errors import CheckpointError, OutputError, remedy
 
 _CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that the calls cost nothing
 _NAME_BYTES = 255
-_NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO)
+_KERNEL_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class WriteTarget:
     def opened(self) -> Iterator[Callable[[Tensor], None]]:
         """A function that writes the tensor, which must have this dtype and shape. Raises OutputError.
 
-        The file is opened here, before the tensor is computed. If the run fails meanwhile, its file is removed, and a
-        late write goes into the removed file instead of the one that the next run has made under the same name.
+        The file is opened here, before the tensor is computed. If the run fails meanwhile, the file is deleted. A late
+        write then goes into the deleted file, and not into a new file of the same name that the next run made.
         """
         with writing(self.path):
             fileno = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
@@ -103,7 +103,7 @@ class SafetensorsWriter:
         self.path = path
         self._header, self._mode = header, mode
         self._partial = partial_of(path)
-        self._unassigned, self._missing = set(header.tensors), set(header.tensors)
+        self._without_target, self._unwritten = set(header.tensors), set(header.tensors)
         self._fileno: int | None = None
         self._flusher: ThreadPoolExecutor | None = None
         self._flushed: Future[None] | None = None
@@ -139,15 +139,15 @@ class SafetensorsWriter:
 
     def target(self, name: str) -> WriteTarget:
         """Where another thread or process is to write a tensor. Once it has, call `mark_written`."""
-        if name not in self._unassigned:
+        if name not in self._without_target:
             raise OutputError(f"{self.path}: {name} was written twice, or never planned")
-        self._unassigned.remove(name)
+        self._without_target.remove(name)
         info = self._header.tensors[name]
         return WriteTarget(self._partial, name, info.dtype, info.shape, len(self._header.raw) + info.start)
 
     def mark_written(self, name: str) -> None:
         """Record that a tensor is in the file."""
-        self._missing.remove(name)
+        self._unwritten.remove(name)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor; its dtype and shape must be those of the header."""
@@ -155,20 +155,34 @@ class SafetensorsWriter:
             write(tensor)
         self.mark_written(name)
 
-    def copy(self, name: str, source: int, offset: int, source_path: Path) -> None:
-        """Copy a tensor's bytes from `offset` of the open file `source`, inside the kernel where it can.
+    def copy(self, name: str, source_fileno: int, offset: int, source_path: Path) -> None:
+        """Copy a tensor's bytes from `offset` of the open file `source_fileno`, inside the kernel where it can.
 
         `source_path` names that file in the CheckpointError if it cannot be read.
         """
         target = self.target(name)
         with writing(self._partial):
             length = self._header.tensors[name].size_bytes
-            copied = _copy_in_kernel(source, self._open_fileno(), length, offset, target.offset)
+            copied = _copy_in_kernel(source_fileno, self._open_fileno(), length, offset, target.offset)
             while copied < length:
                 size = min(length - copied, 1 << 24)
-                chunk = _read(source, size, offset + copied, f"{source_path}: cannot read {name}")
+                chunk = _read(source_fileno, size, offset + copied, f"{source_path}: cannot read {name}")
                 _write_all(self._open_fileno(), memoryview(chunk), target.offset + copied)
                 copied += len(chunk)
+        self.mark_written(name)
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write a tensor's bytes, which come in chunks. Raises OutputError for more or fewer than the header says."""
+        target, written = self.target(name), 0
+        length = self._header.tensors[name].size_bytes
+        for chunk in chunks:
+            if written + len(chunk) > length:
+                break
+            with writing(self._partial):
+                _write_all(self._open_fileno(), memoryview(chunk), target.offset + written)
+            written += len(chunk)
+        if written != length:
+            raise OutputError(f"{self.path}: {name} has {length} bytes, other bytes were given")
         self.mark_written(name)
 
     def flush(self) -> None:
@@ -181,19 +195,21 @@ class SafetensorsWriter:
 
         The name survives a power cut only once its folder is synced, see `sync_folder`.
         """
-        if self._missing:
+        if self._unwritten:
             raise OutputError(
-                f"{self.path}: {len(self._missing)} tensors were never written, {min(self._missing)} first"
+                f"{self.path}: {len(self._unwritten)} tensors were never written, {min(self._unwritten)} first"
             )
         fileno = self._open_fileno()
         with writing(self._partial):
             if self._flushed is not None:
-                self._flushed.result()  # the system reports a failed write only once, to the first fsync
+                self._flushed.result()  # raises its error: the system reports a failed write only to the first fsync
             os.fsync(fileno)
             size_bytes, mode = os.fstat(fileno).st_size, stat.S_IMODE(os.fstat(fileno).st_mode)
             if mode & ~self._mode:
                 os.fchmod(fileno, mode & self._mode)
-            self._fileno = None  # first: after an interruption here, __exit__ must not close a reused number
+            # None before the file is closed: if an interrupt came between the two lines, __exit__ would otherwise close
+            # a number that another file may have by then.
+            self._fileno = None
             os.close(fileno)
             self._partial.replace(self.path)
         return size_bytes
@@ -237,8 +253,9 @@ def _copy_in_kernel(source: int, target: int, length: int, source_offset: int, t
         try:
             count = os.copy_file_range(source, target, size, source_offset + copied, target_offset + copied)
         except OSError as error:
-            # Two file systems, or one that cannot do it; or a failing disk: then pread or pwrite shows which.
-            if error.errno in _NOT_IN_KERNEL:
+            # The kernel cannot copy between these two files: pread and pwrite do it instead. If a disk is failing, they
+            # raise an error that says whether it is the source's or the target's.
+            if error.errno in _KERNEL_CANNOT_COPY:
                 break
             raise
         if count == 0:

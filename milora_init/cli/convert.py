@@ -25,6 +25,18 @@ def convert(
         int | None,
         typer.Option("--rank", "-r", metavar="N", help="Keep the best N directions. (default: twice the rank, exact)"),
     ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Keep this share of each module's update, such as 0.99.", show_default=False
+        ),
+    ] = None,
+    for_: Annotated[
+        str, typer.Option("--for", metavar="NAME", help="What reads the adapter: peft, vllm or sglang.")
+    ] = "peft",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be kept and lost; write nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     cache_dir: CacheDir = None,
     token: Token = None,
@@ -34,11 +46,13 @@ def convert(
 ) -> None:
     """Convert a trained adapter into a plain LoRA of the original model.
 
-    The plain LoRA needs no residual base. Its rank is twice the trained one, unless --rank cuts it.
+    The plain LoRA needs no residual base. Its rank is twice the trained one, unless --rank or --energy cuts it.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     milora-init convert ./svd_init --adapter ./trained --out ./plain
+
+    milora-init convert ./svd_init --adapter ./trained --out ./served --for vllm
     """
     output.require_one_of_quiet_and_verbose(quiet, verbose)
     output.hide_bars_of_the_hub()
@@ -48,8 +62,9 @@ def convert(
         from milora_init.api import convert as convert_adapter
 
         converted = convert_adapter(
-            pair, adapter, out, model=model, rank=rank, overwrite=overwrite, cache_dir=cache_dir, token=token
-        )
+            pair, adapter, out, model=model, rank=rank, energy=energy, for_=for_, dry_run=dry_run,
+            overwrite=overwrite, cache_dir=cache_dir, token=token,
+        )  # fmt: skip
     if as_json:
         output.json_output.give(converted.to_json())
     elif not quiet:

@@ -19,6 +19,7 @@ _PACKAGES = (
 )  # fmt: skip
 _VARIABLES = (
     "MILORA_DEBUG",
+    "MILORA_PICTURE",
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",

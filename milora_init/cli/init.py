@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,8 +71,8 @@ def init(
             "--target",
             "-t",
             metavar="NAME",
-            help="What to adapt: module suffix, full name, all-linear, or re:PATTERN. Repeatable. "
-            "(default: q, k, v, up and down projections, or all-linear)",
+            help="What to adapt: module suffix, full name, all-linear, re:PATTERN, or kappa:P and energy:P (see scan). "
+            "Repeatable. (default: q, k, v, up and down projections, or all-linear)",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -88,7 +89,7 @@ def init(
     ] = None,
     dropout: Annotated[
         float | None,
-        typer.Option(metavar="P", help="lora_dropout. (default: the recipe's, or the method's)", rich_help_panel=_LORA),
+        typer.Option(metavar="P", help="lora_dropout. (default: the recipe's, or 0)", rich_help_panel=_LORA),
     ] = None,
     task_type: Annotated[
         str | None,
@@ -107,6 +108,22 @@ def init(
         typer.Option(
             metavar="DTYPE",
             help="Of the residual weights: auto, float32, bfloat16, float16. (default: auto, the model's)",
+            rich_help_panel=_LORA,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Of a quantised model: dense, or mixed, which dequantises the adapted weights alone. (default: dense)",
+            rich_help_panel=_LORA,
+        ),
+    ] = None,
+    nf4: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With pissa, for QLoRA: a base of NF4's numbers, corrected in N rounds, e.g. 5. (default: 0, none)",
             rich_help_panel=_LORA,
         ),
     ] = None,
@@ -189,10 +206,13 @@ def init(
     options = InitOptions.from_recipe(
         recipe, model=_only_model(model_argument, model), out=out, rank=rank, method=method, mode=mode,
         target=_names(target), exclude=_names(exclude), alpha=alpha, rslora=rslora, dropout=dropout,
-        task_type=task_type, text_only=text_only, dtype=dtype, revision=revision, cache_dir=cache_dir, token=token,
-        trust_remote_code=trust_remote_code, low_disk=low_disk, device=device or None, seed=seed,
-        overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
+        task_type=task_type, text_only=text_only, dtype=dtype, base=base, nf4=nf4, revision=revision,
+        cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, low_disk=low_disk,
+        device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
     )  # fmt: skip
+    if private is not None and not options.push_to_hub:
+        hint = "add --push-to-hub ORG/NAME, or drop it"
+        raise UsageError("--private and --public are for --push-to-hub, which is not given", hint=hint)
     output.hide_bars_of_the_hub()
     if dry_run:
         _plan(options, as_json=as_json, quiet=quiet)
@@ -201,8 +221,11 @@ def init(
 
     with Bar(quiet=quiet, verbose=verbose) as bar:
         result = _run(options, bar, overwrite_repository=overwrite or yes)
-    _print_result(result, as_json=as_json, quiet=quiet)
-    return output.require_below(limits, result.manifest)
+    exceeded = output.exceeded_limits(limits, result.manifest)
+    _print_result(result, exceeded, as_json=as_json, quiet=quiet)
+    for limit in exceeded:
+        output.print_exceeded(limit)
+    return 1 if exceeded else 0
 
 
 def _only_model(argument: str | None, option: str | None) -> str | None:
@@ -240,8 +263,10 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         from milora_init.plan.plan import describe, make_plan
         from milora_init.run.devices import multiply_rate
         from milora_init.run.pool import solver_devices
+        from milora_init.run.scan import measured_targets
 
-        plan = make_plan(options, *locate_model(options))
+        located = locate_model(options)
+        plan = make_plan(options, *located, measured=measured_targets(options, *located))
         require_loadable(plan)
         devices = solver_devices(plan)[0]
         estimate_s = plan.solve_flops / multiply_rate(devices[0])
@@ -251,12 +276,13 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         output.print_plan(plan, estimate_s, plan.peak_memory_bytes(len(devices)))
 
 
-def _print_result(result: InitResult, *, as_json: bool, quiet: bool) -> None:
+def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_json: bool, quiet: bool) -> None:
     from milora_init.hub.model_card import write_step_summary
 
     write_step_summary(result.manifest)
     if as_json:
-        output.json_output.give(result.to_json())
+        limits = {"exceeded": [asdict(limit) for limit in exceeded], "exit_code": 1} if exceeded else {}
+        output.json_output.give(result.to_json() | limits)
     elif not quiet:
         with may_be_lost():
             unchanged = result.status == "unchanged"

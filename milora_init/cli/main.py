@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from milora_init import __version__
-from milora_init.cli import convert, env, init, merge, output, push, recipes, report, verify
+from milora_init.cli import convert, env, init, merge, output, push, recipes, report, scan, verify
 from milora_init.cli.output import annotate, print_error, print_traceback, print_version
 from milora_init.cli.params import current_spelling
 from milora_init.cli.streams import replace_standard_streams
@@ -29,6 +29,7 @@ from milora_init.errors import MiloraError, UsageError, explain
 DEFAULT_COMMAND = "init"
 COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "init": init.init,
+    "scan": scan.scan,
     "verify": verify.verify,
     "report": report.report,
     "merge": merge.merge,
@@ -38,7 +39,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "env": env.env,
 }
 _ROOT_OPTIONS = ("--help", "-h", "--version", "-V", "--install-completion", "--show-completion")
-_NOT_RESUMED = ("verify", "report", "convert", "recipes", "env")  # commands that start anew
+_NOT_RESUMED = ("scan", "verify", "report", "convert", "recipes", "env")  # commands that start anew
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -156,7 +157,8 @@ def run(argv: list[str]) -> int:
         # Some versions of typer return a bare status for an interruption.
         return _fail(argv, "interrupted", resume, 130, KeyboardInterrupt()) if status == 130 else status
     except MiloraError as error:
-        return _fail(argv, error.message, error.hint, error.exit_code, error)
+        hint = error.hint or (_usage_hint(argv) if isinstance(error, UsageError) else "")
+        return _fail(argv, error.message, hint, error.exit_code, error)
     except (KeyboardInterrupt, typer.Abort) as error:
         return _fail(argv, "interrupted", resume, 130, error)
     except _Terminated as error:
@@ -164,6 +166,7 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         # Typer's own usage errors. Which package defines their class depends on its version.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            _hide_suggestions(error)
             message = error.format_message() + _offending_value(argv, getattr(error, "param", None))
             return _fail(argv, message, _usage_hint(argv), error.exit_code, error)
         message, hint = explain(error) or (
@@ -183,6 +186,16 @@ def _usage_hint(argv: list[str]) -> str:
     if later and argv[0].startswith("-"):
         return f"options come after the command: milora-init {later} ...; see milora-init {later} --help"
     return f"milora-init {_command_of(argv)} --help"
+
+
+def _hide_suggestions(error: Exception) -> None:
+    """Take options that `--help` does not show out of those that a usage error of typer's suggests."""
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    hidden = {
+        name for option in getattr(command, "params", ()) if getattr(option, "hidden", False) for name in option.opts
+    }
+    if possible := getattr(error, "possibilities", None):
+        error.possibilities = [name for name in possible if name not in hidden]  # type: ignore[attr-defined]
 
 
 def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseException | None = None) -> int:

@@ -17,6 +17,20 @@ def merge(
     adapter: Adapter = None,
     model: Model = None,
     revision: Revision = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the merged model: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="The most bytes of a file, such as 5GB. (default: the files of the base)"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="The tokenizer to write. (default: the base's, or the adapter's if the vocabulary was resized)",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     cache_dir: CacheDir = None,
     token: Token = None,
@@ -43,7 +57,8 @@ def merge(
         from milora_init.export.merge import merge as merge_pair
 
         merged = merge_pair(
-            pair, out, adapter=adapter, overwrite=overwrite, model=model, revision=revision,
+            pair, out, adapter=adapter, dtype=dtype, shard_size=shard_size, tokenizer=tokenizer, overwrite=overwrite,
+            model=model, revision=revision,
             cache_dir=cache_dir, token=token, progress=progress,
         )  # fmt: skip
     if as_json:

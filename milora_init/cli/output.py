@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,21 +17,35 @@ from rich.table import Table
 from rich.text import Text
 
 from milora_init.errors import UsageError
-from milora_init.methods import method_of_inputs
+from milora_init.methods import DROPOUT, method_of_inputs
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
 if TYPE_CHECKING:
+    from milora_init.export.movement import MovedGroup
     from milora_init.hub.upload import Published
     from milora_init.manifest import Manifest
     from milora_init.plan.plan import Plan
     from milora_init.records import ConvertResult, MergeResult
+    from milora_init.spectra import ScanResult
     from milora_init.verification.verdict import Verdict
 
+_SCAN_LEGEND = {
+    "condition": "largest singular value over the smallest, of the worst weight",
+    "stable": "mean of ||W||_F^2 / s_max^2",
+    "effective": "mean effective rank, exp of the entropy of the singular values",
+    "min": "mean share of the {} smallest triplets in the squared norm",
+    "max": "that of the {} largest",
+    "leak": "estimate of the part of the {} smallest that rounding would leave in the base, of the worst weight",
+    "init": "estimate of init's time",
+    "spectrum": "singular values from the largest to the smallest, mean of the weights, logarithmic",
+}
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_DIFFERENCES = 20  # of a verdict; the rest is counted
 _LEGEND = {  # what the columns of the summary mean
     "energy": "the component's share of the weight's squared norm",
     "leak": "the part of the component that rounding leaves in the base",
+    "NF4 leak": "the same if QLoRA quantises the base",
     "step-0 error": "distance of base and component from the weight, relative to the weight",
     "certified": "proven bound of the component's relative error",
 }
@@ -117,18 +132,33 @@ def parse_limits(words: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def require_below(limits: Mapping[str, float], manifest: Manifest) -> int:
-    """Print an error for every limit that a weight exceeds; return the exit status."""
-    status = 0
+@dataclass(frozen=True, slots=True)
+class Exceeded:
+    """A limit of `--fail-on` and the weight that exceeds it most."""
+
+    name: str
+    limit: float
+    value: float
+    module: str
+
+
+def exceeded_limits(limits: Mapping[str, float], manifest: Manifest) -> list[Exceeded]:
+    """The limits that a weight exceeds."""
+    found = []
     for name, limit in limits.items():
         worst = max(manifest.weights, key=lambda weight: getattr(weight.rounding, name))
         if (value := getattr(worst.rounding, name)) > limit:
-            message = f"the {name} of {worst.module} is {value:.2g}, above --fail-on {name}={limit:g}"
-            hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
-            print_error(message, hint)
-            annotate(message, hint)
-            status = 1
-    return status
+            found.append(Exceeded(name, limit, value, worst.module))
+    return found
+
+
+def print_exceeded(exceeded: Exceeded) -> None:
+    """Print the error for a limit that is exceeded."""
+    name, value = exceeded.name, exceeded.value
+    message = f"the {name} of {exceeded.module} is {value:.2g}, above --fail-on {name}={exceeded.limit:g}"
+    hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
+    print_error(message, hint)
+    annotate(message, hint)
 
 
 def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
@@ -142,13 +172,19 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()
     ]
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
-    download = sum(header.file_bytes for header in plan.absent.values())
+    download = sum(plan.downloads.values())
     console.print(
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
     console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
+    console.print(f"for       {method.use}. Reported by others: {method.reported}")
+    for name, count in plan.formats.items():
+        console.print(f"stored    {count} tensors as {name}")
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
     console.print(f"base      {written} (model {size(plan.source_bytes)})")
+    for base, size_bytes in plan.base_sizes.items():
+        if base != plan.options.base:
+            console.print(f"          {size(size_bytes)} with --base {base}")
     console.print(f"adapter   {size(plan.adapter_bytes)}")
     console.print(f"memory    about {size(memory_bytes)}")
     if download:
@@ -168,7 +204,9 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
         console.print(f"{name}  {size(size_bytes)}")
     total = size(sum(merged.files.values()))
     end = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
-    console.print(f"{merged.out}: {merged.modules} modules merged, {total}, {end}")
+    beside = f" and {len(merged.retrained)} retrained tensors" if merged.retrained else ""
+    console.print(f"{merged.out}: {merged.modules} modules{beside} merged, {total}, {end}")
+    print_warnings(merged.notices)
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
         console.print(f"{part} are equal to the original's, bit for bit")
@@ -185,9 +223,39 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     worst = max(module.lost for module in modules)
     lost = f", at most {worst:.2e} of a module's update lost (Frobenius norm)" if converted.cut else ""
     console.print(f"{converted.out}: {len(modules)} modules at {rank}{lost}")
+    print_warnings(converted.notices)
+    if converted.dry_run:
+        console.print(f"would write {size(sum(converted.files.values()))}; nothing was written")
+        return
     if converted.unchanged:
         console.print("already done, nothing to do")
     console.print(f"load it on {converted.model}, not on the residual base")
+    if converted.serve:
+        console.print(f"serve it with: {converted.serve}")
+
+
+def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str) -> None:
+    """Print what a training did to the weights: a row for each kind of module."""
+    console = _stdout()
+    columns = ("module", "weights", "moved", "smallest", "between", "largest", "intruders")
+    rows = [
+        (
+            group.suffix,
+            str(group.count),
+            percent(group.relative),
+            *(percent(share) for share in (group.minor, group.middle, group.principal)),
+            f"{group.intruders} of {group.vectors}",
+        )
+        for group in groups
+    ]
+    _print_table(console, columns, rows, spare=("weights", "between"))
+    legend = (
+        "moved: norm of the update, relative to the weight. smallest, between, largest: share of the update's squared "
+        "norm in these directions of the original weight, as many at either end as the rank. intruders: largest "
+        "directions of the trained weight that are similar to none of the original."
+    )
+    console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
+    console.print(f"{adapter}: trained on {pair}")
 
 
 def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool = False) -> None:
@@ -204,22 +272,36 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
             f"{weight.module}  rank {weight.rank}  {weight.certificate.path}  leak {percent(weight.rounding.leak)}"
             f"  step-0 error {percent(weight.rounding.error)}  {duration(weight.elapsed_s)}"
         )
-    columns = ("module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified", "solving")
+    columns = [
+        "module",
+        "shape",
+        "weights",
+        "rank",
+        "energy",
+        "leak",
+        "NF4 leak",
+        "step-0 error",
+        "certified",
+        "solving",
+    ]
     rows = [
-        (
+        [
             group.suffix,
             "{} x {}".format(*group.shape),
             str(group.count),
             str(group.rank),
             percent(group.energy),
             percent(group.leak),
+            "" if group.leak_in_nf4 is None else percent(group.leak_in_nf4),
             percent(group.rounding_error),
             f"{group.certificate:.0e}" if math.isfinite(group.certificate) else "not unique",
             duration(group.elapsed_s),
-        )
+        ]
         for group in weight_groups(manifest.weights)
     ]
-    spare = ("solving", "certified", "energy", "rank", "weights")
+    if not manifest.method.writes_base:  # nothing was rounded
+        columns, rows = columns[:5] + columns[8:], [row[:5] + row[8:] for row in rows]
+    spare = ("solving", "NF4 leak", "certified", "energy", "rank", "weights")
     shown = _print_table(console, columns, rows, spare=spare)
     legend = " ".join(f"{name}: {meaning}." for name, meaning in _LEGEND.items() if name in shown)
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
@@ -232,6 +314,70 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
     what = "pair" if manifest.method.writes_base else "adapter on the original model"
     for line in ("", f"Load the {what}, for training or inference:", "", *loading_lines(manifest).splitlines()):
         console.print(line)
+
+
+def print_scan(result: ScanResult, *, verbose: bool = False) -> None:
+    """Print the spectra of a model: a row for each group of weights; with `verbose`, a line for each weight first."""
+    console, rank = _stdout(), result.rank
+    for weight in result.weights if verbose else ():
+        figures = weight.at(rank)
+        energies = (figures.energy_min, figures.energy_max) if figures else (None, None)
+        leak = figures.leak.get(weight.dtype) if figures else None
+        console.print(
+            f"{weight.module}  s {weight.s_max:.3g} to {weight.s_min:.3g}  condition {_condition(weight.condition)}"
+            f"  stable rank {weight.stable_rank:.3g}  effective rank {weight.effective_rank:.3g}"
+            f"  min {_share(energies[0])}  max {_share(energies[1])}  leak {_share(leak)}"
+        )
+    columns = [
+        "module", "shape", "weights", "s_max", "condition", "stable", "effective", "min", "max", "leak", "init",
+    ]  # fmt: skip
+    rows, groups = [], result.groups()
+    drawn = console.is_terminal and console.encoding.startswith("utf")
+    lines = sparklines([group.curve for group in groups])
+    for group, line in zip(groups, lines, strict=True):
+        rows.append(
+            [
+                group.suffix, "{} x {}".format(*group.shape), str(group.count), f"{group.s_max:.3g}",
+                _condition(group.condition), f"{group.stable_rank:.3g}", f"{group.effective_rank:.3g}",
+                _share(group.energy_min), _share(group.energy_max), _share(group.leak),
+                "-" if group.init_s is None else duration(group.init_s), *([line] * drawn),
+            ]
+        )  # fmt: skip
+    spare = ("init", "s_max", "effective", "stable", "weights", "shape")
+    shown = _print_table(console, [*columns, *(["spectrum"] * drawn)], rows, spare=(*spare, *(["spectrum"] * drawn)))
+    legend = " ".join(f"{name}: {meaning.format(rank)}." for name, meaning in _SCAN_LEGEND.items() if name in shown)
+    console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
+    console.print(
+        f"{result.model}: {count_weights(result.weights)} scanned in {duration(result.elapsed_s)}; init at rank {rank} "
+        f"would take about {duration(result.init_s)} of one core or GPU"
+    )
+    for note in result.notes:
+        _print_sentence(Text("note:", "bold"), note)
+
+
+def _condition(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.2g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else percent(value)
+
+
+def sparklines(curves: Sequence[Sequence[float]], width: int = 12) -> list[str]:
+    """Spectra as rows of blocks, by the logarithm of s / s_max; all have one scale, of eight decades at most."""
+    lengths = [[math.log10(s / max(curve)) if s > 0 else -math.inf for s in curve] for curve in curves]
+    decades = min(8.0, max((-low for low in map(min, lengths) if math.isfinite(low)), default=1.0)) or 1.0
+    found = []
+    for logarithms in lengths:
+        picked = [logarithms[round(place * (len(logarithms) - 1) / (width - 1))] for place in range(width)]
+        found.append("".join(_BLOCKS[min(7, int(8 * max(0.0, 1 + value / decades)))] for value in picked))
+    return found
+
+
+def print_written(*paths: str | None) -> None:
+    """Print the files that were written."""
+    for path in filter(None, paths):
+        _stdout().print(f"wrote {path}")
 
 
 def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:
@@ -260,12 +406,12 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
             ", ".join(_short_targets(recipe["target"])),
             str(recipe.get("rank", "")),
             method.name,
-            str(recipe.get("dropout", method.dropout)),
+            str(recipe.get("dropout", DROPOUT)),
         )
         for name, recipe in recipes.items()
         for method in [method_of_inputs(recipe)]
     ]
-    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, spare=("dropout", "rank", "method"))
+    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, wrapped="target")
 
 
 def _short_targets(targets: Sequence[str]) -> list[str]:
@@ -293,17 +439,22 @@ def _print_sentence(label: Text, text: str) -> None:
 
 
 def _print_table(
-    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]
+    console: Console,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    spare: Sequence[str] = (),
+    wrapped: str = "",
 ) -> list[str]:
     """Print a table; return the columns that it has.
 
-    If the terminal is too narrow, columns of `spare` are left out, the first ones first.
+    If the terminal is too narrow, columns of `spare` are left out, the first ones first, and the column `wrapped` gets
+    more lines.
     """
     kept = list(columns)
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for number, name in enumerate(kept):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=name != wrapped)
         for row in rows:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
         unbounded = console.options.update(max_width=1000)  # in its own width everything fits, cut off

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from milora_init.errors import UsageError
 from milora_init.options import DTYPE_FLAGS, SYNONYMS
 
 Pair = Annotated[
@@ -31,6 +32,14 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code in the model's own repository.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
+Html = Annotated[
+    str | None,
+    typer.Option("--html", metavar="FILE", help="Write a self-contained page with pictures.", show_default=False),
+]
+Plot = Annotated[
+    str | None,
+    typer.Option("--plot", metavar="FILE", help="Write a picture (PNG); needs matplotlib.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more: each weight, shard, module or file.")]
@@ -38,6 +47,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more: each
 # Spellings that are accepted and not shown. None: the value is an argument without an option.
 _OTHER_SPELLINGS: Mapping[str, Mapping[str, str | None]] = {
     "init": {"--config": "--recipe", **{f"--{old.replace('_', '-')}": f"--{new}" for old, new in SYNONYMS.items()}},
+    "scan": {"--model": None, "--targets": "--target", "--ranks": "--rank"},
     "verify": {"--against": "--model"},
     "merge": {"--against": "--model"},
     "convert": {"--base": "--model", "--trained": "--adapter", "--init": None},
@@ -46,9 +56,14 @@ _OTHER_SPELLINGS: Mapping[str, Mapping[str, str | None]] = {
 
 
 def current_spelling(command: str, words: list[str]) -> list[str]:
-    """The words of a command with the option names that `--help` shows."""
+    """The words of a command with the option names that `--help` shows.
+
+    Raises:
+        UsageError: One option is given by two names.
+    """
     spellings = _OTHER_SPELLINGS.get(command, {})
     found: list[str] = []
+    given: dict[str | None, str] = {}  # the spelling of each option
     for place, word in enumerate(words):
         if word == "--":
             return [*found, *words[place:]]
@@ -56,10 +71,13 @@ def current_spelling(command: str, words: list[str]) -> list[str]:
         if not name.startswith("--"):
             found.append(word)
             continue
-        name = name.replace("_", "-")
-        if command == "init" and name.removeprefix("--") in DTYPE_FLAGS and not equals:
-            found += ["--dtype", DTYPE_FLAGS[name.removeprefix("--")]]
-            continue
-        current = spellings.get(name, name)
-        found += [value] * bool(equals) if current is None else [f"{current}{equals}{value}"]
+        as_given, name = name, name.replace("_", "-")
+        dtype = DTYPE_FLAGS.get(name.removeprefix("--")) if command == "init" and not equals else None
+        current = "--dtype" if dtype else spellings.get(name, name)
+        if given.setdefault(current, as_given) != as_given and current is not None:
+            raise UsageError(f"{given[current]} and {as_given} are two names of one option", hint="keep one of them")
+        if dtype:
+            found += ["--dtype", dtype]
+        else:
+            found += [value] * bool(equals) if current is None else [f"{current}{equals}{value}"]
     return found

@@ -25,6 +25,7 @@ from milora_init.report import component_error, duration, percent, size
 from milora_init.run.progress import Progress as RunProgress
 
 if TYPE_CHECKING:
+    from milora_init.manifest import WeightRecord
     from milora_init.plan.output_files import ShardJob
     from milora_init.plan.plan import Plan
     from milora_init.run.progress import ShardResult
@@ -42,8 +43,8 @@ class _Text(ProgressColumn):
 
 
 def _is_interactive(console: Console) -> bool:
-    """Whether a bar can be redrawn: on a terminal, and in a notebook."""
-    return console.is_terminal or console.is_jupyter
+    """Whether a bar can be redrawn: on a terminal, and in a notebook. FORCE_COLOR makes no terminal of a file."""
+    return console.is_jupyter or (console.is_terminal and console.file.isatty())
 
 
 @contextmanager
@@ -132,7 +133,8 @@ class Bar(RunProgress):
         self._total = self._work(total_bytes, plan.solve_flops)
         self._earlier = self._done = self._work(done_bytes, sum(plan.flops(w) for job in done for w in job.splits))
         self._weights, self._split = len(plan.weights), sum(len(job.splits) for job in done)
-        self._bar.update(self._task, total=total_bytes, completed=done_bytes, weights=self._count())
+        what, count = "splitting", self._count()
+        self._bar.update(self._task, total=total_bytes, completed=done_bytes, what=what, weights=count, left="")
         if done:
             self._console.print(f"resuming: {size(done_bytes)} of {size(total_bytes)} were done before")
 
@@ -144,6 +146,9 @@ class Bar(RunProgress):
             self._console.print(f"fetching {name}, {size(size_bytes)}")
         elif not self._at:
             self._bar.update(self._task, current=f"fetching {name}")
+
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {text}")
 
     def solving(self, module: str, device: str) -> None:
         self._at[device] = module
@@ -162,6 +167,15 @@ class Bar(RunProgress):
             self._split += name in self._flops
         self._bar.update(self._task, advance=size_bytes, weights=self._count(), left=self._time_left())
 
+    def scanning(self) -> None:
+        self._bar.update(self._task, what="scanning")
+
+    def scanned(self, name: str, weights: int, finished: int, of: int, elapsed_s: float) -> None:
+        if self._verbose or not _is_interactive(self._console):
+            left = f", {self._time_left()}" if finished < of else ""
+            count = f"{weights} weight{'' if weights == 1 else 's'}"
+            self._console.print(f"[{finished}/{of}] {name}: {count} scanned, {duration(elapsed_s)}{left}")
+
     def pushing(self, repo: str) -> None:
         self._bar.start()
         self._bar.update(self._task, what=f"pushing to {repo}", total=None, left="", current="")
@@ -179,7 +193,7 @@ class Bar(RunProgress):
         left_s = elapsed_s * (self._total - self._done) / done
         return f"about {duration(left_s)} left" if left_s >= 1 else "less than 1 s left"
 
-    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+    def shard(self, result: ShardResult[WeightRecord], finished: int, of: int, elapsed_s: float) -> None:
         if self._verbose:
             for record in result.records:
                 certificate = record.certificate

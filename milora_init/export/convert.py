@@ -2,12 +2,12 @@
 
     residual + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
 
-The rank doubles, or each module is cut to the best `rank`: QR of both factors, then the SVD of the small core in
-float64.
+An adapter of the original model (rlmo, rlpo, mica) is a plain LoRA already: it is copied, or cut.
+
+The rank doubles, or each module is cut to its best directions; see `linalg.low_rank`.
 
 Where modules differ in rank or scale, or are cut, the scales are multiplied into the factors and every module's alpha
-is its rank. Servers such as vLLM read one r and one lora_alpha for the whole adapter, and ignore patterns without a
-warning.
+is its rank. So a server that reads one r and one lora_alpha for the whole adapter, and no patterns, computes the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,32 @@ from safetensors import safe_open
 from torch import Tensor
 
 from milora_init import __version__
+from milora_init.checkpoint.folder import Checkpoint, open_checkpoint
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import plan_header
+from milora_init.checkpoint.header import Header, TensorInfo, plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
-from milora_init.errors import OutputError, PlanError, UsageError
-from milora_init.hub.pair import ADAPTER_FILES, is_hub_id, locate_adapter, locate_pair
+from milora_init.errors import MiloraError, OutputError, PlanError, UsageError
+from milora_init.export.plain_layout import MERGE_INSTEAD, PlainModule, cut, padded, plain_modules
+from milora_init.export.trained_parameters import trained_parameters, unchanged_copies
+from milora_init.hub.pair import is_hub_id, locate_adapter, locate_pair
+from milora_init.linalg.low_rank import product_svd
 from milora_init.lora.compatibility import (
+    have_equal_factors,
     require_initial_adapter,
     require_same_modules,
     require_trained_from,
     require_trained_on,
 )
 from milora_init.lora.config import rank_and_alpha_patterns, stacked_alpha
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, WEIGHTS_FILE, LoraAdapter, read_lora
+from milora_init.lora.folder import (
+    CONFIG_FILE,
+    LORA_CONFIG,
+    LORA_FOLDER,
+    WEIGHTS_FILE,
+    LoraAdapter,
+    adapter_folder,
+    read_lora,
+)
 from milora_init.lora.tensor_layout import lora_key, stack_factors, stacked_shapes, unstack_factors
 from milora_init.manifest import (
     MANIFEST,
@@ -46,16 +60,24 @@ from milora_init.manifest import (
     Manifest,
     fingerprint,
     read_manifest,
-    require_residual_base,
 )
 from milora_init.plan.finished import another_request, require_intact
-from milora_init.records import CONVERTED, RECORDS, ConvertedModule, ConvertResult, read_converted, require_pair
+from milora_init.records import (
+    CONVERTED,
+    ORIGINAL_MODEL,
+    RECORDS,
+    ConvertedModule,
+    ConvertResult,
+    read_converted,
+    require_pair,
+)
 from milora_init.run.output_folder import (
     require_no_file,
     require_no_other_output,
     require_outside,
     require_writable,
 )
+from milora_init.serving import FORMS, Form, serving_notices
 
 
 def convert(  # noqa: PLR0913  the options of the command
@@ -65,6 +87,9 @@ def convert(  # noqa: PLR0913  the options of the command
     *,
     model: str | None = None,
     rank: int | None = None,
+    energy: float | None = None,
+    for_: str = "peft",
+    dry_run: bool = False,
     overwrite: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
@@ -77,37 +102,49 @@ def convert(  # noqa: PLR0913  the options of the command
     for name, value in (("PAIR", pair), ("--adapter", adapter), ("--out", out)):
         if not value:  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
-    located = locate_pair(pair, only=ADAPTER_FILES, cache_dir=cache_dir, token=token)
+    form = _form(for_)
+    located = locate_pair(pair, only="adapter", cache_dir=cache_dir, token=token)
     initial, manifest = _initial_adapter(located, pair)
     trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
     before, after = _read_adapters(initial, trained, manifest, pair)
     if model is None and manifest is None:
         raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")
-    source = manifest.source if manifest else {"model": None, "revision": None}
+    source = manifest.source if manifest else {"model": None, "revision": None, "architecture": ""}
     revision = source["revision"] if model in (None, source["model"]) else None
     from_hub = revision is not None or (model not in (None, source["model"]) and is_hub_id(str(model)))
     model = model or str(source["model"])
-    ranks = _ranks(before, rank)
+    times = 2 if manifest is None or manifest.method.writes_base else 1  # an adapter of the original is plain already
+    copied, beside_notices = _beside_factors(after, initial.parent, manifest, form)
+    modules = plain_modules(before.modules, manifest.weights if manifest else (), form, times)
+    _require_cut(modules, rank, energy)
+    compress = rank is not None or energy is not None
     target = Path(out).expanduser()
     for folder in (initial, after.path):
         require_outside(target, folder, "./plain")
-    scaled = rank is not None or bool(before.config.get("rank_pattern") or before.config.get("alpha_pattern"))
-    config = {**_plain_config(before.config, model), **_ranks_and_alphas(before, ranks, scaled=scaled)}
-    inputs = {
-        "convert": __version__,
-        "initial": before.digest,
-        "adapter": after.digest,
-        "rank": rank,
-        "scales": {module: factors.scale for module, factors in after.modules.items()},
-        "config": config,
-    }
-    if finished := _finished(target, inputs, overwrite=overwrite):
-        return finished
-
-    def write(folder: Path) -> ConvertResult:
-        modules = _write_weights(before, after, ranks, folder / WEIGHTS_FILE, compress=rank is not None, scaled=scaled)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    patterns = before.config.get("rank_pattern") or before.config.get("alpha_pattern")
+    scaled = compress or form != "peft" or bool(patterns)
+    with Updates(before if times == 2 else None, after, scaled=scaled) as updates:
+        if compress:
+            modules = cut(modules, updates.ranks(modules, rank, energy))
+        if form == "sglang":
+            modules = padded(modules)
+        config = {
+            **_plain_config(before.config, model),
+            **_beside_config(after.config, copied),
+            **_targets(before.config, modules, form),
+            **_ranks_and_alphas(before, modules, times, scaled=scaled),
+        }
+        inputs = {
+            "convert": __version__,
+            "initial": before.digest,
+            "adapter": after.digest,
+            "rank": rank,
+            "energy": energy,
+            "for": form,
+            "scales": {module: factors.scale for module, factors in after.modules.items()},
+            "config": config,
+            **({"base": ORIGINAL_MODEL} if times == 1 else {}),
+        }
         result = ConvertResult(
             out=out,
             pair=pair,
@@ -115,19 +152,120 @@ def convert(  # noqa: PLR0913  the options of the command
             model=model,
             revision=revision,
             from_hub=from_hub,
-            modules=tuple(modules),
-            cut=rank is not None,
+            modules=(),
+            cut=compress,
             source_files=manifest.inputs["source"] if manifest else {},
             fingerprint=fingerprint(inputs),
             inputs=inputs,
-            files={path.name: path.stat().st_size for path in files},
-            hashes={path.name: sha256(path) for path in files},
-            elapsed_s=round(time.monotonic() - started, 3),
+            files={},
+            hashes={},
+            elapsed_s=0.0,
+            form=form,
+            notices=(*beside_notices, *_serving_notices(modules, form, str(source["architecture"]))),
         )
-        (folder / CONVERTED).write_text(json.dumps(result.content(), indent=1) + "\n")
-        return result
+        if dry_run:
+            return replace(result, modules=tuple(_module_result(updates, module, compress) for module in modules),
+                           files=_planned_sizes(modules, copied, config), dry_run=True)  # fmt: skip
+        if finished := _finished(target, inputs, overwrite=overwrite):
+            return finished
 
-    return _write_folder(target.resolve(), write)  # a link to a folder stays a link
+        def write(folder: Path) -> ConvertResult:
+            written = _write_weights(updates, modules, copied, folder / WEIGHTS_FILE, compress=compress)
+            (folder / CONFIG_FILE).write_bytes(_config_bytes(config))
+            files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+            complete = replace(
+                result,
+                modules=tuple(written),
+                files={path.name: path.stat().st_size for path in files},
+                hashes={path.name: sha256(path) for path in files},
+                elapsed_s=round(time.monotonic() - started, 3),
+            )
+            (folder / CONVERTED).write_text(json.dumps(complete.content(), indent=1) + "\n")
+            return complete
+
+        return _write_folder(target.resolve(), write)  # a link to a folder stays a link
+
+
+def _serving_notices(modules: Sequence[PlainModule], form: Form, architecture: str) -> list[str]:
+    highest = max(module.width for module in modules)
+    return serving_notices([module.name for module in modules], highest, form, architecture)
+
+
+def _form(given: str) -> Form:
+    """What reads the plain adapter. Raises UsageError."""
+    for form in FORMS:
+        if given == form:
+            return form
+    raise UsageError(f"--for {given!r} is not known", hint=f"choose one of {', '.join(FORMS)}")
+
+
+def _config_bytes(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _beside_factors(
+    adapter: LoraAdapter, pair: Path, manifest: Manifest | None, form: Form
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The tensors beside the factors that are copied into the plain adapter, and what the user should know about them.
+
+    Copies of embeddings that were not trained are left out.
+
+    Raises:
+        PlanError: They do not fit the model, or the server does not read them.
+    """
+    factors = {name for module in adapter.modules.values() for name in (module.A, module.B)}
+    copied = {name: info for name, info in adapter.header.tensors.items() if name not in factors}
+    base = _base(pair) if manifest and adapter.others else None
+    if base and manifest:  # without the base nothing is checked, and copies are kept, which is right for PEFT
+        trained_parameters(adapter, base, base.config, manifest)
+        for name in unchanged_copies(adapter, base, manifest):
+            del copied[name]
+    if form != "peft" and adapter.config.get("use_dora"):
+        raise PlanError(
+            f"{form} has no DoRA, and DoRA cannot be written as factors: it gives each row of the weight a new length",
+            hint=MERGE_INSTEAD,
+        )
+    if form != "peft" and copied:
+        raise PlanError(
+            f"{form} reads factors only, and {adapter.path} has {len(copied)} more tensors, {min(copied)} first",
+            hint=MERGE_INSTEAD,
+        )
+    rows = {other.shape[0] for other in adapter.others if other.kind == "copy" and other.key in copied}
+    notices = [
+        f"embeddings and head are in the adapter, with {row} rows: call "
+        f"model.resize_token_embeddings({row}) before it is loaded, if the model has another number"
+        for row in sorted(rows)
+    ]
+    return copied, notices
+
+
+def _base(pair: Path) -> Checkpoint | None:
+    """The base in the folder of a pair; None if it is not there, as in a Hub repository of which less was fetched."""
+    with suppress(MiloraError):
+        return open_checkpoint(pair)
+    return None
+
+
+def _beside_config(config: Mapping[str, Any], copied: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The keys of adapter_config.json that name what is in the file beside the factors."""
+    keys = ("task_type", "modules_to_save", "trainable_token_indices", "use_dora", "ensure_weight_tying", "bias")
+    return {key: config[key] for key in keys if copied and config.get(key)}
+
+
+def _planned_sizes(
+    modules: Sequence[PlainModule], copied: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> dict[str, int]:
+    """The size in bytes of the files that would be written."""
+    return {CONFIG_FILE: len(_config_bytes(config)), WEIGHTS_FILE: _header(modules, copied).file_bytes}
+
+
+def _module_result(updates: Updates, module: PlainModule, compress: bool) -> ConvertedModule:
+    """The record of a module without its factors."""
+    lost = 0.0
+    if compress:
+        A, B = updates.of(module)
+        lost = max(product_svd(B_e, A_e).lost(module.rank) for A_e, B_e in zip(A, B, strict=True))
+    return ConvertedModule(module.key, module.rank, lost)
 
 
 def _initial_adapter(folder: Path, pair: str) -> tuple[Path, Manifest | None]:
@@ -136,15 +274,13 @@ def _initial_adapter(folder: Path, pair: str) -> tuple[Path, Manifest | None]:
     Raises:
         OutputError: The folder is neither a pair nor an adapter.
     """
-    manifest = None
     has_record = any((folder / name).exists() for name in RECORDS)
     is_adapter = (folder / CONFIG_FILE).exists() or (folder / LORA_CONFIG).exists()
     if has_record or (folder / WORK_FOLDER).is_dir() or not is_adapter:
         manifest = require_pair(folder, pair)
-        instead = "nothing is to convert: the trained adapter is a plain LoRA of the original model"
-        require_residual_base(folder, manifest, instead)
+        return adapter_folder(folder, manifest.method), manifest
     if (folder / LORA_FOLDER).is_dir():
-        return folder / LORA_FOLDER, manifest
+        return folder / LORA_FOLDER, None
     return folder, read_manifest(folder.absolute().parent)
 
 
@@ -162,7 +298,7 @@ def _read_adapters(
     if manifest:
         require_initial_adapter(before, manifest)
     require_same_modules(before, after, manifest)
-    if after.digest == before.digest:
+    if have_equal_factors(before.weights, after.weights):
         hint = "name the folder that the trainer saved"
         raise PlanError(f"{adapter} holds the initial factors of {pair}: it was not trained", hint=hint)
     if manifest:
@@ -226,100 +362,162 @@ def _write_folder(out: Path, write: Callable[[Path], ConvertResult]) -> ConvertR
     return result
 
 
-def _ranks(before: LoraAdapter, rank: int | None) -> dict[str, int]:
-    """The rank of each module of the plain adapter. Raises PlanError for a `rank` that no module has."""
-    doubled = {module: 2 * factors.rank for module, factors in before.modules.items()}
-    if rank is None:
-        return doubled
-    limits = {module: min(doubled[module], *factors.shape) for module, factors in before.modules.items()}
-    highest = max(limits.values())
-    if not 1 <= rank <= highest:
+def _require_cut(modules: Sequence[PlainModule], rank: int | None, energy: float | None) -> None:
+    """Raise PlanError for a `rank` that no module has, and UsageError for an `energy` that is no share."""
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"--energy {energy:g} is not between 0 and 1", hint="for example --energy 0.99")
+    highest = max(min(module.rank, *module.shape) for module in modules)
+    if rank is not None and not 1 <= rank <= highest:
         raise PlanError(f"rank {rank} is not between 1 and {highest}, the most of any module", hint=f"--rank {highest}")
-    return {module: min(rank, limit) for module, limit in limits.items()}
+
+
+class Updates:
+    """The updates s (B A - B0 A0) of a trained adapter, read from both files.
+
+    Args:
+        before: The initial adapter; None where it adds nothing to its model, so that s B A is the update.
+        after: The trained adapter.
+        scaled: Whether each module's scale s is multiplied into B.
+    """
+
+    def __init__(self, before: LoraAdapter | None, after: LoraAdapter, *, scaled: bool) -> None:
+        self._before, self._after, self._scaled = before, after, scaled
+        self._source = ""
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    def __enter__(self) -> Updates:
+        with ExitStack() as files:
+            start = self._before
+            self._initial = files.enter_context(safe_open(start.weights, framework="pt")) if start else None
+            self._trained = files.enter_context(safe_open(self._after.weights, framework="pt"))
+            self._files = files.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def of(self, module: PlainModule) -> tuple[Tensor, Tensor]:
+        """A (experts, q, n) and B (experts, m, q) of a module's update in float64; zeros where nothing was trained."""
+        if module.source is None:
+            m, n = module.shape
+            return torch.zeros(1, module.rank, n), torch.zeros(1, m, module.rank)
+        if self._factors is None or self._source != module.source:  # the experts of a layer share one source
+            end = self._after.modules[module.source]
+            start = self._before.modules[module.source] if self._before else end
+            A, B = difference(
+                (self._trained.get_tensor(end.A), self._trained.get_tensor(end.B)),
+                (self._initial.get_tensor(start.A), self._initial.get_tensor(start.B)) if self._initial else None,
+                end.experts,
+            )
+            self._source, self._factors = module.source, (A, end.scale * B if self._scaled else B)
+        A, B = self._factors
+        if module.expert is None:
+            return A, B
+        rows = slice(module.first_row, module.first_row + module.shape[0])
+        return A[module.expert, None], B[module.expert, None, rows]
+
+    def trained(self, name: str) -> Tensor:
+        """A tensor of the trained adapter's file."""
+        found: Tensor = self._trained.get_tensor(name)
+        return found
+
+    def ranks(self, modules: Iterable[PlainModule], rank: int | None, energy: float | None) -> dict[str, int]:
+        """The rank that each module is cut to, by key: at most `rank`, and enough for this share of its energy."""
+        found = {}
+        for module in modules:
+            limit = module.rank if rank is None else min(rank, module.rank, *module.shape)
+            if energy is not None:
+                A, B = self.of(module)
+                found_rank = max(product_svd(B_e, A_e).rank_for(energy) for A_e, B_e in zip(A, B, strict=True))
+                limit = min(limit, found_rank)
+            found[module.key] = limit
+        return found
 
 
 def _write_weights(
-    before: LoraAdapter, after: LoraAdapter, ranks: Mapping[str, int], path: Path, *, compress: bool, scaled: bool
+    updates: Updates, modules: Sequence[PlainModule], copied: Mapping[str, TensorInfo], path: Path, *, compress: bool
 ) -> list[ConvertedModule]:
-    """Write the plain adapter's factors; with `scaled`, each module's scale is multiplied into its B."""
-    header = plan_header(
-        (
-            (lora_key(module, factor), "F32", shape)
-            for module, factors in before.modules.items()
-            for factor, shape in zip("AB", stacked_shapes(ranks[module], factors.shape, factors.experts), strict=True)
-        ),
-        metadata={"format": "pt"},
-    )
+    """Write the plain adapter's factors, and the trained tensors beside them."""
     results = []
-    with (
-        safe_open(before.weights, framework="pt") as initial,
-        safe_open(after.weights, framework="pt") as trained,
-        SafetensorsWriter(path, header) as writer,
-    ):
-        for module, factors in before.modules.items():
-            trained_factors, lost = after.modules[module], 0.0
-            A, B = difference(
-                (trained.get_tensor(trained_factors.A), trained.get_tensor(trained_factors.B)),
-                (initial.get_tensor(factors.A), initial.get_tensor(factors.B)),
-                factors.experts,
-            )
-            if scaled:
-                B = factors.scale * B
-            if compress:
-                A, B, lost = compressed(A, B, ranks[module])
+    with SafetensorsWriter(path, _header(modules, copied)) as writer:
+        for module in modules:
+            A, B, lost = _cut_factors(updates, module, compress=compress)
             for factor, tensor in zip("AB", stack_factors(A, B), strict=True):
-                writer.write(lora_key(module, factor), tensor.float().contiguous())
-            results.append(ConvertedModule(module, ranks[module], lost))
+                writer.write(lora_key(module.key, factor), tensor.float().contiguous())
+            results.append(ConvertedModule(module.key, module.rank, lost))
+        for name in copied:
+            writer.write(name, updates.trained(name))
         writer.finish()
     return results
 
 
-def difference(trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor], experts: int) -> tuple[Tensor, Tensor]:
+def _header(modules: Sequence[PlainModule], copied: Mapping[str, TensorInfo]) -> Header:
+    """The header of the plain adapter's file."""
+    factors = [
+        (lora_key(module.key, factor), "F32", shape)
+        for module in modules
+        for factor, shape in zip("AB", stacked_shapes(module.width, module.shape, module.experts), strict=True)
+    ]
+    others = [(name, info.dtype, info.shape) for name, info in copied.items()]
+    return plan_header([*factors, *others], metadata={"format": "pt"})
+
+
+def _cut_factors(updates: Updates, module: PlainModule, *, compress: bool) -> tuple[Tensor, Tensor, float]:
+    """A (experts, width, n) and B (experts, m, width) of a module, and the largest relative loss of an expert."""
+    A, B = updates.of(module)
+    lost = 0.0
+    if compress:
+        products = [product_svd(B_e, A_e) for A_e, B_e in zip(A, B, strict=True)]
+        best = [product.factors(module.rank) for product in products]
+        B, A = (torch.stack(tensors) for tensors in zip(*best, strict=True))
+        lost = max(product.lost(module.rank) for product in products)
+    more = module.width - A.shape[1]
+    return torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more)), lost
+
+
+def difference(
+    trained: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor] | None, experts: int
+) -> tuple[Tensor, Tensor]:
     """Factors of B @ A - B0 @ A0 in float64, by expert: A (experts, 2r, n) and B (experts, m, 2r).
 
     Args:
-        trained, initial: A (experts * r, n) and B (m, r * experts), as in the adapter's file.
+        trained, initial: A (experts * r, n) and B (m, r * experts), as in the adapter's file. Without `initial`, the
+            result has the factors of B @ A.
         experts: How many are stacked; 1 for a plain module.
     """
-    (A, B), (A0, B0) = (unstack_factors(A.double(), B.double(), experts) for A, B in (trained, initial))
+    A, B = unstack_factors(trained[0].double(), trained[1].double(), experts)
+    if initial is None:
+        return A, B
+    A0, B0 = unstack_factors(initial[0].double(), initial[1].double(), experts)
     return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
 
 
-def compressed(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Each expert's factors cut to `rank`: A (experts, rank, n), B (experts, m, rank); the largest relative loss."""
-    best = [best_rank(B_e, A_e, rank) for B_e, A_e in zip(B, A, strict=True)]
-    return (
-        torch.stack([A_e for _, A_e, _ in best]),
-        torch.stack([B_e for B_e, *_ in best]),
-        max(lost for *_, lost in best),
-    )
-
-
-def best_rank(B: Tensor, A: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
-    """The factors (m, k) and (k, n) whose product is nearest to B @ A; its relative distance in Frobenius norm."""
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    U, s, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    root = s[:k].sqrt()
-    # Where the product is below the resolution of float32 factors, the adapter was hardly trained: nothing is lost.
-    resolved = torch.finfo(torch.float32).eps * float(R_B.norm() * R_A.norm())
-    whole = float(s.norm())
-    lost = float(s[k:].norm()) / whole if whole > resolved else 0.0
-    return Q_B @ (U[:, :k] * root), (root[:, None] * Vh[:k]) @ Q_A.mT, lost
-
-
-def _ranks_and_alphas(before: LoraAdapter, ranks: Mapping[str, int], *, scaled: bool) -> dict[str, Any]:
+def _ranks_and_alphas(
+    before: LoraAdapter, modules: Sequence[PlainModule], times: int, *, scaled: bool
+) -> dict[str, Any]:
     """The keys of adapter_config.json for ranks and scales; with `scaled`, each module's alpha is its rank."""
     if not scaled:
         rslora = bool(before.config.get("use_rslora"))
-        alpha = stacked_alpha(before.config["lora_alpha"], 2, rslora=rslora)
-        return {"r": 2 * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
+        alpha = stacked_alpha(before.config["lora_alpha"], times, rslora=rslora)
+        return {"r": times * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
                 "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
-    highest = max(ranks.values())
-    by_name = {factors.name: ranks[module] for module, factors in before.modules.items()}
+    highest = max(module.width for module in modules)
+    # A server's reader takes the rank of an expert from its tensors; alpha / r is the scale 1 of every module.
+    by_name = {module.name: module.width for module in modules if module.source is not None and module.expert is None}
     rank_pattern, alpha_pattern = rank_and_alpha_patterns(by_name, by_name, rank=highest, alpha=highest)
     return {"r": highest, "lora_alpha": highest, "use_rslora": False,
             "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}  # fmt: skip
+
+
+def _targets(config: Mapping[str, Any], modules: Sequence[PlainModule], form: Form) -> dict[str, Any]:
+    """The keys of adapter_config.json that name the modules. A server reads the names of the tensors."""
+    if form != "peft":
+        return {"target_modules": sorted({module.key.rpartition(".")[2] for module in modules})}
+    parameters = config.get("target_parameters")
+    return {
+        "target_modules": config.get("target_modules"),
+        **({"target_parameters": parameters} if parameters else {}),
+    }
 
 
 def _plain_config(config: Mapping[str, Any], model: str) -> dict[str, Any]:
@@ -330,8 +528,6 @@ def _plain_config(config: Mapping[str, Any], model: str) -> dict[str, Any]:
         "base_model_name_or_path": model,
         "lora_dropout": config.get("lora_dropout", 0.0),
         "bias": "none",
-        "target_modules": config.get("target_modules"),
-        **({"target_parameters": parameters} if (parameters := config.get("target_parameters")) else {}),
         "init_lora_weights": True,
         "inference_mode": True,
         "fan_in_fan_out": bool(config.get("fan_in_fan_out")),

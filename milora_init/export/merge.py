@@ -2,112 +2,46 @@
 
     W' = round(residual + scale * B @ A)
 
-With the initial adapter this gives the original model again, except for the rounding of the residual. All other
-tensors are copied as bytes. milora_merge.json records what was merged. An interrupted merge is resumed by the same
-command.
+An adapter of the original model is merged into that model, with W in place of the residual. With the initial adapter
+this gives the original model again, except for the rounding of the residual. All other tensors are copied as bytes.
+milora_merge.json records what was merged. An interrupted merge is resumed by the same command.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import re
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from milora_init import __version__
-from milora_init.checkpoint.files import file_mode, read_bytes, read_chunks, source_file
-from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model
+from milora_init.checkpoint.files import file_mode, read_chunks, source_file
+from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import Header, plan_header, safetensors_name
-from milora_init.checkpoint.side_files import travels
 from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
 from milora_init.export import merge_weight
-from milora_init.export.merge_weight import MergeJob
+from milora_init.export.merge_plan import MergeOptions, MergePlan, plan_merge
+from milora_init.export.merge_weight import MergedWeight, MergeJob
 from milora_init.hub.pair import locate_adapter, locate_pair
 from milora_init.hub.source import fetch_original
-from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
-from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, LoraAdapter, expected_tensors, read_lora
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside, require_residual_base
-from milora_init.model.adaptable import read_structure
-from milora_init.options import InitOptions
+from milora_init.lora.folder import adapter_files, adapter_folder
+from milora_init.manifest import Manifest
+from milora_init.options import DTYPES, InitOptions
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
-from milora_init.run.journal import Entry
+from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
-from milora_init.run.pool import HashPool, SolverPool, one_ahead, weights_at_once
-from milora_init.run.progress import Progress, ShardResult
+from milora_init.run.pool import FilePool, SolverPool, weights_at_once
 from milora_init.run.shard import ShardWriter
-from milora_init.verification.files import check_weight_records
 from milora_init.verification.tensors import count_bit_equal
 
-_FETCH_AGAIN = "fetch the output again, from somebody you trust"
+_SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)B", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 MergeProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """What is to be merged, and what is written: a `run.output_folder.OutputPlan`.
-
-    Attributes:
-        base: The residual base, its headers read.
-        manifest: Of the base.
-        adapter: The adapter, its header read.
-        records: The weights that are merged, by the name of the tensor that holds them.
-        headers: Of each shard of the output, by its name.
-        overwrite: Whether an earlier merge may be replaced.
-    """
-
-    base: Checkpoint
-    manifest: Manifest
-    adapter: LoraAdapter
-    records: Mapping[str, list[WeightRecord]]
-    headers: Mapping[str, Header]
-    overwrite: bool
-
-    @property
-    def source(self) -> Path:
-        return self.base.folder
-
-    @cached_property
-    def inputs(self) -> Mapping[str, Any]:
-        return {
-            "merge": __version__,
-            "source": self.manifest.fingerprint,
-            "adapter": self.adapter.digest,
-            "scales": {module: factors.scale for module, factors in self.adapter.modules.items()},
-        }
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.inputs)
-
-    @cached_property
-    def side_files(self) -> Sequence[str]:
-        """The files of the base that are copied: tokenizer, licence, code."""
-        written = {*self.headers, SAFETENSORS_INDEX, "config.json", LORA_CONFIG, LORA_WEIGHTS}
-        return [name for name in self.manifest.files if name not in written]
-
-    @property
-    def files(self) -> Sequence[str]:
-        index = [] if self.base.index is None else [SAFETENSORS_INDEX]
-        return [*self.headers, *index, *self.side_files, "config.json"]
-
-    @property
-    def required_disk_bytes(self) -> int:
-        return self.weights_bytes + sum(self.manifest.files[name] for name in self.side_files)
-
-    @property
-    def weights_bytes(self) -> int:
-        """Size of all shards of the output."""
-        return sum(header.file_bytes for header in self.headers.values())
 
 
 def merge(  # noqa: PLR0913  the options of the command
@@ -115,6 +49,9 @@ def merge(  # noqa: PLR0913  the options of the command
     out: str,
     *,
     adapter: str | None = None,
+    dtype: str = "auto",
+    shard_size: str | None = None,
+    tokenizer: str | None = None,
     overwrite: bool = False,
     model: str | None = None,
     revision: str | None = None,
@@ -125,11 +62,17 @@ def merge(  # noqa: PLR0913  the options of the command
     """Write to `out` one plain model that computes what a residual base and an adapter compute together.
 
     Args:
-        pair: A folder that milora-init wrote, or its Hub id: the residual base and the initial adapter.
+        pair: A folder that milora-init wrote, or its Hub id: the residual base and the initial adapter, or an adapter
+            of the original model.
         out: Folder to write.
         adapter: The trained adapter, a folder or a Hub id; None for the initial one in `pair`.
+        dtype: Of the merged model: `auto` for that of the original, `float32`, `bfloat16` or `float16`.
+        shard_size: The most bytes of a file, such as `5GB`; None for the files of the base.
+        tokenizer: The folder of the tokenizer to write. None is that of the base; if the vocabulary was resized, the
+            one in the adapter's folder, if there is one.
         overwrite: Replace an earlier merge in `out`.
-        model: The original model, a folder or a Hub id: count the merged entries that have its bits.
+        model: The original model, a folder or a Hub id: count the merged entries that have its bits. For an adapter of
+            the original model, where that model is; without it, as the manifest names it.
         revision: Of the original model. Without one, the recorded commit.
         cache_dir, token: Of the Hub.
         progress: Called for each shard that is finished: its name, the bytes of all finished shards, those of all.
@@ -141,7 +84,8 @@ def merge(  # noqa: PLR0913  the options of the command
         UsageError: A folder that is not there.
         HubError: The Hub refused, or cannot be reached.
         CheckpointError: A base or an adapter that cannot be read.
-        PlanError: An adapter that does not belong to this base, or holds more than factors.
+        PlanError: An adapter that does not belong to this base, or holds something that this version does not know; a
+            tokenizer that does not fit a resized vocabulary.
         OutputError: The base is not finished, or is no pair; `out` holds something else, or cannot be written.
         SolveError: A merged weight that does not fit the original's dtype.
     """
@@ -149,15 +93,22 @@ def merge(  # noqa: PLR0913  the options of the command
     for option, value in (("PAIR", pair), ("--out", out), ("--adapter", "-" if adapter is None else adapter)):
         if not value:  # such as an unset variable of a shell: it must not select a default
             raise UsageError(f"{option} is empty", hint="name a folder")
+    options = MergeOptions(_checked_dtype(dtype), _shard_bytes(shard_size), tokenizer, overwrite)
     located = locate_pair(pair, cache_dir=cache_dir, token=token)
     trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
-    plan = plan_merge(located, trained, overwrite=overwrite, given=pair)
+    manifest = require_pair(located, pair)
     original = None
-    if model:
-        options = InitOptions(model=model, out=out, revision=revision, cache_dir=cache_dir, token=token)
-        original = _open_original(plan.manifest, options)
+    if model or not manifest.method.writes_base:
+        name = model or str(manifest.source["model"])
+        asked = InitOptions(model=name, out=out, revision=revision, cache_dir=cache_dir, token=token)
+        original = _open_original(manifest, asked)
+    _require_dense(original, manifest)
+    plan = plan_merge(located, trained, options=options, given=pair, original=original)
+    if not model:
+        original = None
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
-    require_outside(folder.path, plan.adapter.path, "./merged")
+    for path in (plan.adapter.path, plan.source):
+        require_outside(folder.path, path, "./merged")
     require_no_other_output(folder.path, MERGED)
     if (folder.path / "adapter_config.json").exists():
         raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
@@ -165,12 +116,14 @@ def merge(  # noqa: PLR0913  the options of the command
         return _compared(replace(finished, unchanged=True), folder.path, original, plan.manifest)
     try:
         shard_hashes = _write_shards(plan, folder, progress)
-        for name in plan.side_files:
-            path = source_file(plan.source, name)
+        for name, (source_folder, _) in plan.side_files.items():
+            path = source_file(source_folder, name)
             folder.write(name, read_chunks(path), mode=file_mode(path))
-        if index := _index(plan):
-            folder.write(SAFETENSORS_INDEX, index, mode=file_mode(plan.source / SAFETENSORS_INDEX))
-        folder.write("config.json", _config(plan), mode=file_mode(plan.source / "config.json"))
+        if plan.index is not None:
+            index = PICKLE_INDEX if plan.base.is_pickle else SAFETENSORS_INDEX
+            like = index if plan.base.index is not None else "config.json"
+            folder.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(plan.source / like))
+        folder.write("config.json", plan.config_bytes, mode=file_mode(plan.source / "config.json"))
     except BaseException:
         folder.abandon()
         raise
@@ -178,14 +131,19 @@ def merge(  # noqa: PLR0913  the options of the command
     merged = MergeResult(
         out=out,
         pair=pair,
-        adapter=f"{pair}/{LORA_FOLDER}" if adapter is None else adapter,
+        adapter=str(adapter_folder(Path(pair), plan.manifest.method)) if adapter is None else adapter,
         model=source["model"],
         revision=source["revision"],
         from_hub=source["revision"] is not None,
-        initial=plan.adapter.digest == plan.manifest.hashes.get(LORA_WEIGHTS),
+        # A base of NF4's numbers does not give the original again.
+        initial=plan.adapter.digest == plan.manifest.hashes.get(adapter_files(plan.manifest.method)[1])
+        and not plan.manifest.inputs.get("nf4"),
         modules=len(plan.manifest.weights),
         entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
-        tensors={name: records[0].dtype for name, records in plan.records.items()},
+        tensors={name: task.weights[0].dtype for name, task in plan.tasks.items() if task.weights},
+        changed=plan.changed,
+        retrained=tuple(plan.trained.tensors),
+        notices=tuple(plan.notices),
         source_files=plan.manifest.inputs["source"],
         fingerprint=plan.fingerprint,
         inputs=plan.inputs,
@@ -197,12 +155,54 @@ def merge(  # noqa: PLR0913  the options of the command
     return _compared(merged, folder.path, original, plan.manifest)
 
 
+def plan_of(
+    pair: str, adapter: str, *, model: str | None = None, cache_dir: str | None = None, token: str | None = None
+) -> tuple[MergePlan, Path]:
+    """The merge of a trained adapter, planned and not done, and the folder of the pair. Raises as `merge`."""
+    located = locate_pair(pair, cache_dir=cache_dir, token=token)
+    trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
+    manifest = require_pair(located, pair)
+    original = None
+    if not manifest.method.writes_base:
+        name = model or str(manifest.source["model"])
+        asked = InitOptions(model=name, out=pair, cache_dir=cache_dir, token=token)
+        original = _open_original(manifest, asked)
+    return plan_merge(located, trained, given=pair, original=original), located
+
+
+def _checked_dtype(dtype: str) -> str:
+    """The dtype. Raises UsageError for one that is not known."""
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not known", hint=f"choose one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _shard_bytes(size: str | None) -> int | None:
+    """A number of bytes from text such as `5GB`. Raises UsageError."""
+    if size is None:
+        return None
+    match = _SHARD_SIZE.fullmatch(size.strip())
+    found = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    if found < 1:
+        raise UsageError(f"--shard-size {size!r} is no size", hint="for example --shard-size 5GB")
+    return found
+
+
+def _require_dense(original: Checkpoint | None, manifest: Manifest) -> None:
+    """Raise PlanError for an adapter of an original model that is quantised."""
+    if original is not None and not manifest.method.writes_base and original.quantised.tensors:
+        raise PlanError(
+            f"{original.folder} is quantised: merged weights would have to be quantised again; merge never does that",
+            hint="load the trained adapter on this model; servers do that too, see docs/quantised.md",
+        )
+
+
 def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     """The original model of a base. Raises CheckpointError for another model."""
     original = open_model(fetch_original(manifest, options))
     if not original.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
-            f"{options.model} is not what this base was made from: another model, or another commit",
+            f"{options.model} is not what this output was made from: another model, or another commit",
             hint=f"name the model it was made from: --model {manifest.source['model']}",
         )
     return original
@@ -215,99 +215,72 @@ def _compared(merged: MergeResult, folder: Path, original: Checkpoint | None, ma
     return replace(merged, bit_equal=count_bit_equal(open_checkpoint(folder), original, manifest))
 
 
-def plan_merge(
-    pair: Path, adapter: Path | None = None, *, overwrite: bool = False, given: str | None = None
-) -> MergePlan:
-    """Read the headers of a base and an adapter, and check that they belong together. Raises as `merge`.
-
-    `given` is the pair as the user wrote it.
-    """
-    manifest = require_pair(pair, given or str(pair))
-    require_residual_base(pair, manifest, "load the trained adapter on its model and call PEFT's merge_and_unload")
-    require_inside(pair, (*manifest.files, LORA_CONFIG, LORA_WEIGHTS))
-    checkpoint = open_model(pair)
-    for name, size_bytes in manifest.files.items():
-        if name in (LORA_CONFIG, LORA_WEIGHTS):  # the adapter is checked below
-            continue
-        intact = (pair / name).is_file() and (pair / name).stat().st_size == size_bytes
-        if intact and name not in checkpoint.headers:  # shards are hashed when they are read
-            intact = sha256(pair / name) == manifest.hashes.get(name)
-        if not intact:
-            raise CheckpointError(f"{pair}: {name} was changed or removed", hint=f"milora-init verify {pair}")
-    structure = None
-    if any(record.transposed for record in manifest.weights):  # the shape of a square weight does not show it
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        with suppress(CheckpointError):  # an unknown class, or one with code of its own: then the shapes must do
-            structure = read_structure(pair, checkpoint.config, shapes)
-    for fault in check_weight_records(checkpoint, manifest, structure):
-        raise CheckpointError(f"{pair / MANIFEST}: {fault.where} {fault.what}", hint=fault.hint)
-    initial = read_lora(pair / LORA_FOLDER, manifest.weights)
-    require_initial_adapter(initial, manifest)
-    lora = read_lora(adapter, manifest.weights) if adapter else initial
-    if lora.path.resolve() != initial.path.resolve():
-        require_same_modules(initial, lora, manifest)
-        require_trained_on(lora, manifest, initial.weights)
-    _require_fit(lora, manifest)
-    records: dict[str, list[WeightRecord]] = {}
-    for record in manifest.weights:
-        records.setdefault(record.tensor, []).append(record)
-    headers = {name: _merged_header(header, records) for name, header in checkpoint.headers.items()}
-    plan = MergePlan(checkpoint, manifest, lora, records, headers, overwrite)
-    if foreign := [name for name in plan.side_files if not travels(Path(name).parts[0])]:
-        raise CheckpointError(f"{pair / MANIFEST} names {foreign[0]}, which is no file of an output", hint=_FETCH_AGAIN)
-    return plan
-
-
 def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: MergeProgress) -> dict[str, str]:
     """Write every shard that the journal does not have. Returns the SHA-256 of all shards."""
     # glibc returns the memory of each freed block of rows to the system and asks for it again, until it has seen a
     # larger block freed. Without this line, 1.3 million page faults and a quarter of the time, measured on 2.2 GB.
     torch.empty(31 << 20, dtype=torch.uint8)  # mallopt(3), M_MMAP_THRESHOLD: glibc adapts to blocks up to 32 MiB
 
-    cpus = [torch.device("cpu")] * weights_at_once([_needed_bytes(plan, name) for name in plan.records])
-    with HashPool() as hashing, SolverPool(cpus, threads_per_device=1) as solvers, ExitStack() as open_shards:
-        finished = folder.finished_shards(hashing)
-        todo = [name for name in plan.headers if name not in finished]
+    cpus = [torch.device("cpu")] * weights_at_once([_needed_bytes(plan, name) for name in plan.tasks])
+    with FilePool() as files, SolverPool(cpus, threads_per_device=1) as solvers:
+        finished = folder.finished_shards(files)
         finished_bytes = sum(plan.headers[name].file_bytes for name in finished)
         hashes = {name: entry.hashes[name] for name, entry in finished.items()}
+        compared: dict[str, Future[None]] = {}  # of the base's files; one may be in several shards
+        compared_lock = threading.Lock()
 
-        def start(name: str) -> tuple[ShardWriter[None], Future[str]]:
-            """Give a shard's weights to the solver pool, hash its source, and copy its other tensors."""
-            source = plan.source / name
-            writer: ShardWriter[None] = ShardWriter(
-                source, plan.base.stamps[name], out=folder.path, name=name, header=plan.headers[name]
-            )
-            shard = open_shards.enter_context(writer)
-            source_hash = hashing.sha256(source)
-            for tensor in plan.base.headers[name].tensors:
-                if tensor in plan.records:
-                    shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
-            shard.copy_other_tensors(Progress())
-            return shard, source_hash
+        def open_shard(name: str) -> ShardWriter[None]:
+            stamps = {plan.source / file: plan.base.stamps[file] for file in plan.sources[name]}
+            return ShardWriter(stamps, attempt=folder.attempt(), name=name, header=plan.headers[name])
 
-        def report(recordings: Iterable[Future[Entry]]) -> None:
-            """Wait until these shards are recorded, and report them."""
-            nonlocal finished_bytes
-            for recording in recordings:
-                entry = recording.result()
-                finished_bytes += entry.files[entry.shard]
-                hashes[entry.shard] = entry.hashes[entry.shard]
-                progress(entry.shard, finished_bytes, plan.weights_bytes)
+        def submit(name: str, shard: ShardWriter[None]) -> list[Future[None]]:
+            """Give a shard's weights to the solver pool; hash its sources meanwhile."""
+            merged = [
+                shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
+                for tensor in _merged(plan, name)
+            ]
+            # The original model was compared with its recorded hashes when it was opened.
+            for file in plan.sources[name] if plan.manifest.method.writes_base else ():
+                with compared_lock:
+                    is_first = file not in compared
+                    comparison = compared.setdefault(file, Future())
+                if is_first:
+                    _compare(comparison, plan, file, files.cancelled)
+                comparison.result()
+            return merged
 
-        recordings: deque[Future[Entry]] = deque()
-        for shard, source_hash in one_ahead(map(start, todo)):
-            shard.wait()
-            _require_source(plan, shard.name, source_hash.result())
-            result = ShardResult(shard.name, shard.finish(), ())
-            recordings.append(hashing.submit(folder.record_shard, result))
-            report(recordings.popleft() for _ in range(len(recordings) - 1))
-        report(recordings)
+        makers = LocalMakers(
+            solvers, files, open_shard=open_shard, submit=submit, count=lambda name: len(_merged(plan, name))
+        )
+        with makers:
+            for name, result in makers.run([name for name in plan.headers if name not in finished]):
+                hashes[name] = folder.commit(result).hashes[name]
+                finished_bytes += result.files[name]
+                progress(name, finished_bytes, plan.weights_bytes)
     return hashes
 
 
+def _merged(plan: MergePlan, name: str) -> list[str]:
+    """The tensors of a shard that are made by a task."""
+    return [tensor for tensor in plan.headers[name].tensors if tensor in plan.tasks]
+
+
+def _compare(comparison: Future[None], plan: MergePlan, name: str, cancelled: threading.Event) -> None:
+    """Compare a file of the base with its recorded SHA-256, and give the answer to all who wait for it."""
+    try:
+        _require_source(plan, name, sha256(plan.source / name, cancelled=cancelled))
+        comparison.set_result(None)
+    except BaseException as error:
+        comparison.set_exception(error)
+
+
 def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJob:
-    weights = tuple((record, plan.adapter.modules[record.key].scale) for record in plan.records[tensor])
-    return MergeJob(shard.locate(tensor), shard.target(tensor), weights, plan.adapter.weights)
+    task, modules = plan.tasks[tensor], plan.adapter.modules
+    weights = tuple(
+        MergedWeight(record, modules[record.key].scale, modules[record.key].magnitude) for record in task.weights
+    )
+    residual = shard.locate(task.source) if task.source else None
+    return MergeJob(residual, shard.target(tensor), weights, task.new, plan.adapter.weights)
 
 
 def _require_source(plan: MergePlan, name: str, found: str) -> None:
@@ -318,52 +291,10 @@ def _require_source(plan: MergePlan, name: str, found: str) -> None:
 
 
 def _needed_bytes(plan: MergePlan, tensor: str) -> int:
-    """Memory for merging one tensor: the factors of its weights, and some blocks of rows."""
-    factors = plan.adapter.modules[plan.records[tensor][0].key]
-    tensors = plan.adapter.header.tensors
-    return tensors[factors.A].size_bytes + tensors[factors.B].size_bytes + (16 << 20)
-
-
-def _require_fit(adapter: LoraAdapter, manifest: Manifest) -> None:
-    """Raise PlanError for an adapter whose tensors are not those of the base's weights."""
-    expected = expected_tensors(manifest.weights)
-    hint = "name the base that this adapter was trained on"
-    if differing := expected.keys() ^ adapter.header.tensors.keys():
-        raise PlanError(
-            f"{adapter.path} and {manifest.out} differ in {len(differing)} tensors, {min(differing)} first", hint=hint
-        )
-    for name, shape in expected.items():
-        if adapter.header.tensors[name].shape != shape:
-            shapes = f"{list(adapter.header.tensors[name].shape)} in {adapter.path}, {list(shape)} at this base"
-            raise PlanError(f"{name} is {shapes}", hint=hint)
-    if bool(adapter.config.get("fan_in_fan_out")) != bool(manifest.adapter["fan_in_fan_out"]):
-        raise PlanError(f"{adapter.path}: fan_in_fan_out is not what the base was made with", hint=hint)
-
-
-def _merged_header(header: Header, records: Mapping[str, list[WeightRecord]]) -> Header:
-    """The header with the original model's dtypes; the same bytes where the dtypes are the same."""
-    dtypes = {
-        name: safetensors_name(records[name][0].source_dtype) if name in records else info.dtype
-        for name, info in header.tensors.items()
-    }
-    if all(dtypes[name] == info.dtype for name, info in header.tensors.items()):
-        return header
-    entries = ((name, dtypes[name], info.shape) for name, info in header.tensors.items())
-    return plan_header(entries, metadata=header.metadata)
-
-
-def _index(plan: MergePlan) -> bytes:
-    """Content of the index; empty for a model of one file."""
-    if plan.base.index is None:
-        return b""
-    if all(plan.headers[name] is header for name, header in plan.base.headers.items()):
-        return read_bytes(plan.source / SAFETENSORS_INDEX)
-    total = sum(header.data_bytes for header in plan.headers.values())
-    index = {**plan.base.index, "metadata": {**plan.base.index.get("metadata", {}), "total_size": total}}
-    return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _config(plan: MergePlan) -> bytes:
-    """The original model's config.json."""
-    text = plan.manifest.source.get("config.json")
-    return plan.base.config_bytes if text is None else str(text).encode()
+    """Memory for one tensor: what is read of the adapter's file, and some blocks of rows."""
+    task = plan.tasks[tensor]
+    names = [task.new.whole, task.new.rows] if task.new else []
+    for record in task.weights[:1]:
+        factors = plan.adapter.modules[record.key]
+        names += [factors.A, factors.B]
+    return sum(plan.adapter.header.tensors[name].size_bytes for name in names if name) + (16 << 20)

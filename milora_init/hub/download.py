@@ -1,6 +1,7 @@
-"""Download single weight files from the Hub and compare them with the Hub's SHA-256.
+"""Download single weight files from the Hub and compare them with the Hub's SHA-256; or some tensors of them.
 
-huggingface_hub compares only the size of a download. A damaged weight would give a wrong base without any error.
+huggingface_hub compares only the size of a download. A damaged weight would give a wrong base without any error. Of
+single tensors the Hub has no hash: they are taken from the commit that was planned with, range by range.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, hf_hub_url
 
 from milora_init.checkpoint.folder import RemoteFiles
 from milora_init.checkpoint.hashing import sha256
+from milora_init.checkpoint.header import Header
 from milora_init.errors import HubError
 from milora_init.hub.errors import hub_errors
+from milora_init.hub.ranges import read_range
 
 
 def download(remote: RemoteFiles, name: str, *, cache_dir: str | None, token: str | None, into: Path | None) -> Path:
@@ -43,6 +46,38 @@ def download(remote: RemoteFiles, name: str, *, cache_dir: str | None, token: st
             hint="the damaged file was removed; run the same command again",
         )
     return path
+
+
+def download_tensors(remote: RemoteFiles, name: str, part: Header, *, token: str | None, into: Path) -> Path:
+    """Download some tensors of a weight file into a safetensors file of the same name that has only these.
+
+    Args:
+        remote: The model on the Hub.
+        name: Name of the file.
+        part: Header of the new file; the file on the Hub has the same tensors among others.
+        token: As in huggingface_hub.
+        into: The folder to write to.
+
+    Returns:
+        The path of the new file.
+
+    Raises:
+        RangesIgnoredError: The server sends whole files only.
+        HubError: The download failed, or the server sends other ranges than it is asked for.
+        OutputError: The file cannot be written.
+    """
+    from milora_init.checkpoint.writer import SafetensorsWriter  # imports torch, which takes a second
+
+    source, url = remote.absent[name], hf_hub_url(remote.model, name, revision=remote.commit)
+    into.mkdir(parents=True, exist_ok=True)
+    with hub_errors(remote.model, remote.commit), SafetensorsWriter(into / name, part, mode=0o600) as writer:
+        for tensor in part.tensors:
+            start = len(source.raw) + source.tensors[tensor].start
+            stop = start + source.tensors[tensor].size_bytes
+            description = f"{tensor} in {name} of {remote.model}"
+            writer.write_chunks(tensor, read_range(url, start, stop, token=token, description=description))
+        writer.finish()
+    return into / name
 
 
 def require_cache_space(remote: RemoteFiles, folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import constants
 from huggingface_hub import errors as hub
 
 from milora_init.errors import HubError, explain, remedy
@@ -29,7 +30,7 @@ def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> It
     try:
         yield
     except hub.GatedRepoError as error:
-        hint = f"accept its terms at https://huggingface.co/{model}, then run `hf auth login`"
+        hint = f"accept its terms at {constants.ENDPOINT}/{model}, then run `hf auth login`"
         raise HubError(f"{model} is gated: it can be read only after its terms are accepted", hint=hint) from error
     except hub.RevisionNotFoundError as error:
         raise HubError(f"{model} has no revision {revision!r}", hint="name a branch, a tag or a commit") from error

@@ -6,6 +6,7 @@ escaped or written as code: they cannot become links, images or HTML.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,48 +15,71 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES
+from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES, TESTED_WITH_MICA
 from milora_init.manifest import Manifest
-from milora_init.records import CONVERTED, MERGED, ConvertResult, MergeResult
+from milora_init.records import CONVERTED, MERGED, ORIGINAL_MODEL, ConvertResult, MergeResult
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
+from milora_init.spectra import ScanResult
 from milora_init.untrusted import printable
 
+PICTURE = "milora_init.png"
+_PICTURE = f"""
+![Heat maps by layer and module: energy, leak, step-0 error, and time to solve]({PICTURE})
+"""
 _METHODS = {
     "milora": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
     "pissa": "[PiSSA](https://arxiv.org/abs/2404.02948): the principal singular components",
     "olora-tail": "the directions of the minor singular components, without their singular values "
     "([arXiv 2606.02437](https://arxiv.org/abs/2606.02437))",
+    "rlmo": "A has the directions of the r smallest singular values "
+    "([RLMO, arXiv 2606.31813](https://arxiv.org/abs/2606.31813))",
+    "rlpo": "A has the directions of the r largest singular values "
+    "([RLPO, arXiv 2606.31813](https://arxiv.org/abs/2606.31813))",
+    "mica": "B has the directions of the r smallest singular values "
+    "([MiCA, arXiv 2604.01694](https://arxiv.org/abs/2604.01694))",
     "mid": "the middle singular components",
     "random": "singular components drawn at random",
 }
+_CITATION = """```bibtex
+@inproceedings{wang2025milora,
+  title     = {{MiLoRA}: Harnessing Minor Singular Components for Parameter-Efficient {LLM} Finetuning},
+  author    = {Wang, Hanqing and Li, Yixia and Wang, Shuo and Chen, Guanhua and Chen, Yun},
+  booktitle = {Proceedings of NAACL},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2406.09044}
+}
+```
+"""
 _PLAIN_NAME = re.compile(r"(?!www\.)[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _MARKUP = re.compile(r"[\\*<>\[\]|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_MOST_NAMES = 8  # of tensors in a sentence
 _MAX_SUMMARY_BYTES = 1 << 20  # GitHub's limit for the summary of one step
 
 
 def card_data(manifest: Manifest) -> dict[str, Any]:
     """Return the metadata of the card, without the fields that are copied from the card of the original model."""
-    tags = ["lora", name if (name := manifest.method.name) in ("milora", "pissa") else "svd", "residual-base"]
+    tags = ["lora", name if (name := manifest.method.name) in ("milora", "pissa") else "svd"]
+    if manifest.method.writes_base:
+        tags.append("residual-base")
     model = str(manifest.source["model"])
     data: dict[str, Any] = {"library_name": "peft", "tags": tags}
     if manifest.source["revision"] is not None:  # a local folder has none, and its path is not published
-        data |= {"base_model": model, "base_model_relation": "finetune"}
+        relation = "finetune" if manifest.method.writes_base else "adapter"
+        data |= {"base_model": model, "base_model_relation": relation}
     return data
 
 
-def card_text(manifest: Manifest, repo: str) -> str:
+def card_text(manifest: Manifest, repo: str, *, picture: bool = False) -> str:
     """Return the Markdown of the card for a repository.
 
     Args:
         manifest: The manifest as it is published, see `hub.upload`.
         repo: Id of the repository.
+        picture: Show the file PICTURE, which lies beside the card.
     """
-    inputs, source = manifest.inputs, manifest.source
+    source = manifest.source
     commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
-    model = str(source["model"])
-    is_safe_link = all(_PLAIN_NAME.fullmatch(part) for part in model.split("/"))
-    model_link = f"[{model}](https://huggingface.co/{model})" if is_safe_link else _code(model)
-    name = model_link if source["revision"] else "a local model"
+    name = _model_name(source)
     peft = PEFT_FOR_EXPERTS if manifest.adapter.get("target_parameters") else PEFT_FOR_MODULES
     return f"""
 # {_escape(repo.rpartition("/")[2])}
@@ -79,11 +103,9 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 
 ## How it was made
 
-`milora-init` {_name(manifest.versions["milora_init"])}: method {manifest.method.name}, mode {_code(inputs["mode"])}, \
-rank {_name(inputs["rank"])}, \
-alpha {_name(inputs["alpha"])}{", rsLoRA" if inputs["rslora"] else ""}, residuals in \
-{", ".join(sorted({_name(w.dtype) for w in manifest.weights}))}, \
-dropout {_name(manifest.adapter["lora_dropout"])} for training.
+{_settings(manifest)}, residuals in {", ".join(sorted({_name(w.dtype) for w in manifest.weights}))}.
+
+{_for_what(manifest)}
 
 {_weight_table(manifest)}
 
@@ -91,7 +113,7 @@ dropout {_name(manifest.adapter["lora_dropout"])} for training.
 the base. *step-0 error*: the distance of base and component from the weight, relative to the weight. *certified*: a
 proven bound of the component's relative error. `milora_init.json` has the figures of every weight, and the SHA-256 of
 every file; `milora-init verify` reads them.
-
+{_PICTURE if picture else ""}
 {"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
 ## After training
 
@@ -100,16 +122,90 @@ for the original model.
 
 ## Citation
 
-```bibtex
-@inproceedings{{wang2025milora,
-  title     = {{{{MiLoRA}}: Harnessing Minor Singular Components for Parameter-Efficient {{LLM}} Finetuning}},
-  author    = {{Wang, Hanqing and Li, Yixia and Wang, Shuo and Chen, Guanhua and Chen, Yun}},
-  booktitle = {{Proceedings of NAACL}},
-  year      = {{2025}},
-  url       = {{https://arxiv.org/abs/2406.09044}}
-}}
+{_CITATION}"""
+
+
+def adapter_card(manifest: Manifest, repo: str, branch: str | None = None) -> str:
+    """The card's text of an adapter of an original model, for the branch of the repository that it is written for.
+
+    Args:
+        manifest: The manifest as it is published, see `hub.upload`.
+        repo: Id of the repository.
+        branch: Its branch; None for `main`.
+    """
+    source, method = manifest.source, manifest.method
+    commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
+    name = _model_name(source)
+    local = "" if source["revision"] else f"\nReplace {_code(source['model'])} by the place of that model.\n"
+    if method.init_lora_weights is True:
+        peft = PEFT_FOR_EXPERTS if manifest.adapter.get("target_parameters") else PEFT_FOR_MODULES
+        needs = f"It needs PEFT {peft} or later."
+    else:
+        needs = (
+            f"It needs a PEFT that knows `init_lora_weights={_quoted(str(method.init_lora_weights))}`, such as "
+            f"{TESTED_WITH_MICA}, which freezes B."
+        )
+    return f"""
+# {_escape(repo.rpartition("/")[2])}
+
+A LoRA adapter for {name}{commit}, not trained yet. {_METHODS[method.name]}.
+
+The model itself is not changed, and B A is zero before training: the adapter on its model computes what the model
+computes. PEFT trains {method.trained}.
+
+## Load it
+
+```python
+{loading_lines(manifest, branch)}
 ```
-"""
+{local}
+{needs} For DPO or GRPO the model with the adapter switched off is the reference.
+
+## How it was made
+
+{_settings(manifest)}: {_code(method.formulas)} for each weight W = U S V^T.
+
+{_for_what(manifest)}
+
+{_weight_table(manifest)}
+
+*energy*: the share of these triplets in the weight's squared norm. *certified*: a proven bound of the relative error of
+U S V^T. `milora_init.json` has the figures of every weight, and the SHA-256 of every file; `milora-init verify` reads
+them.
+
+{"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
+## After training
+
+The trained adapter is a plain LoRA of the same model. `milora-init merge` merges it, `milora-init convert` copies it
+or cuts its rank.
+
+## Citation
+
+{_CITATION}"""
+
+
+def _model_name(source: Mapping[str, Any]) -> str:
+    """The original model in a sentence: a link to the Hub, or that it is local."""
+    if not source["revision"]:
+        return "a local model"
+    model = str(source["model"])
+    is_safe_link = all(_PLAIN_NAME.fullmatch(part) for part in model.split("/"))
+    return f"[{model}](https://huggingface.co/{model})" if is_safe_link else _code(model)
+
+
+def _settings(manifest: Manifest) -> str:
+    """Version and options of the run, for a card."""
+    inputs = manifest.inputs
+    return (
+        f"`milora-init` {_name(manifest.versions['milora_init'])}: method {manifest.method.name}, mode "
+        f"{_code(inputs['mode'])}, rank {_name(inputs['rank'])}, alpha {_name(inputs['alpha'])}"
+        f"{', rsLoRA' if inputs['rslora'] else ''}, dropout {_name(manifest.adapter['lora_dropout'])} for training"
+    )
+
+
+def _for_what(manifest: Manifest) -> str:
+    """What the method is for, and what others report of it."""
+    return f"The method is for {manifest.method.use}. Reported by others: {manifest.method.reported}"
 
 
 def plain_card_data(record: MergeResult | ConvertResult) -> dict[str, Any]:
@@ -136,12 +232,17 @@ def merged_card(record: MergeResult, config: Mapping[str, Any], repo: str) -> st
         if record.initial
         else f"A fine-tuned {name}: an adapter that was trained on a residual base was merged into that base."
     )
+    added_to = "residual"
+    if record.inputs.get("base") == ORIGINAL_MODEL:
+        added_to = "W"
+        again = f"{name} again, unchanged: the initial adapter, which adds nothing, was merged into it."
+        what = again if record.initial else f"A fine-tuned {name}: a LoRA adapter was merged into it."
     return f"""
 # {_escape(repo.rpartition("/")[2])}
 
 {what}
 
-It is a plain model, in the dtype of the original. It needs neither PEFT nor an adapter.
+It is a plain model. It needs neither PEFT nor an adapter.
 
 ## Load it
 
@@ -154,10 +255,21 @@ model = {cls}.from_pretrained({_quoted(repo)}, dtype="auto"{trusted})
 ## How it was made
 
 `milora-init merge` {_name(record.inputs.get("merge", ""))}, from {_inputs(record)}: \
-W' = round(residual + scale * B A) in {record.modules} weights. All other tensors are the original's, byte for byte.
+W' = round({added_to} + scale * B A) in {record.modules} weights. {_other_tensors(record)}
 
 `{MERGED}` has the SHA-256 of every file; `milora-init verify` reads them.
 """
+
+
+def _other_tensors(record: MergeResult) -> str:
+    """A sentence on the tensors without merged factors."""
+    names = [_code(name) for name in record.retrained]
+    retrained = (
+        f"Retrained: {', '.join(names[:_MOST_NAMES])}{' and more' * (len(names) > _MOST_NAMES)}. " if names else ""
+    )
+    dtype = record.inputs.get("dtype")
+    rest = f"cast to {_code(dtype)}" if dtype else "the original's, byte for byte"
+    return f"{retrained}All other tensors are {rest}."
 
 
 def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) -> str:
@@ -170,14 +282,10 @@ def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) 
     lost = f" At most {worst:.2e} of a module's update was lost (Frobenius norm)." if record.cut else ""
     of_commit = f", revision={_quoted(record.revision)}" if record.revision else ""
     local = "" if record.from_hub else f"\nReplace {_code(record.model)} by the place of the original model.\n"
-    return f"""
-# {_escape(repo.rpartition("/")[2])}
-
-A LoRA adapter for {name}: {rank} in {len(record.modules)} modules.{lost}
-
-It is a plain LoRA of the original model. Do not load it on a residual base.
-
-## Load it
+    how = "the adapter was trained on a residual base, and residual + s B A = W + s [B, -B0] [A; A0]."
+    if record.inputs.get("base") == ORIGINAL_MODEL:
+        how = "the adapter was trained on the original model, and copied" + (", cut to a rank." if record.cut else ".")
+    load = f"""## Load it
 
 ```python
 from peft import PeftModel
@@ -185,12 +293,26 @@ from transformers import {cls}
 
 base = {cls}.from_pretrained({_quoted(record.model)}, dtype="auto"{of_commit})
 model = PeftModel.from_pretrained(base, {_quoted(repo)})
-```
-{local}
+```"""
+    if record.serve:
+        serve = dataclasses.replace(record, out=repo).serve
+        load = (
+            f"## Serve it\n\nIts tensors are in the form that {record.form} reads.\n\n```bash\n{printable(serve)}\n```"
+        )
+    notices = "".join(f"\n- {_escape(line)}" for line in record.notices)
+    return f"""
+# {_escape(repo.rpartition("/")[2])}
+
+A LoRA adapter for {name}: {rank} in {len(record.modules)} modules.{lost}
+
+It is a plain LoRA of the original model. Do not load it on a residual base.
+
+{load}
+{notices}{local}
 ## How it was made
 
 `milora-init convert` {_name(record.inputs.get("convert", ""))}, from {_inputs(record)}: \
-the adapter was trained on a residual base, and residual + s B A = W + s [B, -B0] [A; A0].
+{how}
 
 `{CONVERTED}` has the SHA-256 of every file; `milora-init verify` reads them.
 """
@@ -258,19 +380,42 @@ Fingerprint {_code(manifest.fingerprint[:12])}.
 """
 
 
-def _weight_table(manifest: Manifest) -> str:
-    """Return a table with a row for each group of weights."""
+def scan_summary(result: ScanResult) -> str:
+    """Return the Markdown of a scan: a table with a row for each group of weights."""
+    rank = result.rank
     lines = [
-        "| module | shape | weights | rank | energy | leak | step-0 error | certified |",
-        "|---|---|---|---|---|---|---|---|",
+        f"### Singular spectra of {_code(result.model)}",
+        "",
+        f"{len(result.weights)} weights, rank {rank}, scanned in {duration(result.elapsed_s)}.",
+        "",
+        "| module | shape | weights | s_max | condition | stable rank | effective rank "
+        f"| energy of the {rank} smallest | energy of the {rank} largest | leak (estimate) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.rank} "
-        f"| {percent(group.energy)} | {percent(group.leak)} | {percent(group.rounding_error)} "
-        f"| {group.certificate:.0e} |"
+    for group in result.groups():
+        shares = ["" if v is None else percent(v) for v in (group.energy_min, group.energy_max, group.leak)]
+        condition = "infinite" if group.condition is None else f"{group.condition:.2g}"
+        lines.append(
+            f"| {_name(group.suffix)} | {group.shape[0]} x {group.shape[1]} | {group.count} | {group.s_max:.3g} "
+            f"| {condition} | {group.stable_rank:.3g} | {group.effective_rank:.3g} | {' | '.join(shares)} |"
+        )
+    lines += ["", *(f"- {_escape(note)}" for note in result.notes)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _weight_table(manifest: Manifest) -> str:
+    """Return a table with a row for each group of weights; without a base, nothing was rounded."""
+    columns = ["module", "shape", "weights", "rank", "energy", "leak", "step-0 error", "certified"]
+    rows = [
+        [
+            _name(group.suffix), f"{group.shape[0]} x {group.shape[1]}", str(group.count), str(group.rank),
+            percent(group.energy), percent(group.leak), percent(group.rounding_error), f"{group.certificate:.0e}",
+        ]
         for group in weight_groups(manifest.weights)
-    ]
-    return "\n".join(lines)
+    ]  # fmt: skip
+    if not manifest.method.writes_base:
+        columns, *rows = ([*line[:5], line[7]] for line in (columns, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows))
 
 
 def _code(value: object) -> str:

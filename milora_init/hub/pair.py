@@ -10,19 +10,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_WEIGHTS, WEIGHTS_FILE
+from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from milora_init.manifest import Manifest
 from milora_init.options import clean_token
-from milora_init.records import CONVERTED, MERGED, RECORDS, require_output, require_pair
+from milora_init.records import CONVERTED, MERGED, RECORDS, Output, require_output, require_pair
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
-ADAPTER_FILES = (LORA_CONFIG, LORA_WEIGHTS)
 _NO_FOLDER = "name a folder that milora-init wrote, or its Hub id: org/name"
 _TRAINED = "name the folder that the trainer saved"
 
@@ -77,14 +77,18 @@ def locate_output(given: str, *, cache_dir: str | None = None, token: str | None
         return found
     snapshot = _fetch_record(found, given)
     output = require_output(snapshot, given)
-    found.fetch(snapshot, dict.fromkeys((*output.files, *(ADAPTER_FILES if isinstance(output, Manifest) else ()))))
+    found.fetch(snapshot, dict.fromkeys((*output.files, *_adapter_files(output))))
     return snapshot
 
 
 def locate_pair(
-    given: str, *, only: Iterable[str] | None = None, cache_dir: str | None = None, token: str | None = None
+    given: str,
+    *,
+    only: Literal["record", "adapter"] | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
 ) -> Path:
-    """The folder of a pair, as `locate_output`; `only` are the files to fetch of a Hub id beside the manifest.
+    """The folder of a pair, as `locate_output`; `only` is what to fetch of a Hub id: the manifest, or the adapter too.
 
     A local folder is not read here.
 
@@ -96,7 +100,8 @@ def locate_pair(
         return found
     snapshot = _fetch_record(found, given)
     manifest = require_pair(snapshot, given)
-    found.fetch(snapshot, dict.fromkeys((*manifest.files, *ADAPTER_FILES)) if only is None else only)
+    if only != "record":
+        found.fetch(snapshot, dict.fromkeys((*(() if only else manifest.files), *_adapter_files(manifest))))
     return snapshot
 
 
@@ -119,6 +124,11 @@ def locate_adapter(given: str, *, cache_dir: str | None = None, token: str | Non
         if (folder / record).is_file():
             raise PlanError(f"{given} is {what}, not an adapter that was trained on a pair", hint=_TRAINED)
     return folder
+
+
+def _adapter_files(output: Output) -> tuple[str, ...]:
+    """The adapter's files in an output; none in a merged model, and those of a converted adapter are in its record."""
+    return adapter_files(output.method) if isinstance(output, Manifest) else ()
 
 
 def _find(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,18 @@ from typing import Any
 from milora_init.checkpoint.files import read_json_object
 from milora_init.checkpoint.hashing import sha256
 from milora_init.errors import OutputError
-from milora_init.hub.model_card import card_data, card_text, converted_card, merged_card, plain_card_data
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, read_config
+from milora_init.hub.model_card import (
+    PICTURE,
+    adapter_card,
+    card_data,
+    card_text,
+    converted_card,
+    merged_card,
+    plain_card_data,
+)
+from milora_init.lora.folder import CONFIG_FILE, adapter_files, read_config
 from milora_init.manifest import MANIFEST, Manifest, fingerprint
+from milora_init.pictures import plots
 from milora_init.records import CONVERTED, MERGED, ConvertResult, MergeResult, Output
 
 
@@ -71,12 +81,29 @@ def publication(folder: Path, output: Output, repo: str, branch: str | None) -> 
 
 def _of_pair(manifest: Manifest, repo: str, branch: str | None) -> Publication:
     published = as_published(manifest, repo, branch)
-    contents = {LORA_CONFIG: _json(published.adapter, indent=2), MANIFEST: _json(published.to_json(), indent=1)}
+    config_name = adapter_files(manifest.method)[0]
+    contents = {config_name: _json(published.adapter, indent=2), MANIFEST: _json(published.to_json(), indent=1)}
+    if manifest.method.writes_base:
+        if picture := _picture(published):
+            contents[PICTURE] = picture
+        text = card_text(published, repo, picture=PICTURE in contents)
+        message = "A residual base and its adapter, by milora-init"
+    else:
+        text, message = adapter_card(published, repo, branch), "A LoRA adapter before training, by milora-init"
     source = manifest.source
     return Publication(
-        MANIFEST, published, contents, card_data(manifest), card_text(published, repo), str(source["model"]),
-        source["revision"], "A residual base and its adapter, by milora-init",
-    )  # fmt: skip
+        MANIFEST, published, contents, card_data(manifest), text, str(source["model"]), source["revision"], message
+    )
+
+
+def _picture(manifest: Manifest) -> bytes | None:
+    """The picture beside the card; None without a working matplotlib, and where MILORA_PICTURE is 0."""
+    if os.environ.get("MILORA_PICTURE") == "0" or not plots.has_matplotlib():
+        return None
+    try:
+        return plots.report_plot(manifest)
+    except ImportError:
+        return None
 
 
 def _with_base(folder: Path, published: ConvertResult) -> tuple[ConvertResult, dict[str, bytes]]:
@@ -99,21 +126,30 @@ def _with_base(folder: Path, published: ConvertResult) -> tuple[ConvertResult, d
 
 
 def as_published(manifest: Manifest, repo: str, branch: str | None = None) -> Manifest:
-    """The manifest as it stands in the repository, which is where the pair is now, and not in somebody's folder."""
-    adapter_config = {**manifest.adapter, "base_model_name_or_path": repo}
-    if branch:
-        adapter_config["revision"] = branch
-    encoded = _json(adapter_config, indent=2)
+    """The manifest as it stands in the repository, which is where the output is now, and not in somebody's folder.
+
+    The base of an adapter is the repository; that of an adapter of an original model is that model, of a local one the
+    name of its folder.
+    """
     source = dict(manifest.source)
     if source["revision"] is None:
         source["model"] = Path(source["model"]).name
+    adapter_config = {**manifest.adapter}
+    if manifest.method.writes_base:
+        adapter_config["base_model_name_or_path"] = repo
+        if branch:
+            adapter_config["revision"] = branch
+    else:
+        adapter_config["base_model_name_or_path"] = source["model"]
+    encoded = _json(adapter_config, indent=2)
+    config_name = adapter_files(manifest.method)[0]
     return dataclasses.replace(
         manifest,
         source=source,
         out=repo,
         adapter=adapter_config,
-        files={**manifest.files, LORA_CONFIG: len(encoded)},
-        hashes={**manifest.hashes, LORA_CONFIG: hashlib.sha256(encoded).hexdigest()},
+        files={**manifest.files, config_name: len(encoded)},
+        hashes={**manifest.hashes, config_name: hashlib.sha256(encoded).hexdigest()},
     )
 
 

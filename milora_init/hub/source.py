@@ -1,7 +1,8 @@
 """Find a model: a local folder, or the snapshot of a Hub repository in the cache.
 
 Of a model on the Hub, only small files are downloaded here. The headers of the weight files are read over the network
-with Range requests, because planning needs no weights. `download` fetches each weight file when the run needs it.
+with Range requests, because planning needs no weights. `download` fetches each weight file when the run needs it, or
+only some of its tensors where no base is written.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils import disable_progress_bars
 
 from milora_init.checkpoint.folder import (
     PICKLE_INDEX,
@@ -28,14 +28,14 @@ from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
 from milora_init.errors import HubError, UsageError
-from milora_init.hub.download import download
+from milora_init.hub.download import download, download_tensors
 from milora_init.hub.errors import hub_errors
+from milora_init.hub.ranges import read_range
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
 from milora_init.untrusted import read_text, relative_name
 
 _FIRST_READ_BYTES = 100_000  # most headers are shorter, so one request is enough
-_READ_ATTEMPTS = 3
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -87,6 +87,12 @@ def fetch_file(options: InitOptions, remote: RemoteFiles | None, name: str, into
     """Download one weight file of a model that `locate_model` found on the Hub; see `download`."""
     assert remote is not None
     return download(remote, name, cache_dir=options.cache_dir, token=options.token, into=into)
+
+
+def fetch_tensors(options: InitOptions, remote: RemoteFiles | None, name: str, part: Header, into: Path) -> Path:
+    """Download some tensors of a weight file of a model on the Hub; see `download_tensors`."""
+    assert remote is not None
+    return download_tensors(remote, name, part, token=options.token, into=into)
 
 
 def _is_hub_id(model: str) -> bool:
@@ -150,7 +156,13 @@ def open_snapshot(
             hashes[name] = info.lfs.sha256
             headers[name] = _read_remote_header(model, name, commit, token, info.size)
         hashes |= {name: _cached_hash(folder / name) for name in files if name not in hashes}
-    return folder, RemoteFiles(model, commit, hashes, headers)
+
+    def read(name: str, start: int, stop: int) -> bytes:
+        with hub_errors(model, revision):
+            url = hf_hub_url(model, name, revision=commit)
+            return b"".join(read_range(url, start, stop, token=token, description=f"{name} of {model}"))
+
+    return folder, RemoteFiles(model, commit, hashes, headers, read)
 
 
 def _weight_files(folder: Path, api: HfApi, model: str) -> list[str]:
@@ -215,7 +227,8 @@ def _read_remote_header(model: str, name: str, commit: str, token: str | None, f
     """
 
     def read(end: int) -> bytes:
-        return _read_start(hf_hub_url(model, name, revision=commit), end, token, f"{name} of {model}")
+        url = hf_hub_url(model, name, revision=commit)
+        return b"".join(read_range(url, 0, end, token=token, description=f"{name} of {model}"))
 
     start = read(min(_FIRST_READ_BYTES, file_bytes)) if file_bytes else b""
     # The file begins with the length of the JSON header, 8 bytes.
@@ -223,40 +236,3 @@ def _read_remote_header(model: str, name: str, commit: str, token: str | None, f
     if len(start) < header_end <= min(file_bytes, 8 + MAX_HEADER_BYTES):
         start = read(header_end)
     return parse_header(start[:header_end], file_bytes, Path(f"{model}/{name}"))
-
-
-def _read_start(url: str, end: int, token: str | None, description: str) -> bytes:
-    """Read the first `end` bytes of a URL. A connection that breaks in the body is tried again.
-
-    `http_stream_backoff` repeats a request only until the response begins. An exception inside its `with` block would
-    be handled as a failed request, so it is raised after the block.
-    """
-    headers = {**build_hf_headers(token=token), "Range": f"bytes=0-{end - 1}", "Accept-Encoding": "identity"}
-    failure: Exception | None = None
-    for _ in range(_READ_ATTEMPTS):
-        content, failure = bytearray(), None
-        with http_stream_backoff("GET", url, headers=headers) as response:
-            hf_raise_for_status(response)
-            _require_range(response, description, end)
-            try:
-                for chunk in response.iter_raw():
-                    content += chunk
-                    if len(content) >= end:  # the server may send more than the range
-                        break
-            except Exception as error:
-                failure = error
-        if failure is None:
-            return bytes(content[:end])
-    assert failure is not None
-    raise failure
-
-
-def _require_range(response: Any, description: str, end: int) -> None:
-    """Raise HubError if a response is not the start of the file: the body could be the whole file."""
-    content_range = str(response.headers.get("Content-Range"))
-    if response.status_code != 206 or not content_range.replace(" ", "").lower().startswith("bytes0-"):
-        raise HubError(
-            f"asked for the first {end} bytes of {description}, the Hub answered with status {response.status_code} "
-            f"and the range {content_range}",
-            hint="a mirror or a proxy may ignore Range; download the model first with `hf download`",
-        )

@@ -1,8 +1,8 @@
-"""Push an output to a Hub repository: the base at the root, the adapter in `lora/`.
+"""Push an output to a Hub repository: the base at the root, the adapter in `lora/`; one without a base at the root.
 
 Files are uploaded first, and one commit then adds all of them: the repository never contains half of a model. Large
 files are stored by their hash, so a repeated push does not send them again. The uploaded adapter_config.json names the
-repository as the base; the local file keeps the local path.
+repository as the base, unless it has none; the local file keeps the local path.
 
 To save disk space, shards can be pushed one by one while the run continues. Then each shard is a commit, and
 config.json comes last: without it, transformers does not load the repository.
@@ -27,21 +27,22 @@ from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.publication import Publication, as_published, publication
 from milora_init.json_fields import read_object
-from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
+from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_WEIGHTS, WEIGHTS_FILE, adapter_files
 from milora_init.manifest import (
     MANIFEST,
     MOST_MANIFEST_BYTES,
     Manifest,
     require_inside,
     require_manifest,
-    require_residual_base,
 )
 from milora_init.options import clean_token, require_repository
-from milora_init.records import RECORDS, Output, require_output
+from milora_init.records import RECORDS, Output, record_name, require_output
 from milora_init.result import Result
 
 # Files that make a repository look like a complete model or adapter.
-_COMPLETION_FILES = ("config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS)
+_COMPLETION_FILES = (
+    "config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS, CONFIG_FILE, WEIGHTS_FILE,
+)  # fmt: skip
 _UNFINISHED = "unfinished-by-milora-init"  # a file in a repository while its shards are pushed one by one
 _SOURCE_CARD_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _Operation = CommitOperationAdd | CommitOperationDelete
@@ -99,11 +100,15 @@ class Repository:
         self._api = HfApi(token=clean_token(token))
         self.published: Published | None = None
 
-    def prepare(self, *, overwrite: bool = False) -> None:
-        """Create the repository and the branch, or check that an existing one is empty or contains an earlier output.
+    def prepare(self, record: str, model: str, *, overwrite: bool = False) -> None:
+        """Create the repository and the branch, or check that an existing one may be replaced.
+
+        It may if it is empty, or holds an output of the same kind and of the same model.
 
         Args:
-            overwrite: Accept a repository with other content.
+            record: Name of the record of the output that is to be pushed.
+            model: Id of the model on the Hub that it was made from; empty for a folder.
+            overwrite: Accept a repository with any content.
 
         Raises:
             HubError: The token has no permission to write, or the Hub cannot be reached.
@@ -119,6 +124,13 @@ class Repository:
                     f"{self.repo} exists and is not an output of milora-init: it contains {min(files)}",
                     hint="choose another repository, or add --overwrite to replace the weights in it",
                 )
+            for earlier in () if overwrite else sorted(files & set(RECORDS)):
+                its_model = _model_on_the_hub(self._record_fields(earlier))
+                if earlier != record or (model and its_model and model != its_model):
+                    raise PlanError(
+                        f"{self.repo} holds another output of milora-init: {earlier}{its_model and f' of {its_model}'}",
+                        hint="choose another repository, or add --overwrite to replace it",
+                    )
 
     def manifest_fingerprint(self) -> str:
         """Return the fingerprint of the finished output in the repository; empty if there is none."""
@@ -280,7 +292,8 @@ def push(
 
     Args:
         folder: The folder of the output.
-        repo, private, revision, token: See `Repository`.
+        repo, private, token: See `Repository`.
+        branch: The `revision` of `Repository`.
         overwrite: See `Repository.prepare`.
 
     Raises:
@@ -294,17 +307,22 @@ def push(
     if not out.is_dir():
         raise UsageError(f"{folder}: no such folder", hint="name a folder that milora-init wrote")
     output = require_output(out, folder)
-    if isinstance(output, Manifest):
-        require_residual_base(out, output, "upload the folder with `hf upload`")
-    adapter_files = (LORA_CONFIG, LORA_WEIGHTS) if isinstance(output, Manifest) else ()
-    require_inside(out, (*output.files, *adapter_files))
+    names = adapter_files(output.method) if isinstance(output, Manifest) else ()
+    require_inside(out, (*output.files, *names))
     for name, size_bytes in output.files.items():
         # adapter_config.json may differ: trainers rewrite it, and `Repository.push` writes its own.
-        if not (out / name).is_file() or (name != LORA_CONFIG and (out / name).stat().st_size != size_bytes):
+        if not (out / name).is_file() or (name not in names[:1] and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
     repository = Repository(repo, private=private, revision=branch, token=token)
-    repository.prepare(overwrite=overwrite)
+    source = output.source if isinstance(output, Manifest) else {"model": output.model, "revision": output.revision}
+    repository.prepare(record_name(output), _model_on_the_hub(source), overwrite=overwrite)
     return repository.push(out, output)
+
+
+def _model_on_the_hub(record: Mapping[str, Any]) -> str:
+    """The id of the model that an output was made from, by its record; empty for a folder."""
+    source = record.get("source", record)
+    return str(source["model"]) if isinstance(source, dict) and source.get("model") and source.get("revision") else ""
 
 
 def _git_hash(addition: CommitOperationAdd) -> str:

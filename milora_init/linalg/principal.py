@@ -198,7 +198,7 @@ def _chebyshev(apply: Operator, basis: Tensor, b: Tensor, sigma: Tensor, reach: 
     steps = (reduction.log() / rate.log()).ceil().clamp(0, _MOST_STEPS)
     rho = 1 / ratio
     residual, change = b, b / (1 - half).to(b.dtype)
-    t = change.clone()
+    t: Tensor = change.clone()
     for step in range(1, int(steps.max()) + 1):
         rho, before = 1 / (2 * ratio - rho), rho
         of_change, of_residual, of_image = torch.stack([rho * before, 2 * rho / half, sigma]).to(b.dtype)

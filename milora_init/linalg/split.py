@@ -29,6 +29,7 @@ from torch import Tensor
 
 from milora_init.accuracy import Rounding as Rounding
 from milora_init.linalg.arithmetic import DeviceArithmetic, arithmetic_of
+from milora_init.linalg.nf4 import nf4
 from milora_init.linalg.rounding import round_once
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.methods import Factors, Mode
@@ -67,6 +68,7 @@ def split(  # noqa: PLR0913  the parameters of the method
     factors: Factors = "balanced",
     dtype: torch.dtype,
     seed: int = 0,
+    nf4_rounds: int = 0,
     arithmetic: DeviceArithmetic | None = None,
 ) -> Split:
     """Factor r singular triplets out of W.
@@ -79,21 +81,60 @@ def split(  # noqa: PLR0913  the parameters of the method
         factors: What B and A are; see `methods`.
         dtype: Of the residual.
         seed: As in `svd.singular_triplets`.
+        nf4_rounds: For a base that QLoRA quantises: make the residual of numbers that NF4 has, and let the factors
+            make up for the rounding, in so many rounds; see `_split_for_nf4`. 0 for an ordinary residual.
         arithmetic: The algorithms to use; None for those of W's device.
 
     Raises:
         ValueError: As `svd.singular_triplets`; or a residual that overflows dtype.
     """
     arithmetic = arithmetic or arithmetic_of(W.device)
+    if nf4_rounds:
+        return _split_for_nf4(W, r, nf4_rounds, scale=scale, mode=mode, dtype=dtype, seed=seed, arithmetic=arithmetic)
     triplets = singular_triplets(W, r, mode=mode, seed=seed, arithmetic=arithmetic)
     B, A = _factors(triplets, scale, factors)
     if factors in ("right", "left"):
         norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
         component = float(triplets.s.norm()) / norm if norm else 0.0
-        return Split(W, B, A, triplets, component**2, Rounding(0.0, 0.0, 0.0, dict.fromkeys(_CANDIDATES, 0.0)))
+        return Split(
+            W, B, A, triplets, component**2, Rounding(0.0, 0.0, 0.0, dict.fromkeys((*_CANDIDATES, "nf4"), 0.0))
+        )
     residual, rounding, norm = _residual(W, B, A, scale, dtype, arithmetic)
     own = rounding.component if factors == "balanced" else _norm_ratio(float(triplets.s.square().sum()), norm**2)
     return Split(residual, B, A, triplets, own**2, rounding)
+
+
+def _split_for_nf4(  # noqa: PLR0913
+    W: Tensor,
+    r: int,
+    rounds: int,
+    *,
+    scale: float,
+    mode: Mode,
+    dtype: torch.dtype,
+    seed: int,
+    arithmetic: DeviceArithmetic,
+) -> Split:
+    """A residual Q of numbers that NF4 has, and factors of W - Q.
+
+    In turn B A is the best approximation of W - Q of rank r, and Q the rounding of W - B A to NF4: QPiSSA with several
+    rounds, arXiv 2404.02948. The triplets and their certificate are those of W - Q after the last round.
+    """
+    kind = torch.promote_types(W.dtype, torch.float32)
+    rest = W
+    for _ in range(rounds):
+        B, A = _factors(singular_triplets(rest, r, mode=mode, seed=seed, arithmetic=arithmetic), scale, "balanced")
+        Q = nf4(W.to(kind) - scale * (B.to(kind) @ A.to(kind)), dtype).to(dtype)
+        rest = W.to(kind) - Q.to(kind)
+    triplets = singular_triplets(rest, r, mode=mode, seed=seed, arithmetic=arithmetic)
+    B, A = _factors(triplets, scale, "balanced")
+    if not bool(Q.isfinite().all()):
+        raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
+    D = scale * (B.to(kind) @ A.to(kind))
+    norm, E, own = (float(torch.linalg.vector_norm(X, dtype=torch.float64)) for X in (W, rest - D, D))
+    leak = E / own if own else 0.0
+    component, error = (own / norm, E / norm) if norm else (0.0, 0.0)
+    return Split(Q, B, A, triplets, component**2, Rounding(component, error, leak, {"nf4": leak}))
 
 
 def _factors(triplets: Triplets, scale: float, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -122,6 +163,7 @@ def _residual(
     # For each block the norms of W and E, and over the sample those of D and of each other candidate's E. They stay on
     # the device, and are read once.
     norms: list[Tensor] = []
+    in_nf4: list[Tensor] = []  # the norms of E and D of the first rows, if the residual were quantised to NF4
     for top in range(0, m, rows):
         block = slice(top, top + rows)
         R = W[block].to(exact, torch.float64, copy=True)
@@ -132,9 +174,11 @@ def _residual(
         norms.append(torch.linalg.vector_norm(R - stored.to(exact)))
         sample = R[::step]
         norms.append(torch.linalg.vector_norm(B64[block][::step] @ A64))
+        if top == 0:
+            in_nf4 = [torch.linalg.vector_norm(sample.float() - nf4(sample.float())).to(torch.float64), norms[-1]]
         norms += [torch.linalg.vector_norm(sample - sample.to(candidate)) for candidate in others.values()]
     product = ((B64.mT @ B64) * (A64 @ A64.mT)).sum()  # ||B A||^2 = tr(B^T B A A^T)
-    D2, *of_blocks = torch.stack([product, *norms]).tolist()
+    D2, nf4_E, nf4_D, *of_blocks = torch.stack([product, *in_nf4, *norms]).tolist()
     sums = torch.tensor(of_blocks, dtype=torch.float64).view(-1, 3 + len(others)).square().sum(dim=0)
     W2, E2, sampled_D2, *sampled_E2 = sums.tolist()
     if not math.isfinite(E2):
@@ -148,7 +192,7 @@ def _residual(
         component=_norm_ratio(D2, W2),
         error=_norm_ratio(E2, W2),
         leak=leak,
-        leak_if={name: leaks.get(name, leak) for name in _CANDIDATES},
+        leak_if={name: leaks.get(name, leak) for name in _CANDIDATES} | {"nf4": _norm_ratio(nf4_E**2, nf4_D**2)},
     )
     return residual, rounding, W2**0.5
 

@@ -127,6 +127,23 @@ def singular_triplets(
     q = min(W.shape)
     if not 1 <= r <= q:
         raise ValueError(f"r is {r}, expected 1 to {q} for a matrix of shape {tuple(W.shape)}")
+    X = readable(W, arithmetic)
+    wanted = wanted_indices(q, r, mode, seed).to(X.stored.device)
+
+    solution, certificate = _solve(X, wanted, mode, seed, tolerance)
+    wide = W.shape[0] < W.shape[1]
+    U, V = (solution.right, solution.left) if wide else (solution.left, solution.right)
+    sign = _signs(V)
+    unit = math.ldexp(1.0, X.exponent)
+    return Triplets(U * sign, solution.s * unit, V * sign, solution.s_max * unit, certificate)
+
+
+def readable(W: Tensor, arithmetic: DeviceArithmetic | None = None) -> BlockedMatrix:
+    """W (m, n) as the algorithms read it: upright (p, q), p >= q, and scaled. On the CPU if W's device has no float64.
+
+    Raises:
+        ValueError: W has NaN or Inf entries.
+    """
     W = W.detach()
     arithmetic = arithmetic or arithmetic_of(W.device)
     if W.device.type == "mps":
@@ -134,21 +151,12 @@ def singular_triplets(
     low, high = torch.stack(torch.aminmax(W)).tolist()
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError(f"W of shape {tuple(W.shape)} has NaN or Inf entries")
-    wanted = wanted_indices(q, r, mode, seed).to(W.device)
-
-    wide = W.shape[0] < W.shape[1]
     # A power of two brings the entries near 1, exactly, so that no square over- or underflows, in float32 neither.
     # Those of a language model are near enough as they are.
     exponent = math.frexp(max(-low, high))[1]
     if abs(exponent) <= _UNSCALED_EXPONENT:
         exponent = 0
-    X = BlockedMatrix(W.mT if wide else W, exponent, arithmetic)
-
-    solution, certificate = _solve(X, wanted, mode, seed, tolerance)
-    U, V = (solution.right, solution.left) if wide else (solution.left, solution.right)
-    sign = _signs(V)
-    unit = math.ldexp(1.0, exponent)
-    return Triplets(U * sign, solution.s * unit, V * sign, solution.s_max * unit, certificate)
+    return BlockedMatrix(W.mT if W.shape[0] < W.shape[1] else W, exponent, arithmetic)
 
 
 def wanted_indices(q: int, r: int, mode: Mode, seed: int) -> Tensor:
@@ -174,7 +182,7 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
     """The triplets of X at the indices `wanted` (r,), by the first algorithm whose solution is accepted."""
     (p, q), r = X.shape, wanted.numel()
     if uses_krylov(p, q, r, mode, gpu=X.arithmetic.crossing == "gpu"):
-        attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: _by_lanczos(X, r, mode, tolerance)]
+        attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: krylov_triplets(X, r, mode, tolerance)]
         if X.arithmetic.mixed_precision == "both":
             attempts.insert(0, lambda: extreme_triplets(X, r, tolerance, largest=mode == "max"))
         elif X.arithmetic.mixed_precision == "largest" and mode == "max":
@@ -182,10 +190,10 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
         failures: list[str] = []
         for attempt in attempts:
             try:
-                with _library_failures():
+                with library_failures():
                     solution, certificate = attempt()
                 return solution, replace(certificate, reason="; ".join([*failures, certificate.reason]))
-            except (NotConverged, _LibraryFailure) as failure:
+            except (NotConverged, LibraryFailure) as failure:
                 failures.append(str(failure))
         reason = "; ".join(failures)
     elif mode in ("min", "max"):
@@ -193,27 +201,27 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
     else:
         reason = f"mode {mode} needs interior triplets"
     try:
-        with _library_failures():
+        with library_failures():
             solution, certificate = _by_eigh(X, wanted, seed, reason)
         if is_accepted(solution, certificate, tolerance):
             return solution, certificate
         reason = f"{reason}; {_too_far('eigh', certificate)}"
-    except _LibraryFailure as failure:
+    except LibraryFailure as failure:
         reason = f"{reason}; eigh failed: {failure}"
     try:
-        with _library_failures():
+        with library_failures():
             return _by_svd(X, wanted, reason)
-    except _LibraryFailure as failure:
+    except LibraryFailure as failure:
         raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {failure}") from failure
 
 
-class _LibraryFailure(Exception):  # noqa: N818  the next algorithm is tried
+class LibraryFailure(Exception):  # noqa: N818  the next algorithm is tried
     """LAPACK or a library of the device failed; the text is the first line of its own."""
 
 
 @contextmanager
-def _library_failures() -> Iterator[None]:
-    """Raise `_LibraryFailure` for what a library of linear algebra raises, and no other RuntimeError.
+def library_failures() -> Iterator[None]:
+    """Raise `LibraryFailure` for what a library of linear algebra raises, and no other RuntimeError.
 
     Where a library of a GPU lacks memory, torch may raise a plain RuntimeError: it becomes a torch.OutOfMemoryError.
     """
@@ -227,7 +235,7 @@ def _library_failures() -> Iterator[None]:
             raise torch.OutOfMemoryError(text) from error
         if not (isinstance(error, LinAlgError) or _OF_A_LIBRARY.search(text)):
             raise
-        raise _LibraryFailure(text.partition("\n")[0]) from error
+        raise LibraryFailure(text.partition("\n")[0]) from error
 
 
 def _too_far(path: str, certificate: Certificate) -> str:
@@ -235,15 +243,19 @@ def _too_far(path: str, certificate: Certificate) -> str:
     return f"{path} left a component error of {error:.1e}"
 
 
-def _by_lanczos(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple[Solution, Certificate]:
-    """The r smallest or largest triplets of X, from a Krylov space.
+def krylov_triplets(
+    X: BlockedMatrix, r: int, mode: Mode, tolerance: float, gram: Tensor | None = None
+) -> tuple[Solution, Certificate]:
+    """The r smallest or largest triplets of X (p, q), from a Krylov space.
+
+    `gram` is the lower triangle of X^T X (q, q), if it is known; for the smallest triplets it is overwritten.
 
     Raises:
         NotConverged: No solution is accepted.
     """
     q, arithmetic = X.shape[1], X.arithmetic
     block = arithmetic.krylov_block
-    factor, shift = _shifted_factor(X) if mode == "min" else (None, 0.0)
+    factor, shift = _shifted_factor(X, gram) if mode == "min" else (None, 0.0)
     apply = X.gram_operator(10 * r + 150) if factor is None else factor.solve
     for angle in _ANGLES:
         pairs = largest_eigenpairs(
@@ -305,7 +317,7 @@ def _refined(apply: Operator, basis: Tensor, arithmetic: DeviceArithmetic) -> Te
     return arithmetic.orthonormalise(image / image.norm(dim=0).clamp_min(1e-300))[0]
 
 
-def _shifted_factor(X: BlockedMatrix) -> tuple[CholeskyFactor, float]:
+def _shifted_factor(X: BlockedMatrix, gram: Tensor | None = None) -> tuple[CholeskyFactor, float]:
     """The Cholesky factor of X^T X - shift I, and the shift.
 
     The spectrum of a clearly rectangular matrix does not reach down to zero, and a shift just below its smallest
@@ -316,7 +328,7 @@ def _shifted_factor(X: BlockedMatrix) -> tuple[CholeskyFactor, float]:
         NotConverged: X^T X is not positive definite.
     """
     (p, q), arithmetic = X.shape, X.arithmetic
-    G = X.gram()
+    G = X.gram() if gram is None else gram
     if 2 * p >= 3 * q:
         estimate = cholesky(G.to(torch.float32), arithmetic)
         if estimate is not None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from milora_init.checkpoint.header import Header
 from milora_init.errors import MiloraError, PlanError
-from milora_init.lora.folder import CONFIG_FILE, LORA_FOLDER, WEIGHTS_FILE, AdaptedWeight, LoraAdapter, open_factors
+from milora_init.lora.folder import CONFIG_FILE, AdaptedWeight, LoraAdapter, adapter_files, open_factors
 from milora_init.lora.tensor_layout import initial_block, lora_key, parse_lora_key
 from milora_init.manifest import Manifest, read_manifest
 
@@ -26,6 +27,9 @@ from milora_init.manifest import Manifest, read_manifest
 _MIN_COSINE = 0.5
 _MIN_SHARE, _MAX_SHARE = 0.1, 30
 _PARALLEL_COSINE, _MAX_PARALLEL_SHARE = 0.99, 2.5
+_MOST_ROUNDING = 2**-7  # of a frozen factor that was stored in bfloat16
+_MOST_SPREAD = 3  # of the shares of the initial directions: up to 1.5 after 20 steps of AdamW at 1e-2, width 32
+_MOST_SKEW = 0.05  # of factors that came out of a residual base, after a short training
 _MAX_NAMES = 3  # in one message
 OTHER_BASE_HINT = "give the base that it was trained on"
 
@@ -133,7 +137,7 @@ def require_initial_adapter(lora: LoraAdapter, manifest: Manifest) -> None:
     Raises:
         PlanError: It is another adapter, or was changed.
     """
-    if lora.digest != manifest.hashes.get(f"{LORA_FOLDER}/{WEIGHTS_FILE}"):
+    if lora.digest != manifest.hashes.get(adapter_files(manifest.method)[1]):
         raise PlanError(
             f"{lora.weights} is not the adapter that its base was made with: it was replaced, or trained in place",
             hint="restore the initial adapter; milora-init with the same options and another --out makes it again",
@@ -158,6 +162,17 @@ def other_base_in_config(config: Mapping[str, Any], manifest: Manifest) -> str:
     return str(path) if other and other.fingerprint != manifest.fingerprint else ""
 
 
+def other_method_in_config(config: Mapping[str, Any], manifest: Manifest) -> str:
+    """How an adapter's config shows that it was initialised by another method than a manifest's; else empty.
+
+    PEFT keeps `init_lora_weights` when it saves, and freezes B where it is "mica".
+    """
+    found, own = config.get("init_lora_weights", True), manifest.method.init_lora_weights
+    if own is True and found != "mica":  # a trainer may write another value, which changes nothing after training
+        return ""
+    return "" if found == own else f"init_lora_weights is {found!r}, but method {manifest.method.name} has {own!r}"
+
+
 def require_trained_on(lora: LoraAdapter, manifest: Manifest, initial: Path) -> None:
     """Check that an adapter was trained on the base of a manifest.
 
@@ -170,6 +185,8 @@ def require_trained_on(lora: LoraAdapter, manifest: Manifest, initial: Path) -> 
         PlanError: The adapter's config names another residual base, or a module was not trained from the initial one.
         CheckpointError: A file cannot be read.
     """
+    if problem := other_method_in_config(lora.config, manifest):
+        raise PlanError(f"{lora.path}: {problem}", hint=OTHER_BASE_HINT)
     if other := other_base_in_config(lora.config, manifest):
         raise PlanError(f"{lora.path} was trained on {other}, another residual base", hint=OTHER_BASE_HINT)
     require_trained_from(initial, lora.weights, manifest.weights)
@@ -184,6 +201,17 @@ def require_trained_from(initial: Path, trained: Path, weights: Sequence[Adapted
     """
     if found := modules_not_trained_from(initial, trained, weights):
         raise PlanError(f"{trained}: {summarise_modules(found)}", hint=OTHER_BASE_HINT)
+
+
+def have_equal_factors(one: Path, other: Path) -> bool:
+    """Whether two weights files hold the same modules with the same factors. Raises CheckpointError."""
+    with open_factors(one) as of_one, open_factors(other) as of_other:
+        modules = _whole_modules(of_one.header)
+        return modules == _whole_modules(of_other.header) and all(
+            torch.equal(x, y)
+            for module in modules
+            for x, y in zip(of_one.read(module), of_other.read(module), strict=True)
+        )
 
 
 def summarise_modules(reasons: Mapping[str, str]) -> str:
@@ -218,7 +246,8 @@ def modules_not_trained_from(initial: Path, trained: Path, weights: Sequence[Ada
     the share is outside 0.1 to 30.
 
     A module passes without a comparison if all of its directions are `untrainable`, because there is no direction to
-    compare. If the initial factors are exactly zero, they get no gradient, and the trained ones must be zero too.
+    compare. If the initial factors are exactly zero, they get no gradient, and the trained ones must be zero too. If
+    one of the two is zero, as in an adapter of an original model, see `_reason_not_from_one_factor`.
 
     Args:
         initial, trained: Weights files with the same tensor names and shapes.
@@ -252,6 +281,10 @@ def _reason_not_trained_from(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, weigh
             return "some of its directions are zero, but were not at the start"
     inner = float(((B0.mT @ B) * (A0 @ A.mT)).sum())
     norm, norm0 = (math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum()))) for b, a in ((B, A), (B0, A0)))
+    block = initial_block(B, A, weight.rank, weight.expert)
+    block0 = initial_block(B0, A0, weight.rank, weight.expert)
+    if bool(B0.any()) != bool(A0.any()):
+        return _reason_not_from_one_factor(block, block0)
     if not norm0:
         return "its initial factors are zero and get no gradient, but its trained factors are not zero" if norm else ""
     if not norm:
@@ -261,9 +294,35 @@ def _reason_not_trained_from(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, weigh
         return f"it is the initial component times {share:.2g}"
     if cosine > _MIN_COSINE or share > _MAX_SHARE:
         return "" if _MIN_SHARE <= share <= _MAX_SHARE else f"{norm / norm0:.2g} times as large"
-    block = initial_block(B, A, weight.rank, weight.expert)
-    block0 = initial_block(B0, A0, weight.rank, weight.expert)
     return "" if all(map(_contains_start, block, block0)) else f"cosine {cosine:.3f}"
+
+
+def _reason_not_from_one_factor(factors: tuple[Tensor, Tensor], initial: tuple[Tensor, Tensor]) -> str:
+    """The same for B (m, r) and A (r, n) of which one was zero at the start; see `methods`.
+
+    `left` factors keep B, which PEFT freezes. Of `right` ones A must contain its start, and each row about as much of
+    it as the others: training turns rows, while those of a MiLoRA adapter start with lengths that differ like the roots
+    of singular values. B must not look as if it had come out of a residual base, whose A may be the same: there the
+    columns of B are orthogonal to each other, and as long as the rows of A.
+    """
+    (B, A), (B0, A0) = factors, initial
+    if bool(B0.any()):
+        moved = float((B - B0).norm() / B0.norm())
+        return "" if moved <= _MOST_ROUNDING else f"its B differs from the frozen one by {moved:.2g} of it"
+    if not _contains_start(A, A0):
+        return (
+            f"its A has the cosine {float((A * A0).sum() / (A.norm() * A0.norm()).clamp_min(1e-300)):.3f} to the start"
+        )
+    shares = (A * A0).sum(dim=1) / A0.square().sum(dim=1).clamp_min(1e-300)
+    if not float(shares.max()) <= _MOST_SPREAD * float(shares.min()):
+        return f"its A has {float(shares.min()):.2g} to {float(shares.max()):.2g} of the start, by direction"
+    lengths, rows = B.norm(dim=0), A.norm(dim=1)
+    gram = B.mT @ B / (lengths[:, None] * lengths).clamp_min(1e-300)
+    skew = float((gram - gram.diagonal().diag()).abs().max())
+    same_lengths = float((lengths / rows.clamp_min(1e-300) - 1).abs().max()) < _MOST_SKEW
+    if len(rows) > 2 and skew < _MOST_SKEW and same_lengths:
+        return "its B and A are singular directions, so they were taken out of a residual base"
+    return ""
 
 
 def _contains_start(X: Tensor, X0: Tensor) -> bool:

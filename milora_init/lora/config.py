@@ -54,6 +54,9 @@ def rank_and_alpha_patterns(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Make rank_pattern and alpha_pattern, with an entry for each name whose rank or alpha is not the default.
 
+    PEFT looks a target parameter `<module>.weight` up by its name, and vLLM by the module's: without an entry of that
+    name, vLLM would use the default rank and alpha without a warning. So such a target has an entry of either name.
+
     Args:
         ranks, alphas: The rank and the alpha of every name.
         rank, alpha: The defaults.
@@ -62,8 +65,9 @@ def rank_and_alpha_patterns(
         PlanError: PEFT would use the entry of another name for a name, or cannot have the name as a key.
     """
     not_default = [name for name in ranks if ranks[name] != rank or alphas[name] != alpha]
-    rank_pattern = {name: ranks[name] for name in not_default}
-    alpha_pattern = {name: alphas[name] for name in not_default}
+    keys = {key: name for name in not_default for key in (name, name.removesuffix(".weight"))}
+    rank_pattern = {key: ranks[name] for key, name in keys.items()}
+    alpha_pattern = {key: alphas[name] for key, name in keys.items()}
     try:
         rank_of, alpha_of = match_pattern(rank_pattern), match_pattern(alpha_pattern)
     except ValueError as error:

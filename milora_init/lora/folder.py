@@ -1,7 +1,7 @@
-"""Read a LoRA folder that PEFT saved: the factors and the scale of every module.
+"""Read a LoRA folder that PEFT saved: the factors and the scale of every module, and what was trained beside them.
 
-`read_lora` refuses an adapter that contains more than factors (DoRA, biases, retrained modules, ...), because a merge
-or a conversion without the rest would give another model. The adapter's files do not say how many experts a parameter
+`lora.other_tensors` says what the other tensors are. `read_lora` refuses settings that neither merge nor convert knows,
+because without them the result would be another model. The adapter's files do not say how many experts a parameter
 has, nor which rows and columns belong to which expert. This information is in the manifest of the base.
 """
 
@@ -18,13 +18,21 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import Header, read_header
+from milora_init.checkpoint.header import Header, TensorInfo, read_header
 from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.expert_slot import ExpertSlot
 from milora_init.lora.config import lora_scale, match_pattern
-from milora_init.lora.tensor_layout import factor_shapes, lora_key, parse_lora_key, weight_factors
+from milora_init.lora.other_tensors import OtherTensor, other_tensors
+from milora_init.lora.tensor_layout import (
+    factor_shapes,
+    lora_key,
+    parse_lora_key,
+    parse_magnitude_key,
+    weight_factors,
+)
 from milora_init.manifest import WeightRecord
+from milora_init.methods import Method
 from milora_init.untrusted import read_text
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,13 +43,23 @@ LORA_FOLDER = "lora"
 LORA_CONFIG = f"{LORA_FOLDER}/{CONFIG_FILE}"
 LORA_WEIGHTS = f"{LORA_FOLDER}/{WEIGHTS_FILE}"
 # Keys of adapter_config.json that add something to the factors. None, False and empty values switch a key off.
-EXTRA_WEIGHT_KEYS = ("modules_to_save", "trainable_token_indices")  # add tensors and leave the factors unchanged
+EXTRA_WEIGHT_KEYS = ("modules_to_save", "trainable_token_indices", "use_dora")
 UNSUPPORTED_KEYS = (
-    *EXTRA_WEIGHT_KEYS, "use_dora", "lora_bias", "layer_replication",
-    "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
+    "lora_bias", "layer_replication", "exclude_modules", "layers_to_transform", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "megatron_config",
 )  # fmt: skip
 _RANK_AND_ALPHA_LIMIT = 1e9
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def adapter_files(method: Method) -> tuple[str, str]:
+    """The adapter's config and weights in an output of a method, by the path relative to the output."""
+    return (LORA_CONFIG, LORA_WEIGHTS) if method.writes_base else (CONFIG_FILE, WEIGHTS_FILE)
+
+
+def adapter_folder(output: Path, method: Method) -> Path:
+    """The folder of the initial adapter in an output of a method, which is the output itself if it has no base."""
+    return output / LORA_FOLDER if method.writes_base else output
 
 
 class AdaptedWeight(Protocol):
@@ -81,6 +99,10 @@ class FactorReader:
             self._key, self._tensors = weight.key, (A, B)
         return weight_factors(*self._tensors, weight.shape[0], weight.expert)
 
+    def read_tensor(self, name: str) -> Tensor:
+        """Read a tensor of the file. Raises CheckpointError."""
+        return self._shard.read(name)
+
     def close(self) -> None:
         """Close the file."""
         self._shard.close()
@@ -116,6 +138,8 @@ class LoraFactors:
         shape: The shape (m, n) of the module's weight, or of one expert's matrix.
         scale: The factor of B @ A.
         experts: The number of stacked experts; 1 for a module.
+        magnitude: The name of DoRA's vector (m,), the row norms of the adapted weight (https://arxiv.org/abs/2402.09353);
+            None without DoRA.
     """
 
     name: str
@@ -125,6 +149,7 @@ class LoraFactors:
     shape: tuple[int, int]
     scale: float
     experts: int
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,12 +161,14 @@ class LoraAdapter:
         config: The content of adapter_config.json.
         header: The header of the weights file.
         modules: The factors by the `key` of `lora_key`.
+        others: Every other tensor that was trained or stored beside the factors.
     """
 
     path: Path
     config: Mapping[str, Any]
     header: Header
     modules: Mapping[str, LoraFactors]
+    others: tuple[OtherTensor, ...] = ()
 
     @property
     def weights(self) -> Path:
@@ -164,7 +191,7 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
 
     Raises:
         CheckpointError: A file is missing or damaged, a module has only one factor, or shapes contradict the config.
-        PlanError: The adapter contains more than factors, or factors of experts without records.
+        PlanError: The adapter has a tensor or a setting that is not known, or factors of experts without records.
     """
     config = _lora_config(path)
     if not (path / WEIGHTS_FILE).is_file():
@@ -172,19 +199,7 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
         hint = "save it as safetensors: model.save_pretrained(FOLDER)"
         raise CheckpointError(f"{path} has no {WEIGHTS_FILE}{pickled}", hint=hint)
     header = read_header(path / WEIGHTS_FILE)
-    keys: dict[str, dict[str, str]] = {}
-    for key, info in header.tensors.items():
-        parsed = parse_lora_key(key)
-        if not parsed:
-            raise PlanError(
-                f"{path / WEIGHTS_FILE}: {key} is not a factor of a linear layer, and would be lost",
-                hint="merge with PEFT's merge_and_unload, or train without modules_to_save, bias and embeddings",
-            )
-        if info.dtype not in _FLOATS or len(info.shape) != 2:
-            raise PlanError(
-                f"{path / WEIGHTS_FILE}: {key} is {info.dtype} {list(info.shape)}, not a floating-point matrix"
-            )
-        keys.setdefault(parsed[0], {})[parsed[1]] = key
+    keys, magnitudes, rest = _sort_tensors(path, header, dora=bool(config.get("use_dora")))
     if not keys:
         raise CheckpointError(f"{path / WEIGHTS_FILE} contains no factors", hint="save the adapter again")
     experts = {record.key: record.expert for record in records if record.expert}
@@ -205,8 +220,52 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
         name = slot.parameter if slot else target_parameters.get(key, key)
         rank, shape = _rank_and_shape(path, header, name, names, rank_of(name), slot.count if slot else 1)
         scale = lora_scale(rank, alpha_of(name), rslora=bool(config.get("use_rslora")))
-        modules[key] = LoraFactors(name, names["A"], names["B"], rank, shape, scale, slot.count if slot else 1)
-    return LoraAdapter(path, config, header, modules)
+        magnitude = _magnitude(path, header, key, shape, magnitudes) if config.get("use_dora") else None
+        modules[key] = LoraFactors(
+            name, names["A"], names["B"], rank, shape, scale, slot.count if slot else 1, magnitude
+        )
+    return LoraAdapter(path, config, header, modules, other_tensors(path / WEIGHTS_FILE, rest, config))
+
+
+def _sort_tensors(
+    path: Path, header: Header, *, dora: bool
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, TensorInfo]]:
+    """The names of the factors by module, those of DoRA's magnitudes by module, and all other tensors.
+
+    Raises:
+        PlanError: A tensor of LoRA that is no factor, or a factor that is no matrix of floating-point numbers.
+    """
+    keys: dict[str, dict[str, str]] = {}
+    magnitudes: dict[str, str] = {}
+    rest: dict[str, TensorInfo] = {}
+    for key, info in header.tensors.items():
+        if info.dtype not in _FLOATS:
+            raise PlanError(f"{path / WEIGHTS_FILE}: {key} is {info.dtype}, not a floating-point tensor")
+        if parsed := parse_lora_key(key):
+            if len(info.shape) != 2:
+                raise PlanError(f"{path / WEIGHTS_FILE}: {key} is {list(info.shape)}, not a matrix")
+            keys.setdefault(parsed[0], {})[parsed[1]] = key
+        elif dora and (module := parse_magnitude_key(key)):
+            magnitudes[module] = key
+        elif ".lora_" in key:
+            raise PlanError(
+                f"{path / WEIGHTS_FILE}: {key} is not a factor of a linear layer, and would be lost",
+                hint="merge with PEFT's merge_and_unload",
+            )
+        else:
+            rest[key] = info
+    return keys, magnitudes, rest
+
+
+def _magnitude(path: Path, header: Header, key: str, shape: tuple[int, int], magnitudes: Mapping[str, str]) -> str:
+    """The name of a module's magnitude vector. Raises CheckpointError if it is missing or has another length."""
+    name = magnitudes.get(key)
+    if name is None or header.tensors[name].shape != (shape[0],):
+        found = "missing" if name is None else f"{list(header.tensors[name].shape)}, expected {[shape[0]]}"
+        raise CheckpointError(
+            f"{path / WEIGHTS_FILE}: the lora_magnitude_vector of {key} is {found}", hint="save the adapter again"
+        )
+    return name
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -229,11 +288,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _lora_config(path: Path) -> dict[str, Any]:
-    """The config of a LoRA folder that has only factors.
+    """The config of a LoRA folder.
 
     Raises:
         CheckpointError: The config cannot be read.
-        PlanError: The adapter is not LoRA, or contains more than factors.
+        PlanError: The adapter is not LoRA, or has a setting that is not known.
     """
     config = read_config(path / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
@@ -245,12 +304,9 @@ def _lora_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / CONFIG_FILE}: target_parameters is {parameters!r}", hint="save the adapter again"
         )
-    extra = [f"{key} = {config[key]!r}" for key in UNSUPPORTED_KEYS if config.get(key)]
-    if config.get("bias", "none") != "none":
-        extra.append(f"bias = {config['bias']!r}")
-    if extra:
+    if unknown := [f"{key} = {config[key]!r}" for key in UNSUPPORTED_KEYS if config.get(key)]:
         raise PlanError(
-            f"{path / CONFIG_FILE}: {', '.join(extra)}: these settings add more than factors, and would be lost",
+            f"{path / CONFIG_FILE}: {', '.join(unknown)}: merge and convert do not know this and would lose it",
             hint="merge with PEFT's merge_and_unload instead",
         )
     return config

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 
 from milora_init.errors import PlanError
 from milora_init.model.adaptable import EXPERTS, Adaptable, ModelStructure
+from milora_init.options import measured_target
 from milora_init.untrusted import plain_names
 
 ALL_LINEAR = "all-linear"
 REGEX = "re:"
-_LIMIT_S = 10
+_REGEX_LIMIT_S = 10
 _MAX_NAME_PARTS = 100  # a limit for names from untrusted files; the names of real models have about ten parts
 # Runs in a child process: a regular expression can take hours, and Python cannot interrupt it in its own process.
-_MATCHING_CODE = """
+_CHILD_CODE = """
 import json, re, sys
 pattern, names = json.load(sys.stdin)
 try:
@@ -33,7 +34,12 @@ except (re.error, OverflowError, RecursionError) as error:
 """
 
 
-def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Adaptable]:
+def select(
+    structure: ModelStructure,
+    targets: Sequence[str],
+    exclude: Sequence[str] = (),
+    measured: Mapping[str, Collection[str]] = {},
+) -> list[Adaptable]:
     """The adaptable weights that match `targets` and not `exclude`, in the model's order.
 
     As in PEFT, a target is the full name of a module, a suffix of it that follows a dot, or `all-linear`. A target
@@ -44,26 +50,34 @@ def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[
         structure: The modules of the model.
         targets: The targets; a weight needs to match one of them.
         exclude: Names, suffixes and `re:PATTERN` of modules that are not adapted.
+        measured: The modules that each target means which chooses by a figure, such as `kappa:0.2`.
 
     Raises:
         PlanError: A target matches nothing, or only modules that cannot be adapted; an exclusion matches no module; or
             no weight remains.
     """
-    chosen: set[str] = set()
+    selected: set[str] = set()
     names = {*structure.modules, *structure.adaptable, *structure.experts, *structure.refused}
     for target in targets:
+        if target in measured:
+            selected |= set(measured[target])
+            continue
+        if measured_target(target):
+            hint = "name modules here; `milora-init init` takes this target"
+            raise PlanError(f"target {target!r} chooses by a scan, and none was made", hint=hint)
         if target == ALL_LINEAR:
             hits = {name for name in structure.adaptable.keys() - structure.heads if not _tower(structure, name)}
             if not hits:
                 raise PlanError(f"{structure.architecture} has no linear layer that can be adapted")
-            chosen |= hits
+            selected |= hits
             continue
         matches = matching([target], names)
+        # Outside the towers `_tower` is empty, and every target contains the empty text.
         hits = {name for name in structure.adaptable if name in matches and _tower(structure, name) in target}
         hits |= {name for name in structure.experts if selects_experts(target, matches, name)}
         if not hits:
             raise _no_match_error(structure, target, matches)
-        chosen |= hits
+        selected |= hits
     for target in exclude:
         matches = matching([target], names)
         hits = matches & set(structure.modules)
@@ -71,11 +85,11 @@ def select(structure: ModelStructure, targets: Sequence[str], exclude: Sequence[
         if not hits:
             hint = f"the modules are {', '.join(suffixes(structure))}"
             raise PlanError(f"exclude {target!r} matches no module of {structure.architecture}", hint=hint)
-        chosen -= hits
-    if not chosen:
+        selected -= hits
+    if not selected:
         raise PlanError("every target is excluded", hint="remove an --exclude")
-    linears = [weight for name, weight in structure.adaptable.items() if name in chosen]
-    return linears + [weight for name, group in structure.experts.items() if name in chosen for weight in group]
+    linears = [weight for name, weight in structure.adaptable.items() if name in selected]
+    return linears + [weight for name, group in structure.experts.items() if name in selected for weight in group]
 
 
 def selects_experts(target: str, matches: Collection[str], parameter: str) -> bool:
@@ -148,13 +162,15 @@ def matching(targets: Sequence[str], names: Collection[str]) -> set[str]:
 def _match_pattern(target: str, names: Collection[str]) -> set[str]:
     """The names that a regular expression matches completely. A child process does it, because it can be stopped."""
     request = json.dumps([target.removeprefix(REGEX), list(names)])
-    command = [sys.executable or "python3", "-I", "-S", "-c", _MATCHING_CODE]
+    command = [sys.executable or "python3", "-I", "-S", "-c", _CHILD_CODE]
     try:
-        done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+        done = subprocess.run(
+            command, input=request, capture_output=True, text=True, timeout=_REGEX_LIMIT_S, check=False
+        )
         found = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         hint = "remove repetitions inside repetitions, such as (a+)*, or give module names"
-        raise PlanError(f"target {target!r} takes more than {_LIMIT_S} s to match", hint=hint) from None
+        raise PlanError(f"target {target!r} takes more than {_REGEX_LIMIT_S} s to match", hint=hint) from None
     except (OSError, ValueError) as error:  # the process did not start, or printed no JSON
         raise PlanError(f"target {target!r} cannot be matched: {error}", hint="give module names") from None
     if isinstance(found, str):
@@ -196,7 +212,7 @@ def peft_targets(weights: Iterable[Adaptable], structure: ModelStructure) -> Pef
     modules: list[str] = []
     as_parameters: list[str] = []  # modules that must be listed in target_parameters, as `<module>.weight`
     fused: list[str] = []
-    for weight in {weight.target: weight for weight in weights}.values():
+    for weight in {weight.target: weight for weight in weights}.values():  # one for all experts of a parameter
         if weight.expert:
             fused.append(weight.target)
         elif weight.target.rpartition(".")[2] in structure.legacy_expert_names:
@@ -205,12 +221,14 @@ def peft_targets(weights: Iterable[Adaptable], structure: ModelStructure) -> Pef
             modules.append(weight.target)
     names = {module: module for module in modules} | {module: f"{module}.weight" for module in as_parameters}
     keys = {module: module for module in (*modules, *as_parameters)}
-    # PEFT wraps a module once for each of its fused parameters. The wrapper of the first parameter is the innermost.
+    # PEFT wraps a module once for each of its fused parameters. The wrapper of the first parameter is the innermost: of
+    # three parameters of `experts` its tensors are named `experts.base_layer.base_layer`.
     owners = [parameter.rpartition(".")[0] for parameter in fused]
     for index, parameter in enumerate(fused):
         names[parameter] = parameter
         keys[parameter] = owners[index] + ".base_layer" * owners[index + 1 :].count(owners[index])
     targets = shortest_target_modules(modules, structure.modules) if modules else []
+    # Where PEFT translates the old names of fused experts, not all its versions read a regular expression.
     if structure.legacy_expert_names and isinstance(targets, str):
         raise PlanError(
             "PEFT has no target_modules that select exactly these modules of a model with experts",
@@ -246,7 +264,8 @@ def shortest_target_modules(adapted: Sequence[str], modules: Sequence[str]) -> l
         modules: All module names of the model.
     """
     wanted = set(adapted)
-    for names in (sorted({module.rpartition(".")[2] for module in adapted}), sorted(adapted)):
+    last_parts = sorted({module.rpartition(".")[2] for module in adapted})
+    for names in (last_parts, sorted(adapted)):
         if _match_suffixes(names, modules) == wanted:
             return names
     return "|".join(re.escape(module) for module in sorted(adapted))

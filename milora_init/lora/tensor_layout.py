@@ -20,6 +20,7 @@ from milora_init.model.adaptable import Adaptable
 if TYPE_CHECKING:
     from torch import Tensor
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_MAGNITUDE_KEY = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector(?:\.weight)?")
 
 
 def lora_key(key: str, factor: str) -> str:
@@ -37,6 +38,17 @@ def parse_lora_key(name: str) -> tuple[str, str] | None:
     """The arguments (key, factor) for which `lora_key` returns this name; None if the tensor is not a factor."""
     match = _KEY.fullmatch(name)
     return (match[1], match[2]) if match else None
+
+
+def magnitude_key(key: str) -> str:
+    """The name of the tensor with DoRA's magnitudes of a module."""
+    return f"base_model.model.{key}.lora_magnitude_vector"
+
+
+def parse_magnitude_key(name: str) -> str | None:
+    """The module of a tensor with DoRA's magnitudes; None for another tensor."""
+    match = _MAGNITUDE_KEY.fullmatch(name)
+    return match[1] if match else None
 
 
 def stacked_shapes(rank: int, shape: tuple[int, int], experts: int) -> tuple[tuple[int, int], tuple[int, int]]:

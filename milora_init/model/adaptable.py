@@ -32,11 +32,13 @@ EXPERTS = "experts"
 _LEGACY_EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
 # PEFT refuses to adapt the out_proj of these model types.
 _MAMBA_MODEL_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-# How transformers may fuse experts, and the number of matrices that each expert then has.
-_PARTS_BY_FUSION: Mapping[tuple[str, ...], int] = {
+# The operations with which transformers fuses experts and that can be undone, with the number of matrices that each
+# expert has on disk: one, or two (gate and up).
+_MATRICES_PER_EXPERT: Mapping[tuple[str, ...], int] = {
     ("MergeModulelist(0)",): 1,
     ("MergeModulelist(0)", "Concatenate(1)"): 2,
 }
+_TASK_HEADS = ("score", "classifier", "qa_outputs")
 _NO_TENSOR = "filled by no tensor of the checkpoint"
 _SEVERAL_TENSORS = "built from several tensors when transformers loads the model"
 _ONE_MODEL_HINT = "config.json and the weights are of different models: use the files of one model"
@@ -129,11 +131,10 @@ def read_structure(  # noqa: PLR0913  each parameter is one fact about the check
         text_only: Build the class that AutoModelForCausalLM chooses, not the class in config.json.
 
     Raises:
-        CheckpointError: config.json names no class of transformers, or describes a quantised model; or the tensors do
-            not fit this class; or the class needs a missing tensor.
+        CheckpointError: config.json names no class of transformers; or the tensors do not fit this class; or the class
+            needs a missing tensor.
         PlanError: `text_only` is set, but AutoModelForCausalLM has no text-only class for this config.json.
     """
-    _refuse_quantised(config)
     _refuse_more_layers_than_tensors(folder, config, len(shapes))
     model = meta_model.build_meta_model(folder, config, trust_remote_code=trust_remote_code, text_only=text_only)
     architecture = type(model).__name__
@@ -154,19 +155,19 @@ def read_structure(  # noqa: PLR0913  each parameter is one fact about the check
     experts, refused_experts = _find_experts(model, sources, shapes)
     towers = tuple(meta_model.find_towers(model))
     other = _build_class_in_config(folder, config, trust_remote_code) if text_only else _build_auto_class(model)
-    adapted = [*adaptable, *(name.rpartition(".")[0] for name in experts)]
+    adaptable_names = [*adaptable, *(name.rpartition(".")[0] for name in experts)]
     return ModelStructure(
         architecture=architecture,
-        task_type=_task_type(model),
-        task_types=_task_types(model),
+        task_type=_certain_task_type(model),
+        task_types=_loadable_task_types(model),
         modules=tuple(name for name, _ in model.named_modules() if name),
         adaptable=adaptable,
         experts=experts,
         refused=refused_modules | refused_experts,
-        heads=frozenset(name for name in adaptable if name in ("score", "classifier", "qa_outputs")),
+        heads=frozenset(name for name in adaptable if name in _TASK_HEADS),
         towers=towers,
         legacy_expert_names=_LEGACY_EXPERT_NAMES if meta_model.fuses_experts(model) else frozenset(),
-        other_class="" if other is None or _has_modules(other, adapted, towers) else type(other).__name__,
+        other_class="" if other is None or _has_modules(other, adaptable_names, towers) else type(other).__name__,
     )
 
 
@@ -181,7 +182,7 @@ def _find_modules(
     Raises:
         CheckpointError: A tensor has another shape than the module's weight.
     """
-    reasons = _RefusalReasons(model)
+    refusals = _Refusals(model)
     packed_modules = {tensor.rpartition(".")[0]: f"{what}: it is stored as {tensor}" for tensor, what in packed.items()}
     adaptable: dict[str, Adaptable] = {}
     refused: dict[str, str] = {}
@@ -193,7 +194,7 @@ def _find_modules(
             refused[name] = f"a {type(module).__name__}, not a linear layer"
             continue
         source = sources.get(f"{name}.weight", ParameterSource())
-        if reason := reasons.find(name, module) or _not_one_tensor(source, packed_modules.get(name, "")):
+        if reason := refusals.reason(name, module) or _reason_not_one_tensor(source, packed_modules.get(name, "")):
             refused[name] = reason
         else:
             _require_shape(source.tensors[0], shapes, tuple(weight.shape))
@@ -253,7 +254,7 @@ def _has_modules(model: nn.Module, names: Iterable[str], towers: tuple[str, ...]
     return all(name in own or name.startswith(tuple(f"{tower}." for tower in towers)) for name in names)
 
 
-class _RefusalReasons:
+class _Refusals:
     """Finds the reason why a module of a model cannot be adapted."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -267,7 +268,7 @@ class _RefusalReasons:
         self._routers = meta_model.routing_modules(model) if has_experts else set()
         self._is_mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_MODEL_TYPES
 
-    def find(self, name: str, module: nn.Module) -> str:
+    def reason(self, name: str, module: nn.Module) -> str:
         """The reason, as a text that completes "NAME is ..."; empty if the module can be adapted."""
         parent = self._model.get_submodule(name.rpartition(".")[0])
         if not isinstance(module, nn.Linear) and not _is_conv1d(module):
@@ -300,9 +301,10 @@ class _RefusalReasons:
     def _has_router_shape(self, name: str, module: nn.Module) -> bool:
         """Whether the number of outputs of a linear layer, and its place near experts, are those of a router.
 
-        With one output it is the gate of a shared expert. With one output for each expert it is a router, unless the
-        forward pass showed that another module of the block is the router. If the layer is not a sibling of the
-        experts, it must also be called a gate, or be inside one.
+        For example `mlp.gate` with 8 outputs beside `mlp.experts` with 8 experts. With one output it is the gate of a
+        shared expert. With one output for each expert it is a router, unless the forward pass showed that another
+        module of the block is the router. If the layer is not a sibling of the experts, it must also be called a gate,
+        or be inside one.
         """
         outputs, is_sibling, is_gate = _out_in(module)[0], True, False
         for part, outer in self._with_parents(name):
@@ -317,7 +319,8 @@ class _RefusalReasons:
             if experts and outputs == 1:
                 return True
             if experts and (is_sibling or is_gate) and outputs in _expert_counts(experts):
-                return not any(router.startswith(f"{name}.") for router in self._routers)
+                is_known = any(router.startswith(f"{name}.") for router in self._routers)  # by the forward pass
+                return not is_known
             is_sibling = False
         return False
 
@@ -341,7 +344,7 @@ def _refuse_packed(
                 )
 
 
-def _not_one_tensor(source: ParameterSource, packed_reason: str) -> str:
+def _reason_not_one_tensor(source: ParameterSource, packed_reason: str) -> str:
     """The reason if a weight is not exactly one tensor on disk, else empty."""
     if not source.tensors:
         return packed_reason or _NO_TENSOR
@@ -357,10 +360,12 @@ def _require_shape(tensor: str, shapes: Mapping[str, tuple[int, ...]], shape: tu
 
 
 def _is_expert_parameter(parameter: str, owner: nn.Module) -> bool:
+    """Whether a fused parameter belongs to experts: by its name, or by the class of its module."""
     return _is_named_experts(parameter) or type(owner).__name__.endswith("Experts")
 
 
 def _is_named_experts(parameter: str) -> bool:
+    """Whether PEFT takes it for a parameter of experts: `mlp.experts.gate_up_proj`, `mlp.experts`."""
     return EXPERTS in parameter.split(".")[-2:]
 
 
@@ -387,7 +392,7 @@ def _expert_weights(
             Adaptable(f"{name}[{e}]", tensor, (rows, columns), transposed, e, ExpertSlot(name, e, count, 0, 1))
             for e in range(count)
         )
-    if _PARTS_BY_FUSION.get(source.operations) != len(source.parts) or transposed:
+    if _MATRICES_PER_EXPERT.get(source.operations) != len(source.parts) or transposed:
         return f"fused by {', '.join(source.operations)}, which milora-init does not support"
     found = []
     for part, tensors in enumerate(source.parts):
@@ -420,6 +425,7 @@ def _computes_linear_product(module: nn.Module) -> bool:
 
 
 def _is_expert_module(name: str, module: nn.Module) -> bool:
+    """Whether a module holds experts, fused or as a list: `mlp.experts`, `mlp.shared_experts`."""
     return EXPERTS in name.rpartition(".")[2].split("_") or type(module).__name__.endswith("Experts")
 
 
@@ -451,7 +457,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _task_type(model: nn.Module) -> str | None:
+def _certain_task_type(model: nn.Module) -> str | None:
     """PEFT's task type, if it follows from the class alone; else None, with which PEFT can load every class."""
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
@@ -462,7 +468,7 @@ def _task_type(model: nn.Module) -> str | None:
     return None
 
 
-def _task_types(model: nn.Module) -> frozenset[str]:
+def _loadable_task_types(model: nn.Module) -> frozenset[str]:
     """The task types whose PeftModel can wrap this class, and whose Auto class gives the modules the same names.
 
     Task types with their own head, such as SEQ_CLS, are not included: PEFT expects the head's weights in the adapter's
@@ -477,7 +483,10 @@ def _task_types(model: nn.Module) -> frozenset[str]:
 
 
 def _refuse_more_layers_than_tensors(folder: Path, config: Mapping[str, Any], count: int) -> None:
-    """Raise CheckpointError if config.json asks for more layers than there are tensors: building may take hours."""
+    """Raise CheckpointError if config.json asks for more layers than there are tensors, and for more than 1000.
+
+    Building such a model may take hours.
+    """
     for key, value in config.items():
         if isinstance(value, dict):
             _refuse_more_layers_than_tensors(folder, value, count)
@@ -486,17 +495,3 @@ def _refuse_more_layers_than_tensors(folder: Path, config: Mapping[str, Any], co
                 f"{folder}/config.json: {key} is {value}, but the checkpoint has only {count} tensors",
                 hint=_ONE_MODEL_HINT,
             )
-
-
-def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if config.json, or a config inside it, describes a quantised model."""
-    for key in ("quantization_config", "compression_config"):
-        if quantisation := config.get(key):
-            method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-            raise CheckpointError(
-                f"the checkpoint is quantised ({method}): its singular components are not those of the model",
-                hint="start from the unquantised checkpoint, or dequantise it and save it again",
-            )
-    for part in config.values():
-        if isinstance(part, dict):
-            _refuse_quantised(part)

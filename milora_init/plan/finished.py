@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_init import __version__
-from milora_init.checkpoint.folder import RemoteFiles, open_model
+from milora_init.checkpoint.folder import Checkpoint, RemoteFiles, open_model
 from milora_init.checkpoint.hashing import sha256
+from milora_init.checkpoint.quantisation import HF_QUANT_CONFIG
 from milora_init.checkpoint.side_files import side_files
 from milora_init.errors import MiloraError, OutputError
 from milora_init.manifest import WORK_FOLDER, Manifest, read_manifest
@@ -66,13 +67,18 @@ def request(options: InitOptions) -> dict[str, Any]:
 def _known_inputs(options: InitOptions, folder: Path, remote: RemoteFiles | None) -> dict[str, Any]:
     """Those entries of `Plan.inputs` that need no model class."""
     checkpoint = open_model(folder, remote)
-    copied = side_files(folder) if options.chosen.writes_base else ()
+    copied = copied_side_files(checkpoint) if options.chosen.writes_base else ()
     return {
         "version": __version__,
         "source": dict(checkpoint.digest),
         "side_files": {name: sha256(folder / name) for name in copied},
         **option_inputs(options),
     }
+
+
+def copied_side_files(checkpoint: Checkpoint) -> list[str]:
+    """The files that are copied from the model's folder, see `side_files`; not ModelOpt's file on its quantisation."""
+    return [name for name in side_files(checkpoint.folder) if name != HF_QUANT_CONFIG or not checkpoint.quantisation]
 
 
 def option_inputs(options: InitOptions) -> dict[str, Any]:
@@ -85,6 +91,8 @@ def option_inputs(options: InitOptions) -> dict[str, Any]:
         "rslora": options.rslora,
         "text_only": options.text_only,
         "dtype": options.dtype,
+        "base": options.base,
+        "nf4": options.nf4,
         "seed": options.seed,
     }
 

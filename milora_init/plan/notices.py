@@ -34,6 +34,7 @@ def plan_notices(
         *_rank_notices(options, weights),
         *_dropout_notices(options, adapter_config),
         *_dtype_notices(options, checkpoint, weights),
+        *_quantisation_notices(options, checkpoint, weights),
     ]
 
 
@@ -94,9 +95,8 @@ def _file_notices(checkpoint: Checkpoint, structure: ModelStructure) -> list[str
     if unloaded := unloaded_weights(checkpoint):
         notices.append(f"not copied, because transformers does not load them: {_join(unloaded)}")
     if quantised := quantised_tensors(checkpoint):
-        formats = " and ".join(sorted(set(quantised.values())))
         notices.append(
-            f"{len(quantised)} tensors look quantised ({formats}), the first is {next(iter(quantised))}, but "
+            f"{len(quantised)} tensors look quantised (packed), the first is {next(iter(quantised))}, but "
             "config.json has no quantization_config: they are copied unchanged, and transformers would load them "
             "without their scales"
         )
@@ -117,14 +117,20 @@ def _rank_notices(options: InitOptions, weights: Sequence[WeightPlan]) -> list[s
 
 
 def _dropout_notices(options: InitOptions, adapter_config: Mapping[str, Any]) -> list[str]:
-    """Say what a dropout that was asked for does, where the method has none of its own."""
+    """Say what a dropout that was asked for does."""
     method, dropout = options.chosen, adapter_config["lora_dropout"]
-    if not dropout or method.dropout:
+    if not dropout:
         return []
     if method.writes_base:
-        why = "dropout removes a part of the component that the factors carry, so in training mode the pair does not "
-        return [f"lora_dropout is {dropout}: {why}compute the model's function; 0 is the default of {method.name}"]
-    return [f"lora_dropout is {dropout}: 0 is the default of {method.name}"]
+        why = (
+            "in training mode it removes a part of the component that was taken out of the base, so the training "
+            "starts from another function than the model's, with a higher loss"
+        )
+    elif method.factors == "right":
+        why = "in reinforcement learning the policy that samples and the policy that is trained would differ"
+    else:
+        why = "it removes a part of what A reads"
+    return [f"lora_dropout is {dropout}: {why}; --dropout 0 switches it off, and is the default without a recipe"]
 
 
 def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:
@@ -137,6 +143,25 @@ def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequen
         f"them on load; `--dtype {stored[0]}` writes that dtype into config.json"
         for dtype in config_dtypes(checkpoint.config)
         if stored != [dtype]
+    ]
+
+
+def _quantisation_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:
+    """Say what the components of weights with few bits are, and how to load a base of NF4's numbers."""
+    if options.nf4:
+        return [
+            "the base holds numbers of NF4: load it with BitsAndBytesConfig(load_in_4bit=True, "
+            'bnb_4bit_quant_type="nf4") and without double quantisation, which would change them'
+        ]
+    tensors = checkpoint.quantised.tensors
+    rules = [tensors[w.weight.tensor].rule for w in weights if w.weight.tensor in tensors]
+    few = [rule for rule in rules if rule.bits <= 4]
+    if not few or options.chosen.mode == "max":
+        return []
+    formats = _join(list(dict.fromkeys(rule.format for rule in few)))
+    return [
+        f"{len(few)} of {len(weights)} adapted weights are stored in {few[0].bits} bits ({formats}): their minor "
+        "directions are those of the stored weights, and may differ from those of the weights before quantisation"
     ]
 
 

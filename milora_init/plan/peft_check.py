@@ -9,8 +9,10 @@ not installed, or is too old for experts, our own implementation of its rules is
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib import metadata
 from typing import Any
@@ -84,7 +86,8 @@ def _require_peft_knows(method: Method, config: Mapping[str, Any]) -> None:
         version = metadata.version("peft")
     except metadata.PackageNotFoundError:
         return
-    from peft.tuners.lora import variants
+    with _quiet_import():
+        from peft.tuners.lora import variants
 
     if not hasattr(variants, "MiCALinearVariant"):
         raise PlanError(
@@ -162,7 +165,8 @@ def expected_by_peft(
     Raises:
         PlanError: PEFT raises an exception.
     """
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    with _quiet_import():
+        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     arguments = {key: value for key, value in deepcopy(dict(config)).items() if key != "peft_type"}
     arguments["init_lora_weights"] = True  # "mica" would run an SVD; names, shapes and scales are the same
@@ -187,6 +191,18 @@ def expected_by_peft(
         if hasattr(module, "scaling") and hasattr(module, "lora_A")
     }
     return expected, scales
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """PEFT imports bitsandbytes where it is installed, which warns about kernels that are not needed here."""
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _usable_peft_version(*, needs_experts: bool) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,25 @@ from milora_init.checkpoint.files import stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, RemoteFiles, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import DTYPES, Header
-from milora_init.checkpoint.side_files import side_files
+from milora_init.checkpoint.quantised_tensors import RULES_VERSION
 from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS, WEIGHTS_FILE
+from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, adapter_files
 from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
 from milora_init.methods import METHODS
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
-from milora_init.plan.finished import option_inputs
+from milora_init.plan.finished import copied_side_files, option_inputs
 from milora_init.plan.notices import plan_notices
-from milora_init.plan.output_files import ShardJob, config_with_dtype, plan_index, plan_shard
+from milora_init.plan.output_files import ShardJob, config_with_dtype, plain_config, plan_index, plan_shard
+from milora_init.plan.quantised_base import base_sizes, mixed_config, plan_layout
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
-_LOW_DISK_SHARDS = 4  # with low_disk, the most shards that are on the disk at a time
+LOW_DISK_FILES = 2  # with low_disk, the most shards that are made at a time
+_LOW_DISK_SHARDS = LOW_DISK_FILES + 2  # and that are on the disk, of the model or of the output
 _PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
 
 
@@ -54,8 +56,10 @@ class Plan:
         adapter_config: Content of adapter_config.json.
         index: Content of the output's index; None if the base is a single file.
         config_bytes: Content of the output's config.json, if a base is written.
+        merged_config_bytes: Content of config.json of a model that is merged from the output.
         side_files: Files that are copied unchanged, by the path relative to the model's folder.
         notices: What the user should know before the run.
+        base_sizes: Of a quantised model, the size of the shards for each `--base` that is possible; else empty.
     """
 
     options: InitOptions
@@ -66,8 +70,10 @@ class Plan:
     adapter_config: Mapping[str, Any]
     index: bytes | None
     config_bytes: bytes
+    merged_config_bytes: bytes
     side_files: tuple[str, ...]
     notices: tuple[str, ...]
+    base_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def adapter_header(self) -> Header:
@@ -91,7 +97,7 @@ class Plan:
     @property
     def adapter_files(self) -> tuple[str, str]:
         """The adapter's config and weights, by the path relative to the output."""
-        return (LORA_CONFIG, LORA_WEIGHTS) if self.writes_base else (CONFIG_FILE, WEIGHTS_FILE)
+        return adapter_files(self.options.chosen)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -110,6 +116,7 @@ class Plan:
             "dropout": self.adapter_config["lora_dropout"],
             "task_type": self.adapter_config["task_type"],
             "modules": [w.weight.module for w in self.weights],
+            **({"dequantisation": RULES_VERSION} if self.checkpoint.quantised.tensors else {}),
         }
 
     @cached_property
@@ -119,8 +126,8 @@ class Plan:
 
     @property
     def changes_config(self) -> bool:
-        """Whether the output's config.json differs from the model's, because the options change the dtype."""
-        return self.config_bytes != self.checkpoint.config_bytes
+        """Whether the output's config.json is not that of a merged model, because the options change the dtype."""
+        return self.config_bytes != self.merged_config_bytes
 
     @property
     def source(self) -> Path:
@@ -140,12 +147,13 @@ class Plan:
     @property
     def required_disk_bytes(self) -> int:
         """The disk space that the run needs at its peak."""
-        download = sorted(header.file_bytes for header in self.absent.values())
+        download = sorted(self.downloads.values())
         shards = sorted(job.base_bytes for job in self.jobs)
         low_disk = self.options.low_disk
         # Without low_disk, downloads go into the Hub's cache: `hub.download.require_cache_space` checks its disk. With
         # low_disk, a download is removed when its shard is finished, and a shard when it is uploaded.
-        source_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk else 0
+        # Without a base, single tensors are downloaded into the work folder, and removed in the same way.
+        source_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk or not self.writes_base else 0
         base_bytes = sum(shards[-_LOW_DISK_SHARDS:] if low_disk and self.options.push_to_hub else shards)
         side_bytes = sum(stamp(self.source / name)[0] for name in self.side_files)
         # The adapter counts twice: as one part for each shard, and as the final file that is assembled from the parts.
@@ -158,6 +166,18 @@ class Plan:
         absent = self.checkpoint.remote.absent if self.checkpoint.remote else {}
         return {name: header for name, header in absent.items() if name in needed}
 
+    @cached_property
+    def downloads(self) -> Mapping[str, int]:
+        """How many bytes are downloaded of each file of `absent`: all, or without a base its weights to adapt alone."""
+        headers = self.checkpoint.headers
+        return {
+            job.source.name: (
+                headers[job.source.name] if self.writes_base else job.source_part(headers[job.source.name])
+            ).file_bytes
+            for job in self.jobs
+            if job.source.name in self.absent
+        }
+
     @property
     def source_bytes(self) -> int:
         """Size of all tensors of the model."""
@@ -168,7 +188,7 @@ class Plan:
         source = self.checkpoint.headers[job.source.name]
         if self.writes_base:
             return source.data_bytes
-        return sum(source.tensors[name].size_bytes for name in job.weights)
+        return sum((job.quantised.get(name) or source.tensors[name]).size_bytes for name in job.weights)
 
     @property
     def base_bytes(self) -> int:
@@ -193,26 +213,43 @@ class Plan:
 
     def flops(self, w: WeightPlan) -> int:
         """Estimate the multiply-adds for one weight."""
-        return solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.chosen.mode)
+        solves = 1 + self.options.nf4  # each round of the correction is another one
+        return solves * solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.chosen.mode)
 
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
         m, n = w.weight.shape
-        stored_bytes = m * n * (DTYPES[w.source_dtype].itemsize + DTYPES[w.dtype].itemsize)
+        quantised = w.weight.tensor in self.checkpoint.quantised.tensors
+        read_as = "F32" if quantised else w.source_dtype
+        stored_bytes = m * n * (DTYPES[read_as].itemsize + DTYPES[w.dtype].itemsize)
+        if self.options.nf4:
+            stored_bytes += 5 * 4 * m * n  # the rest of W, the product, and NF4's steps, in float32
         return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, stored_bytes)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Count the quantised tensors of the model by format."""
+        return dict(Counter(tensor.rule.format for tensor in self.checkpoint.quantised.tensors.values()))
 
     def weight_counts(self) -> dict[tuple[str, tuple[int, int], str, int], int]:
         """Count the weights by (suffix, shape, source dtype, rank), in the model's order."""
         return dict(Counter((w.weight.suffix, w.weight.shape, w.source_dtype, w.rank) for w in self.weights))
 
 
-def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = None) -> Plan:
+def make_plan(
+    options: InitOptions,
+    folder: Path,
+    remote: RemoteFiles | None = None,
+    *,
+    measured: Mapping[str, Collection[str]] = {},
+) -> Plan:
     """Plan a run.
 
     Args:
         options: The request.
         folder: The folder of the model, or its snapshot in the cache of the Hub.
         remote: For a snapshot, the files that are on the Hub.
+        measured: What `run.scan.measured_targets` chose for the targets of the options.
 
     Raises:
         CheckpointError: The model cannot be read, or its files contradict each other.
@@ -220,7 +257,8 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
     """
     _refuse_residual(folder)
     checkpoint = open_model(folder, remote)
-    copied = side_files(folder)  # checks each path; transformers, which reads these files, is called after that
+    # Checks each path; transformers, which reads these files, is called after that.
+    copied = copied_side_files(checkpoint)
     writes_base = options.chosen.writes_base
     structure = read_structure(
         folder,
@@ -231,15 +269,17 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         trust_remote_code=options.trust_remote_code,
         text_only=options.text_only,
     )
-    weights, adapter_config = plan_weights(options, checkpoint, structure)
+    weights, adapter_config = plan_weights(options, checkpoint, structure, measured)
     by_tensor: dict[str, tuple[WeightPlan, ...]] = {}
     for w in weights:
         by_tensor[w.weight.tensor] = (*by_tensor.get(w.weight.tensor, ()), w)
-    jobs = tuple(
-        plan_shard(checkpoint, file, number, by_tensor, options)
-        for number, (file, header) in enumerate(checkpoint.headers.items())
-        if writes_base or not by_tensor.keys().isdisjoint(header.tensors)
+    layout = plan_layout(checkpoint, options, weights)
+    merged = mixed_config(checkpoint, layout, weights) if layout.mixed else plain_config(checkpoint)
+    planned = (
+        plan_shard(checkpoint, file, number, by_tensor, options, layout)
+        for number, file in enumerate(checkpoint.headers)
     )
+    jobs = tuple(job for job in planned if job is not None)
     plan = Plan(
         options=options,
         checkpoint=checkpoint,
@@ -248,9 +288,11 @@ def make_plan(options: InitOptions, folder: Path, remote: RemoteFiles | None = N
         weights=weights,
         adapter_config=adapter_config,
         index=plan_index(checkpoint, jobs) if writes_base else None,
-        config_bytes=config_with_dtype(checkpoint, options.dtype),
+        config_bytes=config_with_dtype(checkpoint, merged, options.dtype),
+        merged_config_bytes=config_with_dtype(checkpoint, merged, "auto"),
         side_files=tuple(copied) if writes_base else (),
         notices=tuple(plan_notices(options, checkpoint, structure, weights, adapter_config)),
+        base_sizes=base_sizes(checkpoint, options, by_tensor) if writes_base else {},
     )
     name, count = Counter(plan.files).most_common(1)[0]
     if count > 1:
@@ -311,8 +353,10 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, A
         alpha=options.lora_alpha,
         estimate_s=round(estimate_s, 1),
         source_bytes=plan.source_bytes,
-        download_bytes=sum(header.file_bytes for header in plan.absent.values()),
+        download_bytes=sum(plan.downloads.values()),
         base_bytes=plan.base_bytes,
+        base_sizes=dict(plan.base_sizes),
+        formats=plan.formats,
         adapter_bytes=plan.adapter_bytes,
         peak_memory_bytes=plan.peak_memory_bytes(weights_at_once),
         solve_flops=plan.solve_flops,

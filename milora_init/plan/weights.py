@@ -7,7 +7,7 @@ uses here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,10 @@ class WeightPlan:
 
 
 def plan_weights(
-    options: InitOptions, checkpoint: Checkpoint, structure: ModelStructure
+    options: InitOptions,
+    checkpoint: Checkpoint,
+    structure: ModelStructure,
+    measured: Mapping[str, Collection[str]] = {},
 ) -> tuple[tuple[WeightPlan, ...], dict[str, Any]]:
     """Return every weight to split, in the model's order, and the content of adapter_config.json.
 
@@ -56,13 +59,17 @@ def plan_weights(
         PlanError: The options do not fit the model.
     """
     _require_task_type(options.task_type, structure)
-    selected = select(structure, _targets(options, structure), options.exclude)
+    selected = select(structure, _targets(options, structure), options.exclude, measured)
     targets = peft_targets(selected, structure)
     ranks_and_alphas = _ranks_and_alphas(selected, options)
     weights = tuple(
         _plan_weight(weight, checkpoint, options, ranks_and_alphas[weight.target], targets) for weight in selected
     )
     _require_possible_ranks(weights)
+    if options.nf4 and (expert := next((w for w in weights if w.weight.expert or w.weight.transposed), None)):
+        raise PlanError(
+            f"--nf4: bitsandbytes does not quantise {expert.weight.module} as a linear layer", hint="--exclude it"
+        )
     return weights, _adapter_config(options, checkpoint, structure, targets, weights, ranks_and_alphas)
 
 
@@ -85,13 +92,14 @@ def lacking_default_targets(structure: ModelStructure) -> list[str]:
 
 
 def quantised_tensors(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the tensors that look quantised by their dtype and shape, each with its format: `fp8` or `packed`."""
+    """Return the tensors that look quantised although config.json names no quantisation, each with its format."""
+    if checkpoint.quantisation:
+        return {}  # a tensor that no rule reads was refused
     return {
-        name: _quantised_format(info.dtype)
-        for name, info in checkpoint.tensors.items()
-        if info.dtype.startswith("F8")
+        name: "packed"
+        for name, info in checkpoint.stored.items()
         # (1, 1, n, n) is a causal mask, which GPT-2 checkpoints store as bytes.
-        or (info.dtype in _PACKED_DTYPES and len(info.shape) > 1 and info.shape[:2] != (1, 1))
+        if info.dtype in _PACKED_DTYPES and len(info.shape) > 1 and info.shape[:2] != (1, 1)
     }
 
 
@@ -174,8 +182,8 @@ def _plan_weight(
     dtype = checkpoint.tensors[weight.tensor].dtype
     if dtype not in _SOLVER_DTYPES:
         raise PlanError(
-            f"{weight.tensor} is stored as {dtype} ({_quantised_format(dtype)}): the singular components of these "
-            "numbers are not those of the weight",
+            f"{weight.tensor} is stored as {dtype} (packed): the singular components of these numbers are not those of "
+            "the weight",
             hint="use the unquantised checkpoint, or dequantise this one and save it again",
         )
     rank, alpha = rank_and_alpha
@@ -188,10 +196,6 @@ def _plan_weight(
         key=targets.keys[weight.target],
         seed=weight_seed(options.seed, weight.tensor, weight.row),
     )
-
-
-def _quantised_format(dtype: str) -> str:
-    return "fp8" if dtype.startswith("F8") else "packed"
 
 
 def _require_possible_ranks(weights: Sequence[WeightPlan]) -> None:

@@ -1,7 +1,7 @@
 """Carry out a plan: split every planned weight, copy all other tensors, write the adapter, check everything.
 
-For each shard, the solver pool splits its weights while this thread copies all other tensors as bytes. Then the shard
-gets its final name, and its hash an entry in the journal. An interrupted run is resumed by the same command.
+`LocalMakers` makes the shards, several at a time. This thread alone gives a finished shard its final name, and its
+hashes an entry in the journal. An interrupted run is resumed by the same command.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import dataclasses
 import json
 import platform
 import time
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -26,19 +24,22 @@ from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX
 from milora_init.checkpoint.hashing import drop_from_page_cache, sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.errors import OutputError
-from milora_init.hub.source import fetch_file
+from milora_init.hub.ranges import RangesIgnoredError
+from milora_init.hub.source import fetch_file, fetch_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.methods import method_of_inputs
 from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
-from milora_init.plan.plan import Plan
-from milora_init.run import weight
+from milora_init.plan.plan import LOW_DISK_FILES, Plan
+from milora_init.run import dense, weight
 from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
 from milora_init.run.devices import memory_bytes
 from milora_init.run.journal import Entry
+from milora_init.run.makers import LocalMakers, Makers
 from milora_init.run.output_folder import OutputFolder
-from milora_init.run.pool import HashPool, SolverPool, one_ahead, solver_devices
+from milora_init.run.parts import with_parts
+from milora_init.run.pool import FilePool, SolverPool, solver_devices
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.run.shard import ShardWriter
@@ -53,10 +54,10 @@ class ShardUploader(Protocol):
     """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
 
     def mark_unfinished(self) -> None:
-        """Shards will be uploaded, the first ones or more of them."""
+        """Mark the repository as unfinished, before the first `push_shard`; a resumed run does it again."""
 
     def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
-        """The names of those files, given with their SHA-256, that are uploaded already."""
+        """Of these files, with their SHA-256, the names of those that are uploaded already."""
 
     def push_shard(self, path: Path, name: str) -> str:
         """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
@@ -82,7 +83,7 @@ def carry_out(
     from milora_init.hub.upload import Repository
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.prepare(overwrite=overwrite_repository)
+    repository.prepare(MANIFEST, options.model if plan.checkpoint.remote else "", overwrite=overwrite_repository)
     if not options.low_disk:
         manifest, status = run_plan(plan, progress=progress)
         if progress:
@@ -116,18 +117,22 @@ def run_plan(
         return finished, "unchanged"
     try:
         with (
-            HashPool() as hashing,
+            FilePool() as files,
             SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
         ):
-            entries = out.finished_shards(hashing, uploader.pushed_shards if uploader else None)
+            entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
+            todo = with_parts(todo, plan.checkpoint, out.work)
             if uploader:
                 uploader.mark_unfinished()
-            with _prefetcher(plan, todo, out, progress) as prefetcher:
-                loop = _ShardLoop(plan, out, progress, uploader, hashing, solvers, prefetcher, started)
-                entries |= loop.run(todo)
+            with (
+                _prefetcher(plan, todo, out, progress) as prefetcher,
+                _local_makers(plan, out, progress, files, solvers, prefetcher) as makers,
+            ):
+                loop = _Committer(plan, out, progress, uploader, prefetcher, started)
+                entries |= loop.run(makers, todo)
         manifest = _assemble(plan, out, entries, checked_with, started)
         if uploader:
             uploader.push(
@@ -178,93 +183,122 @@ def _report_start(plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manife
 
 
 @dataclass(frozen=True)
-class _ShardLoop:
-    """Makes the shards of a run, one after the other, in the pools of the run."""
+class _Committer:
+    """Gives the shards that are made their final names, records and uploads them. Nobody else does."""
 
     plan: Plan
     out: OutputFolder[Manifest]
     progress: Progress
     uploader: ShardUploader | None
-    hashing: HashPool
-    solvers: SolverPool
     prefetcher: Prefetcher
     started: float
 
-    def run(self, todo: Sequence[ShardJob]) -> dict[str, Entry]:
-        """Make the shards of these jobs; return their entries of the journal by the shard's name.
-
-        While this thread waits for the weights of one shard, the solver pool has those of the next one, and a thread
-        hashes and records the one before. A shard that is uploaded is waited for: the disk may not hold another one.
-        """
+    def run(self, makers: Makers[ShardJob, WeightRecord], todo: Sequence[ShardJob]) -> dict[str, Entry]:
+        """Let the shards of these jobs be made; return their entries of the journal by the shard's name."""
         entries: dict[str, Entry] = {}
-        recordings: deque[tuple[ShardJob, Future[Entry]]] = deque()
         finished_before = len(self.plan.jobs) - len(todo)
-        with ExitStack() as open_shards:
-            for job, shard in one_ahead(self._start(job, open_shards) for job in todo):
-                records = tuple(shard.wait())
-                result = ShardResult(job.target, shard.finish(), records)
-                recordings.append((job, self.hashing.submit(_record, self.plan, self.out, result)))
-                while len(recordings) > (0 if self.uploader else 1):
-                    entries |= self._finish(*recordings.popleft())
-                finished = finished_before + len(entries) + len(recordings)
-                self.progress.shard(result, finished, len(self.plan.jobs), time.monotonic() - self.started)
-            for recording in recordings:
-                entries |= self._finish(*recording)
+        for job, result in makers.run(todo):
+            entries[job.target] = self._commit(job, result)
+            finished = finished_before + len(entries)
+            self.progress.shard(result, finished, len(self.plan.jobs), time.monotonic() - self.started)
         return entries
 
-    def _start(self, job: ShardJob, open_shards: ExitStack) -> tuple[ShardJob, ShardWriter[WeightRecord]]:
-        """Give a shard's weights to the solver pool and copy its other tensors."""
-        job = self.prefetcher.take(job)
-        shard = open_shards.enter_context(_shard_writer(job, self.out.path))
-        for weight_job in weight.weight_jobs(job, shard):
-            shard.submit(self.solvers, weight.run, weight_job)
-        shard.copy_other_tensors(self.progress)
-        return job, shard
+    def _commit(self, job: ShardJob, result: ShardResult[WeightRecord]) -> Entry:
+        """Name and record a shard; remove its source if it was downloaded for this run; upload it if asked.
 
-    def _finish(self, job: ShardJob, recording: Future[Entry]) -> dict[str, Entry]:
-        """Wait until a shard is recorded; remove its source if it was downloaded for this run; upload it if asked."""
-        entry = recording.result()
+        Where model and output together do not fit the page cache, the shard is dropped from it: otherwise it would
+        replace those files of the model that are still to be read.
+        """
+        entry = self.out.commit(result)
+        path = self.out.path / entry.shard
         self.prefetcher.release(job)
         if self.uploader:
-            path = self.out.path / entry.shard
             entry = dataclasses.replace(entry, pushed=self.uploader.push_shard(path, entry.shard))
             self.out.journal.append(entry)
             path.unlink()
-        return {entry.shard: entry}
+        elif self.plan.writes_base and self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
+            drop_from_page_cache(path)
+        return entry
 
 
-def _shard_writer(job: ShardJob, out: Path) -> ShardWriter[WeightRecord]:
+def _local_makers(
+    plan: Plan,
+    out: OutputFolder[Manifest],
+    progress: Progress,
+    files: FilePool,
+    solvers: SolverPool,
+    prefetcher: Prefetcher,
+) -> LocalMakers[ShardJob, WeightRecord]:
+    """Makes shards in the pools of this process."""
+
+    def submit(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[Any]]:
+        """The weights to split first, then the tensors to dequantise."""
+        weights = [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
+        return weights + [shard.submit_other(solvers, dense.run, dense_job) for dense_job in dense.jobs(job, shard)]
+
+    return LocalMakers(
+        solvers,
+        files,
+        open_shard=lambda job: shard_writer(job, out.attempt()),
+        submit=submit,
+        count=lambda job: len(job.splits) + len(dense.tensors(job)),
+        fetch=prefetcher.take,
+        most_files=LOW_DISK_FILES if plan.options.low_disk or (plan.absent and not plan.writes_base) else None,
+        progress=progress,
+    )
+
+
+def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
+    """Writes the shard of a job, and its part of the adapter, in the folder of an attempt."""
     assert job.stamp is not None, "the source is on the disk"
     part = (part_name(job.target), part_header(job.splits)) if job.splits else None
-    return ShardWriter(job.source, job.stamp, out=out, name=job.target, header=job.header, adapter_part=part)
-
-
-def _record(plan: Plan, out: OutputFolder[Manifest], result: ShardResult) -> Entry:
-    """Hash and record a finished shard.
-
-    Where model and output together do not fit the page cache, the shard is dropped from it after that: otherwise it
-    would replace those files of the model that are still to be read.
-    """
-    entry = out.record_shard(result)
-    if plan.writes_base and plan.source_bytes + plan.base_bytes > memory_bytes():
-        drop_from_page_cache(out.path / result.shard)
-    return entry
+    return ShardWriter({job.source: job.stamp}, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
 
 
 def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Prefetcher:
-    """Downloads the model's files that are still on the Hub: into its cache, or with low_disk into the work folder."""
-    options, remote = plan.options, plan.checkpoint.remote
-    folder = out.work / "source" if options.low_disk else None
-    if remote and plan.absent and not folder:
+    """Downloads what the jobs read of files that are still on the Hub.
+
+    These are whole files, into the Hub's cache, or with low_disk into the work folder. Without a base they are the
+    weights to adapt alone, into the work folder; where the server does not send parts, whole files into the cache.
+    """
+    options, remote, headers = plan.options, plan.checkpoint.remote, plan.checkpoint.headers
+    folder = out.work / "source"
+    into = folder if options.low_disk else None
+    whole_files = plan.writes_base
+    if whole_files and into is None:
+        _require_cache_space(plan)
+
+    def fetch(job: ShardJob) -> Path:
+        nonlocal whole_files
+        name = job.source.name
+        if not whole_files:
+            progress.fetching(name, plan.downloads[name])
+            try:
+                return fetch_tensors(options, remote, name, job.source_part(headers[name]), folder)
+            except RangesIgnoredError as error:
+                whole_files = True
+                progress.note(f"{error.message}: the files are downloaded as a whole, into the cache")
+                _require_cache_space(plan)
+        progress.fetching(name, headers[name].file_bytes)
+        return fetch_file(options, remote, name, into)
+
+    def remove(path: Path) -> None:
+        if path.parent.resolve() == folder.resolve():
+            path.unlink()
+
+    allowed: dict[str, set[bytes]] = {}
+    for job in (job for job in jobs if job.stamp is None):
+        header = headers[job.source.name]
+        allowed[job.source.name] = {header.raw} if plan.writes_base else {header.raw, job.source_part(header).raw}
+    return Prefetcher(jobs, allowed, fetch, remove if options.low_disk or not plan.writes_base else None)
+
+
+def _require_cache_space(plan: Plan) -> None:
+    """Raise HubError where the disk of the Hub's cache has no space for the whole files that are still to come."""
+    if plan.checkpoint.remote and plan.absent:
         from milora_init.hub.download import require_cache_space
 
-        require_cache_space(dataclasses.replace(remote, absent=plan.absent), plan.source)
-
-    def fetch(name: str) -> Path:
-        progress.fetching(name, plan.checkpoint.headers[name].file_bytes)
-        return fetch_file(options, remote, name, folder)
-
-    return Prefetcher(jobs, plan.checkpoint.headers, fetch, Path.unlink if folder else None)
+        require_cache_space(dataclasses.replace(plan.checkpoint.remote, absent=plan.absent), plan.source)
 
 
 def _assemble(
@@ -304,11 +338,7 @@ def _assemble(
             "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
             "architecture": plan.structure.architecture,
             **({"other_class": plan.structure.other_class} if plan.structure.other_class else {}),
-            **(
-                {"config.json": plan.checkpoint.config_bytes.decode()}
-                if plan.writes_base and plan.changes_config
-                else {}
-            ),
+            **({"config.json": plan.merged_config_bytes.decode()} if plan.writes_base and plan.changes_config else {}),
             **({"trust_remote_code": True} if options.trust_remote_code else {}),
         },
         out=options.out,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,7 +89,7 @@ class Journal:
 
     def __init__(self, path: Path, *, out: Path) -> None:
         self.path, self._out = path, out
-        self._lock = threading.Lock()  # shards are recorded from several threads
+        self._end: int | None = None  # behind the last whole line, once a line was appended
 
     def read(self) -> tuple[Head | None, tuple[Entry, ...]]:
         """The head and all entries, oldest first; None and no entries where there is no journal."""
@@ -115,9 +114,11 @@ class Journal:
 
     def append(self, line: Head | Entry) -> None:
         """Append a line; it is safe on disk when this returns."""
-        with self._lock, writing(self.path), self.path.open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # remove a line that was cut off: it would damage this one
-            file.write(json.dumps(line.to_json()).encode() + b"\n")
+        with writing(self.path), self.path.open("a+b") as file:
+            if self._end is None or file.tell() < self._end:  # not yet read, or removed meanwhile
+                file.seek(0)
+                self._end = file.read().rfind(b"\n") + 1
+            file.truncate(self._end)  # remove a line that was cut off: it would damage this one
+            self._end += file.write(json.dumps(line.to_json()).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -18,15 +19,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
+from milora_init.checkpoint.side_files import would_be_loaded
 from milora_init.checkpoint.writer import partial_of, sync_folder, writing
 from milora_init.errors import OutputError
-from milora_init.manifest import WORK_FOLDER
+from milora_init.manifest import WORK_FOLDER, WeightRecord
 from milora_init.plan.finished import another_request, require_intact
 from milora_init.records import RECORDS
 from milora_init.run.journal import Entry, Head, Journal
-from milora_init.run.pool import HashPool
+from milora_init.run.pool import FilePool
 from milora_init.run.progress import ShardResult
 from milora_init.untrusted import path_inside
 
@@ -100,7 +100,9 @@ def require_writable(out: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"--out {out} cannot be written: no permission in {parent}")
+        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+        why = f"{parent} is on a read-only file system" if read_only else f"no permission in {parent}"
+        raise OutputError(f"--out {out} cannot be written: {why}", hint="choose another --out")
     return parent
 
 
@@ -126,6 +128,7 @@ class OutputFolder(Generic[Record]):
         self.path, self._record_name, self._read_record = path, record_name, read_record
         self.work = path / WORK_FOLDER
         self.journal = Journal(self.work / "journal.jsonl", out=path)
+        self._attempts = self.work / "attempts"
         self._lock: int | None = None
 
     def prepare(self, plan: OutputPlan) -> Record | None:
@@ -156,6 +159,7 @@ class OutputFolder(Generic[Record]):
         self._take_lock()
         if self.journal.read() != journal or self._read_record(self.path) != record:
             raise self._release_busy()
+        shutil.rmtree(self._attempts, ignore_errors=True)  # of a run that was killed
         if resuming:
             return None
         try:
@@ -170,20 +174,37 @@ class OutputFolder(Generic[Record]):
             raise
         return None
 
-    def record_shard(self, result: ShardResult) -> Entry:
-        """Hash the files of a finished shard, append its entry to the journal, and return the entry."""
-        hashes = {name: sha256(self.path / name) for name in result.files}
-        entry = Entry(result.shard, result.files, result.records, hashes)
+    def attempt(self) -> Path:
+        """The folder for an attempt at one shard, which nobody else uses; it is not created here."""
+        return self._attempts / uuid.uuid4().hex
+
+    def commit(self, result: ShardResult[WeightRecord | None]) -> Entry:
+        """Give the files of a finished shard their final names and append its entry to the journal; return the entry.
+
+        Only the process that holds the lock of the folder calls this, and only for an attempt that it has waited for.
+        """
+        made = self._attempts / result.attempt
+        for name in result.files:
+            path = self._path_of(name)
+            with writing(path):
+                (made / path.name).replace(path)
+        with writing(made):
+            made.rmdir()
+        for folder in {self._path_of(name).parent for name in result.files}:
+            with writing(folder):
+                sync_folder(folder)
+        records = tuple(record for record in result.records if record)
+        entry = Entry(result.shard, result.files, records, result.hashes)
         self.journal.append(entry)
         return entry
 
     def finished_shards(
-        self, hashing: HashPool, uploaded: Callable[[Mapping[str, str]], set[str]] | None = None
+        self, files: FilePool, uploaded: Callable[[Mapping[str, str]], set[str]] | None = None
     ) -> dict[str, Entry]:
         """The journal's entries of shards whose files still have the recorded bytes, by the shard's name.
 
         Args:
-            hashing: Hashes the files.
+            files: Hashes the files.
             uploaded: Given the SHA-256 of shards that were uploaded, returns the names of those that are still where
                 this run uploads to. None if it uploads nothing.
         """
@@ -194,7 +215,7 @@ class OutputFolder(Generic[Record]):
             entries[name] = replace(entries[name], pushed=None)
         hashes = {
             name: {
-                file: self._start_hash(hashing, file, size_bytes)
+                file: self._start_hash(files, file, size_bytes)
                 for file, size_bytes in entry.files.items()
                 if not (file == name and name in elsewhere)  # no longer on the disk; its part of the adapter is
             }
@@ -262,12 +283,12 @@ class OutputFolder(Generic[Record]):
         finally:
             self._release_lock()
 
-    def _start_hash(self, hashing: HashPool, file: str, size_bytes: int) -> Future[str] | None:
+    def _start_hash(self, files: FilePool, file: str, size_bytes: int) -> Future[str] | None:
         """The SHA-256 of a file, None where there is no such file of that size."""
         path = self._path_of(file)
         if not path.is_file() or path.stat().st_size != size_bytes:
             return None
-        return hashing.sha256(path)
+        return files.sha256(path)
 
     def _remove_leftover_work_folder(self) -> None:
         """Remove the work folder of a run that was killed after it wrote the record, unless it still runs."""
@@ -344,7 +365,7 @@ class OutputFolder(Generic[Record]):
         for path in sorted(self.path.iterdir()):
             if path.name in ours:
                 continue
-            if path.name in planned or (path.is_file() and path.suffix.lower() in WEIGHT_SUFFIXES):
+            if path.name in planned or (path.is_file() and would_be_loaded(path.name)):
                 raise OutputError(
                     f"{self.path} already holds {path.name}, which is not an output of milora-init",
                     hint="choose another --out, or move it away",
@@ -358,7 +379,7 @@ class OutputFolder(Generic[Record]):
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError(
-                f"--out {self.path} needs {needed / 1e6:,.0f} MB, its disk has {free / 1e6:,.0f} MB free",
+                f"--out {self.path} needs {needed / 1e6:,.1f} MB, its disk has {free / 1e6:,.1f} MB free",
                 hint="free some space, or choose an --out on another disk",
             )
 
@@ -376,7 +397,8 @@ class OutputFolder(Generic[Record]):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         # The journal last: as long as a file of ours exists, it shows whose it is.
-        shutil.rmtree(self.work / "source", ignore_errors=True)
+        for folder in (self.work / "source", self._attempts):
+            shutil.rmtree(folder, ignore_errors=True)
         for path in sorted(self.work.iterdir(), key=self.journal.path.__eq__) if self.work.is_dir() else ():
             if path.name != _LOCK:
                 path.unlink()

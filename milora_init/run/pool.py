@@ -1,10 +1,10 @@
-"""Thread pools of a run: one solves weights on the CPU or on GPUs, as many at a time as fit; one hashes files."""
+"""Thread pools of a run: one solves weights on the CPU or on GPUs, as many at a time as fit; one copies and hashes."""
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import accumulate
@@ -18,24 +18,11 @@ from milora_init.plan.plan import Plan
 from milora_init.run.devices import memory_bytes, resolve_devices
 from milora_init.run.progress import Progress
 
-T = TypeVar("T")
 P = ParamSpec("P")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 DeviceLock = AbstractContextManager[Any]  # held while a thread solves on a device: one thread at a time
 SolverTask = Callable[[Job, torch.device, DeviceLock, Progress], Result]
-
-
-def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield each item after the next one was produced.
-
-    Where producing an item submits its jobs to a pool, the pool has the next item's jobs while one item is waited for.
-    """
-    previous: list[T] = []
-    for item in items:
-        yield from previous
-        previous = [item]
-    yield from previous
 
 
 class SolverPool:
@@ -53,6 +40,9 @@ class SolverPool:
         devices: The devices; the CPU may be listed several times, once for each weight that it solves at a time.
         threads_per_device: See above.
         progress: Passed to every task.
+
+    Attributes:
+        wanted_jobs: With so many jobs submitted and not finished, no device waits for one.
     """
 
     THREADS_PER_DEVICE = 2
@@ -71,73 +61,152 @@ class SolverPool:
         self._progress = progress or Progress()
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(1)  # also for torch threads that start from here on
-        self._slots: queue.SimpleQueue[tuple[torch.device, DeviceLock]] = queue.SimpleQueue()
-        device_locks = [threading.Lock() for _ in devices]
-        for _ in range(threads_per_device):  # every device gets one thread before any gets its second: jobs may be few
-            for slot in zip(devices, device_locks, strict=True):
-                self._slots.put(slot)
-        self._local = threading.local()
-        self._pool = ThreadPoolExecutor(len(devices) * threads_per_device, "milora", initializer=self._bind_thread)
+        self.threads = len(devices) * threads_per_device
+        self.wanted_jobs = self.threads + len(devices)
+        self._changed = threading.Condition()
+        self._jobs: deque[tuple[Future[Any], SolverTask[Any, Any], Any]] = deque()
+        self._closed = False
+        slots = [_Slot(device, self._changed) for device in devices]
+        self._slots = len(slots)
+        self._pool = ThreadPoolExecutor(self.threads, "milora")
+        for slot in slots * threads_per_device:
+            self._pool.submit(self._work, slot)
 
     def submit(self, task: SolverTask[Job, Result], job: Job) -> Future[Result]:
         """Let the next free thread call `task(job, device, device_lock, progress)`."""
-        return self._pool.submit(self._run_task, task, job)
+        future: Future[Result] = Future()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the pool is closed")
+            self._jobs.append((future, task, job))
+            self._changed.notify_all()
+        return future
 
     def __enter__(self) -> SolverPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            if kind is not None:
+                for future, _task, _job in self._jobs:
+                    future.cancel()
+                self._jobs.clear()
+            self._changed.notify_all()
         # After a failure, running solves are not waited for: they may take minutes, and their files are removed.
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        self._pool.shutdown(wait=kind is None)
         if kind is not None:
             self._abandoned.append(self._pool)
         torch.set_num_threads(self._threads_before)
 
-    def _bind_thread(self) -> None:
-        self._local.device, self._local.device_lock = self._slots.get()
-        if self._local.device.type == "cuda":
-            # A stream of its own: its copies overlap with the other thread's arithmetic.
-            torch.cuda.set_device(self._local.device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._local.device))  # type: ignore[no-untyped-call]
+    def _work(self, slot: _Slot) -> None:
+        """Do jobs on a device until the pool is closed: what each thread does."""
+        bound = False
+        while found := self._next(slot):
+            future, task, job = found
+            turn = _Turn(slot)
+            if future.set_running_or_notify_cancel():
+                try:
+                    if not bound:
+                        _bind_thread(slot.device)
+                        bound = True
+                    result = task(job, slot.device, turn, self._progress)
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+                    del result
+            turn.end()
+            del found, future, task, job  # what a job holds must not stay until the next one comes
 
-    def _run_task(self, task: SolverTask[Job, Result], job: Job) -> Result:
-        return task(job, self._local.device, self._local.device_lock, self._progress)
+    def _next(self, slot: _Slot) -> tuple[Future[Any], SolverTask[Any, Any], Any] | None:
+        """The next job for a thread of a device; None if the pool is closed and no job is left.
+
+        A thread takes a job in advance, while its device solves another one, only where the other devices find enough
+        jobs without it: in the end no weight waits for one device while another is idle.
+        """
+        with self._changed:
+            while not (self._jobs and (not slot.unsolved or len(self._jobs) >= self._slots)):
+                if self._closed and not self._jobs:
+                    return None
+                self._changed.wait()
+            slot.unsolved += 1
+            return self._jobs.popleft()
 
 
-class HashPool:
-    """Threads that hash files while other files are written.
+def _bind_thread(device: torch.device) -> None:
+    """Let a thread compute on a device."""
+    if device.type == "cuda":
+        # A stream of its own: its copies overlap with the other thread's arithmetic.
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
-    When the `with` block ends, calls of `submit` are waited for, even after a failure: a shard whose hash is in the
-    journal need not be made again. Hashes of `sha256` are cancelled after a failure.
+
+class _Slot:
+    """A device, its lock, and the number of jobs that its threads have taken and not solved."""
+
+    def __init__(self, device: torch.device, changed: threading.Condition) -> None:
+        self.device, self.changed = device, changed
+        self.lock = threading.Lock()
+        self.unsolved = 0
+
+
+class _Turn:
+    """The lock of a device for one job, which is solved when it is released, or when the job ends."""
+
+    def __init__(self, slot: _Slot) -> None:
+        self._slot, self._ended = slot, False
+
+    def __enter__(self) -> None:
+        self._slot.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._slot.lock.release()
+        self.end()
+
+    def end(self) -> None:
+        """The job is solved."""
+        if not self._ended:
+            self._ended = True
+            with self._slot.changed:
+                self._slot.unsolved -= 1
+                self._slot.changed.notify_all()
+
+
+class FilePool:
+    """Threads that copy and hash files while weights are solved.
+
+    Most of their work is inside the kernel or a hash function, neither of which holds Python's lock.
+
+    Attributes:
+        cancelled: Set when the pool is stopped after a failure; long calls look at it.
     """
 
-    THREADS = 4
+    THREADS = 16
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="hash")
-        self._cancelled = threading.Event()
-        self._recording = threading.Lock()
+        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="file")
+        self.cancelled = threading.Event()
+
+    def submit(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
+        """Let the next free thread call a function."""
+        return self._pool.submit(function, *args, **kwargs)
 
     def sha256(self, path: Path) -> Future[str]:
         """The SHA-256 of a file."""
-        return self._pool.submit(sha256, path, cancelled=self._cancelled)
+        return self._pool.submit(sha256, path, cancelled=self.cancelled)
 
-    def submit(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
-        """Let a thread call a function that hashes and records a shard of the output; one such call at a time."""
+    def stop(self, *, cancel: bool) -> None:
+        """Wait for the threads; with `cancel`, their calls end early and queued ones are dropped."""
+        if cancel:
+            self.cancelled.set()
+        self._pool.shutdown(cancel_futures=cancel)
 
-        def call() -> Result:
-            with self._recording:
-                return function(*args, **kwargs)
-
-        return self._pool.submit(call)
-
-    def __enter__(self) -> HashPool:
+    def __enter__(self) -> FilePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._cancelled.set()
-        self._pool.shutdown()
+        self.stop(cancel=kind is not None)
 
 
 def weights_at_once(needs_bytes: Sequence[int]) -> int:

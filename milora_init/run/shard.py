@@ -1,41 +1,46 @@
 """Write one shard of an output; `run` and `merge` both use it.
 
-The file is laid out under a partial name. Tasks on the solver's threads write the weights at their offsets, and the
-calling thread copies all other tensors as bytes. At the end the file gets its final name.
+The files of a shard are made in a folder of their own, that of the attempt. Tasks on the solver's threads write the
+weights at their offsets, and the calling thread copies all other tensors as bytes. `OutputFolder.commit` gives finished
+files their final names: so an attempt that ends late, or twice, replaces nothing.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import shutil
+import threading
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from milora_init.checkpoint.files import Stamp, file_mode, stamp
+from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header
-from milora_init.checkpoint.tensor_file import SafetensorsShard, TensorSource, open_shard
-from milora_init.checkpoint.writer import SafetensorsWriter, WriteTarget
+from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
+from milora_init.checkpoint.writer import SafetensorsWriter, WriteTarget, writing
 from milora_init.errors import CheckpointError
 from milora_init.run.pool import SolverPool, SolverTask
-from milora_init.run.progress import Progress
+from milora_init.run.progress import Progress, ShardResult
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 class ShardWriter(Generic[Result]):
-    """One shard that is being written, its source file, and its part of the adapter if it has one.
+    """One shard that is being written, its source files, and its part of the adapter if it has one.
 
-    In this order: `submit` every weight, `copy_other_tensors`, `wait`, `finish`. The `with` block owns the files; those
-    that are not finished when it ends are removed.
+    In this order: `submit` every weight, `copy_other_tensors`, `finish`. The `with` block owns the files: without
+    `finish`, the folder of the attempt is removed when it ends.
 
     Args:
-        source: The file of the model or of the residual base.
-        source_stamp: Its stamp when it was planned.
-        out: The output folder.
-        name: The shard's name in it.
+        sources: The files of the model or of the residual base that it is made from, each with its stamp when it was
+            planned. It gets the permissions of the first.
+        attempt: The folder to make the files in. It is created, and nobody else writes there.
+        name: The shard's name in the output folder.
         header: The shard's layout; None to write only its part of the adapter.
-        adapter_part: Path relative to `out`, and layout, of the shard's part of the adapter; None if it has none.
+        adapter_part: Path relative to the output folder, and layout, of its part of the adapter; None if it has none.
 
     Raises:
         CheckpointError: The source changed since it was planned, or cannot be read.
@@ -44,33 +49,41 @@ class ShardWriter(Generic[Result]):
 
     def __init__(
         self,
-        source: Path,
-        source_stamp: Stamp,
+        sources: Mapping[Path, Stamp],
         *,
-        out: Path,
+        attempt: Path,
         name: str,
         header: Header | None,
         adapter_part: tuple[str, Header] | None = None,
     ) -> None:
         self.name = name
-        self._path, self._stamp = source, source_stamp
-        self._shard = SafetensorsWriter(out / name, header, mode=file_mode(source)) if header else None
-        self._part = (
-            SafetensorsWriter(out / adapter_part[0], adapter_part[1], mode=file_mode(source)) if adapter_part else None
-        )
+        self._header, self._stamps, self._attempt, self._finished = header, sources, attempt, False
+        mode = file_mode(next(iter(sources)))
         # By their path relative to the output folder; the part is finished first.
-        self._writers = {adapter_part[0]: self._part} if adapter_part and self._part else {}
-        if self._shard:
-            self._writers[name] = self._shard
+        layouts: dict[str, Header] = dict([adapter_part] if adapter_part else [])
+        if header:
+            layouts[name] = header
+        self._writers = {
+            path: SafetensorsWriter(attempt / Path(path).name, layout, mode=mode) for path, layout in layouts.items()
+        }
+        self._shard = self._writers.get(name)
+        self._part = self._writers.get(adapter_part[0]) if adapter_part else None
         self._targets: dict[str, WriteTarget] = {}
         self._part_targets: dict[str, WriteTarget] = {}
         self._results: list[Future[Result]] = []
+        self._others: list[Future[None]] = []
 
     def __enter__(self) -> ShardWriter[Result]:
         with ExitStack() as files:
-            self._source = open_shard(self._path)
-            files.enter_context(self._source)
+            self._sources: dict[str, SafetensorsShard | PickleShard] = {}
+            for path in self._stamps:
+                shard = open_shard(path)
+                files.enter_context(shard)
+                self._sources |= dict.fromkeys(shard.header.tensors, shard)
             self._require_unchanged()
+            files.callback(self._remove_unfinished)
+            with writing(self._attempt):
+                self._attempt.mkdir(parents=True)
             for writer in self._writers.values():
                 files.enter_context(writer)
             self._files = files.pop_all()
@@ -81,7 +94,7 @@ class ShardWriter(Generic[Result]):
 
     def locate(self, tensor: str) -> TensorSource:
         """Where a task reads a tensor of the source."""
-        return self._source.locate(tensor)
+        return self._sources[tensor].locate(tensor)
 
     def target(self, tensor: str) -> WriteTarget:
         """Where tasks write a tensor of the shard: one task all of it, or several tasks a row each."""
@@ -96,44 +109,67 @@ class ShardWriter(Generic[Result]):
         self._part_targets[tensor] = self._part.target(tensor)
         return self._part_targets[tensor]
 
-    def submit(self, pool: SolverPool, task: SolverTask[Job, Result], job: Job) -> None:
+    def submit(self, pool: SolverPool, task: SolverTask[Job, Result], job: Job) -> Future[Result]:
         """Give a job to the pool. It writes to targets of this shard."""
         self._results.append(pool.submit(task, job))
+        return self._results[-1]
 
-    def copy_other_tensors(self, progress: Progress) -> None:
-        """Copy every tensor that no task writes, byte for byte; nothing if only a part of the adapter is written."""
-        if self._shard is None:
+    def submit_other(self, pool: SolverPool, task: SolverTask[Job, None], job: Job) -> Future[None]:
+        """Give a job without a result to the pool: a tensor that is neither split nor copied as bytes."""
+        self._others.append(pool.submit(task, job))
+        return self._others[-1]
+
+    def copy_other_tensors(self, progress: Progress, cancelled: threading.Event | None = None) -> None:
+        """Copy every tensor that no task writes, byte for byte; nothing if only a part of the adapter is written.
+
+        Raises:
+            CancelledError: `cancelled` was set.
+        """
+        if self._shard is None or self._header is None:
             return
-        for name, info in self._source.header.tensors.items():
+        for name, info in self._header.tensors.items():
+            if cancelled is not None and cancelled.is_set():
+                raise CancelledError
             if name in self._targets:
                 continue
-            if isinstance(self._source, SafetensorsShard):
-                self._shard.copy(name, self._source.fileno, self._source.offset(name), self._source.path)
+            source = self._sources[name]
+            if isinstance(source, SafetensorsShard):
+                self._shard.copy(name, source.fileno, source.offset(name), source.path)
             else:
-                self._shard.write(name, self._source.read(name))
+                self._shard.write(name, source.read(name))
             progress.tensor(name, info.size_bytes)
         self._shard.flush()
 
-    def wait(self) -> list[Result]:
-        """Wait for the tasks; return their results in the order of submission. Raises what a task raised."""
-        results = [future.result() for future in self._results]
-        if self._shard is not None:
-            for name in self._targets:
-                self._shard.mark_written(name)
-        if self._part is not None:
-            for name in self._part_targets:
-                self._part.mark_written(name)
-        return results
+    def finish(self, cancelled: threading.Event | None = None) -> ShardResult[Result]:
+        """Wait for the tasks, finish and hash the files, and close them.
 
-    def finish(self) -> dict[str, int]:
-        """Give the files their final names and close them; return their sizes in bytes, by path relative to `out`."""
+        Whoever makes a file hashes it, while its bytes are in the page cache and other files are being made.
+
+        Raises:
+            CancelledError: `cancelled` was set.
+            Exception: What a task raised.
+        """
+        records = tuple(future.result() for future in self._results)
+        for other in self._others:
+            other.result()
+        for writer, targets in ((self._shard, self._targets), (self._part, self._part_targets)):
+            if writer is not None:
+                for name in targets:
+                    writer.mark_written(name)
         self._require_unchanged()
-        sizes = {path: writer.finish() for path, writer in self._writers.items()}
+        files = {path: writer.finish() for path, writer in self._writers.items()}
+        hashes = {path: sha256(writer.path, cancelled=cancelled) for path, writer in self._writers.items()}
+        self._finished = True
         self._files.close()
-        return sizes
+        return ShardResult(self.name, files, records, hashes, self._attempt.name)
+
+    def _remove_unfinished(self) -> None:
+        if not self._finished:
+            shutil.rmtree(self._attempt, ignore_errors=True)
 
     def _require_unchanged(self) -> None:
-        if stamp(self._path) != self._stamp:
-            raise CheckpointError(
-                f"{self._path} changed during the run", hint="wait until nobody writes to it, and run again"
-            )
+        for path, expected in self._stamps.items():
+            if stamp(path) != expected:
+                raise CheckpointError(
+                    f"{path} changed during the run", hint="wait until nobody writes to it, and run again"
+                )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from milora_init.checkpoint.dequantise import QuantisedSource
 from milora_init.checkpoint.dtypes import TORCH_DTYPES
 from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource
@@ -25,6 +26,7 @@ from milora_init.methods import Factors, Mode
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.weights import WeightPlan
 from milora_init.run.adapter_file import part_key
+from milora_init.run.dense import locate
 from milora_init.run.pool import DeviceLock
 from milora_init.run.progress import Progress
 from milora_init.run.shard import ShardWriter
@@ -35,12 +37,13 @@ class WeightJob:
     """Split the weight at `source` and write its parts to `residual`, `A` and `B`; no residual if that is None."""
 
     plan: WeightPlan
-    source: TensorSource
+    source: TensorSource | QuantisedSource
     residual: WriteTarget | None
     A: WriteTarget
     B: WriteTarget
     mode: Mode
     factors: Factors
+    nf4_rounds: int = 0
 
 
 def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJob]:
@@ -48,7 +51,7 @@ def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJ
     jobs = []
     for plan in sorted(job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
         weight = plan.weight
-        source = shard.locate(weight.tensor)
+        source = locate(weight.tensor, job, shard)
         residual = shard.target(weight.tensor) if job.header else None
         jobs.append(
             WeightJob(
@@ -59,6 +62,7 @@ def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJ
                 B=shard.part_target(part_key(weight.module, "B")),
                 mode=job.mode,
                 factors=job.factors,
+                nf4_rounds=job.nf4_rounds,
             )
         )
     return jobs
@@ -75,12 +79,12 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
         SolveError: It cannot be split, its residual does not fit the dtype, or the GPU failed.
         OutputError: The result cannot be written.
     """
-    with _gpu_errors(job, device), ExitStack() as files:
+    with gpu_errors(job.source, device), ExitStack() as files:
         write_residual = files.enter_context(job.residual.opened()) if job.residual else None
         write_A, write_B = files.enter_context(job.A.opened()), files.enter_context(job.B.opened())
         read_started = time.monotonic()
         pinned = device.type == "cuda"
-        W = _read(job.source, pinned=pinned)
+        W = read_weight(job.source, pinned=pinned)
         with suppress(torch.OutOfMemoryError):  # then it is copied under the lock, when the other thread's weight left
             W = W.to(device, non_blocking=pinned)
         read = time.monotonic()
@@ -102,7 +106,7 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
 
 
 @contextmanager
-def _gpu_errors(job: WeightJob, device: torch.device) -> Iterator[None]:
+def gpu_errors(source: TensorSource | QuantisedSource, device: torch.device) -> Iterator[None]:
     """Raise a SolveError for what a GPU raises. Its errors come late: any call may raise them."""
     try:
         yield
@@ -111,12 +115,12 @@ def _gpu_errors(job: WeightJob, device: torch.device) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0]
         raise SolveError(
-            f"{job.source.name} in {job.source.path}: {device} failed: {reason}",
+            f"{source.name} in {source.path}: {device} failed: {reason}",
             hint="run the same command again to resume, or with --device cpu",
         ) from error
 
 
-def _read(source: TensorSource, *, pinned: bool) -> torch.Tensor:
+def read_weight(source: TensorSource | QuantisedSource, *, pinned: bool) -> torch.Tensor:
     """The weight, in page-locked memory if `pinned` and if the machine has enough of it."""
     if pinned:
         with suppress(RuntimeError):
@@ -150,6 +154,7 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
             factors=job.factors,
             dtype=TORCH_DTYPES[plan.dtype],
             seed=plan.seed,
+            nf4_rounds=job.nf4_rounds,
         )
 
     try:
@@ -184,7 +189,7 @@ def _record(job: WeightJob, result: Split, solved_on: str, seconds: dict[str, fl
         row=weight.row,
         expert=weight.expert,
         key=plan.key,
-        source_dtype=torch_name(job.source.dtype),
+        source_dtype=torch_name(plan.source_dtype),
         dtype=torch_name(plan.dtype),
         rank=plan.rank,
         scale=plan.scale,

@@ -17,6 +17,7 @@ from milora_init.errors import CheckpointError, MiloraError, PlanError
 from milora_init.lora.compatibility import (
     OTHER_BASE_HINT,
     explain_other_class,
+    have_equal_factors,
     modules_not_trained_from,
     other_base_in_config,
     summarise_modules,
@@ -24,8 +25,6 @@ from milora_init.lora.compatibility import (
 from milora_init.lora.folder import (
     CONFIG_FILE,
     EXTRA_WEIGHT_KEYS,
-    LORA_CONFIG,
-    LORA_WEIGHTS,
     UNSUPPORTED_KEYS,
     WEIGHTS_FILE,
     expected_tensors,
@@ -33,7 +32,7 @@ from milora_init.lora.folder import (
     read_config,
 )
 from milora_init.lora.targets import resolve_target_modules
-from milora_init.lora.tensor_layout import initial_block, parse_lora_key
+from milora_init.lora.tensor_layout import initial_block, parse_lora_key, parse_magnitude_key
 from milora_init.manifest import WeightRecord
 from milora_init.methods import Factors
 from milora_init.verification.files import KEEP_A_COPY, MAKE_AGAIN, Pair
@@ -41,13 +40,14 @@ from milora_init.verification.verdict import Finding, note
 
 # Fields that decide what the pair computes. A trainer may change all others: lora_dropout, task_type, ...
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
+_BESIDE_FACTORS = ("bias", *EXTRA_WEIGHT_KEYS)  # a trainer may train these too
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MOST_NAMES = 3  # in one message
 _MOST_MODULES = 20  # with a finding of their own
 # An edit of the config would not help: the factors were trained for the function that it describes.
 _TRAIN_AGAIN = "train again from this base's lora/, without a change to it"
-_REFUSED = "milora-init merge and convert refuse this adapter because of"
+_KEPT = "trained beside the factors, and kept by merge and convert"
 
 
 def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | None = None) -> list[Finding]:
@@ -58,30 +58,34 @@ def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | N
         modules: Names of all modules of the model.
         trained: The adapter_config.json of a trained adapter; the one in the pair if None.
     """
-    name = LORA_CONFIG if trained is None else str(trained)
+    name = pair.adapter_files[0] if trained is None else str(trained)
     try:
-        config = read_config(trained or pair.folder / LORA_CONFIG)
+        config = read_config(trained or pair.folder / name)
     except CheckpointError as error:
         return [Finding(name, error.message, MAKE_AGAIN if trained is None else error.hint)]
     wanted = pair.manifest.adapter
     findings = []
     for key in _FIELDS:
         if config.get(key) != wanted[key]:
+            if trained is not None and key in _BESIDE_FACTORS:
+                findings.append(note(name, f"{key} is {config.get(key)!r}: {_KEPT}"))
+                continue
             what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
             findings.append(Finding(name, what, _set_field(key, wanted[key]) if trained is None else _TRAIN_AGAIN))
     for key in _PATTERNS:
         if (config.get(key) or {}) != (wanted[key] or {}):
             what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
             findings.append(Finding(name, what, _set_field(key, wanted[key])))
-    for key in UNSUPPORTED_KEYS:
+    for key in (*EXTRA_WEIGHT_KEYS, *UNSUPPORTED_KEYS):
         if config.get(key) and config[key] != wanted.get(key):
-            if trained is not None and key in EXTRA_WEIGHT_KEYS:  # PEFT stores what these name beside the factors
-                findings.append(note(name, f"{_REFUSED} {key} = {config[key]!r}; PEFT's merge_and_unload merges it"))
+            if trained is not None and key in _BESIDE_FACTORS:
+                findings.append(note(name, f"{key} is {config[key]!r}: {_KEPT}"))
                 continue
             what = f"{key} is {config[key]!r}, which this adapter was not made for"
             findings.append(Finding(name, what, f"remove {key}" if trained is None else _TRAIN_AGAIN))
     findings += _check_targets(name, config, wanted, modules)
-    findings += _check_base_path(name, config.get("base_model_name_or_path"), pair)
+    path = config.get("base_model_name_or_path")
+    findings += (_check_base_path if pair.manifest.method.writes_base else _check_model_path)(name, path, pair)
     return findings
 
 
@@ -129,6 +133,20 @@ def _check_base_path(name: str, path: object, pair: Pair) -> list[Finding]:
     return [Finding(name, f"{key} is {path!r}, not this base", hint)]
 
 
+def _check_model_path(name: str, path: object, pair: Pair) -> list[Finding]:
+    """base_model_name_or_path of an adapter of an original model must name that model, which may have been moved."""
+    key = "base_model_name_or_path"
+    recorded = pair.manifest.adapter[key]
+    if path == recorded:
+        return []
+    hint = _set_field(key, recorded)
+    if not isinstance(path, str) or not path:
+        return [Finding(name, f"{key} is {path!r}, not the original model", hint)]
+    if other_base_in_config({key: path}, pair.manifest):
+        return [Finding(name, f"{key} is {path}, an output of milora-init, not the original model {recorded}", hint)]
+    return [note(name, f"{key} is {path}; the adapter was made for {recorded}")]
+
+
 def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained: bool = False) -> list[Finding]:
     """The tensors of an adapter's file must have the names and shapes of the weights' factors.
 
@@ -145,7 +163,7 @@ def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained
     findings = []
     if extra:
         more = f" and {len(extra) - _MOST_NAMES} more" if len(extra) > _MOST_NAMES else ""
-        findings.append(note(str(path), f"{_REFUSED} the tensors {', '.join(extra[:_MOST_NAMES])}{more}"))
+        findings.append(note(str(path), f"{', '.join(extra[:_MOST_NAMES])}{more}: {_KEPT}"))
     hint = "name the base that this adapter was made for"
 
     def add(keys: list[str], what: str) -> None:
@@ -168,7 +186,7 @@ def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained
 
 
 def _is_lora(key: str) -> bool:
-    return ".lora_" in key
+    return ".lora_" in key and parse_magnitude_key(key) is None
 
 
 def _differing_tensors(
@@ -186,22 +204,28 @@ def check_initial_factors(pair: Pair) -> list[Finding]:
         CheckpointError: A file that cannot be read.
     """
     records = pair.manifest.weights
-    with open_factors(pair.folder / LORA_WEIGHTS) as factors:
+    with open_factors(pair.weights) as factors:
         of = pair.manifest.method.factors
         differing = sum(_has_other_singular_values(*factors.read(record), record, of) for record in records)
     if differing <= len(records) / 2:
         return []
+    if of in ("right", "left"):
+        what = "it is not the initial adapter that the manifest describes: it was trained in place, or replaced"
+        return [Finding(pair.adapter_files[1], what, KEEP_A_COPY, "replaced_adapter")]
     what = "its singular values are not those in the manifest: the adapter was trained in place, or is of another base"
-    return [Finding(LORA_WEIGHTS, what, KEEP_A_COPY, "replaced_adapter")]
+    return [Finding(pair.adapter_files[1], what, KEEP_A_COPY, "replaced_adapter")]
 
 
 def _has_other_singular_values(B: Tensor, A: Tensor, record: WeightRecord, factors: Factors) -> bool:
     """Whether the first or the last singular value of a module's B (m, R) and A (R, n) is not the recorded one.
 
     In an initial adapter column j of B and row j of A have lengths whose product is a singular value, or with
-    orthonormal factors 1.
+    orthonormal factors 1. With `right` and `left` factors one of both is zero, and the lengths of the other are 1.
     """
     B, A = initial_block(B.double(), A.double(), record.rank, record.expert)
+    if factors in ("right", "left"):
+        kept, zero = (A.norm(dim=1), B) if factors == "right" else (B.norm(dim=0), A)
+        return bool(zero.any()) or not float((kept - 1).abs().max()) <= 1e-4
     s = record.scale * B.norm(dim=0) * A.norm(dim=1)
     first, last = (record.s_first, record.s_last) if factors == "balanced" else (record.scale, record.scale)
     tolerance = 1e-4 * first + (1e-12 * record.s_max if factors == "balanced" else 0.0)
@@ -239,7 +263,7 @@ def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *,
     if compare_values and not any(finding.problem for finding in header_findings):
         unrelated: dict[str, str] = {}
         try:
-            unrelated = modules_not_trained_from(pair.folder / LORA_WEIGHTS, weights, records)
+            unrelated = modules_not_trained_from(pair.weights, weights, records)
         except PlanError as error:
             findings.append(Finding(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
         foreign = foreign or len(unrelated) > len(records) / 2
@@ -250,6 +274,16 @@ def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *,
     if foreign:  # the hints of the checks would only make it look as if it were of this base
         return [replace(f, hint=OTHER_BASE_HINT, problem="foreign_adapter") if f.problem else f for f in findings]
     return [replace(f, problem="adapter_misfit") if f.problem else f for f in findings]
+
+
+def find_untrained(pair: Pair, folder: Path) -> list[Finding]:
+    """A note, if an adapter holds the initial factors of the pair, whose adapter must be readable."""
+    weights = folder / WEIGHTS_FILE
+    with suppress(MiloraError):  # what cannot be read is a finding of `check_trained_adapter`
+        if weights.is_file() and have_equal_factors(pair.weights, weights):
+            what = "the initial factors: this adapter was not trained, or saved before its first step"
+            return [Finding(str(weights), what, "name the folder that the trainer saved", None)]
+    return []
 
 
 def _most_factors_differ(path: Path, records: Sequence[WeightRecord]) -> bool:

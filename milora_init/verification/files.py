@@ -11,7 +11,7 @@ from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
-from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, LORA_WEIGHTS
+from milora_init.lora.folder import CONFIG_FILE, LORA_FOLDER, adapter_files
 from milora_init.manifest import Manifest
 from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.untrusted import path_inside
@@ -39,6 +39,16 @@ class Pair:
     folder: Path
     manifest: Manifest
 
+    @property
+    def adapter_files(self) -> tuple[str, str]:
+        """The initial adapter's config and weights, by the path relative to the folder."""
+        return adapter_files(self.manifest.method)
+
+    @property
+    def weights(self) -> Path:
+        """The file of the initial adapter's weights."""
+        return self.folder / self.adapter_files[1]
+
 
 def check_files(pair: Pair) -> list[Finding]:
     """Every file of the manifest must be there, with its size and SHA-256.
@@ -47,10 +57,11 @@ def check_files(pair: Pair) -> list[Finding]:
     compares its fields.
     """
     findings = []
-    for name, size_bytes in {LORA_CONFIG: 0, LORA_WEIGHTS: 0, **pair.manifest.files}.items():
+    config_name, weights_name = pair.adapter_files
+    for name, size_bytes in {config_name: 0, weights_name: 0, **pair.manifest.files}.items():
         path = pair.folder / name
         present = path.is_file()
-        what, hint = "", KEEP_A_COPY if name == LORA_WEIGHTS and present else MAKE_AGAIN
+        what, hint = "", KEEP_A_COPY if name == weights_name and present else MAKE_AGAIN
         try:
             path_inside(pair.folder, name)
         except ValueError as error:
@@ -58,10 +69,10 @@ def check_files(pair: Pair) -> list[Finding]:
         else:
             if not present:
                 what = "missing"
-            elif name != LORA_CONFIG:
+            elif name != config_name:
                 what = changed_file(path, size_bytes, pair.manifest.hashes.get(name))
         if what:
-            findings.append(Finding(name, what, hint, _problem(name, present=present)))
+            findings.append(Finding(name, what, hint, _problem(pair, name, present=present)))
     return findings
 
 
@@ -75,8 +86,8 @@ def changed_file(path: Path, size_bytes: int, digest: str | None, record: str = 
     return "" if sha256(path) == digest else f"its SHA-256 is not the one in the {record}: the file was changed"
 
 
-def _problem(name: str, *, present: bool) -> Problem:
-    if name in (LORA_CONFIG, LORA_WEIGHTS):
+def _problem(pair: Pair, name: str, *, present: bool) -> Problem:
+    if name in pair.adapter_files:
         return "changed" if present else "missing_adapter"
     return "changed_weights" if name.endswith(".safetensors") and "/" not in name else "changed"
 

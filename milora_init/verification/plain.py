@@ -103,7 +103,7 @@ def _compare_with_original(
         return [], code
     merged = open_checkpoint(folder)
     checked["tensors"] = len(merged.tensors)
-    compared = compare_merged(merged, model, output.tensors, initial=output.initial)
+    compared = compare_merged(merged, model, output.tensors, initial=output.initial, changed=output.changed)
     findings = list(islice(compared, _MOST_TENSORS))
     if findings:
         return findings, damaged

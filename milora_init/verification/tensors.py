@@ -10,7 +10,7 @@ Letters: W (m, n) is an original weight, R (m, n) its residual, B (m, r) and A (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from milora_init.checkpoint.dequantise import QuantisedSource, locate
 from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
 from milora_init.linalg.certificate import EPS
+from milora_init.linalg.nf4 import nf4
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.lora.folder import open_factors
 from milora_init.lora.tensor_layout import initial_block
@@ -39,23 +41,27 @@ _MERGE_AGAIN = "merge again"
 
 
 class TensorReader:
-    """Reads tensors of a checkpoint by name. The file of the last one stays open."""
+    """Reads tensors of a checkpoint by name. The file of the last one stays open.
+
+    A quantised tensor is read as its values, in float32.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._folder = checkpoint.folder
-        self._files = {name: file for file, header in checkpoint.headers.items() for name in header.tensors}
+        self._checkpoint = checkpoint
         self._shard: SafetensorsShard | PickleShard | None = None
 
     def read(self, name: str) -> Tensor:
         """A copy of a tensor in memory. Raises CheckpointError."""
+        if name in self._checkpoint.quantised.tensors:
+            return self.locate(name).read()
         return self._open(name).read(name)
 
-    def locate(self, name: str) -> TensorSource:
+    def locate(self, name: str) -> TensorSource | QuantisedSource:
         """The place of a tensor, from which a part of it can be read. Raises CheckpointError."""
-        return self._open(name).locate(name)
+        return locate(self._checkpoint, name)
 
     def _open(self, name: str) -> SafetensorsShard | PickleShard:
-        path = self._folder / self._files[name]
+        path = self._checkpoint.folder / self._checkpoint.file_of[name]
         if self._shard is None or self._shard.path != path:
             self.close()
             self._shard = open_shard(path)
@@ -120,18 +126,19 @@ def _compare(
     for record in manifest.weights:
         records.setdefault(record.tensor, []).append(record)
     modules = [record.module for record in manifest.weights]
-    solved_again = set(modules if all_components else _spread(modules))
+    solved_again = set(modules if all_components else spread(modules))
     with open_tensors(base) as residuals, open_tensors(model) as originals, open_factors(adapter) as factors:
         for name in (name for name in base.tensors if name in model.tensors):
-            original, residual = originals.read(name), residuals.read(name)
-            if name not in records and not _same_bytes(original, residual):
-                yield Finding(name, "not adapted, but its bytes are not the original model's", _MAKE_AGAIN)
+            original, residual = originals.locate(name), residuals.locate(name)
             if original.shape != residual.shape:
                 what = f"{list(original.shape)} in the original model, {list(residual.shape)} in the residual base"
                 yield Finding(name, what, model_hint)
                 continue
+            if name not in records and not _same_values(original, residual):
+                yield Finding(name, "not adapted, but its bytes are not the original model's", _MAKE_AGAIN)
             for record in records.get(name, ()):
-                W, R = (tensor if record.row is None else tensor[record.row] for tensor in (original, residual))
+                places = (original, residual)
+                W, R = (place.read() if record.row is None else place.at(record.row).read() for place in places)
                 if record.transposed:
                     W, R = W.mT, R.mT
                 B, A = factors.read(record)
@@ -151,13 +158,14 @@ def count_bit_equal(merged: Checkpoint, model: Checkpoint, manifest: Manifest) -
             if record.row is not None:
                 places = (place.at(record.row) for place in places)
             one, other = (place.read() for place in places)
+            other = _as_stored(other, record.tensor, model, one)
             bits = _BITS[one.itemsize]
             count += one.numel() - int((one.view(bits) != other.view(bits)).count_nonzero())
     return count
 
 
 def compare_merged(
-    merged: Checkpoint, model: Checkpoint, residuals: Mapping[str, str], *, initial: bool
+    merged: Checkpoint, model: Checkpoint, residuals: Mapping[str, str], *, initial: bool, changed: Collection[str] = ()
 ) -> Iterator[Finding]:
     """Every tensor of a merged model that was not adapted must have the original's bytes.
 
@@ -170,21 +178,23 @@ def compare_merged(
         model: The original model.
         residuals: The adapted tensors, and the dtype of each one's residual, in torch's names.
         initial: Whether the initial adapter was merged.
+        changed: Tensors that were retrained, added or left out, or have another dtype: they are not compared.
 
     Raises:
         CheckpointError: A tensor that cannot be read.
     """
-    for name in sorted(merged.tensors.keys() ^ model.tensors.keys()):
+    for name in sorted((merged.tensors.keys() ^ model.tensors.keys()) - set(changed)):
         where = "the original model" if name in merged.tensors else "the merged model"
         yield Finding(name, f"{where} has no such tensor", _MERGE_AGAIN)
     with open_tensors(merged) as after, open_tensors(model) as before:
-        for name in (name for name in merged.tensors if name in model.tensors):
+        for name in (name for name in merged.tensors if name in model.tensors and name not in changed):
             now, W = after.read(name), before.read(name)
-            if (now.dtype, now.shape) != (W.dtype, W.shape):
+            rounded = name in model.quantised.tensors  # to the dtype of the merged model
+            if now.shape != W.shape or (now.dtype != W.dtype and not rounded):
                 what = f"{now.dtype} {list(now.shape)}, in the original model {W.dtype} {list(W.shape)}"
                 yield Finding(name, what, _MERGE_AGAIN)
             elif name not in residuals:
-                if not _same_bytes(now, W):
+                if not _same_bytes(now, _as_stored(W, name, model, now)):
                     yield Finding(name, "not adapted, but its bytes are not the original model's", _MERGE_AGAIN)
             elif initial:
                 distance, most = _rounding_distance(now, W, residuals[name])
@@ -200,7 +210,7 @@ def _rounding_distance(merged: Tensor, W: Tensor, residual_dtype: str) -> tuple[
         square += float((now.double() - before.double()).square().sum())
         norm_square += float(before.double().square().sum())
     most = 64 * EPS * math.sqrt(norm_square)  # of the products in float64
-    for dtype in (getattr(torch, residual_dtype), W.dtype):
+    for dtype in (getattr(torch, residual_dtype), merged.dtype):
         finfo = torch.finfo(dtype)
         # 1.01: products of unit roundoffs, and the product in float32 before a rounding to 16 bits.
         most += 1.01 * finfo.eps / 2 * math.sqrt(norm_square)
@@ -217,7 +227,11 @@ def _check_weight(  # noqa: PLR0913  both sides of a comparison
         yield Finding(record.tensor, what, _MAKE_AGAIN)
         return
     scale = record.scale
-    error = residual_error(W, R, B, A, scale)
+    if manifest.inputs.get("nf4"):
+        if what := _nf4_fault(W.float(), R.float(), scale * B.float() @ A.float(), R.dtype):
+            yield Finding(record.tensor, what, _MAKE_AGAIN)
+        W, R = W.float() - R.float(), torch.zeros_like(R)  # the factors are those of what NF4 leaves
+    error = 0.0 if manifest.inputs.get("nf4") else residual_error(W, R, B, A, scale)
     if not error <= 1:
         what = f"the residual differs from W - scale * B @ A by {error / 2:.3g} units in the last place"
         hint = f"residual base, adapter and original model are not of one run: {_MAKE_AGAIN}"
@@ -232,6 +246,19 @@ def _check_weight(  # noqa: PLR0913  both sides of a comparison
             mode = manifest.inputs["mode"]
             what = f"scale * B @ A differs from the `{mode}` component by {error:.1e} (relative)"
             yield Finding(record.module, what, f"the adapter is not of this model: {_MAKE_AGAIN}")
+
+
+def _nf4_fault(W: Tensor, Q: Tensor, D: Tensor, dtype: torch.dtype) -> str:
+    """What is wrong with a residual Q of NF4's numbers beside a component D, all (m, n) in float32; else empty.
+
+    Another round trip through NF4 must not change it, and the pair must be nearer to W than NF4 alone is.
+    """
+    if not torch.equal(nf4(Q).to(dtype).float(), Q):
+        return "the residual holds numbers that NF4 does not have"
+    pair, alone = float((W - Q - D).norm()), float((W - nf4(W)).norm())
+    if not pair <= alone:
+        return f"base and adapter differ from the weight by {pair:.3g}, NF4 alone by {alone:.3g} (Frobenius norm)"
+    return ""
 
 
 def residual_error(W: Tensor, R: Tensor, B: Tensor, A: Tensor, scale: float) -> float:
@@ -318,13 +345,29 @@ def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tupl
     return error / s_max + lengths, 8 * EPS32 * root
 
 
+def _same_values(original: TensorSource | QuantisedSource, stored: TensorSource | QuantisedSource) -> bool:
+    """Whether a tensor has the original's bytes, or its values, rounded once, if the original is quantised.
+
+    Of a fused tensor of experts one expert is in memory at a time.
+    """
+    if len(original.shape) > 2 and isinstance(original, QuantisedSource):
+        return all(_same_values(original.at(row), stored.at(row)) for row in range(original.shape[0]))
+    found, expected = stored.read(), original.read()
+    return _same_bytes(expected.to(found.dtype) if isinstance(original, QuantisedSource) else expected, found)
+
+
+def _as_stored(original: Tensor, name: str, model: Checkpoint, stored: Tensor) -> Tensor:
+    """A tensor of the original model as an output has it: a quantised one is rounded once to the output's dtype."""
+    return original.to(stored.dtype) if name in model.quantised.tensors else original
+
+
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _spread(names: list[str]) -> list[str]:
+def spread(names: list[str]) -> list[str]:
     """The first, the middle and the last of some names."""
     last = len(names) - 1
     return [names[round(last * i / (_SAMPLE - 1))] for i in range(_SAMPLE)]

@@ -12,6 +12,8 @@ from milora_init.result import Result
 Code = Literal[
     "pair",
     "trained_pair",
+    "adapter",
+    "trained_adapter",
     "foreign_adapter",
     "original_with_adapter",
     "residual_alone",
@@ -30,13 +32,13 @@ Code = Literal[
 TEXTS: Mapping[Code, str] = {
     "pair": "a matching pair: a residual base and its adapter",
     "trained_pair": "a matching pair: a residual base and an adapter trained on it",
-    "foreign_adapter": "a residual base with an adapter of another base",
+    "adapter": "an adapter of an original model, as milora-init made it",
+    "trained_adapter": "an adapter of an original model, and one that was trained from it",
+    "foreign_adapter": "an output of milora-init, with an adapter that was not trained from it",
     "original_with_adapter": "an original model with a residual's adapter",
     "residual_alone": "a residual base alone, which is not the original model",
-    "replaced_adapter": (
-        "a residual base, and in its lora/ another adapter: trained in place, or made with another base"
-    ),
-    "adapter_misfit": "a residual base, and a trained adapter that does not fit it as it is",
+    "replaced_adapter": "an output of milora-init whose initial adapter was trained in place, or replaced",
+    "adapter_misfit": "an output of milora-init, and a trained adapter that does not fit it as it is",
     "other_model": "an output that was made from another source",
     "damaged": "an output of milora-init that was changed",
     "no_manifest": "a residual base and its adapter, by their tensors; its manifest is gone",
@@ -132,7 +134,8 @@ class Verdict(Result):
             parts = [f"{self.checked['files']} files and {self.checked['modules']} modules with the manifest"]
         if "components" in self.checked:
             which = "all components" if self.checked["components"] == "all" else "a sample of the components"
-            parts.append(f"{self.checked['tensors']} tensors and {which} with {self.checked['model']}")
+            tensors = f"{self.checked['tensors']} tensors and " if "tensors" in self.checked else ""
+            parts.append(f"{tensors}{which} with {self.checked['model']}")
         elif "tensors" in self.checked:
             parts.append(f"{self.checked['tensors']} tensors with {self.checked['model']}")
         elif "model" in self.checked:
@@ -159,19 +162,20 @@ class Verdict(Result):
         )
 
 
-def verdict_code(findings: Iterable[Finding], *, trained: bool) -> Code:
+def verdict_code(findings: Iterable[Finding], *, trained: bool, has_base: bool = True) -> Code:
     """The verdict on a folder that has a manifest: the most specific one that its findings allow.
 
     Args:
         findings: Of all checks.
         trained: Whether a trained adapter was checked too.
+        has_base: Whether the output has a residual base, and is not an adapter of an original model.
     """
     problems = {finding.problem for finding in findings}
     if "foreign_adapter" in problems:
         return "foreign_adapter"
     if "original_weights" in problems:
         return "original_with_adapter"
-    if "missing_adapter" in problems and "changed_weights" not in problems:
+    if has_base and "missing_adapter" in problems and "changed_weights" not in problems:
         return "residual_alone"
     if "replaced_adapter" in problems:
         return "replaced_adapter"
@@ -181,4 +185,6 @@ def verdict_code(findings: Iterable[Finding], *, trained: bool) -> Code:
         return "adapter_misfit"
     if "other_model" in problems:
         return "other_model"
+    if not has_base:
+        return "trained_adapter" if trained else "adapter"
     return "trained_pair" if trained else "pair"

@@ -13,8 +13,8 @@ from milora_init.checkpoint.folder import Checkpoint, open_checkpoint, open_mode
 from milora_init.errors import MiloraError, UsageError
 from milora_init.hub.pair import locate_adapter, locate_output
 from milora_init.hub.source import fetch_original
-from milora_init.lora.folder import LORA_CONFIG, LORA_WEIGHTS
-from milora_init.manifest import Manifest, require_residual_base
+from milora_init.lora.folder import LORA_FOLDER
+from milora_init.manifest import MANIFEST, Manifest
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
 from milora_init.records import read_output
@@ -23,6 +23,7 @@ from milora_init.verification.adapter import (
     check_adapter_header,
     check_initial_factors,
     check_trained_adapter,
+    find_untrained,
 )
 from milora_init.verification.files import (
     MAKE_AGAIN,
@@ -32,6 +33,7 @@ from milora_init.verification.files import (
     check_stray_files,
     check_weight_records,
 )
+from milora_init.verification.original import verify_adapter
 from milora_init.verification.plain import verify_plain
 from milora_init.verification.tensors import compare_with_model
 from milora_init.verification.verdict import Finding, Verdict, verdict_code
@@ -51,7 +53,7 @@ def verify(  # noqa: PLR0913  the options of the command
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Verdict:
-    """Verify what milora-init wrote: a pair, a merged model or a converted adapter.
+    """Verify what milora-init wrote: a pair, an adapter of an original model, a merged model or a converted adapter.
 
     Args:
         pair: The folder that milora-init wrote, or its Hub id.
@@ -75,6 +77,8 @@ def verify(  # noqa: PLR0913  the options of the command
     folder = locate_output(pair, cache_dir=cache_dir, token=token)
     trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
     output = read_output(folder)
+    if output is None and folder.name == LORA_FOLDER and (folder.parent / MANIFEST).is_file():
+        raise UsageError(f"{pair} is a part of a pair: its initial adapter", hint=f"milora-init verify {folder.parent}")
     if output is None:
         return verify_without_manifest(pair, folder, trained, trust_remote_code=trust_remote_code)
     original = None
@@ -85,7 +89,10 @@ def verify(  # noqa: PLR0913  the options of the command
             option = "--all" if all_components else "--adapter"
             raise UsageError(f"{pair} is no pair: {option} means nothing for it", hint=f"drop {option}")
         return verify_plain(pair, folder, output, original)
-    require_residual_base(folder, output, "run the same milora-init command again: it compares the files' sizes")
+    if not output.method.writes_base:
+        return verify_adapter(
+            Pair(pair, folder, output), original, trained, given_adapter=adapter, all_components=all_components
+        )
     return _verify(
         Pair(pair, folder, output),
         original,
@@ -119,26 +126,28 @@ def _verify(
     except MiloraError as error:
         findings.append(Finding(pair.given, error.message, error.hint or MAKE_AGAIN))
 
-    has_adapter = all((pair.folder / name).is_file() for name in (LORA_CONFIG, LORA_WEIGHTS))
+    has_adapter = all((pair.folder / name).is_file() for name in pair.adapter_files)
     readable = False
     if has_adapter:
-        header_findings = check_adapter_header(pair.folder / LORA_WEIGHTS, manifest.weights)
+        header_findings = check_adapter_header(pair.weights, manifest.weights)
         readable = not header_findings
         findings += [*header_findings, *check_adapter_config(pair, modules)]
     of_original = check_original_weights(pair, base, file_findings) if base is not None else []
     findings = [*of_original, *findings]  # first, because it explains the others
-    if readable and not of_original and any(finding.where == LORA_WEIGHTS for finding in file_findings):
+    if readable and not of_original and any(finding.where == pair.adapter_files[1] for finding in file_findings):
         findings += check_initial_factors(pair)
 
     if adapter is not None:
+        untrained = find_untrained(pair, adapter) if readable else []
+        findings += untrained
         findings += check_trained_adapter(pair, adapter, modules, compare_values=readable)
         checked["adapter"] = given_adapter
     if original is not None and base is not None and readable:
         model = open_model(fetch_original(manifest, original))
-        findings += compare_with_model(base, pair.folder / LORA_WEIGHTS, model, manifest, all_components=all_components)
+        findings += compare_with_model(base, pair.weights, model, manifest, all_components=all_components)
         components = "all" if all_components else "sample"
         checked |= {"model": original.model, "tensors": len(base.tensors), "components": components}
-    code = verdict_code(findings, trained=adapter is not None)
+    code = verdict_code(findings, trained=adapter is not None and not untrained)
     return Verdict(pair.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
 
 

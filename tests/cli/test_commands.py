@@ -217,7 +217,11 @@ def test_two_names_for_one_option_are_refused(tmp_path: Path, said: Said) -> Non
     recipe.write_text("rank: 4\nlora_r: 8\n")
     status, _, error = said("m", "-o", "o", "--recipe", recipe)
     assert status == 2
-    assert "`lora_r` is a second name of `rank`" in error
+    assert "`rank` and `lora_r` are two names of one option" in error
+    for words in (("--lora_r", "4", "--rank", "8"), ("--bf16", "--fp16"), ("--dtype", "float32", "--bf16")):
+        status, _, error = said("m", "-o", "o", *words)
+        assert status == 2
+        assert "are two names of one option" in error
 
 
 def test_a_model_without_the_default_targets_gets_all_linear_and_a_warning(
@@ -310,6 +314,12 @@ def test_fail_on_gives_status_1_and_keeps_the_output(
     found, _, error = said(source, "-o", tmp_path / "out", *ON_THE_CPU, "--fail-on", limit)
     assert found == status
     assert (f"--fail-on {limit.partition('=')[0]}=" in error) == bool(status)
+    found, text, _ = said(source, "-o", tmp_path / "out", *ON_THE_CPU, "--fail-on", limit, "--json")
+    assert found == status
+    name, _, value = limit.partition("=")
+    exceeded = [(of["name"], of["limit"]) for of in json.loads(text).get("exceeded", [])]
+    assert exceeded == [(name, float(value))] * status
+    assert json.loads(text).get("exit_code", 0) == status
     assert (tmp_path / "out" / "milora_init.json").is_file()
 
 

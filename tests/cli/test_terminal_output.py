@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +36,28 @@ def test_without_a_terminal_each_shard_is_a_line_with_the_time_left(
     assert "left" not in lines[-1]
 
 
-def test_on_a_terminal_the_bar_counts_modules_and_names_the_one_in_work(
+def pretend_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+
+def test_colour_that_is_forced_into_a_file_brings_no_bar(
     start: Start, checkpoint: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
+    with Bar(quiet=False, verbose=False) as bar:
+        bar.planning("m")
+        start(checkpoint("llama"), progress=bar)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    assert "\x1b[?25l" not in said  # hides the cursor
+    assert "[1/10]" in said
+
+
+def test_on_a_terminal_the_bar_counts_modules_and_names_the_one_in_work(
+    start: Start, checkpoint: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_a_terminal(monkeypatch)
     monkeypatch.setenv("COLUMNS", "160")
     with Bar(quiet=False, verbose=False) as bar:
         manifest = start(checkpoint("llama"), progress=bar)
@@ -92,7 +111,7 @@ def test_a_string_is_one_line_of_plain_text_wherever_it_is_printed() -> None:
 def test_a_name_in_a_bar_or_a_spinner_does_not_steer_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    pretend_a_terminal(monkeypatch)
     monkeypatch.setenv("COLUMNS", "300")
     bar = Bar(quiet=False, verbose=False)
     with bar:

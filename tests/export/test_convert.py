@@ -18,8 +18,8 @@ from support.training import digests, load, logits, train
 from milora_init.api import convert
 from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError, UsageError
-from milora_init.export.convert import best_rank
 from milora_init.export.merge import merge
+from milora_init.linalg.low_rank import product_svd
 from milora_init.manifest import Manifest
 from milora_init.records import CONVERTED
 from milora_init.verification.verify import verify
@@ -109,15 +109,17 @@ def test_compression_is_the_best_of_its_rank_and_reports_the_loss(
         assert float((exact - kept).norm() / s.norm()) == pytest.approx(module.lost, rel=1e-2)
 
 
-def test_best_rank_at_full_rank_is_the_product(tmp_path: Path) -> None:
+def test_a_product_at_full_rank_is_itself_and_a_zero_product_loses_nothing() -> None:
     torch.manual_seed(0)
     B, A = torch.randn(9, 4, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
-    left, right, lost = best_rank(B, A, 4)
+    product = product_svd(B, A)
+    left, right = product.factors(4)
     torch.testing.assert_close(left @ right, B @ A)
-    assert lost == 0
-    zero_left, zero_right, lost = best_rank(B, 0 * A, 2)
-    assert not (zero_left @ zero_right).any()
-    assert lost == 0
+    assert product.lost(4) == 0
+    zero = product_svd(B, 0 * A)
+    left, right = zero.factors(2)
+    assert not (left @ right).any()
+    assert (zero.lost(2), zero.rank_for(0.9)) == (0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +165,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MiloraError], str]] = {
     "another rank": (lambda t: edit(t, r=8), CheckpointError, "rank 8"),
     "another alpha": (lambda t: edit(t, lora_alpha=99), PlanError, "scale"),
     "another base": (_another, PlanError, "unrelated to the adapter that this base was made with"),
-    "DoRA": (lambda t: edit(t, use_dora=True), PlanError, "use_dora"),
-    "bias": (lambda t: edit(t, bias="all"), PlanError, "bias"),
-    "modules_to_save": (lambda t: edit(t, modules_to_save=["lm_head"]), PlanError, "modules_to_save"),
+    "DoRA": (lambda t: edit(t, use_dora=True), CheckpointError, "lora_magnitude_vector"),
+    "a bias of the factors": (lambda t: edit(t, lora_bias=True), PlanError, "lora_bias"),
+    "modules_to_save": (lambda t: edit(t, modules_to_save=["lm_head"]), CheckpointError, "modules_to_save"),
+    "tokens": (lambda t: edit(t, trainable_token_indices=[1]), CheckpointError, "trainable_token_indices"),
     "experts": (
         lambda t: edit(t, target_parameters=["experts.gate_up_proj"]),
         PlanError,

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
+
+pytestmark = pytest.mark.usefixtures("file_by_file")
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
@@ -124,11 +127,11 @@ def test_an_interrupted_merge_is_resumed_by_the_same_command(
     made: list[str] = []
     interrupt_at = 2  # finished files
 
-    def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
+    def cut_off(shard: ShardWriter[None], *cancelled: Any) -> Any:
         if len(made) == interrupt_at:
             raise KeyboardInterrupt
         made.append(shard.name)
-        return real(shard)
+        return real(shard, *cancelled)
 
     monkeypatch.setattr(ShardWriter, "finish", cut_off)
     with pytest.raises(KeyboardInterrupt):
@@ -210,7 +213,7 @@ def odd_parameters(out: Path, trained: Path) -> None:
         (a_key_missing, CheckpointError, "incomplete"),
         (a_key_too_many, PlanError, "lm_head"),
         (of_another_base, PlanError, "unrelated to the adapter"),
-        (with_dora, PlanError, "use_dora"),
+        (with_dora, CheckpointError, "lora_magnitude_vector"),
         (not_finite, PlanError, "NaN or infinite"),
         (another_initial, PlanError, "is not the adapter that its base was made with"),
         (another_scale, PlanError, "its base was made with scale 1"),
@@ -495,11 +498,11 @@ def test_a_changed_file_of_an_interrupted_merge_is_written_again(
     merge(str(out), str(tmp_path / "uninterrupted"))
     made: list[str] = []
 
-    def cut_off(shard: ShardWriter[None]) -> dict[str, int]:
+    def cut_off(shard: ShardWriter[None], *cancelled: Any) -> Any:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(shard.name)
-        return real(shard)
+        return real(shard, *cancelled)
 
     monkeypatch.setattr(ShardWriter, "finish", cut_off)
     with pytest.raises(KeyboardInterrupt):

@@ -19,11 +19,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.sft_config import SFTConfig
 
 from milora_init.api import convert
 from milora_init.export.merge import merge
 from milora_init.options import InitOptions
+from milora_init.report import loading_lines
 from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
@@ -162,6 +164,63 @@ def test_the_grpo_reference_is_the_original_model(working_folder: Path) -> None:
     model.set_adapter("ref")
     torch.testing.assert_close(logits(model), logits(load(working_folder / "own")), **NEAR)
     assert verify("svd_init", adapter="trained").code == "trained_pair"
+
+
+def rl_output(method: str) -> tuple[Any, Any]:
+    """A trainable model of an output that is made now, and its tokenizer."""
+    out = f"./{method}"
+    manifest = initialize(InitOptions(model="own", out=out, rank=4, device=("cpu",), method=method, alpha=8))
+    names: dict[str, Any] = {}
+    exec(loading_lines(manifest), names)
+    tokenizer: Any = transformers.AutoTokenizer
+    return names["model"], tokenizer.from_pretrained("own")
+
+
+def require_a_training_of(method: str, folder: Path, model: Any) -> None:
+    """The adapter was trained, fits its output, and what the base or the original holds has not moved."""
+    model.set_adapter("default")
+    model.save_pretrained(folder / "trained", selected_adapters=["default"])
+    verdict = verify(method, adapter="trained")
+    assert verdict.code == ("trained_adapter" if method == "rlmo" else "trained_pair"), verdict.findings
+    initial = Path(method) / ("" if method == "rlmo" else "lora") / "adapter_model.safetensors"
+    before, after = load_file(initial), load_file(folder / "trained" / "adapter_model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    model.set_adapter("ref")
+    torch.testing.assert_close(logits(model), logits(load(folder / "own")), **NEAR)
+
+
+@pytest.mark.parametrize("method", ["rlmo", "olora-tail"])
+def test_dpo_compares_with_the_original(method: str, working_folder: Path) -> None:
+    model, tokenizer = rl_output(method)
+    arguments = short_run(DPOConfig, max_steps=2)
+    trainer: Any = DPOTrainer(model, args=arguments("run"), train_dataset=preferences(), processing_class=tokenizer)
+    plain: Any = DPOTrainer(
+        load(working_folder / "own"), load(working_folder / "own"), arguments("plain"), train_dataset=preferences(),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+    expected = plain.compute_ref_log_probs(plain.ref_model, batch)
+    for _ in ("before", "after"):  # the training does not change the reference
+        found = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+        torch.testing.assert_close(found, expected, **NEAR)
+        trainer.train()
+    require_a_training_of(method, working_folder, model)
+
+
+@pytest.mark.parametrize("method", ["rlmo", "olora-tail"])
+def test_grpo_compares_with_the_original(method: str, working_folder: Path) -> None:
+    prompts = Dataset.from_dict({"prompt": [sentence(number, 4) for number in range(8)]})
+    model, tokenizer = rl_output(method)
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(set(text.split()))) for text in completions]
+
+    arguments = short_run(GRPOConfig, num_generations=2, max_completion_length=4, max_steps=2, beta=0.04)
+    trainer: Any = GRPOTrainer(
+        model, reward_funcs=reward, args=arguments("run"), train_dataset=prompts, processing_class=tokenizer
+    )
+    trainer.train()
+    require_a_training_of(method, working_folder, model)
 
 
 def test_the_readme_has_a_block_for_each_trainer() -> None:

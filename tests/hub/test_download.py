@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def put_up_a_large_model(hub: Hub, folder: Path) -> None:
     hub.repositories["tiny/llama"].commit({**small, "model.safetensors": save(tensors, metadata={"format": "pt"})})
 
 
-@pytest.mark.parametrize("ranges", ["ignored", "elsewhere", "unnamed"])
+@pytest.mark.parametrize("ranges", ["elsewhere", "unnamed"])
 def test_a_server_that_does_not_send_the_range_is_refused_and_not_read(
     ranges: str, hub: Hub, milora: Command, checkpoint: Built
 ) -> None:
@@ -201,11 +202,12 @@ def test_a_server_that_does_not_send_the_range_is_refused_and_not_read(
     assert hub.sent < 16 << 20  # what the sockets between the two hold, and no more
 
 
+@pytest.mark.parametrize("ranges", ["whole", "ignored"])
 def test_a_server_that_sends_more_than_the_range_is_read_to_its_end(
-    hub: Hub, milora: Command, checkpoint: Built
+    ranges: str, hub: Hub, milora: Command, checkpoint: Built
 ) -> None:
     put_up_a_large_model(hub, checkpoint("llama"))
-    hub.ranges = "whole"
+    hub.ranges = ranges
     done = milora(*INIT, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert hub.sent < 16 << 20
@@ -369,22 +371,114 @@ def test_an_index_on_the_hub_that_names_a_file_outside_is_refused(name: str, hub
     assert "outside the folder" in done.stderr or "is missing on the Hub" in done.stderr
 
 
-def test_without_a_base_only_shards_with_adapted_weights_are_downloaded(
-    hub: Hub, milora: Command, tmp_path: Path
+RLMO = (*INIT, "--method", "rlmo", "--target", "q_proj,down_proj")
+
+
+def targeted_bytes(hub: Hub, targets: tuple[str, ...] = ("q_proj", "down_proj")) -> Counter[str]:
+    """By file: the bytes of the header and of the tensors that are adapted."""
+    found: Counter[str] = Counter()
+    for name, data in hub.repositories["tiny/llama"].files.items():
+        if name.endswith(".safetensors"):
+            length = int.from_bytes(data[:8], "little")
+            for tensor, info in json.loads(data[8 : 8 + length]).items():
+                if any(f".{target}." in tensor for target in targets):
+                    found[name] += info["data_offsets"][1] - info["data_offsets"][0]
+    return found
+
+
+def test_without_a_base_only_the_tensors_that_are_adapted_are_downloaded(
+    hub: Hub, milora: Command, checkpoint: Built, start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    arguments = (*INIT, "--method", "rlmo", "--target", "q_proj")
-    plan = json.loads(milora(*arguments, "--dry-run", "--json").stdout)
-    needed = {shard["source"] for shard in plan["shards"]}
-    sizes = shards(hub)
-    assert 0 < len(needed) < len(sizes)
-    assert plan["download_bytes"] == sum(sizes[name] for name in needed)
-    assert plan["base_bytes"] == 0
-    done = milora(*arguments, "--json")
+    planned = json.loads(milora(*RLMO, "--dry-run", "--json").stdout)
+    needed = targeted_bytes(hub)
+    assert {shard["source"] for shard in planned["shards"]} == needed.keys()
+    assert len(needed) < len(shards(hub))
+    headers = Counter(dict(hub.served))  # the dry run has read them, each at the start of its file
+    assert 0 <= planned["download_bytes"] - needed.total() < 2000 * len(needed)  # each part has a header
+    assert planned["base_bytes"] == 0
+    hub.served.clear()
+    done = milora(*RLMO, "--json")
     assert done.returncode == 0, done.stderr
-    downloaded = {path.name for path in (tmp_path / "home").rglob("*.safetensors")}
-    assert downloaded == needed
+    for name in shards(hub):
+        path = f"tiny/llama/{name}"
+        assert hub.served[path] == headers[path] + needed[name], name
+    assert not list((tmp_path / "home").rglob("*.safetensors"))  # nothing is kept, in the cache or beside the output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "milora_init.json",
+    }  # fmt: skip
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     commit = hub.repositories["tiny/llama"].commits[0][0]
     assert (config["base_model_name_or_path"], config["revision"]) == ("tiny/llama", commit)
-    load = json.loads(done.stdout)["load"]
-    assert f'from_pretrained("tiny/llama", dtype="auto", revision="{commit}")' in load
+    assert f'from_pretrained("tiny/llama", dtype="auto", revision="{commit}")' in json.loads(done.stdout)["load"]
+    start(checkpoint("llama"), out=str(tmp_path / "local"), method="rlmo", target=("q_proj", "down_proj"))
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "local" / weights).read_bytes() == (tmp_path / "out" / weights).read_bytes()
+
+
+def test_a_part_is_a_fraction_of_a_large_file(hub: Hub, milora: Command, checkpoint: Built) -> None:
+    put_up_a_large_model(hub, checkpoint("llama"))
+    done = milora(*RLMO)
+    assert done.returncode == 0, done.stderr
+    assert hub.served["tiny/llama/model.safetensors"] < 1 << 20
+
+
+def test_a_connection_cut_in_the_middle_of_a_tensor_is_taken_up_there(hub: Hub, milora: Command) -> None:
+    assert milora(*RLMO, "--dry-run").returncode == 0
+    cut: list[str] = []
+
+    def fault(method: str, path: str) -> str | None:
+        if method == "GET" and path.endswith(".safetensors") and len(cut) < 2:
+            cut.append(path)
+            return "cut"
+        return None
+
+    hub.fault = fault
+    done = milora(*RLMO)
+    assert done.returncode == 0, done.stderr
+    assert len(cut) == 2
+    assert milora("verify", "out", "--model", "tiny/llama", "--all").returncode == 0
+
+
+def test_a_server_that_ignores_ranges_sends_the_whole_files_with_one_note(
+    hub: Hub, milora: Command, tmp_path: Path
+) -> None:
+    hub.ranges = "ignored"
+    done = milora(*RLMO)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("note: ") == 1
+    assert "the Hub sends the whole file: the files are downloaded as a whole" in done.stderr
+    assert {path.name for path in (tmp_path / "home").rglob("*.safetensors")} == targeted_bytes(hub).keys()
+    assert milora("verify", "out", "--model", "tiny/llama", "--all").returncode == 0
+
+
+@pytest.mark.parametrize("ranges", ["whole", "elsewhere", "unnamed"])
+def test_an_answer_with_another_range_of_a_tensor_is_refused(
+    ranges: str, hub: Hub, milora: Command, tmp_path: Path
+) -> None:
+    hub.fault = lambda *_: setattr(hub, "ranges", ranges if len(hub.served) >= len(shards(hub)) else "right")
+    done = milora(*RLMO)
+    assert done.returncode == 1
+    assert "the Hub answered with status" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_a_part_that_does_not_fit_the_disk_is_refused_before_it_is_fetched(hub: Hub, milora: Command) -> None:
+    """A listing and a header that claim a tensor of some petabytes."""
+    name = "model-00003-of-00010.safetensors"
+    data = hub.repositories["tiny/llama"].files[name]
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    last = max(header, key=lambda tensor: header[tensor]["data_offsets"][1])
+    header[last]["shape"] = [1 << 26, 1 << 26]
+    header[last]["data_offsets"][1] = header[last]["data_offsets"][0] + (1 << 54)
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
+    files = {**hub.repositories["tiny/llama"].files, name: len(text).to_bytes(8, "little") + text}
+    hub.repositories["tiny/llama"].commit(files)
+    size = 8 + len(text) + header[last]["data_offsets"][1]
+    hub.entry = lambda entry: entry.update(size=size) if entry["path"] == name else None
+    done = milora(*RLMO)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert hub.served[f"tiny/llama/{name}"] <= len(text) + 8

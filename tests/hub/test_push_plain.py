@@ -143,7 +143,11 @@ def test_one_kind_of_output_replaces_another_as_a_whole(hub: Hub, milora: Comman
     for number, (name, code) in enumerate(
         (("out", "pair"), ("plain", "converted"), ("merged", "merged"), ("out", "pair"))
     ):
-        assert milora("push", name, "me/x").returncode == 0
+        if number:
+            refused = milora("push", name, "me/x")
+            assert refused.returncode == 1
+            assert "me/x holds another output of milora-init" in refused.stderr
+        assert milora("push", name, "me/x", "--overwrite").returncode == 0
         there = fetched(hub, "me/x", tmp_path / str(number))
         assert verify(there).code == code
         assert len([file for file in hub.repositories["me/x"].files if file.startswith("milora_")]) == 1

@@ -142,7 +142,7 @@ def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
 
 def test_a_zero_weight_has_zero_figures() -> None:
     made = split(torch.zeros(8, 12), 3, dtype=torch.bfloat16)
-    assert made.rounding == Rounding(0.0, 0.0, 0.0, dict.fromkeys(("bfloat16", "float16", "float32"), 0.0))
+    assert made.rounding == Rounding(0.0, 0.0, 0.0, dict.fromkeys(("bfloat16", "float16", "float32", "nf4"), 0.0))
     assert not made.residual.any()
     assert not product(made, 1.0).any()
 

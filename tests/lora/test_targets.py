@@ -85,7 +85,7 @@ SLOW = "re:([a-z_.0-9]+)*!"
 def test_matching_a_regular_expression_has_a_time_limit(
     pattern: str, checkpoint: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("milora_init.lora.targets._LIMIT_S", 0.2)
+    monkeypatch.setattr("milora_init.lora.targets._REGEX_LIMIT_S", 0.2)
     structure = structure_of(checkpoint("llama"))
     for asked in ([pattern], []), (["q_proj"], [pattern]):
         with pytest.raises(PlanError, match=r"takes more than 0\.2 s to match") as caught:
@@ -96,7 +96,7 @@ def test_matching_a_regular_expression_has_a_time_limit(
 def test_rank_and_alpha_patterns_have_the_same_time_limit(
     checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("milora_init.lora.targets._LIMIT_S", 0.2)
+    monkeypatch.setattr("milora_init.lora.targets._REGEX_LIMIT_S", 0.2)
     for option in ("rank_pattern", "alpha_pattern"):
         given: dict[str, Any] = {option: {SLOW: 2}}
         options = InitOptions(model=str(checkpoint("llama")), out=str(tmp_path / "out"), **given)

@@ -101,7 +101,7 @@ def test_a_rank_as_high_as_the_smallest_weight_is_planned(checkpoint: Built) -> 
     assert not any("stays in the base" in notice for notice in plan(checkpoint("llama"), rank=15).notices)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
 def test_a_packed_weight_is_refused_by_name(dtype: torch.dtype, own: Built) -> None:
     folder = own("llama")
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -113,18 +113,17 @@ def test_a_packed_weight_is_refused_by_name(dtype: torch.dtype, own: Built) -> N
     assert "unquantised" in caught.value.hint
 
 
-@pytest.mark.parametrize(("dtype", "what"), [(torch.int8, "packed"), (torch.float8_e4m3fn, "fp8")])
-def test_a_packed_weight_is_told_where_it_is_not_targeted(dtype: torch.dtype, what: str, own: Built) -> None:
+def test_a_packed_weight_is_told_where_it_is_not_targeted(own: Built) -> None:
     folder = own("llama")
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors = tiny_models.tensors(folder)
-    tensors[name] = tensors[name].to(dtype)
+    tensors[name] = tensors[name].to(torch.int8)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert any(
-        f"1 tensors look quantised ({what}), the first is {name}" in notice
+        f"1 tensors look quantised (packed), the first is {name}" in notice
         for notice in plan(folder, target=("v_proj",)).notices
     )
-    with pytest.raises(PlanError, match=what):
+    with pytest.raises(PlanError, match="packed"):
         plan(folder, target=("q_proj",))
 
 

@@ -27,6 +27,8 @@ from milora_init.run.progress import Progress
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
+
+pytestmark = pytest.mark.usefixtures("file_by_file")
 Damage = Callable[[Path], None]
 
 

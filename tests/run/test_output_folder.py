@@ -35,6 +35,8 @@ from milora_init.verification.verify import verify
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 
+pytestmark = pytest.mark.usefixtures("file_by_file")
+
 
 def states(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -54,7 +56,21 @@ def test_a_finished_output_holds_exactly_the_documented_files(start: Start, chec
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "old.gguf", "lora/notes", "tokenizer.json"]
+    "name",
+    [
+        "model.safetensors",
+        "pytorch_model.bin",
+        "config.json",
+        "old.gguf",
+        "lora/notes",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "adapter_config.json",
+        "spiece.model",
+        "vocab.txt",
+        "chat_template.jinja",
+        "modeling_x.py",
+    ],
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_with_other_model_files_is_refused_and_unchanged(
@@ -420,14 +436,14 @@ def test_an_adapter_folder_that_is_a_link_out_is_neither_written_nor_cleared(
     assert states(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["shard", "tokenizer.json", "lora/adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "lora/adapter_model.safetensors"])
 def test_a_link_instead_of_an_unfinished_file_is_not_followed(
     name: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source, out, mine = checkpoint("llama"), tmp_path / "out", tmp_path / "mine"
     interrupt_after_two_shards(start, source, out)
     mine.write_bytes(b"mine")
-    path = out / f"{shards(source)[2] if name == 'shard' else name}.partial"
+    path = out / f"{name}.partial"
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(mine)
     start(source)

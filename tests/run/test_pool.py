@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from milora_init.run import devices
 from milora_init.run import initialize as initializing
 from milora_init.run import pool as pools
 from milora_init.run.devices import multiply_rate, resolve_devices
-from milora_init.run.pool import DeviceLock, HashPool, SolverPool, one_ahead
+from milora_init.run.pool import DeviceLock, FilePool, SolverPool
 from milora_init.run.progress import Progress
 
 CPU = torch.device("cpu")
@@ -330,41 +330,24 @@ def test_several_devices_make_the_same_bytes_as_one(
     assert {"lora/adapter_model.safetensors", "model.safetensors.index.json"} < made[0].keys()
 
 
-def test_one_ahead_yields_each_item_after_producing_the_next() -> None:
-    events: list[str] = []
-
-    def produced(count: int) -> Iterator[int]:
-        for number in range(count):
-            events.append(f"produce {number}")
-            yield number
-
-    assert list(one_ahead(produced(0))) == []
-    for number in one_ahead(produced(3)):
-        events.append(f"take {number}")
-    assert events == ["produce 0", "produce 1", "take 0", "produce 2", "take 1", "take 2"]
-
-
-def test_after_a_failure_hashes_are_cancelled_and_submitted_jobs_are_finished(tmp_path: Path) -> None:
-    """An interrupted run does not wait for the hash of a source, but it still records a finished shard."""
+def test_after_a_failure_a_running_hash_is_cancelled(tmp_path: Path) -> None:
+    """An interrupted run does not wait for the hash of a file."""
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", 1 << 38)  # a sparse file, which takes minutes to hash
-    recorded: list[int] = []
 
     def fail() -> None:
-        with HashPool() as pool:
+        with FilePool() as pool:
             futures.append(pool.sha256(tmp_path / "large"))
-            pool.submit(lambda: recorded.append(1))
             raise KeyboardInterrupt
 
     futures: list[Future[str]] = []
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert recorded == [1]
     with pytest.raises(CancelledError):
         futures[0].result(TIMEOUT_S)
 
 
-def test_the_hash_pool_returns_the_sha256_of_the_file(tmp_path: Path) -> None:
+def test_the_file_pool_returns_the_sha256_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x" * 3_000_000)
-    with HashPool() as pool:
+    with FilePool() as pool:
         assert pool.sha256(tmp_path / "x").result(TIMEOUT_S) == hashlib.sha256(b"x" * 3_000_000).hexdigest()

@@ -21,6 +21,8 @@ from milora_init.run.journal import Entry, Head, Journal
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 
+pytestmark = pytest.mark.usefixtures("file_by_file")
+
 
 def weights_and_adapter(out: Path) -> dict[str, bytes]:
     """All files except the manifest, which holds times."""
@@ -148,15 +150,16 @@ def test_a_damaged_journal_is_an_error_that_names_it(
 
 
 def test_the_files_of_a_killed_run_are_resumed_or_overwritten(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    """A kill runs no cleaning code: the partial file of the current shard is still there."""
+    """A kill runs no cleaning code: the folder of the current attempt is still there."""
     source = checkpoint("llama")
     for options in ({}, {"rank": 3, "overwrite": True}):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         interrupt_after_two_shards(start, source, tmp_path / "out")
-        partial = tmp_path / "out" / f"{shards(source)[2]}.partial"
-        partial.write_bytes(b"half")
+        attempt = tmp_path / "out" / WORK_FOLDER / "attempts" / "0"
+        attempt.mkdir(parents=True, exist_ok=True)
+        (attempt / f"{shards(source)[2]}.partial").write_bytes(b"half")
         assert start(source, **options).files
-        assert not partial.exists()
+        assert not attempt.exists()
 
 
 def damage(path: Path) -> None:

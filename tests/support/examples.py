@@ -13,15 +13,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from milora_init import api
+from support import quantised
 
 HUB_MODEL = "meta-llama/Llama-2-7b-hf"
-MODELS = ("my-model", HUB_MODEL, "HuggingFaceTB/SmolLM2-135M")  # each a folder with the small Llama
+FP8_MODEL = "my-fp8-model"
+MODELS = ("my-model", FP8_MODEL, HUB_MODEL, "HuggingFaceTB/SmolLM2-135M")  # each a folder with the small Llama
 RECIPE = "target: [q_proj, v_proj, down_proj]\nrank: 32\n"
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(60))]
 
 
 def make(folder: Path) -> None:
-    """Write ./my-model, ./svd_init, ./trained, ./merged, ./plain and ./mine.yaml into a folder."""
+    """Write ./my-model, ./my-fp8-model, ./svd_init, ./trained, ./merged, ./plain and ./mine.yaml into a folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         _make()
@@ -47,6 +49,11 @@ def _make() -> None:
         tokenizer(
             tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
         ).save_pretrained(name)
+    quantised.rewrite(
+        Path(FP8_MODEL),
+        lambda name, W: quantised.fp8_blocks(name, W) if quantised.is_projection(name) else None,
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    )
     api.initialize(HUB_MODEL, "./svd_init", rank=64, progress=False)
     shutil.copytree("svd_init/lora", "trained")
     tensors = load_file("trained/adapter_model.safetensors")

@@ -23,8 +23,8 @@ def pattern_options(family: Family) -> dict[str, Any]:
     return {"rslora": True, "rank_pattern": {last: 3}, "alpha_pattern": {first: 5, last: 7}}
 
 
-def initialize_family(name: str, folder: Path, dtype: str, **options: Any) -> tuple[Path, Path, Manifest]:
-    family = FAMILIES[name]
+def initialize_family(name: str | Family, folder: Path, dtype: str, **options: Any) -> tuple[Path, Path, Manifest]:
+    family = FAMILIES[name] if isinstance(name, str) else name
     source, out = architectures.save(folder / "source", family, dtype), folder / "out"
     asked = InitOptions(
         model=str(source), out=str(out), **{"rank": 4, "target": family.targets, "device": ("cpu",), **options}
@@ -37,6 +37,13 @@ def load(family: Family, folder: Path, adapter: Path | None = None, *, trainable
     return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
 
 
+def load_on_original(family: Family, source: Path, adapter: Path, *, trainable: bool = False) -> Any:
+    """The original model with an adapter of it, as the loading lines of a method without a base load them."""
+    return peft.PeftModel.from_pretrained(
+        load(family, source), str(adapter), is_trainable=trainable, low_cpu_mem_usage=True
+    )
+
+
 def model_output(family: Family, model: Any) -> Tensor:
     with torch.no_grad():
         output: Tensor = model.eval()(**architectures.model_inputs(family))[0]
@@ -45,8 +52,12 @@ def model_output(family: Family, model: Any) -> Tensor:
 
 def train(family: Family, out: Path, to: Path) -> Path:
     """Train the pair in `out` with 20 steps of AdamW and save the adapter in `to`."""
+    return train_model(family, load(family, out, out / "lora", trainable=True), to)
+
+
+def train_model(family: Family, model: Any, to: Path) -> Path:
+    """Train the adapter of a model with 20 steps of AdamW and save it in `to`."""
     torch.manual_seed(0)
-    model = load(family, out, out / "lora", trainable=True).train()
     target_output = torch.randn_like(model_output(family, model))
     model.train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)

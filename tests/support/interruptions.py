@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_init.manifest import WORK_FOLDER, Manifest
+from milora_init.manifest import WORK_FOLDER, Manifest, WeightRecord
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.plan import Plan
 from milora_init.run.progress import Progress, ShardResult
@@ -27,7 +27,7 @@ class InterruptAt(Progress):
         if self.when == "inside" and self.seen == self.at:
             raise InterruptedRunError
 
-    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+    def shard(self, result: ShardResult[WeightRecord], finished: int, of: int, elapsed_s: float) -> None:
         if self.when == "after" and self.seen == self.at:
             raise InterruptedRunError
         self.seen += 1
@@ -43,7 +43,7 @@ class ShardLog(Progress):
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
         self.done_bytes = sum(plan.checkpoint.headers[job.source.name].data_bytes for job in done)
 
-    def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+    def shard(self, result: ShardResult[WeightRecord], finished: int, of: int, elapsed_s: float) -> None:
         self.made.append(result.shard)
 
 

@@ -49,23 +49,32 @@ class KilledRuns:
         self.uninterrupted = self.uninterrupted_run(work)
         self.runs = self.completed = self.killed = 0
 
-    def run(self, prepare: Callable[[], None], *, after_s: float | None = None) -> None:
-        """Fork a run and kill it by `prepare` or after a time; check the files it left; resume and compare."""
+    def run(self, arm_kill: Callable[[], None], *, after_s: float | None = None) -> None:
+        """Fork a run that is killed; check the files it left; resume it, and compare.
+
+        Args:
+            arm_kill: Called in the fork before the command; it makes the process kill itself later.
+            after_s: Kill it from outside after this time.
+        """
         self.runs += 1
         os.chdir(self._fresh())
-        self._fork(self.work, prepare, after_s)
+        self._fork(self.work, arm_kill, after_s)
         self._require_named_files_to_be_complete()
         self.work()
         self._require_the_bytes_of_an_uninterrupted_run()
 
-    def overwrite(self, earlier: Work, over_it: Work, prepare: Callable[[], None]) -> None:
-        """The same for a run that overwrites an earlier output of rank 3."""
+    def overwrite(self, earlier: Work, overwriting: Work, arm_kill: Callable[[], None]) -> None:
+        """Kill a run that overwrites an earlier output of rank 3.
+
+        A finished output in the folder must then be the whole earlier one or the whole new one.
+        """
         self.runs += 1
         before = self.uninterrupted_run(earlier)
-        self._fork(over_it, prepare)
+        self._fork(overwriting, arm_kill)
         if (Path("out") / MANIFEST).exists():
-            assert self._files().items() >= (before if read_rank() == 3 else self.uninterrupted).items()
-        over_it()
+            expected = before if read_rank() == 3 else self.uninterrupted
+            assert self._files().items() >= expected.items()
+        overwriting()
         self._require_the_bytes_of_an_uninterrupted_run()
 
     def kill_at_random_moments(self, count: int) -> None:
@@ -85,18 +94,18 @@ class KilledRuns:
         work()
         return self._files()
 
-    def counts(self) -> dict[str, int]:
-        """The counts since the last call."""
+    def take_counts(self) -> dict[str, int]:
+        """The counts since the last call; they start again from 0."""
         counts = {"runs": self.runs, "killed": self.killed, "completed": self.completed}
         self.runs = self.completed = self.killed = 0
         return counts
 
-    def _fork(self, work: Work, prepare: Callable[[], None], after_s: float | None = None) -> None:
+    def _fork(self, work: Work, arm_kill: Callable[[], None], after_s: float | None = None) -> None:
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                prepare()
+                arm_kill()
                 work()
                 status = 0
             except BaseException:
@@ -157,41 +166,45 @@ def kill_this_process() -> None:
 def kill_at_journal_line(number: int, when: str) -> Callable[[], None]:
     """Kill the run at line `number` of the journal: before it, after half of it, or after it."""
 
-    def prepare() -> None:
-        real, seen = Journal.append, [0]
+    seen = 0
+
+    def arm() -> None:
+        real = Journal.append
 
         def append(self: Journal, line: Head | Entry) -> None:
-            if seen[0] == number and when == "before":
+            nonlocal seen
+            if seen == number and when == "before":
                 kill_this_process()
-            if seen[0] == number and when == "half":
+            if seen == number and when == "half":
                 with self.path.open("ab") as file:
                     file.write(json.dumps(line.to_json()).encode()[:40])
                 kill_this_process()
             real(self, line)
-            if seen[0] == number:
+            if seen == number:
                 kill_this_process()
-            seen[0] += 1
+            seen += 1
 
         Journal.append = append  # type: ignore[method-assign]
 
-    return prepare
+    return arm
 
 
 def kill_at_step(number: int) -> Callable[[], None]:
     """Kill the run before file operation `number` (from 0) of any thread; STEPS lists the operations."""
 
-    def prepare() -> None:
-        left = [number]
+    left = number
 
+    def arm() -> None:
         def hook(event: str, _: tuple[Any, ...]) -> None:
+            nonlocal left
             if event in STEPS:
-                left[0] -= 1
-                if left[0] < 0:
+                left -= 1
+                if left < 0:
                     kill_this_process()
 
         sys.addaudithook(hook)
 
-    return prepare
+    return arm
 
 
 def main(source: Path, folder: Path, wanted: Sequence[str]) -> None:
@@ -203,38 +216,35 @@ def main(source: Path, folder: Path, wanted: Sequence[str]) -> None:
         wanted: Some of journal, steps:STRIDE, overwrites:STRIDE, moments:COUNT, merges:STRIDE, merge-moments:COUNT.
     """
     options = InitOptions(model=str(source), out="out", rank=4, device=("cpu",), mode="random")
-    plan, earlier, over_it = (
+    plan, earlier, overwriting = (
         make_plan(o, source) for o in (options, replace(options, rank=3), replace(options, overwrite=True))
     )
     inits = KilledRuns(folder, lambda: run_plan(plan))
+
+    def merges() -> KilledRuns:
+        base = folder.with_name("base")
+        if not base.exists():
+            inits.uninterrupted_run(inits.work)
+            shutil.copytree(folder / "out", base)
+        return KilledRuns(folder, partial(merge, str(base), "out"))
+
     counts = {}
     for word in wanted:
         kind, _, amount = word.partition(":")
-        runs = inits
+        runs = merges() if kind.startswith("merge") else inits
         if kind == "journal":
             for number in range(len(plan.jobs) + 1):
                 for when in ("before", "half", "after"):
                     runs.run(kill_at_journal_line(number, when))
-        elif kind == "steps":
-            while not runs.completed:
-                runs.run(kill_at_step(runs.runs * int(amount)))
-        elif kind == "overwrites":
-            while not runs.completed:
-                runs.overwrite(
-                    lambda: run_plan(earlier), lambda: run_plan(over_it), kill_at_step(runs.runs * int(amount))
-                )
-        elif kind == "moments":
+        elif kind.endswith("moments"):
             runs.kill_at_random_moments(int(amount))
-        elif kind.startswith("merge"):
-            base = folder.with_name("base")
-            if not base.exists():
-                inits.uninterrupted_run(inits.work)
-                shutil.copytree(folder / "out", base)
-            runs = KilledRuns(folder, partial(merge, str(base), "out"))
-            if kind == "merge-moments":
-                runs.kill_at_random_moments(int(amount))
-            else:
-                while not runs.completed:
-                    runs.run(kill_at_step(runs.runs * int(amount)))
-        counts[kind] = runs.counts()
+        else:
+            # Each run is killed some steps later than the one before it, until one ends before its step.
+            while not runs.completed:
+                kill = kill_at_step(runs.runs * int(amount))
+                if kind == "overwrites":
+                    runs.overwrite(lambda: run_plan(earlier), lambda: run_plan(overwriting), kill)
+                else:
+                    runs.run(kill)
+        counts[kind] = runs.take_counts()
     print(json.dumps(counts))

@@ -13,7 +13,7 @@ import train
 import transformers
 from safetensors.torch import load_file
 from support.training_folders import WORDS, TrainingFolders
-from training_methods import find_start
+from training_methods import METHODS, find_start, make_start
 
 from milora_init.verification.verify import verify
 
@@ -62,6 +62,32 @@ def test_at_step_0_every_method_has_the_loss_of_the_source(training_folders: Tra
         assert content["finished"]
         assert content["steps"] == 2
     assert verify(str(training_folders.pair), adapter=str(tmp_path / "milora" / "adapter")).code == "trained_pair"
+
+
+@pytest.mark.parametrize("method", ["olora-tail", "rlmo", "rlpo", "mica"])
+def test_every_method_of_milora_init_starts_from_the_loss_of_the_source(
+    method: str, training_folders: TrainingFolders, tmp_path: Path
+) -> None:
+    source = transformers.AutoModelForCausalLM.from_pretrained(training_folders.source).eval()
+    make_start(METHODS[method], str(training_folders.source), tmp_path / "out", rank=4)
+    model = train.load_model(find_start(method, str(tmp_path / "out"), dropout=0))
+    truth = losses_of(source, training_folders)
+    assert losses_of(model.train(), training_folders) == pytest.approx(truth, rel=1e-5)  # in training mode too
+    trained = {name.split(".lora_")[1][0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == ({"A"} if method == "mica" else {"A", "B"})
+
+
+def test_an_adapter_of_the_original_is_trained_and_fits_its_output(
+    training_folders: TrainingFolders, tmp_path: Path
+) -> None:
+    out, run = tmp_path / "out", tmp_path / "run"
+    make_start(METHODS["mica"], str(training_folders.source), out, rank=4)
+    options = arguments(training_folders, "mica", run, "--max-steps", "2")
+    options[1] = str(out)
+    assert train.main(options) == 0
+    content = record(run)
+    assert content["after"]["held"] != content["before"]["held"]
+    assert verify(str(out), adapter=str(run / "adapter")).code == "trained_adapter"
 
 
 def test_only_the_response_and_its_end_have_labels(training_folders: TrainingFolders, tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ import evaluate
 import pytest
 import train
 from support.training_folders import TrainingFolders
-from training_methods import METHODS, MismatchError, find_start
+from training_methods import METHODS, MismatchError, find_start, make_start
+
+from milora_init.methods import METHODS as INITIAL
 
 
 def test_the_pair_gives_its_own_rank_alpha_and_dropout(training_folders: TrainingFolders) -> None:
     start = find_start("milora", str(training_folders.pair))
     assert (start.model, start.adapter) == (str(training_folders.pair), str(training_folders.pair / "lora"))
-    assert (start.rank, start.alpha, start.scale, start.dropout) == (4, 4, 1, 0.05)
+    assert (start.rank, start.alpha, start.scale, start.dropout) == (4, 4, 1, 0)
     assert find_start("milora", str(training_folders.pair), dropout=0).dropout == 0
 
 
@@ -34,10 +36,10 @@ def test_a_mode_is_never_read_from_a_path(training_folders: TrainingFolders) -> 
 @pytest.mark.parametrize(
     ("method", "base", "options", "message"),
     [
-        ("pissa", "pair", {}, "mode min, pissa needs mode max"),
+        ("pissa", "pair", {}, "method milora, not pissa"),
         ("lora", "pair", {}, "not the original model"),
         ("full", "pair", {}, "not the original model"),
-        ("milora", "source", {}, "--mode min"),
+        ("milora", "source", {}, "--method milora"),
         ("milora", "pair", {"rank": 8}, "has rank 4, not 8"),
         ("milora", "pair", {"alpha": 8}, "has alpha 4, not 8"),
         ("full", "source", {"rank": 8}, "leave --rank"),
@@ -58,10 +60,25 @@ def test_the_script_refuses_with_status_2_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_every_method_that_has_an_initial_adapter_names_its_mode() -> None:
+def test_every_method_of_milora_init_can_be_trained() -> None:
+    assert METHODS.keys() == INITIAL.keys() | {"lora", "full"}
     for name, method in METHODS.items():
         assert name == method.name
-        assert (method.mode is None) == (method.starts_from in ("fresh", "full"))
+        assert method.is_initial == (name in INITIAL)
+        assert (method.starts_from == "pair") == (name in INITIAL and INITIAL[name].writes_base)
+
+
+def test_an_adapter_of_the_original_starts_on_the_original(training_folders: TrainingFolders, tmp_path: Path) -> None:
+    source, out = str(training_folders.source), tmp_path / "out"
+    make_start(METHODS["mica"], source, out, rank=4)
+    start = find_start("mica", str(out))
+    assert (start.model, start.adapter, start.revision, start.scale) == (source, str(out), None, 1)
+    subject = evaluate.find_subject(str(out))
+    assert (subject.model, subject.adapter, subject.is_residual) == (source, str(out), False)
+    with pytest.raises(MismatchError, match="method mica, not rlmo: train mica on it"):
+        find_start("rlmo", str(out))
+    with pytest.raises(MismatchError, match="not the original model: train lora on"):
+        find_start("lora", str(out))
 
 
 def test_the_base_of_a_pair_is_never_evaluated_alone(training_folders: TrainingFolders) -> None:

@@ -22,8 +22,9 @@ from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_input
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.cli.main import run
-from milora_init.errors import UsageError
-from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.errors import PlanError, UsageError
+from milora_init.export.convert import convert
+from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.verification.verdict import TEXTS, Code, Verdict
@@ -148,7 +149,7 @@ def test_the_manifest_has_the_hash_of_every_file(out: Path) -> None:
 
 def test_a_resumed_run_keeps_the_hashes_of_the_earlier_shards(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     class CutOff(Progress):
-        def shard(self, result: ShardResult, finished: int, of: int, elapsed_s: float) -> None:
+        def shard(self, result: ShardResult[WeightRecord], finished: int, of: int, elapsed_s: float) -> None:
             if finished == 2:
                 raise KeyboardInterrupt
 
@@ -414,9 +415,9 @@ def test_the_hint_for_a_trained_adapter_that_does_not_fit_is_to_train_again(
     trained: Path, pristine: Built, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
-    edit_json(folder / "adapter_config.json", use_dora=True, lora_alpha=99)
+    edit_json(folder / "adapter_config.json", lora_bias=True, lora_alpha=99)
     verdict = verify(str(pristine()), adapter=str(folder))
-    require(verdict, "adapter_misfit", "use_dora", "lora_alpha is 99")
+    require(verdict, "adapter_misfit", "lora_bias", "lora_alpha is 99")
     assert {d.hint for d in verdict.differences} == {"train again from this base's lora/, without a change to it"}
 
 
@@ -433,8 +434,8 @@ def test_a_new_head_in_the_adapter_is_a_note(
     verdict = verify("svd_init", adapter="trained")
     assert (verdict.code, verdict.differences) == ("trained_pair", ())
     notes = "\n".join(verdict.notes)
-    assert "merge and convert refuse this adapter because of modules_to_save = ['classifier', 'score']" in notes
-    assert "because of the tensors base_model.model.score.weight" in notes
+    assert "modules_to_save is ['classifier', 'score']: trained beside the factors, and kept by merge" in notes
+    assert "base_model.model.score.weight: trained beside the factors" in notes
 
 
 def test_the_original_with_a_named_adapter_is_recognized_without_a_manifest(
@@ -476,3 +477,25 @@ def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
     assert process.stderr.splitlines()[-1] == " ".join(map(str, statuses))
     assert "Traceback" not in process.stderr
     assert "please report" not in process.stderr
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_an_adapter_that_was_not_trained_is_named(saved_again: bool, pristine: Built, tmp_path: Path) -> None:
+    out, adapter = pristine(), tmp_path / "adapter"
+    shutil.copytree(out / "lora", adapter)
+    if saved_again:
+        weights = adapter / "adapter_model.safetensors"
+        save_file(tensors(adapter), weights, metadata={"format": "pt", "saved": "again"})
+        assert weights.read_bytes() != (out / "lora" / weights.name).read_bytes()
+    verdict = verify(str(out), adapter=str(adapter))
+    assert (verdict.ok, verdict.code) == (True, "pair")
+    assert any("this adapter was not trained" in note for note in verdict.notes)
+    with pytest.raises(PlanError, match="holds the initial factors"):
+        convert(str(out), str(adapter), str(tmp_path / "plain"))
+    assert not (tmp_path / "plain").exists()
+
+
+def test_the_adapter_inside_a_pair_is_told_from_a_foreign_folder(pristine: Built) -> None:
+    with pytest.raises(UsageError, match="is a part of a pair") as caught:
+        verify(str(pristine() / "lora"))
+    assert caught.value.hint == f"milora-init verify {pristine()}"

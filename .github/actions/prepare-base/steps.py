@@ -20,10 +20,14 @@ NAMED = ("rank", "recipe", "mode", "dtype", "revision")
 
 
 def init_command(env: Mapping[str, str]) -> list[str]:
-    """The words of `milora-init init` for the inputs. Raises ValueError for an open quote in OPTIONS."""
+    """The words of `milora-init init` for the inputs. Raises ValueError for an open quote in the input `options`."""
     words = ["milora-init", "init", f"--model={env['MODEL']}", f"--out={env['OUT']}"]
     words += [f"--{name}={value}" for name in NAMED if (value := env.get(name.upper(), "").strip())]
-    return words + shlex.split(env.get("OPTIONS", ""))
+    options = env.get("OPTIONS", "")
+    try:
+        return words + shlex.split(options)
+    except ValueError as error:
+        raise ValueError(f"the input options, {options!r}: {error}") from None
 
 
 def plan(env: Mapping[str, str]) -> int:

@@ -1,0 +1,75 @@
+"""A quantised model on the Hub: scales in another file are read by range, and the bytes are those of a local run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import quantised
+from support.hub_server import Command, Hub, client
+from support.tiny_models import contents
+
+INIT = ("--model", "tiny/fp8", "--out", "out", "--rank", "4", "--device", "cpu")
+
+
+def apart(name: str) -> str:
+    """Codes in the first file, their scales and all else in the second."""
+    return f"model-0000{1 if 'proj.weight' in name and 'scale' not in name else 2}-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantised.save_fp8(tmp_path_factory.mktemp("fp8") / "model", files=apart)
+
+
+@pytest.fixture
+def hub(source: Path) -> Iterator[Hub]:
+    with Hub() as server:
+        server.publish("tiny/fp8", source)
+        yield server
+
+
+@pytest.mark.parametrize("low_disk", [False, True])
+def test_scales_in_a_file_that_comes_later_are_read_by_range(
+    low_disk: bool, hub: Hub, source: Path, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    milora: Command = client(hub, tmp_path)
+    done = milora(*INIT, *(["--low-disk"] if low_disk else []))
+    assert done.returncode == 0, done.stderr
+    start(source, out=str(tmp_path / "local"))
+    own = {"milora_init.json", "lora/adapter_config.json"}  # they name the source and the folder
+    here, there = contents(tmp_path / "local"), contents(tmp_path / "out")
+    assert {n: c for n, c in here.items() if n not in own} == {n: c for n, c in there.items() if n not in own}
+
+
+def test_a_range_that_fails_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
+    milora: Command = client(hub, tmp_path)
+    count = 0
+
+    def fail(method: str, path: str) -> int | None:
+        nonlocal count
+        count += "00002-of" in path and method == "GET"
+        return 404 if count > 1 else None
+
+    hub.fault = fail
+    done = milora(*INIT)
+    assert done.returncode == 1
+    assert not (tmp_path / "out" / "config.json").exists()
+    hub.fault = lambda *_: None
+    assert milora(*INIT).returncode == 0
+
+
+def test_without_a_base_only_the_parts_of_adapted_weights_are_read(hub: Hub, tmp_path: Path) -> None:
+    """By range: codes from one file, scales from the other; and the factors are those of a local run."""
+    milora: Command = client(hub, tmp_path)
+    done = milora(*INIT, "--method", "rlmo", "--target", "q_proj")
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories["tiny/fp8"].files
+    sizes = {name: len(content) for name, content in files.items() if name.endswith(".safetensors")}
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    # For the headers the first 100 kB are read, which is all of these small files; then the two weights of 64 x 64.
+    assert hub.served[f"tiny/fp8/{first}"] == sizes[first] + 2 * 64 * 64
+    assert hub.served[f"tiny/fp8/{second}"] == sizes[second] + 2 * 2 * 2 * 4
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,305 @@
+"""Whole runs on quantised sources: a dense pair that is the model's values, streamed, resumed, and the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import quantised
+from support.interruptions import InterruptAt, InterruptedRunError
+from support.tiny_models import contents, tensors
+from torch import Tensor
+
+from milora_init import api
+from milora_init.checkpoint.dequantise import locate
+from milora_init.checkpoint.folder import open_checkpoint, open_model
+from milora_init.errors import PlanError, UsageError
+from milora_init.lora.folder import open_factors
+from milora_init.manifest import MANIFEST, Manifest
+
+Start = Callable[..., Manifest]
+TARGETS: Mapping[str, tuple[str, ...] | None] = {
+    "fp8": None, "deepseek": ("q_a_proj", "down_proj", "experts"), "gpt_oss": ("q_proj", "experts"), "int4": None,
+    "nvfp4": None, "modelopt": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    root = tmp_path_factory.mktemp("quantised")
+    return {
+        "fp8": quantised.save_fp8(root / "fp8"),
+        "deepseek": quantised.save_fp8(root / "deepseek", "deepseek", block=16),
+        "gpt_oss": quantised.save_gpt_oss(root / "gpt_oss"),
+        "int4": quantised.save_compressed(root / "int4", "int4"),
+        "nvfp4": quantised.save_compressed(root / "nvfp4", "nvfp4"),
+        "modelopt": quantised.save_modelopt(root / "modelopt", "NVFP4"),
+    }
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    """All files except the manifest, which holds times, and the adapter's config, which names the folder."""
+    return {n: c for n, c in contents(out).items() if n not in (MANIFEST, "lora/adapter_config.json")}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_pair_is_the_values_and_the_base_is_dense(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Base + component = float32(code) * float32(scale), with one rounding; all else as transformers would load it."""
+    source = sources[kind]
+    manifest = start(source, target=TARGETS[kind])
+    model, base = open_model(source), tensors(tmp_path / "out")
+    assert base.keys() == model.tensors.keys()
+    adapted: dict[str, Tensor] = {}
+    with open_factors(tmp_path / "out/lora/adapter_model.safetensors") as factors:
+        for record in manifest.weights:
+            B, A = factors.read(record)
+            W = locate(model, record.tensor)
+            W_values = (W if record.row is None else W.at(record.row)).read().double()
+            R = base[record.tensor] if record.row is None else base[record.tensor][record.row]
+            D = record.scale * B.double() @ A.double()
+            exact = W_values - (D.mT if record.transposed else D)
+            assert R.dtype is torch.bfloat16
+            assert (R.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps / 2 * exact.abs().max()
+            adapted[record.tensor] = R
+    for name in base.keys() - adapted.keys():
+        expected = locate(model, name).read()
+        expected = expected.to(torch.bfloat16) if name in model.quantised.tensors else expected
+        assert torch.equal(base[name], expected), name
+    config = (tmp_path / "out/config.json").read_text()
+    assert "quant" not in config
+    assert "expert_dtype" not in config
+    assert api.verify(tmp_path / "out", model=source, all_components=True).code == "pair"
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gpt_oss", "int4"])
+def test_the_dense_pair_loads_without_the_libraries_and_computes_the_model(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    import transformers
+    from peft import PeftModel
+
+    start(sources[kind], target=TARGETS[kind], dtype="float32")
+    for name in ("accelerate", "compressed_tensors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    pair = PeftModel.from_pretrained(base, tmp_path / "out", subfolder="lora").eval()
+    model = transformers.AutoModelForCausalLM.from_config(base.config, dtype=torch.float32).eval()
+    values = open_model(sources[kind])
+    state = {name: locate(values, name).read().float() for name in values.tensors}
+    model.load_state_dict(state)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert (pair(ids).logits - model(ids).logits).abs().max() < 1e-4
+
+
+def test_scales_in_another_file_and_a_resumed_run_give_the_same_bytes(start: Start, tmp_path: Path) -> None:
+    near = quantised.save_fp8(tmp_path / "near")
+    far = quantised.save_fp8(
+        tmp_path / "far",
+        files=lambda name: f"model-0000{1 + (hash_of(name) + ('scale' in name)) % 2}-of-00002.safetensors",
+    )
+    start(near, out=str(tmp_path / "a"))
+    start(far, out=str(tmp_path / "b"))
+    assert same_tensors(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(InterruptedRunError):
+        start(far, out=str(tmp_path / "c"), progress=InterruptAt(0, when="after"))
+    start(far, out=str(tmp_path / "c"))
+    assert outputs(tmp_path / "b") == outputs(tmp_path / "c")
+    assert not list(tmp_path.glob("b/*scale*"))
+
+
+def hash_of(name: str) -> int:
+    return sum(name.rpartition(".")[0].encode())
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    a, b = tensors(one), tensors(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_request_is_answered_and_another_model_is_seen(
+    start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources["modelopt"], source)
+    start(source)
+    out = tmp_path / "out"
+    before = contents(out)
+    assert "hf_quant_config.json" not in before
+    assert api.initialize(str(source), str(out), rank=4, progress=False, device=["cpu"]).status == "unchanged"
+    other = api.verify(out, model=sources["fp8"])
+    assert other.code == "other_model"
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gpt_oss", "int4"])
+def test_an_adapter_only_method_reads_the_codes_and_writes_no_base(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    target = ("q_proj",)
+    manifest = start(sources[kind], method="rlmo", target=target)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", MANIFEST,
+    }  # fmt: skip
+    model = open_model(sources[kind])
+    factors = tensors(tmp_path / "out")
+    for record in manifest.weights:
+        W = locate(model, record.tensor).read().double()
+        A = factors[f"base_model.model.{record.module}.lora_A.weight"].double()
+        values = torch.linalg.svdvals(W)
+        assert torch.allclose((A @ W.mT).norm(dim=1).sort().values, values[-4:].sort().values, atol=1e-5)
+    assert api.verify(tmp_path / "out", model=sources[kind], all_components=True).ok
+    if model.quantised.tensors.keys() & {record.tensor for record in manifest.weights}:
+        with pytest.raises(PlanError, match="merge never does that"):
+            api.merge(tmp_path / "out", tmp_path / "merged", model=sources[kind], progress=False)
+
+
+def test_a_merge_is_dense_and_has_the_plain_config(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:
+    for dtype in ("auto", "float32"):
+        out, merged = tmp_path / dtype, tmp_path / f"merged-{dtype}"
+        start(sources["fp8"], out=str(out), dtype=dtype)
+        result = api.merge(out, merged, model=sources["fp8"], progress=False)
+        config = json.loads((merged / "config.json").read_text())
+        assert "quantization_config" not in config
+        assert config["dtype"] == "bfloat16"
+        assert result.bit_equal is not None
+        assert result.bit_equal > (0.99 if dtype == "float32" else 0.5) * result.entries
+        assert api.verify(merged, model=sources["fp8"]).ok
+
+
+def test_the_memory_is_that_of_one_weight(start: Start, sources: Mapping[str, Path]) -> None:
+    """The plan counts a quantised weight as float32, whatever its codes take."""
+    from milora_init.options import InitOptions
+    from milora_init.plan.plan import make_plan
+
+    def planned(source: Path) -> Any:
+        plan = make_plan(InitOptions(model=str(source), out="out", rank=4), source)
+        return plan.memory_bytes(plan.weights[0]), plan.weights[0].weight.shape
+
+    memory, (m, n) = planned(sources["fp8"])
+    assert memory >= m * n * (4 + 2)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("fp8", "q_proj"), ("deepseek", "experts"), ("int4", "v_proj")])
+def test_a_mixed_pair_computes_the_dense_one_and_takes_a_step(
+    kind: str, target: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Equal logits, to the bit; what is not adapted has the source's bytes; a LoRA step runs; a merge stays mixed."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    logits, ids = {}, torch.arange(1, 20)[None]
+    for base in ("dense", "mixed"):
+        out = tmp_path / base
+        start(sources[kind], out=str(out), target=(target,), base=base)
+        model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        pair = PeftModel.from_pretrained(model, out, subfolder="lora", is_trainable=True).eval()
+        logits[base] = pair(ids).logits
+        assert api.verify(out, model=sources[kind]).code == "pair"
+    assert torch.equal(logits["dense"], logits["mixed"])
+    loss = pair(ids, labels=ids).loss
+    loss.backward()
+    optimizer = torch.optim.SGD([p for p in pair.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    assert pair(ids, labels=ids).loss < loss
+    stored, base_tensors = open_model(sources[kind]).stored, open_checkpoint(tmp_path / "mixed").stored
+    source_tensors, ours = tensors(sources[kind]), tensors(tmp_path / "mixed")
+    same = [n for n in base_tensors if n in stored and base_tensors[n].dtype == stored[n].dtype and "norm" not in n]
+    assert len(same) > 10
+    for name in same:
+        assert torch.equal(ours[name].view(torch.uint8), source_tensors[name].view(torch.uint8)), name
+    api.merge(tmp_path / "mixed", tmp_path / "merged", progress=False)
+    assert (
+        open_checkpoint(tmp_path / "merged").quantised.tensors.keys() == open_checkpoint(out).quantised.tensors.keys()
+    )
+    assert api.verify(tmp_path / "merged", model=sources[kind]).ok
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gpt_oss"])
+def test_a_converted_adapter_serves_on_the_untouched_original(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Trained on the dense pair, converted, put on the quantised original: the function of the trained pair."""
+    import transformers
+    from peft import PeftModel
+    from support.training import train
+
+    start(sources[kind], target=("q_proj", "v_proj"))
+    out, trained, plain = tmp_path / "out", tmp_path / "trained", tmp_path / "plain"
+    train(out, trained, steps=3)
+    api.convert(out, trained, plain)
+    options: dict[str, Any] = {}
+    if kind == "gpt_oss":
+        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    cls, ids = transformers.AutoModelForCausalLM, torch.arange(1, 20)[None]
+
+    def logits(base: Path, adapter: Path, **more: Any) -> Tensor:
+        model = cls.from_pretrained(base, dtype=torch.bfloat16, **more).float()
+        found: Tensor = PeftModel.from_pretrained(model, adapter).eval()(ids).logits.detach()
+        return found
+
+    pair, served = logits(out, trained), logits(sources[kind], plain, **options)
+    initial = logits(out, out / "lora")
+    assert (pair - served).abs().max() < 0.05 * max(1.0, float((pair - initial).abs().max()))
+    assert (pair - initial).abs().max() > 4 * (pair - served).abs().max()
+
+
+def test_a_dense_base_is_quantised_by_qlora(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    start(sources["fp8"])
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=config, device_map="cpu")
+    pair = PeftModel.from_pretrained(base, tmp_path / "out", subfolder="lora", is_trainable=True)
+    ids = torch.arange(1, 20)[None]
+    pair(ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in pair.parameters())
+
+
+def test_the_leak_in_nf4_stands_beside_the_others(start: Start, sources: Mapping[str, Path]) -> None:
+    record = start(sources["fp8"]).weights[0]
+    leaks = record.rounding.leak_if
+    assert leaks["nf4"] is not None
+    assert leaks["bfloat16"] is not None
+    assert leaks["nf4"] > 4 * leaks["bfloat16"]
+
+
+def test_a_base_of_nf4_numbers_through_all_commands(start: Start, tmp_path: Path) -> None:
+    source = quantised.save_model(tmp_path / "source", "llama")
+    manifest = start(source, method="pissa", nf4=3)
+    out = tmp_path / "out"
+    assert api.verify(out, model=source, all_components=True).code == "pair"
+    assert any("double quantisation" in notice for notice in manifest.notices)
+    worst = max(record.rounding.error for record in manifest.weights)
+    assert 0.01 < worst < 0.1
+    merged = api.merge(out, tmp_path / "merged", progress=False)
+    assert not merged.initial
+    assert api.verify(tmp_path / "merged", model=source).ok
+    base = tensors(out)
+    name = manifest.weights[0].tensor
+    base[name][0, 0] += 0.01
+    file = next(path for path in out.glob("*.safetensors") if name in load_file(path))
+    save_file({n: base[n] for n in load_file(file)}, file, metadata={"format": "pt"})
+    found = api.verify(out, model=source, all_components=True)
+    assert any("numbers that NF4 does not have" in finding.what for finding in found.findings)
+
+
+@pytest.mark.parametrize("method", ["milora", "rlmo", "mid", "olora-tail"])
+def test_a_correction_for_nf4_is_for_the_largest_directions_alone(
+    method: str, start: Start, sources: Mapping[str, Path]
+) -> None:
+    with pytest.raises(UsageError, match="outweighs all but the largest directions") as caught:
+        start(sources["fp8"], method=method, nf4=5)
+    assert "--method pissa" in caught.value.hint
