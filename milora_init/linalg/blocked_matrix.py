@@ -47,14 +47,14 @@ class BlockedMatrix:
     def blocks(self, most_rows: int = 1 << 60) -> Iterator[tuple[slice, Tensor]]:
         """Each block of rows: which rows, and the block (rows, q) in float64. The next block takes its memory."""
         p, q = self.shape
-        step = min(p, max(1, min(most_rows, self.arithmetic.row_block_bytes // (8 * q))))
-        # New memory for each block would take longer than the conversion. It is in the order of the weight's own.
-        size = (q, step) if _is_transposed(self.stored) else (step, q)
-        memory = torch.empty(size, dtype=torch.float64, device=self.stored.device)
-        memory = memory.mT if _is_transposed(self.stored) else memory
+        step = max(1, min(most_rows, self.arithmetic.row_block_bytes // (8 * q)))
+        memory: Tensor | None = None  # new memory for each block would take longer than the conversion
         for start in range(0, p, step):
             rows = slice(start, min(p, start + step))
-            block = memory[: rows.stop - start].copy_(self.stored[rows])
+            if memory is None:
+                memory = block = self._convert(rows, torch.float64)
+            else:
+                block = memory[: rows.stop - start].copy_(self.stored[rows])
             if self.exponent:
                 # Two factors, because 2^1074 is not a float64.
                 half = self.exponent // 2
@@ -70,11 +70,13 @@ class BlockedMatrix:
             return
         step = max(1, min(self.arithmetic.float32_rows, self.arithmetic.row_block_bytes // (4 * q)))
         for start in range(0, p, step):
-            block = self.stored[start : start + step]
-            if _is_transposed(block):
-                yield block.mT.to(torch.float32, copy=True).mT
-            else:
-                yield block.to(torch.float32, copy=True)
+            yield self._convert(slice(start, min(p, start + step)), torch.float32)
+
+    def _convert(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        block = self.stored[rows]
+        if block.stride(0) < block.stride(1):  # the transpose of a wide weight: convert in the order of its memory
+            return block.mT.to(dtype, copy=True).mT
+        return block.to(dtype, copy=True)
 
     def times(self, V: Tensor) -> Tensor:
         """X V (p, k) for V (q, k)."""
@@ -191,11 +193,6 @@ def _add_gram(G: Tensor, block: Tensor, whole_columns: int) -> None:
     _add_gram(G[:half, :half], left, whole_columns)
     _add_gram(G[half:, half:], right, whole_columns)
     G[half:, :half].addmm_(right.mT, left)
-
-
-def _is_transposed(stored: Tensor) -> bool:
-    """Whether it is the transpose of a wide weight, which lies in memory column by column."""
-    return stored.stride(0) < stored.stride(1)
 
 
 def _pad(V: Tensor) -> Tensor:

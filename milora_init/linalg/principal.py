@@ -181,8 +181,9 @@ def _corrections(
     of_b = E.mT @ b
     fine = torch.addmm(b, E, of_b, alpha=-1).addmm_(beyond.rest, coupling * of_b)
     t = _chebyshev(apply, torch.cat([V, E], dim=1), fine, sigma, beyond.reach, excess)
-    t = torch.addmm(t, E, (coarse * of_b).addcmul_(coupling, beyond.rest.mT @ t))
-    return t.to(torch.float64) * (size / s)
+    t = t.addmm_(E, (coarse * of_b).addcmul_(coupling, beyond.rest.mT @ t))
+    scaled: Tensor = t.to(torch.float64) * (size / s)
+    return scaled
 
 
 def _chebyshev(apply: Operator, basis: Tensor, b: Tensor, sigma: Tensor, reach: float, excess: Tensor) -> Tensor:
