@@ -160,7 +160,8 @@ def fell_back(shape: tuple[int, int], r: int, mode: Mode, path: str, device: tor
     arithmetic = arithmetic_of(device)
     if not uses_krylov(max(shape), min(shape), r, mode, gpu=arithmetic.crossing == "gpu"):
         return path != "eigh"
-    return path != ("mixed" if arithmetic.mixed_precision else "lanczos")
+    mixed = arithmetic.mixed_precision == "both" or (arithmetic.mixed_precision == "largest" and mode == "max")
+    return path != ("mixed" if mixed else "lanczos")
 
 
 def timed(solve: Callable[[Tensor, int, Mode], Result], W: Tensor, r: int, mode: Mode) -> tuple[float, Result]:

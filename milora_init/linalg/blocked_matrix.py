@@ -45,12 +45,16 @@ class BlockedMatrix:
         return p, q
 
     def blocks(self, most_rows: int = 1 << 60) -> Iterator[tuple[slice, Tensor]]:
-        """Each block of rows: which rows, and the block (rows, q) in float64."""
+        """Each block of rows: which rows, and the block (rows, q) in float64. The next block takes its memory."""
         p, q = self.shape
         step = max(1, min(most_rows, self.arithmetic.row_block_bytes // (8 * q)))
+        memory: Tensor | None = None  # new memory for each block would take longer than the conversion
         for start in range(0, p, step):
             rows = slice(start, min(p, start + step))
-            block = self._convert(rows, torch.float64)
+            if memory is None:
+                memory = block = self._convert(rows, torch.float64)
+            else:
+                block = memory[: rows.stop - start].copy_(self.stored[rows])
             if self.exponent:
                 # Two factors, because 2^1074 is not a float64.
                 half = self.exponent // 2
@@ -128,6 +132,24 @@ class BlockedMatrix:
             for _, block in self.blocks():
                 out.addmm_(block.mT, block @ V)
             return out
+
+        return apply
+
+    def float32_gram_operator(self, columns: int) -> Operator:
+        """The same in float32. Where the Gram matrix costs more, X is held in float32."""
+        p, q = self.shape
+        if 0.28 * q < columns * (1 - q / (2 * p)) and p >= 2 * q:
+            G = self.float32_gram().tril_()
+            G += G.tril(-1).mT
+            return lambda V: G @ V
+        blocks = list(self.float32_blocks())
+
+        def apply(V: Tensor) -> Tensor:
+            # The image lies row by row, and so its transpose is fast as the first factor.
+            out = torch.zeros(V.shape[1], q, dtype=V.dtype, device=V.device)
+            for block in blocks:
+                out.addmm_((block @ V).mT, block)
+            return out.mT
 
         return apply
 

@@ -76,14 +76,37 @@ class Gaps:
 
 
 def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
-    """Measure a solution against X (p, q).
+    """Measure a solution against X (p, q)."""
+    residual = residual_of(X, solution.left, solution.s, solution.right)
+    if solution.inverse is None:
+        return measure(solution, gaps, residual)[0]
+    outside = torch.addmm(residual, solution.right, solution.right.mT @ residual, alpha=-1)
+    return measure(solution, gaps, residual, (outside * solution.inverse(outside)).sum(dim=0))[0]
+
+
+def residual_of(X: BlockedMatrix, left: Tensor, s: Tensor, right: Tensor) -> Tensor:
+    """X^T u - s v (q, k) for k triplets."""
+    return torch.addcmul(X.transposed_times(left), right, s, value=-1)
+
+
+def measure(
+    solution: Solution, gaps: Gaps, residual: Tensor, weights: Tensor | None = None
+) -> tuple[Certificate, Tensor]:
+    """The certificate of a solution, and the part (r,) of each triplet in its error, on the CPU.
+
+    The squares of the parts sum to the square of the component error.
 
     Most of the residual b = X^T u - s v is rounding error along the largest singular vectors, where it does no harm:
     the part of b along s_j changes D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that
-    falls with s_j. Where the solution has an inverse of X^T X, it gives the weights 1 / s_j.
+    falls with s_j. An inverse of X^T X gives the weights 1 / s_j.
+
+    Args:
+        solution: The triplets.
+        gaps: To the unwanted ones.
+        residual: b (q, r).
+        weights: (r,), b^T (X^T X - shift I)^-1 b, if known.
     """
     left, right, r = solution.left, solution.right, solution.s.numel()
-    residual = torch.addcmul(X.transposed_times(left), right, solution.s, value=-1)
     figures = [
         torch.addcmul(solution.image, left, solution.s, value=-1).norm(dim=0),
         residual.norm(dim=0),
@@ -93,9 +116,8 @@ def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
         left.mT @ left,
         right.mT @ right,
     ]
-    if solution.inverse is not None:
-        outside = torch.addmm(residual, right, right.mT @ residual, alpha=-1)
-        figures.append((outside * solution.inverse(outside)).sum(dim=0))
+    if weights is not None:
+        figures.append(weights)
     # Read at once, because each reading waits for the device.
     on_host = torch.cat([figure.flatten() for figure in figures]).cpu()
     a, b, s, nearest, distance, *grams = torch.split(on_host, [r] * 5 + [r * r] * 2 + [r] * (len(figures) - 7))
@@ -103,16 +125,16 @@ def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
     larger = torch.maximum(s, nearest).clamp_min(_TINY)
     per_residual = (s / distance.clamp_min(_TINY)).clamp_min(1.0)
     change_by_b = b * per_residual
-    if solution.inverse is not None:
+    if weights is not None:
         weighted = grams.pop().clamp_min(0).sqrt()
         factor = nearest * torch.hypot(nearest, s) / (distance * (nearest + s)).clamp_min(_TINY)
         change_by_b = torch.minimum(change_by_b, s * weighted * factor)
     skew = torch.stack([gram.view(r, r) - torch.eye(r, dtype=gram.dtype) for gram in grams]).abs().max()
-    change = float(torch.hypot(a * per_residual, change_by_b).norm())
     component_norm, gap = float(s.norm()), float((distance / larger).min())
-    resolution = X.shape[1] * EPS * scale * math.sqrt(s.numel())
-    error = change / max(component_norm, resolution)
-    return Certificate(
+    resolution = right.shape[0] * EPS * scale * math.sqrt(r)
+    changes = torch.hypot(a * per_residual, change_by_b)
+    error = float(changes.norm()) / max(component_norm, resolution)
+    certificate = Certificate(
         path=solution.path,
         reason=solution.reason,
         residual=float(torch.maximum(a, b).max()) / scale,
@@ -121,6 +143,7 @@ def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
         component_error=error if math.isfinite(error) else None,
         complete=solution.complete,
     )
+    return certificate, changes / max(component_norm, resolution)
 
 
 def gaps_in(spectrum: Tensor, wanted: Tensor) -> Gaps:

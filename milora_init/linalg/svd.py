@@ -7,8 +7,9 @@ How. X is W or its transpose, with p rows >= q columns. The eigenvectors of the 
 singular vectors of X, and G is (q, q) whatever p is. For the largest triplets a Krylov space of G is built, applied as
 X^T (X v) or as G v, whichever costs less; for the smallest one of (G - shift I)^-1, by a Cholesky factor. Interior
 triplets, small matrices and large r take all the eigenvectors of G (cost.py has the limits). On a GPU both ends are
-computed in float32 first and corrected in float64 (mixed_precision.py). One Rayleigh-Ritz step in X itself (a QR of
-X V and the SVD of its small factor) then gives s and U from the weight, not from its square.
+computed in float32 first and corrected in float64 (mixed_precision.py); on a CPU the largest are (principal.py). One
+Rayleigh-Ritz step in X itself (a QR of X V and the SVD of its small factor) then gives s and U from the weight, not
+from its square.
 
 Precision. float64: the upcast of a checkpoint's bfloat16, float16 or float32 is exact, and float64 has the digits that
 the squared condition number of G costs (s is good to about eps * s_max^2 / (2 s)). A float32 SVD is not accurate
@@ -65,6 +66,7 @@ from milora_init.linalg.lanczos import (
     spectral_norm,
 )
 from milora_init.linalg.mixed_precision import extreme_triplets
+from milora_init.linalg.principal import largest_triplets
 from milora_init.methods import MODES, Mode
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -181,8 +183,10 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
     (p, q), r = X.shape, wanted.numel()
     if uses_krylov(p, q, r, mode, gpu=X.arithmetic.crossing == "gpu"):
         attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: krylov_triplets(X, r, mode, tolerance)]
-        if X.arithmetic.mixed_precision:
+        if X.arithmetic.mixed_precision == "both":
             attempts.insert(0, lambda: extreme_triplets(X, r, tolerance, largest=mode == "max"))
+        elif X.arithmetic.mixed_precision == "largest" and mode == "max":
+            attempts.insert(0, lambda: largest_triplets(X, r, tolerance))
         failures: list[str] = []
         for attempt in attempts:
             try:

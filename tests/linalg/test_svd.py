@@ -15,7 +15,7 @@ from support import matrices
 from support.triplets import certified, check_component, check_properties, check_values, component
 from torch import Tensor
 
-from milora_init.linalg import blocked_matrix, lanczos, mixed_precision, svd
+from milora_init.linalg import blocked_matrix, lanczos, mixed_precision, principal, svd
 from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 from milora_init.linalg.certificate import NotConverged
 from milora_init.linalg.lanczos import RitzPairs
@@ -114,7 +114,7 @@ def test_the_krylov_solver_agrees_with_the_full_svd(name: str, shape: tuple[int,
     W, r = matrices.DISTINCT[name](*shape), 12
     t = singular_triplets(W, r, mode=mode, arithmetic=KRYLOV)
     if name in ("language_model_like", "power_law"):
-        assert t.certificate.path == "lanczos", t.certificate.reason
+        assert t.certificate.path == ("mixed" if mode == "max" else "lanczos"), t.certificate.reason
     check_properties(W, t, r)
     check_values(W, t, r, mode)
     check_component(W, t, r, mode)
@@ -165,14 +165,14 @@ def test_a_lapack_failure_falls_back_or_is_a_clear_error(failing: list[str], mon
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "subnormal", "huge"])
 def test_mixed_precision_works_with_the_arithmetic_of_a_cpu(name: str, shape: tuple[int, int]) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
-    t = singular_triplets(W, r, arithmetic=replace(KRYLOV, mixed_precision=True))
+    t = singular_triplets(W, r, arithmetic=replace(KRYLOV, mixed_precision="both"))
     assert t.certificate.path == "mixed", t.certificate.reason
     check_properties(W, t, r)
     check_values(W, t, r, "min")
     check_component(W, t, r, "min")
 
 
-@pytest.mark.parametrize("arithmetic", [replace(KRYLOV, mixed_precision=True), GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("arithmetic", [replace(KRYLOV, mixed_precision="both"), GPU], ids=["cpu", "gpu"])
 def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(
     arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,9 +203,54 @@ def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkey
 
     W = matrices.gaussian(600, 560)
     monkeypatch.setattr(mixed_precision, "gram_of_blocks", wrong)
-    t = singular_triplets(W, 8, arithmetic=replace(KRYLOV, mixed_precision=True))
+    t = singular_triplets(W, 8, arithmetic=replace(KRYLOV, mixed_precision="both"))
     assert certified(t) <= 5e-8
     check_component(W, t, 8, "min")
+
+
+@pytest.mark.parametrize("shape", [(600, 560), (2600, 520), (520, 2600)], ids=str)
+@pytest.mark.parametrize("name", ["gaussian", "language_model_like", "power_law", "subnormal", "huge"])
+def test_the_largest_triplets_are_found_in_float32_first(name: str, shape: tuple[int, int]) -> None:
+    W, r = matrices.DISTINCT[name](*shape), 24
+    t = singular_triplets(W, r, mode="max", arithmetic=KRYLOV)
+    assert t.certificate.path == "mixed", t.certificate.reason
+    check_properties(W, t, r)
+    check_values(W, t, r, "max")
+    check_component(W, t, r, "max")
+
+
+def test_the_largest_triplets_fall_back_if_the_probe_finds_a_missed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_pairs = lanczos.largest_eigenpairs
+
+    def with_missed_triplet(*args: Any, **kwargs: Any) -> RitzPairs:
+        pairs = true_pairs(*args, **kwargs)
+        return replace(pairs, probe=1.5 * float(pairs.values[7]) * torch.eye(2))
+
+    W = matrices.gaussian(600, 560)
+    monkeypatch.setattr(principal, "largest_eigenpairs", with_missed_triplet)
+    t = singular_triplets(W, 8, mode="max")
+    assert t.certificate.path == "lanczos"
+    assert "missed" in t.certificate.reason
+    check_component(W, t, 8, "max")
+
+
+@pytest.mark.parametrize("error", [1e-5, 1e-2, 1.0])
+def test_a_wrong_float32_product_only_misleads_the_search(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest triplets are corrected by residuals in float64, or by another algorithm."""
+    true_operator = blocked_matrix.BlockedMatrix.float32_gram_operator
+
+    def wrong(X: Any, columns: int) -> Callable[[Tensor], Tensor]:
+        apply = true_operator(X, columns)
+        factor = 1 + error * torch.rand(X.shape[1], 1, generator=torch.Generator().manual_seed(5))
+        return lambda V: factor * apply(factor * V)
+
+    W = matrices.language_model_like(600, 560)
+    monkeypatch.setattr(blocked_matrix.BlockedMatrix, "float32_gram_operator", wrong)
+    t = singular_triplets(W, 8, mode="max")
+    assert certified(t) <= 5e-8
+    if error == 1e-5:
+        assert t.certificate.path == "mixed", t.certificate.reason
+    check_component(W, t, 8, "max")
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-3, 1.0])
