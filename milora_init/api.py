@@ -316,6 +316,7 @@ def convert(  # noqa: PLR0913
     rank: int | None = None,
     energy: float | None = None,
     for_: str = "peft",
+    text_only: bool | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     cache_dir: StrPath | None = None,
@@ -331,6 +332,8 @@ def convert(  # noqa: PLR0913
         rank: Keep the best `rank` directions of each module. None is twice the trained rank, which is exact.
         energy: Keep as many directions of each module as this share of its update's squared norm needs.
         for_: What reads the adapter: `peft`, `vllm` or `sglang`. They differ for models with experts.
+        text_only: For a model with towers: True for the names of the class that AutoModelForCausalLM builds, False for
+            those of the class in config.json. None keeps those of the training.
         dry_run: Write nothing; the result says what would be kept and lost.
         overwrite: Replace an earlier conversion in `out`.
         cache_dir, token: As in huggingface_hub.
@@ -347,7 +350,7 @@ def convert(  # noqa: PLR0913
 
     return convert_adapter(
         os.fspath(pair), os.fspath(adapter), os.fspath(out), model=model, rank=rank, energy=energy,
-        for_=for_, dry_run=dry_run, overwrite=overwrite, cache_dir=_text(cache_dir), token=token,
+        for_=for_, text_only=text_only, dry_run=dry_run, overwrite=overwrite, cache_dir=_text(cache_dir), token=token,
     )  # fmt: skip
 
 

@@ -34,6 +34,14 @@ def convert(
     for_: Annotated[
         str, typer.Option("--for", metavar="NAME", help="What reads the adapter: peft, vllm or sglang.")
     ] = "peft",
+    text_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--text-only/--no-text-only",
+            help="Module names of AutoModelForCausalLM's text-only class, or of the class in config.json.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be kept and lost; write nothing.")
     ] = False,
@@ -62,7 +70,8 @@ def convert(
         from milora_init.api import convert as convert_adapter
 
         converted = convert_adapter(
-            pair, adapter, out, model=model, rank=rank, energy=energy, for_=for_, dry_run=dry_run,
+            pair, adapter, out, model=model, rank=rank, energy=energy, for_=for_, text_only=text_only,
+            dry_run=dry_run,
             overwrite=overwrite, cache_dir=cache_dir, token=token,
         )  # fmt: skip
     if as_json:

@@ -32,6 +32,7 @@ from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header, TensorInfo, plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
 from milora_init.errors import MiloraError, OutputError, PlanError, UsageError
+from milora_init.export.other_class import OtherNames, names_in_other_class
 from milora_init.export.plain_layout import MERGE_INSTEAD, PlainModule, cut, padded, plain_modules
 from milora_init.export.trained_parameters import trained_parameters, unchanged_copies
 from milora_init.hub.pair import is_hub_id, locate_adapter, locate_pair
@@ -89,6 +90,7 @@ def convert(  # noqa: PLR0913  the options of the command
     rank: int | None = None,
     energy: float | None = None,
     for_: str = "peft",
+    text_only: bool | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     cache_dir: str | None = None,
@@ -103,7 +105,9 @@ def convert(  # noqa: PLR0913  the options of the command
         if not value:  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
     form = _form(for_)
-    located = locate_pair(pair, only="adapter", cache_dir=cache_dir, token=token)
+    located = locate_pair(
+        pair, only="adapter" if text_only is None else "adapter and config", cache_dir=cache_dir, token=token
+    )
     initial, manifest = _initial_adapter(located, pair)
     trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
     before, after = _read_adapters(initial, trained, manifest, pair)
@@ -114,8 +118,12 @@ def convert(  # noqa: PLR0913  the options of the command
     from_hub = revision is not None or (model not in (None, source["model"]) and is_hub_id(str(model)))
     model = model or str(source["model"])
     times = 2 if manifest is None or manifest.method.writes_base else 1  # an adapter of the original is plain already
-    copied, beside_notices = _beside_factors(after, initial.parent, manifest, form)
+    base_folder = initial.parent if manifest and manifest.method.writes_base else None
+    copied, beside_notices = _beside_factors(after, base_folder, manifest, form)
     modules = plain_modules(before.modules, manifest.weights if manifest else (), form, times)
+    names = _other_names(base_folder, manifest, copied, text_only)
+    if names:
+        modules = [_renamed(module, names) for module in modules]
     _require_cut(modules, rank, energy)
     compress = rank is not None or energy is not None
     target = Path(out).expanduser()
@@ -131,7 +139,7 @@ def convert(  # noqa: PLR0913  the options of the command
         config = {
             **_plain_config(before.config, model),
             **_beside_config(after.config, copied),
-            **_targets(before.config, modules, form),
+            **_targets(before.config, modules, form, names),
             **_ranks_and_alphas(before, modules, times, scaled=scaled),
         }
         inputs = {
@@ -141,6 +149,7 @@ def convert(  # noqa: PLR0913  the options of the command
             "rank": rank,
             "energy": energy,
             "for": form,
+            **({} if text_only is None else {"text_only": text_only}),
             "scales": {module: factors.scale for module, factors in after.modules.items()},
             "config": config,
             **({"base": ORIGINAL_MODEL} if times == 1 else {}),
@@ -204,7 +213,7 @@ def _config_bytes(config: Mapping[str, Any]) -> bytes:
 
 
 def _beside_factors(
-    adapter: LoraAdapter, pair: Path, manifest: Manifest | None, form: Form
+    adapter: LoraAdapter, pair: Path | None, manifest: Manifest | None, form: Form
 ) -> tuple[dict[str, TensorInfo], list[str]]:
     """The tensors beside the factors that are copied into the plain adapter, and what the user should know about them.
 
@@ -215,7 +224,7 @@ def _beside_factors(
     """
     factors = {name for module in adapter.modules.values() for name in (module.A, module.B)}
     copied = {name: info for name, info in adapter.header.tensors.items() if name not in factors}
-    base = _base(pair) if manifest and adapter.others else None
+    base = _base(pair) if pair and adapter.others else None
     if base and manifest:  # without the base nothing is checked, and copies are kept, which is right for PEFT
         trained_parameters(adapter, base, base.config, manifest)
         for name in unchanged_copies(adapter, base, manifest):
@@ -509,13 +518,49 @@ def _ranks_and_alphas(
             "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}  # fmt: skip
 
 
-def _targets(config: Mapping[str, Any], modules: Sequence[PlainModule], form: Form) -> dict[str, Any]:
+def _other_names(
+    folder: Path | None, manifest: Manifest | None, copied: Mapping[str, TensorInfo], text_only: bool | None
+) -> OtherNames | None:
+    """The names in the class that was asked for; None if nothing was asked for, or the names are those already.
+
+    Raises:
+        UsageError: There is no pair.
+        PlanError: The adapter has more than factors; or as `names_in_other_class`.
+    """
+    if text_only is None:
+        return None
+    option = "--text-only" if text_only else "--no-text-only"
+    if manifest is None or folder is None:
+        raise UsageError(
+            f"{option} needs a pair: its {MANIFEST} and config.json say which names there are",
+            hint=f"name the pair, or drop {option}",
+        )
+    names = names_in_other_class(folder, manifest, text_only=text_only)
+    if names and copied:
+        raise PlanError(
+            f"{option} renames factors only, and the adapter has {len(copied)} more tensors, {min(copied)} first",
+            hint=MERGE_INSTEAD,
+        )
+    return names
+
+
+def _renamed(module: PlainModule, names: OtherNames) -> PlainModule:
+    """A module under its names in another class. A single expert has its name on disk, which is the same in both."""
+    if module.source is None or module.expert is not None:
+        return module
+    key, name = names.keys[module.source]
+    return replace(module, key=key, name=name)
+
+
+def _targets(
+    config: Mapping[str, Any], modules: Sequence[PlainModule], form: Form, names: OtherNames | None
+) -> dict[str, Any]:
     """The keys of adapter_config.json that name the modules. A server reads the names of the tensors."""
     if form != "peft":
         return {"target_modules": sorted({module.key.rpartition(".")[2] for module in modules})}
-    parameters = config.get("target_parameters")
+    parameters = names.targets.parameters if names else config.get("target_parameters")
     return {
-        "target_modules": config.get("target_modules"),
+        "target_modules": names.targets.modules if names else config.get("target_modules"),
         **({"target_parameters": parameters} if parameters else {}),
     }
 

@@ -167,6 +167,11 @@ def plan_of(
         name = model or str(manifest.source["model"])
         asked = InitOptions(model=name, out=pair, cache_dir=cache_dir, token=token)
         original = _open_original(manifest, asked)
+        if original.quantised.tensors:
+            raise PlanError(
+                f"{original.folder} is quantised, and its weights are not measured",
+                hint="start from the unquantised model to compare directions",
+            )
     return plan_merge(located, trained, given=pair, original=original), located
 
 

@@ -104,7 +104,7 @@ class _Model:
         self._names: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
             self._names.setdefault(id(parameter), []).append(name)
-        layers = (model.get_input_embeddings(), _output_embeddings(model))  # type: ignore[operator]
+        layers = (_embeddings(model, "get_input_embeddings"), _embeddings(model, "get_output_embeddings"))
         ends = {id(layer): layer for layer in layers if layer is not None}
         self.vocabulary = {
             f"{name}.{part}"
@@ -132,9 +132,10 @@ class _Model:
         return source.tensors[0] if source.tensors else None
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def _embeddings(model: nn.Module, method: str) -> nn.Module | None:
+    """The embeddings or the head of a model; None for a class that has none."""
     try:
-        found = model.get_output_embeddings()  # type: ignore[operator]
+        found = getattr(model, method)()
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None

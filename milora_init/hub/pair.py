@@ -84,11 +84,12 @@ def locate_output(given: str, *, cache_dir: str | None = None, token: str | None
 def locate_pair(
     given: str,
     *,
-    only: Literal["record", "adapter"] | None = None,
+    only: Literal["record", "adapter", "adapter and config"] | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """The folder of a pair, as `locate_output`; `only` is what to fetch of a Hub id: the manifest, or the adapter too.
+    """The folder of a pair, as `locate_output`; `only` is what to fetch of a Hub id: the manifest, or the adapter and
+    config.json too.
 
     A local folder is not read here.
 
@@ -101,7 +102,8 @@ def locate_pair(
     snapshot = _fetch_record(found, given)
     manifest = require_pair(snapshot, given)
     if only != "record":
-        found.fetch(snapshot, dict.fromkeys((*(() if only else manifest.files), *_adapter_files(manifest))))
+        more = ("config.json",) if only == "adapter and config" else () if only else tuple(manifest.files)
+        found.fetch(snapshot, dict.fromkeys((*more, *_adapter_files(manifest))))
     return snapshot
 
 

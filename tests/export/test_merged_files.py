@@ -27,8 +27,9 @@ Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "llava"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", "float32"), ("gpt2", "float16"), ("mixtral", "float32"), ("llava", "float16")]
+)
 def test_the_merged_model_is_written_in_the_dtype_that_was_asked_for(name: str, dtype: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     _, out, _ = initialize_family(name, tmp_path, "bfloat16")
@@ -68,8 +69,9 @@ def test_a_value_that_overflows_the_dtype_names_the_tensor(own: Built, start: St
     assert not (tmp_path / "merged" / "config.json").exists()
 
 
-@pytest.mark.parametrize(("size", "most"), [("9kB", 9000), ("20 KB", 20000), ("1GB", 10**9)])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "size", "most"), [("llama", "9kB", 9000), ("gpt2", "20 KB", 20000), ("llama", "1GB", 10**9)]
+)
 def test_shards_are_split_again_and_the_index_names_every_tensor(
     kind: str, size: str, most: int, checkpoint: Built, start: Start, tmp_path: Path
 ) -> None:

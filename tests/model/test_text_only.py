@@ -22,7 +22,7 @@ from support.training import TOKENS, logits
 from torch import Tensor
 
 from milora_init.api import convert
-from milora_init.errors import PlanError
+from milora_init.errors import PlanError, UsageError
 from milora_init.export.merge import merge
 from milora_init.lora.compatibility import explain_other_class
 from milora_init.manifest import MANIFEST, Manifest
@@ -262,3 +262,36 @@ def test_a_manifest_without_text_only_is_still_read(made: Made, tmp_path: Path) 
     edit_json(tmp_path / MANIFEST, inputs=inputs, fingerprint=fingerprint)
     verdict = verify(str(tmp_path))
     assert (verdict.code, verdict.differences) == ("pair", ())
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "llama4"])
+def test_an_adapter_is_converted_to_the_names_of_the_other_class(
+    name: str, text_only: bool, made: Made, tmp_path: Path
+) -> None:
+    """Trained with one class, loaded with the other, on the text input that both have."""
+    source, out, _ = made(name, text_only)
+    own = MODELS[name][0]
+    classes = (own, "AutoModelForCausalLM")
+    trained = tmp_path / "trained"
+    train(classes[text_only], out, trained)
+    convert(out, trained, tmp_path / "plain", text_only=not text_only)
+    expected = logits(PeftModel.from_pretrained(load(classes[text_only], out), str(trained)))
+    model = PeftModel.from_pretrained(load(classes[not text_only], source), str(tmp_path / "plain"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    convert(out, trained, tmp_path / "same", text_only=text_only)
+    convert(out, trained, tmp_path / "kept")
+    same, kept = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("same", "kept"))
+    assert same == kept
+
+
+def test_the_other_class_needs_a_pair_that_has_one(made: Made, tmp_path: Path, start: Any, checkpoint: Built) -> None:
+    start(checkpoint("llama"))
+    trained = tmp_path / "trained"
+    train("AutoModelForCausalLM", tmp_path / "out", trained)
+    with pytest.raises(PlanError, match="not a text-only class"):
+        convert(tmp_path / "out", trained, tmp_path / "plain", text_only=True)
+    (tmp_path / "out" / "lora").rename(tmp_path / "lora")
+    with pytest.raises(UsageError, match="--text-only needs a pair"):
+        convert(tmp_path / "lora", trained, tmp_path / "plain", model="me/model", text_only=True)
+    assert not (tmp_path / "plain").exists()
