@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo compare test check lint types format bench gpu-check docs build clean
+.PHONY: help demo compare test test-ray check lint types format bench gpu-check docs build clean
 
 help:
 	@echo "make demo    the whole way on a real language model: init, train, verify, merge, convert"
 	@echo "make compare  compare the training methods on a tiny model: learning against forgetting"
 	@echo "make test    run the tests"
+	@echo "make test-ray  run the tests that start a Ray cluster on this machine"
 	@echo "make check   lint, check types and run the tests"
 	@echo "make bench   time the solver against the reference method"
 	@echo "make gpu-check  on a machine with a GPU: tests, benchmarks and a whole run, within eight minutes"
@@ -34,6 +35,9 @@ compare: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-ray: $(READY)
+	$(BIN)/python -m pytest tests/run/test_ray.py -m ray -n 0
 
 check: lint types test
 

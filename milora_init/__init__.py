@@ -4,8 +4,9 @@
     result = milora_init.initialize("./my-model", "./svd_init", rank=64)
     print(result.load)  # Python that loads the pair
 
-`initialize`, `scan`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do. Every error is
-a `MiloraError`. Nothing heavy is imported until a name is used.
+`initialize`, `scan`, `verify`, `merge`, `convert` and `push` do what the commands of the same names do, and
+`initialize_part` does what `init --part` does. Every error is a `MiloraError`. Nothing heavy is imported until a name
+is used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from milora_init.api import convert, initialize, merge, push, scan, verify
+    from milora_init.api import convert, initialize, initialize_part, merge, push, scan, verify
     from milora_init.errors import (
         CheckpointError,
         HubError,
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
     from milora_init.manifest import Manifest
     from milora_init.options import InitOptions
     from milora_init.records import ConvertResult, MergeResult
-    from milora_init.result import InitResult
+    from milora_init.result import InitResult, PartResult
     from milora_init.run.progress import Progress
     from milora_init.spectra import ScanResult
     from milora_init.verification.verdict import Verdict
 
 _MODULE_OF = {
-    "initialize": "api", "verify": "api", "merge": "api", "convert": "api", "push": "api",
-    "scan": "api", "ScanResult": "spectra",
+    "initialize": "api", "initialize_part": "api", "PartResult": "result", "scan": "api", "ScanResult": "spectra",
+    "verify": "api", "merge": "api", "convert": "api", "push": "api",
     "InitOptions": "options", "InitResult": "result", "Verdict": "verification.verdict", "MergeResult": "records",
     "ConvertResult": "records", "Published": "hub.upload", "Manifest": "manifest", "Progress": "run.progress",
     "MiloraError": "errors", "UsageError": "errors", "CheckpointError": "errors", "PlanError": "errors",
@@ -52,6 +53,7 @@ __all__ = [
     "MergeResult",
     "MiloraError",
     "OutputError",
+    "PartResult",
     "PlanError",
     "Progress",
     "Published",
@@ -62,6 +64,7 @@ __all__ = [
     "__version__",
     "convert",
     "initialize",
+    "initialize_part",
     "merge",
     "push",
     "scan",

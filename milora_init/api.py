@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from milora_init.errors import UsageError
 from milora_init.options import InitOptions, require_ranks, split_names
-from milora_init.result import InitResult
+from milora_init.result import InitResult, PartResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,13 +60,64 @@ def initialize(
         OutputError: `out` holds something else, or cannot be written. An interrupted run is resumed by the same call.
         HubError: The Hub refused, or cannot be reached.
     """
-    if isinstance(model, InitOptions):
-        if out is not None or recipe is not None or options:
-            raise UsageError("InitOptions and further options are given", hint="use dataclasses.replace(options, ...)")
-        request = model
-    else:
-        request = InitOptions.from_recipe(recipe, model=os.fspath(model), out=out, **options)
+    request = _options(model, out, recipe, options)
+    if request.part is not None:
+        raise UsageError("`initialize` makes the whole output, not a part", hint="call initialize_part")
     return run(request, progress=progress)
+
+
+def initialize_part(
+    model: StrPath | InitOptions,
+    out: StrPath | None = None,
+    part: str | None = None,
+    *,
+    recipe: str | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> PartResult:
+    """Make one part of the files that `initialize` would make, and stop.
+
+    Any number of processes, on machines that see the same folders, can make different parts at the same time. When all
+    have ended, `initialize` with the same options makes what is missing and finishes the output.
+
+    Args:
+        model, out, recipe, progress, options: See `initialize`.
+        part: `I/N`, from `1/N` to `N/N`, or `auto`; see `InitOptions`.
+
+    Raises:
+        UsageError: A wrong option, or no part.
+        OutputError: A process makes this part, or the whole output, or the folder holds something else.
+        MiloraError: As `initialize`.
+    """
+    request = _options(model, out, recipe, {**options, "part": part} if part is not None else options)
+    if request.part is None:
+        raise UsageError("no part is given", hint="for the first of four parts: part='1/4'")
+    return run_part(request, progress=progress)
+
+
+def run_part(
+    options: InitOptions, *, progress: bool | Progress = True, overwrite_repository: bool = False
+) -> PartResult:
+    """Do what `initialize_part` does, for checked options; see `run`."""
+    from milora_init.hub.source import locate_model
+    from milora_init.plan.plan import make_plan
+    from milora_init.run.initialize import carry_out_part
+    from milora_init.run.scan import measured_targets
+
+    folder, remote = locate_model(options)
+    with _receiver(progress) as receiver:
+        measured = measured_targets(options, folder, remote, progress=receiver)
+        plan = make_plan(options, folder, remote, measured=measured)
+        return carry_out_part(plan, progress=receiver, overwrite_repository=overwrite_repository)
+
+
+def _options(model: StrPath | InitOptions, out: StrPath | None, recipe: str | None, options: Any) -> InitOptions:
+    """The options of a call. Raises UsageError."""
+    if not isinstance(model, InitOptions):
+        return InitOptions.from_recipe(recipe, model=os.fspath(model), out=out, **options)
+    if out is not None or recipe is not None or options:
+        raise UsageError("InitOptions and further options are given", hint="use dataclasses.replace(options, ...)")
+    return model
 
 
 def run(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 SCHEMA = 1  # increased when a field is removed or changes its meaning
-Status = Literal["planned", "done", "unchanged", "ok", "differs", "failed"]
+Status = Literal["planned", "done", "part", "unchanged", "ok", "differs", "failed"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
@@ -27,7 +27,8 @@ def envelope(
 
     Args:
         command: The command: `init`, `verify`, ...
-        status: `planned` (--dry-run), `done`, `unchanged` (it was done before), `ok` and `differs` (verify), `failed`.
+        status: `planned` (--dry-run), `done`, `part` (--part: the output is not finished), `unchanged` (it was done
+            before), `ok` and `differs` (verify), `failed`.
         out: The folder or repository that was written or read.
         fingerprint: Hash of all that determines the bytes of the output.
         source: `model` and `revision` of the original model.

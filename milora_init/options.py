@@ -78,6 +78,9 @@ class InitOptions:
             the output.
         push_to_hub: Push the output to this repository (`org/name`); `private` if it is created now.
         overwrite: Replace an earlier output of milora-init, finished or not.
+        part: `I/N`: make the I-th of N parts of the output's files (from 1) and stop; the same request without `part`
+            finishes. `auto` takes both numbers from torchrun, a Slurm array or SkyPilot.
+        ray: Address of a Ray cluster, or `auto`, whose nodes make the files; they must see the model and the output.
 
     Raises:
         UsageError: A value out of its range.
@@ -110,6 +113,8 @@ class InitOptions:
     push_to_hub: str | None = None
     private: bool = True
     overwrite: bool = False
+    part: str | None = None
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -129,6 +134,7 @@ class InitOptions:
             ok = isinstance(value, str | None) and value in choices
             _require(ok, f"{name} is {_short(value)}", f"choose one of: {', '.join(known)}")
         self._check_method()
+        self._check_part()
 
     def _normalise(self) -> None:
         """Convert paths to text and lists to tuples; replace synonyms of values."""
@@ -149,7 +155,7 @@ class InitOptions:
         self._set("token", clean_token(self.token))
 
     def _check_text(self) -> None:
-        for name in ("model", "out", "revision", "cache_dir", "push_to_hub"):
+        for name in ("model", "out", "revision", "cache_dir", "push_to_hub", "ray"):
             value = getattr(self, name)
             _require(isinstance(value, str | None), f"{name} is {_short(value)}, expected text", "quote it")
             _require("\0" not in (value or ""), f"{name} contains a NUL character", "write it without")
@@ -173,6 +179,30 @@ class InitOptions:
         _require(self.dtype == "auto", f"dtype is {self.dtype}, but {why}", "drop --dtype")
         _require(self.base == "dense", f"base is {self.base}, but {why}", "drop --base")
         _require(not self.low_disk, f"low_disk is set, but {why}", "drop --low-disk")
+
+    def _check_part(self) -> None:
+        if self.ray is not None:
+            _require(bool(self.ray), "--ray is empty", "name the cluster: --ray auto or HOST:PORT")
+            _require(self.part is None, "ray and part exclude each other", "drop one of them")
+            why = "low_disk works on one machine, and ray on many"
+            _require(not self.low_disk, f"low_disk and ray exclude each other: {why}", "drop one of them")
+        if self.part is None:
+            return
+        hint = "for the first of four parts: --part 1/4"
+        _require(isinstance(self.part, str), f"part is {_short(self.part)}, expected text", hint)
+        if self.part == "auto":
+            self._set("part", _part_of_environment())
+        number, _, count = self.part.partition("/")
+        digits = all(text.isascii() and text.isdigit() and len(text) <= 6 for text in (number, count))
+        _require(
+            digits and 1 <= int(number) <= int(count), f"part is {_short(self.part)}, not I/N from 1/N to N/N", hint
+        )
+        self._set("part", f"{int(number)}/{int(count)}")
+        why = "other parts may be writing to the same folder"
+        _require(not self.overwrite, f"overwrite and part exclude each other: {why}", "remove the old output first")
+        uploads = self.low_disk and self.push_to_hub is not None
+        hint = "drop --low-disk, or run without --part"
+        _require(not uploads, f"low_disk with push_to_hub removes files, but {why}", hint)
 
     def _check_targets(self) -> None:
         _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")
@@ -205,6 +235,14 @@ class InitOptions:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def part_numbers(self) -> tuple[int, int] | None:
+        """Number of the part, from 1, and the number of parts; None without `part`."""
+        if self.part is None:
+            return None
+        number, _, count = self.part.partition("/")
+        return int(number), int(count)
 
     @property
     def lora_alpha(self) -> int:
@@ -248,7 +286,32 @@ class InitOptions:
 
 
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(InitOptions))
-_RECIPE_KEYS = _OPTIONS - {"token", "overwrite"}
+_RECIPE_KEYS = _OPTIONS - {"token", "overwrite", "part", "ray"}
+
+
+# What launchers set: the number of a process, the first of these numbers, the step between them, and their count.
+_LAUNCHERS = (
+    ("RANK", None, None, "WORLD_SIZE"),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT"),
+    ("SKYPILOT_NODE_RANK", None, None, "SKYPILOT_NUM_NODES"),
+)
+
+
+def _part_of_environment() -> str:
+    """The part that a launcher has given to this process. Raises UsageError."""
+    for name, first, step, count in _LAUNCHERS:
+        if name in os.environ and count in os.environ:
+            try:
+                values = [int(os.environ[key]) for key in (name, count)]
+                start, stride = int(os.environ.get(first or "", 0)), int(os.environ.get(step or "", 1))
+                return f"{(values[0] - start) // max(stride, 1) + 1}/{values[1]}"
+            except ValueError:
+                message = (
+                    f"--part auto: {name} is {_short(os.environ[name])} and {count} is {_short(os.environ[count])}"
+                )
+                raise UsageError(message, hint="give the numbers: --part 1/4") from None
+    known = ", ".join(f"{name} and {count}" for name, _, _, count in _LAUNCHERS)
+    raise UsageError(f"--part auto: none of these is set: {known}", hint="give the numbers: --part 1/4")
 
 
 def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) -> dict[str, Any]:

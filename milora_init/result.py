@@ -87,6 +87,39 @@ class InitResult(Result):
         return envelope("init", self.status, **{**fields, "out": self.out})
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class PartResult(Result):
+    """What `initialize_part` returns.
+
+    Attributes:
+        out: The output folder as given.
+        status: `part`: the files of the part are made, and the same request without a part finishes the output. Or
+            `unchanged`: the output was finished before.
+        part: The part, `I/N`.
+        fingerprint: Hash of all that determines the bytes of the output.
+        made: The files that were made now.
+        finished: How many files of weights are made, by all parts.
+        of: How many files of weights the output has.
+    """
+
+    out: str
+    status: Literal["part", "unchanged"]
+    part: str
+    fingerprint: str
+    made: tuple[str, ...]
+    finished: int
+    of: int
+
+    def summary(self) -> Mapping[str, object]:
+        return {"status": self.status, "out": self.out, "part": self.part, "finished": f"{self.finished}/{self.of}"}
+
+    def to_json(self) -> dict[str, Any]:
+        return envelope(
+            "init", "part", out=self.out, fingerprint=self.fingerprint, part=self.part, made=list(self.made),
+            finished_files=self.finished, of_files=self.of, unchanged=self.status == "unchanged",
+        )  # fmt: skip
+
+
 def _figures(manifest: Manifest) -> dict[str, object]:
     from milora_init.report import size
 

@@ -46,15 +46,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="the best of so many rounds counts")
     parser.add_argument("--work", type=Path, help="where to write; a temporary folder if not given")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quantise", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.quantise:
+        return quantise(*args.quantise)
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(dir=args.work))
     try:
         figures: dict[str, Any] = {"rates": {}, "torch": version("torch"), "cores": os.cpu_count()}
+        if args.memory:  # first: the peak memory of a child includes the memory of its parent at the fork
+            figures["memory"] = memory(work)
         for name, make in CASES.items():
             figures["rates"][name] = rate(make(), work / "case", args.rounds)
-        if args.memory:
-            figures["memory"] = memory(work)
         report(figures)
         if args.json:
             args.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -172,6 +175,19 @@ def memory(work: Path) -> dict[str, float]:
     dense, small = work / "bfloat16", work / "fp8"
     maker = Path(__file__).parent / "make_checkpoint.py"
     subprocess.run([sys.executable, str(maker), str(dense), "--size", "1b"], check=True)
+    subprocess.run([sys.executable, __file__, "--quantise", str(dense), str(small)], check=True)
+    tool = [sys.executable, "-c", "from milora_init.cli.main import main; main()"]
+    figures = {}
+    for folder in (dense, small):
+        # A few weights are enough for the peak: a run keeps as many as it has threads.
+        command = [*tool, str(folder), "--target", "re:model.layers.[01]..*(up|down)_proj", "--quiet"]
+        figures[folder.name] = measure([*command, "--out", str(work / "out")])["peak_bytes"]
+        shutil.rmtree(work / "out")
+    return figures
+
+
+def quantise(dense: Path, small: Path) -> None:
+    """Write a checkpoint in FP8 with blocks of 128 x 128."""
     shutil.copytree(dense, small, ignore=shutil.ignore_patterns("*.safetensors"))
     weight_map: dict[str, str] = {}
     for path in sorted(dense.glob("*.safetensors")):
@@ -191,14 +207,6 @@ def memory(work: Path) -> dict[str, float]:
     config = json.loads((dense / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (small / "config.json").write_text(json.dumps(config))
-    tool = [sys.executable, "-c", "from milora_init.cli.main import main; main()"]
-    figures = {}
-    for folder in (dense, small):
-        # A few weights are enough for the peak: a run keeps as many as it has threads.
-        command = [*tool, str(folder), "--target", "re:model.layers.[01]..*(up|down)_proj", "--quiet"]
-        figures[folder.name] = measure([*command, "--out", str(work / "out")])["peak_bytes"]
-        shutil.rmtree(work / "out")
-    return figures
 
 
 def report(figures: dict[str, Any]) -> None:

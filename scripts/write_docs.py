@@ -40,6 +40,31 @@ MODELS: Mapping[str, tuple[int, int, int, int]] = {
     "Llama-2-13B": (5120, 13824, 5120, 40),
     "Llama-3-70B": (8192, 28672, 1024, 80),
 }
+# The shapes of the weights with how many of each, and the bytes of the checkpoint in bfloat16. Llama: the default
+# targets. The others: all linear layers and the experts.
+LARGE_MODELS: Mapping[str, tuple[Mapping[tuple[int, int], int], float]] = {
+    "Llama-3.1-405B": (
+        {(16384, 16384): 126, (16384, 1024): 2 * 126, (53248, 16384): 2 * 126},
+        811e9,
+    ),
+    "DeepSeek-V3, experts too": (
+        {
+            (7168, 1536): 61, (24576, 1536): 61, (7168, 576): 61, (32768, 512): 61, (16384, 7168): 61,
+            (18432, 7168): 3 * 3, (7168, 2048): 58 * 3 * 257,
+        },
+        1342e9,
+    ),
+    "Kimi-K2, experts too": (
+        {
+            (7168, 1536): 61, (12288, 1536): 61, (7168, 576): 61, (16384, 512): 61, (8192, 7168): 61,
+            (18432, 7168): 1 * 3, (7168, 2048): 60 * 3 * 385,
+        },
+        2052e9,
+    ),
+}  # fmt: skip
+CORE_RATE = 30e9  # float64 multiply-adds per second of one core, assumed
+CORES = (2, 64, 16 * 64)
+DISK_RATES = (2e9, 10e9)  # bytes per second, for reading and writing
 RANK = 64
 RATES = (50e9, 500e9)  # float64 multiply-adds per second
 
@@ -193,6 +218,20 @@ def estimates() -> str:
     return table(("model", "weights", "multiply-adds (10^12)", *rates, "memory for a weight", "adapter"), rows)
 
 
+def large_estimates() -> str:
+    """Time of models that one machine takes long for, by the cost model."""
+    rows = []
+    for name, (counts, size_bytes) in LARGE_MODELS.items():
+        flops = sum(count * solve_flops(p, q, RANK, "min") for (p, q), count in counts.items())
+        adapter = sum(count * 4 * RANK * (p + q) for (p, q), count in counts.items())
+        solving = [duration(flops / (CORE_RATE * cores)) for cores in CORES]
+        copying = [duration(2 * size_bytes / rate) for rate in DISK_RATES]
+        rows.append((name, f"{sum(counts.values()):,}", *solving, *copying, f"{adapter / 1e9:.1f} GB"))
+    cores = [f"{count} cores" for count in CORES]
+    disks = [f"read and write at {rate / 1e9:.0f} GB/s" for rate in DISK_RATES]
+    return table(("model", "weights", *cores, *disks, "adapter"), rows)
+
+
 def _megabytes(size_bytes: float) -> str:
     return f"{size_bytes / 1e6:.0f} MB"
 
@@ -208,6 +247,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "verdicts": verdicts,
     "functions": functions,
     "estimates": estimates,
+    "large_estimates": large_estimates,
 }
 
 

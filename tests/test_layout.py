@@ -33,7 +33,7 @@ INDEPENDENT = ("checkpoint", "linalg")  # linalg knows no files, checkpoint know
 ENTRY_POINTS = {"__init__.py", "__main__.py", "api.py", "result.py"}  # they may import from any folder
 
 # The only folder or file that may import a package.
-ONLY_IN = {"huggingface_hub": "hub", "typer": "cli", "rich": "cli", "yaml": "options.py"}
+ONLY_IN = {"huggingface_hub": "hub", "typer": "cli", "rich": "cli", "yaml": "options.py", "ray": "ray_makers.py"}
 NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "ssl"}
 PICKLES = {"pickle", "marshal", "shelve", "dill"}
 

@@ -81,7 +81,12 @@ def test_an_unknown_key_without_a_close_match_lists_all_keys(tmp_path: Path) -> 
     path.write_text("xyzzy: 1\n")
     with pytest.raises(UsageError) as caught:
         read_recipe(str(path))
-    known = {field.name.replace("_", "-") for field in dataclasses.fields(InitOptions)} - {"token", "overwrite"}
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(InitOptions)} - {
+        "token",
+        "overwrite",
+        "part",
+        "ray",
+    }
     assert set(caught.value.hint.removeprefix("known keys: ").split(", ")) == known
 
 

@@ -205,6 +205,11 @@ class _Finder:
         parts: Mapping[str, TensorInfo | None],
     ) -> None:
         """Record a tensor; a part that is None is not stored. Raises CheckpointError for a part of two tensors."""
+        if len(shape) not in (2, 3) or 0 in shape:
+            raise CheckpointError(
+                f"{name} is quantised and has the shape {list(shape)}: rules read matrices, and fused experts",
+                hint=UNQUANTISED,
+            )
         present = {role: info for role, info in parts.items() if info is not None}
         if clash := next((p for p in present.values() if p.name in self.used), None):
             raise CheckpointError(f"{clash.name} is a part of two quantised weights, {name} is one", hint=UNQUANTISED)

@@ -15,7 +15,7 @@ from milora_init.envelope import envelope
 
 _PACKAGES = (
     "torch", "transformers", "safetensors", "huggingface_hub", "typer", "rich", "PyYAML",
-    "peft", "trl", "accelerate", "datasets",
+    "peft", "trl", "accelerate", "datasets", "ray",
 )  # fmt: skip
 _VARIABLES = (
     "MILORA_DEBUG",

@@ -17,7 +17,7 @@ from milora_init.options import InitOptions, split_names
 
 if TYPE_CHECKING:
     from milora_init.cli.progress_bar import Bar
-    from milora_init.result import InitResult
+    from milora_init.result import InitResult, PartResult
 
 STARTED = time.monotonic()  # this file is imported when the process starts
 _METHOD, _LORA, _MODEL, _RUN, _HUB = "Method", "Adapter", "Model", "Run", "Hub"
@@ -142,6 +142,25 @@ def init(
             metavar="DEVICE", help="auto, cpu, cuda or cuda:N. Repeatable. (default: auto)", rich_help_panel=_RUN
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Make the I-th of N parts of the files and stop; the same command without --part finishes. "
+            "`auto`: the numbers of torchrun, a Slurm array or SkyPilot.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Make the files on a Ray cluster: auto, or HOST:PORT. Its nodes must see the model and --out.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="For --mode random and the solver's start. (default: 0)", rich_help_panel=_RUN),
@@ -209,6 +228,7 @@ def init(
         task_type=task_type, text_only=text_only, dtype=dtype, base=base, nf4=nf4, revision=revision,
         cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code, low_disk=low_disk,
         device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
+        part=part, ray=ray,
     )  # fmt: skip
     if private is not None and not options.push_to_hub:
         hint = "add --push-to-hub ORG/NAME, or drop it"
@@ -219,7 +239,16 @@ def init(
         return 0
     from milora_init.cli.progress_bar import Bar
 
+    if options.part is not None:
+        if limits:
+            raise UsageError("--fail-on needs all weights, not a part of them", hint="give it to the last command")
+        with Bar(quiet=quiet, verbose=verbose) as bar:
+            bar.started = STARTED
+            made = _run_part(options, bar, overwrite_repository=yes)
+        _print_part(made, as_json=as_json, quiet=quiet)
+        return 0
     with Bar(quiet=quiet, verbose=verbose) as bar:
+        bar.started = STARTED
         result = _run(options, bar, overwrite_repository=overwrite or yes)
     exceeded = output.exceeded_limits(limits, result.manifest)
     _print_result(result, exceeded, as_json=as_json, quiet=quiet)
@@ -253,6 +282,21 @@ def _run(options: InitOptions, bar: Bar, *, overwrite_repository: bool) -> InitR
     return run(options, progress=bar, overwrite_repository=overwrite_repository)
 
 
+def _run_part(options: InitOptions, bar: Bar, *, overwrite_repository: bool) -> PartResult:
+    from milora_init.api import run_part
+
+    bar.planning(options.model)
+    return run_part(options, progress=bar, overwrite_repository=overwrite_repository)
+
+
+def _print_part(result: PartResult, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        output.json_output.give(result.to_json())
+    elif not quiet:
+        with may_be_lost():
+            output.print_part(result, elapsed_s=time.monotonic() - STARTED)
+
+
 def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
     """Print the plan."""
     from milora_init.cli.progress_bar import waiting
@@ -262,18 +306,18 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         from milora_init.plan.peft_check import require_loadable
         from milora_init.plan.plan import describe, make_plan
         from milora_init.run.devices import multiply_rate
-        from milora_init.run.pool import solver_devices
+        from milora_init.run.pool import solver_devices, weights_in_memory
         from milora_init.run.scan import measured_targets
 
         located = locate_model(options)
         plan = make_plan(options, *located, measured=measured_targets(options, *located))
         require_loadable(plan)
-        devices = solver_devices(plan)[0]
-        estimate_s = plan.solve_flops / multiply_rate(devices[0])
+        estimate_s = plan.solve_flops / multiply_rate(solver_devices(plan)[0][0])
+        at_once, others = weights_in_memory(plan)
     if as_json:
-        output.json_output.give(describe(plan, len(devices), estimate_s))
+        output.json_output.give(describe(plan, at_once, estimate_s, others))
     elif not quiet:
-        output.print_plan(plan, estimate_s, plan.peak_memory_bytes(len(devices)))
+        output.print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once, others))
 
 
 def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_json: bool, quiet: bool) -> None:
@@ -286,6 +330,6 @@ def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_jso
     elif not quiet:
         with may_be_lost():
             unchanged = result.status == "unchanged"
-            output.print_summary(result.manifest, elapsed_s=None if unchanged else time.monotonic() - STARTED)
+            output.print_summary(result.manifest, elapsed_s=None if unchanged else result.manifest.elapsed_s)
             if result.pushed:
                 output.print_pushed(result.pushed)

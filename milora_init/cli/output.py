@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from milora_init.manifest import Manifest
     from milora_init.plan.plan import Plan
     from milora_init.records import ConvertResult, MergeResult
+    from milora_init.result import PartResult
     from milora_init.spectra import ScanResult
     from milora_init.verification.verdict import Verdict
 
@@ -190,11 +191,27 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     if download:
         console.print(f"download  {size(download)}")
     console.print(f"time      about {duration(estimate_s)} for solving, on this machine; copying comes on top")
-    for job in plan.jobs:
+    if plan.options.part is not None:
+        console.print(f"part {plan.options.part}: {len(plan.own_jobs)} of the {len(plan.jobs)} files")
+    for job in plan.jobs if plan.options.part is None else plan.own_jobs:
         target = "" if job.target == job.source.name or not job.header else f" -> {job.target}"
         console.print(f"  {job.source.name}{target}  ({count_weights(job.splits)})")
     print_warnings(plan.notices)
     console.print("nothing was written")
+
+
+def print_part(result: PartResult, *, elapsed_s: float) -> None:
+    """Print what a part has made, and what is left to do."""
+    console = _stdout()
+    if result.status == "unchanged":
+        console.print(f"{result.out}: already done, nothing to do")
+        return
+    count = len(result.made)
+    console.print(
+        f"part {result.part}: {count} file{'s' if count != 1 else ''} made in {duration(elapsed_s)}; "
+        f"{result.out} has {result.finished} of {result.of}"
+    )
+    console.print("when all parts have ended, run the same command without --part: it finishes the output")
 
 
 def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:

@@ -86,8 +86,6 @@ class Bar(RunProgress):
     and bytes. The bar also shows which weight each device works on.
     """
 
-    FLOPS_PER_BYTE = 200  # so many multiply-adds take about the time of copying one byte
-
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self._planning = ExitStack()  # the spinner that is shown until the run starts
         self._at: dict[str, str] = {}  # device -> module
@@ -124,15 +122,19 @@ class Bar(RunProgress):
         self._planning.enter_context(waiting(f"reading headers and module names of {model}", quiet=self._console.quiet))
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
+        from milora_init.plan.plan import FLOPS_PER_BYTE
+
         self._planning.close()
+        self._flops_per_byte = FLOPS_PER_BYTE
         self._bar.start()
         self._started = time.monotonic()
         self._flops = {w.weight.tensor: plan.flops(w) for w in plan.weights}  # of one weight in that tensor
-        total_bytes = sum(map(plan.read_bytes, plan.jobs))
+        own_weights = [w for job in plan.own_jobs for w in job.splits]
+        total_bytes = sum(map(plan.read_bytes, plan.own_jobs))
         done_bytes = sum(map(plan.read_bytes, done))
-        self._total = self._work(total_bytes, plan.solve_flops)
-        self._earlier = self._done = self._work(done_bytes, sum(plan.flops(w) for job in done for w in job.splits))
-        self._weights, self._split = len(plan.weights), sum(len(job.splits) for job in done)
+        self._total = sum(map(plan.cost, plan.own_jobs))
+        self._earlier = self._done = sum(map(plan.cost, done))
+        self._weights, self._split = len(own_weights), sum(len(job.splits) for job in done)
         what, count = "splitting", self._count()
         self._bar.update(self._task, total=total_bytes, completed=done_bytes, what=what, weights=count, left="")
         if done:
@@ -163,7 +165,7 @@ class Bar(RunProgress):
 
     def tensor(self, name: str, size_bytes: int) -> None:
         with self._lock:
-            self._done += self._work(size_bytes, self._flops.get(name, 0))
+            self._done += self._flops_per_byte * size_bytes + self._flops.get(name, 0)
             self._split += name in self._flops
         self._bar.update(self._task, advance=size_bytes, weights=self._count(), left=self._time_left())
 
@@ -182,9 +184,6 @@ class Bar(RunProgress):
 
     def _count(self) -> str:
         return f"{self._split}/{self._weights} weights"
-
-    def _work(self, size_bytes: int, flops: int) -> int:
-        return self.FLOPS_PER_BYTE * size_bytes + flops
 
     def _time_left(self) -> str:
         done, elapsed_s = self._done - self._earlier, time.monotonic() - self._started

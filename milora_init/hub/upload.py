@@ -202,6 +202,11 @@ class Repository:
             self._commit([CommitOperationAdd(name, path)], f"{name}, by milora-init")
         return digest
 
+    def upload(self, path: Path, name: str) -> None:
+        """Upload the content of a finished weight file. `push` commits it, and need not upload it again then."""
+        with hub_errors(self.repo, self._revision, pushing=True):
+            self._api.preupload_lfs_files(self.repo, [CommitOperationAdd(name, path)], revision=self._revision)
+
     def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
         """Return the names of those weight files that are in the repository with this SHA-256.
 

@@ -8,11 +8,13 @@ and numbers, so it can be pickled and sent to another process.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,11 @@ from milora_init.plan.quantised_base import base_sizes, mixed_config, plan_layou
 from milora_init.plan.weights import WeightPlan, plan_weights, quantised_tensors
 from milora_init.untrusted import printable, read_text
 
+FLOPS_PER_BYTE = 200  # so many multiply-adds take about the time of copying one byte
 LOW_DISK_FILES = 2  # with low_disk, the most shards that are made at a time
 _LOW_DISK_SHARDS = LOW_DISK_FILES + 2  # and that are on the disk, of the model or of the output
-_PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
+PROCESS_BYTES = 450 << 20  # memory of Python with torch and transformers loaded
+_WEIGHT_BYTES = 9 << 10  # and for each weight its plan and its record: scripts/bench_scale.py
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,29 @@ class Plan:
     side_files: tuple[str, ...]
     notices: tuple[str, ...]
     base_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def own_jobs(self) -> tuple[ShardJob, ...]:
+        """The jobs of this run: all of them, or those of the part that the options name.
+
+        The costliest job goes to the part with the least work so far, then the next one. So parts of equal machines end
+        at about the same time, and every process finds the same parts.
+        """
+        if self.options.part_numbers is None:
+            return self.jobs
+        number, count = self.options.part_numbers
+        parts: list[tuple[int, int]] = [(0, index) for index in range(count)]  # work so far, part
+        own = []
+        for _, position in sorted((-self.cost(job), position) for position, job in enumerate(self.jobs)):
+            work, index = heappop(parts)
+            heappush(parts, (work + self.cost(self.jobs[position]), index))
+            if index == number - 1:
+                own.append(self.jobs[position])
+        return tuple(own)
+
+    def cost(self, job: ShardJob) -> int:
+        """Estimate of the time for a job, in multiply-adds."""
+        return FLOPS_PER_BYTE * self.read_bytes(job) + sum(map(self.flops, job.splits))
 
     @cached_property
     def adapter_header(self) -> Header:
@@ -148,7 +175,7 @@ class Plan:
     def required_disk_bytes(self) -> int:
         """The disk space that the run needs at its peak."""
         download = sorted(self.downloads.values())
-        shards = sorted(job.base_bytes for job in self.jobs)
+        shards = sorted(job.base_bytes for job in self.own_jobs)
         low_disk = self.options.low_disk
         # Without low_disk, downloads go into the Hub's cache: `hub.download.require_cache_space` checks its disk. With
         # low_disk, a download is removed when its shard is finished, and a shard when it is uploaded.
@@ -156,13 +183,16 @@ class Plan:
         source_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk or not self.writes_base else 0
         base_bytes = sum(shards[-_LOW_DISK_SHARDS:] if low_disk and self.options.push_to_hub else shards)
         side_bytes = sum(stamp(self.source / name)[0] for name in self.side_files)
+        if self.options.part is not None:
+            factors = sum(4 * w.rank * sum(w.weight.shape) for job in self.own_jobs for w in job.splits)
+            return source_bytes + base_bytes + factors
         # The adapter counts twice: as one part for each shard, and as the final file that is assembled from the parts.
         return source_bytes + base_bytes + 2 * self.adapter_bytes + side_bytes
 
     @property
     def absent(self) -> Mapping[str, Header]:
         """Headers of the weight files that are on the Hub, not on the disk, and needed; by file name."""
-        needed = {job.source.name for job in self.jobs}
+        needed = {job.source.name for job in self.own_jobs}
         absent = self.checkpoint.remote.absent if self.checkpoint.remote else {}
         return {name: header for name, header in absent.items() if name in needed}
 
@@ -200,11 +230,18 @@ class Plan:
         """Size of the adapter's weight file."""
         return self.adapter_header.file_bytes
 
-    def peak_memory_bytes(self, weights_at_once: int) -> int:
-        """Estimate the peak memory of a run that solves this many weights at a time."""
+    def peak_memory_bytes(self, weights_at_once: int, waiting: int = 0) -> int:
+        """Estimate the peak memory of a run; how many files are made at a time does not matter.
+
+        Args:
+            weights_at_once: How many weights the CPU solves at a time.
+            waiting: How many more are read or written meanwhile, or are solved on a GPU.
+        """
         largest_factor = max(info.size_bytes for info in self.adapter_header.tensors.values())
-        largest_weights = sorted((self.memory_bytes(w) for w in self.weights), reverse=True)[:weights_at_once]
-        return _PROCESS_BYTES + max(2 * largest_factor, sum(largest_weights))
+        solved = sorted(map(self.memory_bytes, self.weights), reverse=True)[:weights_at_once]
+        read = sorted(map(self.stored_bytes, self.weights), reverse=True)[:waiting]
+        own = PROCESS_BYTES + _WEIGHT_BYTES * len(self.weights)
+        return own + max(2 * largest_factor, sum(solved) + sum(read))
 
     @property
     def solve_flops(self) -> int:
@@ -219,12 +256,16 @@ class Plan:
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
         m, n = w.weight.shape
+        return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, self.stored_bytes(w))
+
+    def stored_bytes(self, w: WeightPlan) -> int:
+        """What one weight and its residual take as they are read and written."""
         quantised = w.weight.tensor in self.checkpoint.quantised.tensors
         read_as = "F32" if quantised else w.source_dtype
-        stored_bytes = m * n * (DTYPES[read_as].itemsize + DTYPES[w.dtype].itemsize)
+        entry_bytes = DTYPES[read_as].itemsize + DTYPES[w.dtype].itemsize
         if self.options.nf4:
-            stored_bytes += 5 * 4 * m * n  # the rest of W, the product, and NF4's steps, in float32
-        return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, stored_bytes)
+            entry_bytes += 5 * 4  # the rest of W, the product, and NF4's steps, in float32
+        return math.prod(w.weight.shape) * entry_bytes
 
     @property
     def formats(self) -> dict[str, int]:
@@ -330,12 +371,12 @@ def _refuse_residual(folder: Path) -> None:
     )
 
 
-def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, Any]:
+def describe(plan: Plan, weights_at_once: int, estimate_s: float, waiting: int = 0) -> dict[str, Any]:
     """Return the plan as the JSON object that `--dry-run --json` prints.
 
     Args:
         plan: The plan.
-        weights_at_once: How many weights are solved at a time, for the estimate of the memory.
+        weights_at_once, waiting: For the estimate of the memory; see `Plan.peak_memory_bytes`.
         estimate_s: Estimate of the time for solving, in seconds.
     """
     options, remote = plan.options, plan.checkpoint.remote
@@ -358,7 +399,7 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float) -> dict[str, A
         base_sizes=dict(plan.base_sizes),
         formats=plan.formats,
         adapter_bytes=plan.adapter_bytes,
-        peak_memory_bytes=plan.peak_memory_bytes(weights_at_once),
+        peak_memory_bytes=plan.peak_memory_bytes(weights_at_once, waiting),
         solve_flops=plan.solve_flops,
         adapter_config=dict(plan.adapter_config),
         weight_count=len(plan.weights),

@@ -10,11 +10,12 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -32,9 +33,10 @@ from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
 from milora_init.plan.plan import LOW_DISK_FILES, Plan
-from milora_init.run import dense, weight
-from milora_init.run.adapter_file import assemble_adapter, part_header, part_name
-from milora_init.run.devices import memory_bytes
+from milora_init.result import PartResult
+from milora_init.run import shard_job
+from milora_init.run.adapter_file import assemble_adapter, part_name
+from milora_init.run.devices import memory_bytes, resolve_devices
 from milora_init.run.journal import Entry
 from milora_init.run.makers import LocalMakers, Makers
 from milora_init.run.output_folder import OutputFolder
@@ -42,7 +44,6 @@ from milora_init.run.parts import with_parts
 from milora_init.run.pool import FilePool, SolverPool, solver_devices
 from milora_init.run.prefetch import Prefetcher
 from milora_init.run.progress import Progress, ShardResult
-from milora_init.run.shard import ShardWriter
 
 if TYPE_CHECKING:
     from milora_init.hub.upload import Published
@@ -64,6 +65,13 @@ class ShardUploader(Protocol):
 
     def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str]) -> object:
         """Upload all other files: the output is finished."""
+
+
+class ShardPreuploader(Protocol):
+    """Uploads the content of finished shards for a later commit; see `hub.upload.Repository`."""
+
+    def upload(self, path: Path, name: str) -> None:
+        """Upload a file that the last push will commit."""
 
 
 def carry_out(
@@ -95,6 +103,42 @@ def carry_out(
     return repository.published_manifest(manifest), "done", repository.published
 
 
+def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_repository: bool = False) -> PartResult:
+    """Make the files of the part that the options name; see `api.initialize_part`. Raises as `run_plan`."""
+    options = plan.options
+    assert options.part is not None
+    repository = None
+    if options.push_to_hub:
+        from milora_init.hub.upload import Repository
+
+        repository = Repository(options.push_to_hub, private=options.private, token=options.token)
+        model = options.model if plan.checkpoint.remote else ""
+        repository.prepare(MANIFEST, model, overwrite=overwrite_repository)
+    progress = progress or Progress()
+    started = time.monotonic() if progress.started is None else progress.started
+    resolve_devices(options.device)  # a wrong one is refused before anything is written
+    out = OutputFolder(plan.out, MANIFEST, read_manifest, options.part_numbers)
+    _require_same_kind(plan, out)
+    own = {job.target for job in plan.own_jobs}
+    if out.prepare(plan):
+        return PartResult(options.out, "unchanged", options.part, plan.fingerprint, (), len(plan.jobs), len(plan.jobs))
+    try:
+        with FilePool() as files:
+            entries = out.finished_shards(files, among=own)
+            todo = [job for job in plan.own_jobs if job.target not in entries]
+            require_loadable(plan)
+            _report_start(plan, todo, out, progress)
+            todo = with_parts(todo, plan.checkpoint, out.attempts)
+            with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
+                made = _Committer(plan, out, progress, None, prefetcher, started, repository).run(makers, todo)
+        finished = len(out.entries())
+    except BaseException:
+        out.abandon()
+        raise
+    out.leave()
+    return PartResult(options.out, "part", options.part, plan.fingerprint, tuple(made), finished, len(plan.jobs))
+
+
 def run_plan(
     plan: Plan, *, progress: Progress | None = None, uploader: ShardUploader | None = None
 ) -> tuple[Manifest, Status]:
@@ -107,8 +151,9 @@ def run_plan(
         MiloraError: See `errors`. The output is unfinished then; if a shard was finished, the same plan resumes it.
     """
     progress = progress or Progress()
-    started = time.monotonic()
-    devices, threads_per_device = solver_devices(plan)
+    started = time.monotonic() if progress.started is None else progress.started
+    if plan.options.ray is None:
+        resolve_devices(plan.options.device)  # a wrong one is refused before anything is written
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     _require_same_kind(plan, out)
     if finished := out.prepare(plan):
@@ -116,23 +161,16 @@ def run_plan(
             uploader.push(out.path, finished, pushed_before=())
         return finished, "unchanged"
     try:
-        with (
-            FilePool() as files,
-            SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
-        ):
+        with FilePool() as files:
             entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
             checked_with = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_start(plan, todo, out, progress)
-            todo = with_parts(todo, plan.checkpoint, out.work)
+            todo = with_parts(todo, plan.checkpoint, out.attempts)
             if uploader:
                 uploader.mark_unfinished()
-            with (
-                _prefetcher(plan, todo, out, progress) as prefetcher,
-                _local_makers(plan, out, progress, files, solvers, prefetcher) as makers,
-            ):
-                loop = _Committer(plan, out, progress, uploader, prefetcher, started)
-                entries |= loop.run(makers, todo)
+            with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
+                entries |= _Committer(plan, out, progress, uploader, prefetcher, started).run(makers, todo)
         manifest = _assemble(plan, out, entries, checked_with, started)
         if uploader:
             uploader.push(
@@ -176,7 +214,8 @@ def _require_same_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:
 
 
 def _report_start(plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> None:
-    progress.begin(plan, [job for job in plan.jobs if job not in todo])
+    planned = {job.target for job in todo}
+    progress.begin(plan, [job for job in plan.own_jobs if job.target not in planned])
     for job in todo:
         if (out.path / job.target).is_file():
             progress.remaking(job.target)
@@ -190,17 +229,19 @@ class _Committer:
     out: OutputFolder[Manifest]
     progress: Progress
     uploader: ShardUploader | None
-    prefetcher: Prefetcher
+    prefetcher: Prefetcher | None
     started: float
+    preuploader: ShardPreuploader | None = None
 
     def run(self, makers: Makers[ShardJob, WeightRecord], todo: Sequence[ShardJob]) -> dict[str, Entry]:
         """Let the shards of these jobs be made; return their entries of the journal by the shard's name."""
         entries: dict[str, Entry] = {}
-        finished_before = len(self.plan.jobs) - len(todo)
+        of = len(self.plan.own_jobs)
+        finished_before = of - len(todo)
         for job, result in makers.run(todo):
             entries[job.target] = self._commit(job, result)
             finished = finished_before + len(entries)
-            self.progress.shard(result, finished, len(self.plan.jobs), time.monotonic() - self.started)
+            self.progress.shard(result, finished, of, time.monotonic() - self.started)
         return entries
 
     def _commit(self, job: ShardJob, result: ShardResult[WeightRecord]) -> Entry:
@@ -211,48 +252,49 @@ class _Committer:
         """
         entry = self.out.commit(result)
         path = self.out.path / entry.shard
-        self.prefetcher.release(job)
+        if self.prefetcher:
+            self.prefetcher.release(job)
         if self.uploader:
             entry = dataclasses.replace(entry, pushed=self.uploader.push_shard(path, entry.shard))
             self.out.journal.append(entry)
             path.unlink()
-        elif self.plan.writes_base and self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
+            return entry
+        if self.preuploader and self.plan.writes_base:
+            self.preuploader.upload(path, entry.shard)
+        if self.plan.writes_base and self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
             drop_from_page_cache(path)
         return entry
 
 
-def _local_makers(
-    plan: Plan,
-    out: OutputFolder[Manifest],
-    progress: Progress,
-    files: FilePool,
-    solvers: SolverPool,
-    prefetcher: Prefetcher,
-) -> LocalMakers[ShardJob, WeightRecord]:
-    """Makes shards in the pools of this process."""
+@contextmanager
+def _makers(
+    plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], files: FilePool, progress: Progress
+) -> Iterator[tuple[Makers[ShardJob, WeightRecord], Prefetcher | None]]:
+    """What makes the shards: the nodes of a Ray cluster, or the pools of this process with a prefetcher."""
+    options = plan.options
+    if options.ray is not None:
+        from milora_init.run.ray_makers import RayMakers
 
-    def submit(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[Any]]:
-        """The weights to split first, then the tensors to dequantise."""
-        weights = [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
-        return weights + [shard.submit_other(solvers, dense.run, dense_job) for dense_job in dense.jobs(job, shard)]
+        with RayMakers(options.ray, plan, out.attempts, progress) as on_nodes:
+            yield on_nodes, None
+        return
+    devices, threads_per_device = solver_devices(plan)
 
-    return LocalMakers(
-        solvers,
-        files,
-        open_shard=lambda job: shard_writer(job, out.attempt()),
-        submit=submit,
-        count=lambda job: len(job.splits) + len(dense.tensors(job)),
-        fetch=prefetcher.take,
-        most_files=LOW_DISK_FILES if plan.options.low_disk or (plan.absent and not plan.writes_base) else None,
-        progress=progress,
-    )
-
-
-def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
-    """Writes the shard of a job, and its part of the adapter, in the folder of an attempt."""
-    assert job.stamp is not None, "the source is on the disk"
-    part = (part_name(job.target), part_header(job.splits)) if job.splits else None
-    return ShardWriter({job.source: job.stamp}, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
+    with (
+        SolverPool(devices, threads_per_device=threads_per_device, progress=progress) as solvers,
+        _prefetcher(plan, todo, out, progress) as prefetcher,
+        LocalMakers(
+            solvers,
+            files,
+            open_shard=lambda job: shard_job.shard_writer(job, out.attempt()),
+            submit=partial(shard_job.submit, solvers),
+            count=shard_job.count,
+            fetch=prefetcher.take,
+            most_files=LOW_DISK_FILES if options.low_disk or (plan.absent and not plan.writes_base) else None,
+            progress=progress,
+        ) as makers,
+    ):
+        yield makers, prefetcher
 
 
 def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> Prefetcher:
@@ -262,7 +304,7 @@ def _prefetcher(plan: Plan, jobs: Sequence[ShardJob], out: OutputFolder[Manifest
     weights to adapt alone, into the work folder; where the server does not send parts, whole files into the cache.
     """
     options, remote, headers = plan.options, plan.checkpoint.remote, plan.checkpoint.headers
-    folder = out.work / "source"
+    folder = out.work / f"{out.attempts.name}.source"
     into = folder if options.low_disk else None
     whole_files = plan.writes_base
     if whole_files and into is None:

@@ -1,7 +1,10 @@
-"""The output folder of a run or a merge: its lock, its journal, and its record as the last file.
+"""The output folder of a run or a merge: its locks, its journals, and its record as the last file.
 
 A finished output has a record, such as milora_init.json. An unfinished one has a journal in its work folder, and is
 resumed from it. Files of anybody else are never changed or removed.
+
+A run has the folder's lock for itself. Parts of a run (`--part I/N`) share it, in processes on one or many machines:
+each has a lock and a journal of its own, and the run that finishes the output reads the journals of all.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -31,6 +34,8 @@ from milora_init.run.progress import ShardResult
 from milora_init.untrusted import path_inside
 
 _LOCK = "lock"
+_JOURNAL = "journal.jsonl"
+_PART = "part-"
 
 
 class OutputPlan(Protocol):
@@ -113,23 +118,38 @@ def require_no_other_output(out: Path, own_record: str) -> None:
             raise OutputError(f"--out {out} holds another output of milora-init: {name}", hint="choose another --out")
 
 
+def _of_part(part: tuple[int, int], name: str) -> str:
+    """The name of a part's own file or folder in the work folder."""
+    return f"{_PART}{part[0]}-of-{part[1]}.{name}"
+
+
 class OutputFolder(Generic[Record]):
     """One output folder.
 
-    `prepare` comes first. The run then ends with `finish`, `discard` or `abandon`, which release the lock.
+    `prepare` comes first. The run then ends with `finish`, `discard`, `leave` or `abandon`, which release the locks.
 
     Args:
         path: The folder.
         record_name: The file name of its record.
         read_record: Reads the record of a folder; None where there is none. Raises OutputError.
+        part: Number and count of the part that this process makes; None for the whole output.
     """
 
-    def __init__(self, path: Path, record_name: str, read_record: Callable[[Path], Record | None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        record_name: str,
+        read_record: Callable[[Path], Record | None],
+        part: tuple[int, int] | None = None,
+    ) -> None:
         self.path, self._record_name, self._read_record = path, record_name, read_record
         self.work = path / WORK_FOLDER
-        self.journal = Journal(self.work / "journal.jsonl", out=path)
-        self._attempts = self.work / "attempts"
-        self._lock: int | None = None
+        self.journal = Journal(self.work / _JOURNAL, out=path)  # of the whole output; its head says what that is
+        self._part = part
+        self._own = self.journal if part is None else Journal(self.work / _of_part(part, _JOURNAL), out=path)
+        self.attempts = self.work / ("attempts" if part is None else _of_part(part, "attempts"))
+        self._locks: list[int] = []
+        self._has_part = False  # whether the part is locked by this object
 
     def prepare(self, plan: OutputPlan) -> Record | None:
         """Lock the folder for a plan, which starts or is resumed. If the plan was finished before, return its record.
@@ -139,16 +159,15 @@ class OutputFolder(Generic[Record]):
         """
         self._require_outside_source(plan.source)
         self._require_no_links(plan.files)
+        if self._part is not None:
+            return self._prepare_part(plan)
         record, journal = self._read_record(self.path), self.journal.read()
         head, _ = journal
         earlier_files: list[str] = []  # of an earlier output that is to be replaced
         if (record or head) and plan.overwrite:
             earlier_files = list(record.files if record else head.files if head else ())
         elif record:
-            self._require_same_request(record.fingerprint, record.inputs, plan)
-            require_intact(self.path, record.files)
-            self._remove_leftover_work_folder()
-            return record
+            return self._require_finished(plan, record)
         elif head:
             self._require_same_request(head.fingerprint, head.inputs, plan)
         resuming = head is not None and not earlier_files
@@ -159,7 +178,8 @@ class OutputFolder(Generic[Record]):
         self._take_lock()
         if self.journal.read() != journal or self._read_record(self.path) != record:
             raise self._release_busy()
-        shutil.rmtree(self._attempts, ignore_errors=True)  # of a run that was killed
+        for attempts in self.work.glob(f"*{self.attempts.name}"):  # of runs and parts that were killed
+            shutil.rmtree(attempts, ignore_errors=True)
         if resuming:
             return None
         try:
@@ -174,16 +194,103 @@ class OutputFolder(Generic[Record]):
             raise
         return None
 
+    def _prepare_part(self, plan: OutputPlan) -> Record | None:
+        """Lock this part of the folder; see `prepare`. The first part writes the head of the folder's journal."""
+        assert self._part is not None
+        # What refuses this request is found before anything is written: another output, a wrong path.
+        if record := self._read_record(self.path):
+            return self._require_finished(plan, record)
+        head, _ = self.journal.read()
+        if head:
+            self._require_same_request(head.fingerprint, head.inputs, plan)
+        else:
+            self._require_no_foreign_files(plan, ())
+        self._require_disk_space(plan, ())
+        try:
+            self._take_lock(_LOCK, shared=True)
+            with self._alone():
+                self._take_part_lock(*self._part)
+                if record := self._read_record(self.path):
+                    self._release_lock()
+                    return self._require_finished(plan, record)
+                head, _ = self.journal.read()
+                if head:
+                    self._require_same_request(head.fingerprint, head.inputs, plan)
+                else:
+                    self.journal.append(Head(plan.fingerprint, plan.inputs, tuple(plan.files)))
+            shutil.rmtree(self.attempts, ignore_errors=True)
+            if self._own.read()[0] is None:
+                self._own.append(Head(plan.fingerprint, plan.inputs, tuple(plan.files)))
+        except BaseException:
+            self.abandon()
+            raise
+        return None
+
+    def _require_finished(self, plan: OutputPlan, record: Record) -> Record:
+        """Return the record if it is of this request and its files are there. Raises OutputError."""
+        self._require_same_request(record.fingerprint, record.inputs, plan)
+        require_intact(self.path, record.files)
+        self._remove_leftover_work_folder()
+        return record
+
+    def _take_part_lock(self, number: int, count: int) -> None:
+        """Lock this part. Raises OutputError while it is made elsewhere, or while parts of another count are made.
+
+        Those would make the same files.
+        """
+        own = f"{_LOCK}.parts-of-{count}"
+        for path in self.work.glob(f"{_LOCK}.parts-of-*"):
+            if path.name != own:
+                other = path.name.rpartition("-")[2]
+                busy = f"parts I/{other} of {self.path} are being made; parts I/{count} would make the same files"
+                self._take_lock(path.name, busy=busy)
+                os.close(self._locks.pop())
+        self._take_lock(own, shared=True)
+        busy = f"part {number}/{count} of {self.path} is being made by another process"
+        self._take_lock(_of_part((number, count), _LOCK), busy=busy)
+        self._has_part = True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other part is here at the same time; one waits for the other."""
+        with writing(self.path), (self.work / f"{_LOCK}.head").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def entries(self) -> dict[str, Entry]:
+        """The last entry of each shard in the journals of this run and of all parts, by the shard's name."""
+        return {name: entry for journal in self._journals() for name, entry in journal.shards().items()}
+
+    def _journals(self) -> list[Journal]:
+        """The journal of the output, then those of the parts. Raises OutputError for one of another request."""
+        paths = sorted(self.work.glob(f"{_PART}*.{_JOURNAL}"))
+        head, _ = self.journal.read()
+        journals = [Journal(path, out=self.path) for path in paths]
+        for journal in journals:
+            found, _ = journal.read()
+            if found is not None and (head is None or found.fingerprint != head.fingerprint):
+                hint = f"choose another --out, or remove {self.path}"
+                raise OutputError(f"{journal.path} belongs to another request", hint=hint)
+        return [self.journal, *journals]
+
+    def leave(self) -> None:
+        """End a part: its files stay for the run that finishes the output."""
+        with suppress(OSError):
+            if self._has_part:
+                shutil.rmtree(self.attempts, ignore_errors=True)
+            self._has_part = False
+            self._release_lock()
+
     def attempt(self) -> Path:
         """The folder for an attempt at one shard, which nobody else uses; it is not created here."""
-        return self._attempts / uuid.uuid4().hex
+        return self.attempts / uuid.uuid4().hex
 
     def commit(self, result: ShardResult[WeightRecord | None]) -> Entry:
         """Give the files of a finished shard their final names and append its entry to the journal; return the entry.
 
         Only the process that holds the lock of the folder calls this, and only for an attempt that it has waited for.
         """
-        made = self._attempts / result.attempt
+        made = self.attempts / result.attempt
         for name in result.files:
             path = self._path_of(name)
             with writing(path):
@@ -195,11 +302,15 @@ class OutputFolder(Generic[Record]):
                 sync_folder(folder)
         records = tuple(record for record in result.records if record)
         entry = Entry(result.shard, result.files, records, result.hashes)
-        self.journal.append(entry)
+        self._own.append(entry)
         return entry
 
     def finished_shards(
-        self, files: FilePool, uploaded: Callable[[Mapping[str, str]], set[str]] | None = None
+        self,
+        files: FilePool,
+        uploaded: Callable[[Mapping[str, str]], set[str]] | None = None,
+        *,
+        among: Container[str] | None = None,
     ) -> dict[str, Entry]:
         """The journal's entries of shards whose files still have the recorded bytes, by the shard's name.
 
@@ -207,8 +318,9 @@ class OutputFolder(Generic[Record]):
             files: Hashes the files.
             uploaded: Given the SHA-256 of shards that were uploaded, returns the names of those that are still where
                 this run uploads to. None if it uploads nothing.
+            among: Look at these shards only; None for all.
         """
-        entries = self.journal.shards()
+        entries = {name: entry for name, entry in self.entries().items() if among is None or name in among}
         pushed = {name: entry.pushed for name, entry in entries.items() if entry.pushed is not None}
         elsewhere = uploaded(pushed) if uploaded else set()
         for name in pushed.keys() - elsewhere:  # uploaded to another repository, for example
@@ -236,8 +348,11 @@ class OutputFolder(Generic[Record]):
         are removed or resumed by the next run.
         """
         with suppress(OSError, OutputError):
-            head, entries = self.journal.read()
-            if not entries:
+            if self._part is not None:
+                self.leave()
+                self._take_lock()  # or another part is at work
+            head, _ = self.journal.read()
+            if not self.entries():
                 # Other threads may have finished shards after the failure. Without an entry they would look foreign.
                 self._remove(head.files if head else ())
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -298,14 +413,16 @@ class OutputFolder(Generic[Record]):
                 shutil.rmtree(self.work, ignore_errors=True)
                 self._release_lock()
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, name: str = _LOCK, *, shared: bool = False, busy: str = "") -> None:
+        """Lock a file of the work folder. Raises OutputError, with the message `busy`, if another process has it."""
         with writing(self.path):
             self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            lock = os.open(self.work / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._locks.append(lock)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             # A run that ended meanwhile has removed this lock file, and the next run locks a new one.
-            locked = os.path.samestat(os.fstat(self._lock), (self.work / _LOCK).stat())
+            locked = os.path.samestat(os.fstat(lock), (self.work / name).stat())
         except (BlockingIOError, FileNotFoundError):
             locked = False
         except OSError as error:
@@ -315,18 +432,17 @@ class OutputFolder(Generic[Record]):
                 hint="choose an --out on a file system with locks, such as a local disk",
             ) from error
         if not locked:
-            raise self._release_busy()
+            raise self._release_busy(busy)
 
     def _release_lock(self) -> None:
-        if self._lock is not None:
-            fileno, self._lock = self._lock, None
-            os.close(fileno)
+        while self._locks:
+            os.close(self._locks.pop())
 
-    def _release_busy(self) -> OutputError:
-        """Release the lock; return the error for a folder that another run uses."""
+    def _release_busy(self, busy: str = "") -> OutputError:
+        """Release the locks; return the error for a folder that another run uses."""
         self._release_lock()
         hint = "wait for it, or choose another --out"
-        return OutputError(f"another milora-init is writing to {self.path} at this moment", hint=hint)
+        return OutputError(busy or f"another milora-init is writing to {self.path} at this moment", hint=hint)
 
     def _require_outside_source(self, source: Path) -> None:
         out, model = self.path.resolve(), source.resolve()
@@ -373,7 +489,7 @@ class OutputFolder(Generic[Record]):
 
     def _require_disk_space(self, plan: OutputPlan, earlier_files: Iterable[str]) -> None:
         parent = require_writable(self.path)
-        existing = earlier_files or [name for entry in self.journal.shards().values() for name in entry.files]
+        existing = earlier_files or [name for entry in self.entries().values() for name in entry.files]
         existing_bytes = sum(path.stat().st_size for path in map(self._path_of, existing) if path.is_file())
         needed = plan.required_disk_bytes - existing_bytes
         free = shutil.disk_usage(parent).free
@@ -397,7 +513,7 @@ class OutputFolder(Generic[Record]):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         # The journal last: as long as a file of ours exists, it shows whose it is.
-        for folder in (self.work / "source", self._attempts):
+        for folder in (path for path in self.work.iterdir() if path.is_dir()) if self.work.is_dir() else ():
             shutil.rmtree(folder, ignore_errors=True)
         for path in sorted(self.work.iterdir(), key=self.journal.path.__eq__) if self.work.is_dir() else ():
             if path.name != _LOCK:

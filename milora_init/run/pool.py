@@ -220,6 +220,15 @@ def weights_at_once(needs_bytes: Sequence[int]) -> int:
     return max(1, fitting)
 
 
+def weights_in_memory(plan: Plan) -> tuple[int, int]:
+    """How many weights the CPU solves at a time, and how many more are in memory: see `Plan.peak_memory_bytes`."""
+    if plan.options.ray is not None:
+        return 0, 0
+    devices, threads_per_device = solver_devices(plan)
+    on_cpu = sum(device.type == "cpu" for device in devices)
+    return on_cpu, len(devices) * threads_per_device - on_cpu
+
+
 def solver_devices(plan: Plan) -> tuple[tuple[torch.device, ...], int]:
     """The devices that solve, and the number of threads for each.
 

@@ -37,7 +37,12 @@ class Progress:
     """Receives the events of a run. These methods do nothing; a subclass overrides those that it needs.
 
     `solving`, `tensor`, `fetching` and `note` are called from other threads than the run's.
+
+    Attributes:
+        started: When the user began to wait, by `time.monotonic`; None means when the run begins.
     """
+
+    started: float | None = None
 
     def begin(self, plan: Plan, done: Sequence[ShardJob]) -> None:
         """The run starts; an earlier run has finished the jobs `done` of `plan.jobs`."""

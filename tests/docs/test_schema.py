@@ -24,6 +24,8 @@ CASES = [
     ("init my-model --out new --device cpu", 0, "done"),
     ("init meta-llama/Llama-2-7b-hf --out ./svd_init --rank 64", 0, "unchanged"),
     ("init meta-llama/Llama-2-7b-hf --out ./svd_init --rank 64 --fail-on leak=0 --fail-on error=9", 1, "unchanged"),
+    ("init my-model --out new --device cpu --part 1/2", 0, "part"),
+    ("init meta-llama/Llama-2-7b-hf --out ./svd_init --rank 64 --part 1/2", 0, "part"),
     ("init my-model --out new --rank 0", 2, "failed"),
     ("init my-model --out svd_init --rank 8", 1, "failed"),
     ("verify svd_init", 0, "ok"),

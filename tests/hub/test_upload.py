@@ -370,3 +370,33 @@ def test_a_push_that_fails_does_not_speak_of_downloads(
         assert "error: " in done.stderr
         for word in ("download", "fetch", "cache", "please report"):
             assert word not in done.stderr, word
+
+
+def test_parts_upload_their_files_and_the_last_command_commits_once(
+    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+) -> None:
+    """Each part fetches the files that it needs from the Hub, and no other ones."""
+    hub.publish("tiny/llama", checkpoint("llama"))
+    words = [*INIT, "--push-to-hub", "me/parts", "--quiet"]
+    shards = {name for name in hub.repositories["tiny/llama"].files if name.endswith(".safetensors")}
+    assert milora(*INIT, "--dry-run").returncode == 0
+    headers = {name: hub.served[f"tiny/llama/{name}"] for name in shards}
+    fetched_by = []
+    for part in ("1/2", "2/2"):
+        before = dict(hub.served)
+        done = milora(*words, "--part", part)
+        assert done.returncode == 0, done.stderr
+        served = {name: hub.served[f"tiny/llama/{name}"] - before[f"tiny/llama/{name}"] for name in shards}
+        fetched_by.append({name for name in shards if served[name] > headers[name]})
+    assert fetched_by[0] | fetched_by[1] == shards
+    assert not fetched_by[0] & fetched_by[1]
+    repository = hub.repositories["me/parts"]
+    commits = len(repository.commits)
+    assert not shards & repository.files.keys()
+    uploaded = dict(hub.uploads)
+    assert len(uploaded) == len(shards)
+    done = milora(*words)
+    assert done.returncode == 0, done.stderr
+    assert len(repository.commits) == commits + 1
+    assert shards < repository.files.keys()
+    assert {digest: hub.uploads[digest] for digest in uploaded} == uploaded  # none was sent again

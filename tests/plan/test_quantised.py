@@ -77,6 +77,7 @@ def replaced(name: str, make: Callable[[Tensor], Tensor]) -> Change:
     return change
 
 
+FLAT = {"x.weight": torch.ones(8).to(torch.float8_e4m3fn), "x.weight_scale_inv": torch.ones(1)}
 SCALE = f"{Q0}.weight_scale_inv"
 PACKED = f"{Q0}.weight_packed"
 BLOCKS = "model.layers.0.mlp.experts.down_proj_blocks"
@@ -94,6 +95,8 @@ BLOCKS = "model.layers.0.mlp.experts.down_proj_blocks"
         ("fp8", None, {"weight_block_size": [0, 16]}, ["weight_block_size is [0, 16]"]),
         ("fp8", replaced(f"{Q0}.weight", lambda q: q.view(torch.uint8)), {}, ["U8", "no rule reads it"]),
         ("fp8", renamed(f"{Q0}.weight", f"{Q0}.weight_packed"), {}, ["F8_E4M3"]),
+        ("fp8", replaced(f"{Q0}.weight", lambda q: q[:0]), {}, [SCALE]),
+        ("fp8", lambda t: t.update(FLAT), {}, ["x.weight", "[8]", "rules read matrices"]),
         ("int4", renamed(f"{Q0}.weight_shape", None), {}, [PACKED, "no", f"{Q0}.weight_shape"]),
         ("int4", renamed(f"{Q0}.weight_zero_point", None), {}, [PACKED, "asymmetric", "stores no zero point"]),
         ("int4", replaced(f"{Q0}.weight_zero_point", lambda z: z[:4]), {}, ["zero_point is I32 [4, 2]", "[8, 2]"]),
