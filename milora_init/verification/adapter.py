@@ -277,10 +277,14 @@ def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *,
 
 
 def find_untrained(pair: Pair, folder: Path) -> list[Finding]:
-    """A note, if an adapter holds the initial factors of the pair, whose adapter must be readable."""
+    """A note, if an adapter holds the initial factors of the pair and nothing beside them.
+
+    The adapter of the pair must be readable.
+    """
     weights = folder / WEIGHTS_FILE
     with suppress(MiloraError):  # what cannot be read is a finding of `check_trained_adapter`
-        if weights.is_file() and have_equal_factors(pair.weights, weights):
+        beside = weights.is_file() and read_header(weights).tensors.keys() - read_header(pair.weights).tensors.keys()
+        if weights.is_file() and not beside and have_equal_factors(pair.weights, weights):
             what = "the initial factors: this adapter was not trained, or saved before its first step"
             return [Finding(str(weights), what, "name the folder that the trainer saved", None)]
     return []
