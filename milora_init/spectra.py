@@ -199,7 +199,8 @@ class ScanResult(Result):
     @property
     def init_s(self) -> float:
         """Estimate of the seconds that one device needs to initialise all of the weights at `rank`."""
-        return sum(figures.init_s for weight in self.weights if (figures := weight.at(self.rank)))
+        rank = self.rank
+        return sum(figures.init_s for weight in self.weights if (figures := weight.at(rank)))
 
     def groups(self) -> list[SpectrumGroup]:
         """The weights by suffix and shape, at `rank`."""
