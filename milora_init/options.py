@@ -21,7 +21,7 @@ from milora_init.methods import DROPOUT, METHODS, MODES, Method, Mode, method_of
 
 DEFAULT_RECIPE = "llm-adapters"
 DEFAULT_TARGET = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+OUTPUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASES = ("dense", "mixed")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _LIMIT = 2**63  # every whole number must be below it
@@ -125,7 +125,7 @@ class InitOptions:
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {_short(value)}, expected true or false")
         choices_of: Mapping[str, Iterable[str | None]] = {
-            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": DTYPES, "base": BASES,
+            "method": (None, *METHODS), "mode": (None, *MODES), "dtype": OUTPUT_DTYPES, "base": BASES,
             "task_type": (None, *TASK_TYPES),
         }  # fmt: skip
         for name, choices in choices_of.items():
@@ -143,7 +143,7 @@ class InitOptions:
                 self._set(name, os.fspath(getattr(self, name)))
         for name, synonyms in _VALUE_SYNONYMS.items():
             value = str(getattr(self, name)).removeprefix("torch.")
-            if value in (*DTYPES, *synonyms):
+            if value in (*OUTPUT_DTYPES, *synonyms):
                 self._set(name, synonyms.get(value, value))
         for name in ("target", "exclude", "device"):
             value = getattr(self, name)
@@ -165,7 +165,7 @@ class InitOptions:
             require_repository(self.push_to_hub)
 
     def _check_method(self) -> None:
-        method = self.chosen
+        method = self.effective_method
         agree = self.mode is None or method.mode == self.mode
         _require(agree, f"method {method.name} takes the `{method.mode}` triplets, not `{self.mode}`", "drop --mode")
         why = (
@@ -253,7 +253,7 @@ class InitOptions:
         return DROPOUT if self.dropout is None else self.dropout
 
     @property
-    def chosen(self) -> Method:
+    def effective_method(self) -> Method:
         """The method of `method` or `mode`."""
         return METHODS[self.method] if self.method is not None else method_of_mode(self.mode or "min")
 

@@ -41,7 +41,7 @@ def test_every_recipe_sets_the_values_of_its_file(name: str) -> None:
 def test_the_recipes_have_the_settings_of_the_paper(name: str, rank: int, dropout: float) -> None:
     """MiLoRA paper (NAACL 2025), tables 10 to 12: five linears, alpha = r."""
     made = InitOptions.from_recipe(name, model="m", out="o")
-    assert (made.rank, made.lora_dropout, made.chosen.mode, made.lora_alpha) == (rank, dropout, "min", rank)
+    assert (made.rank, made.lora_dropout, made.effective_method.mode, made.lora_alpha) == (rank, dropout, "min", rank)
     assert made.target == Q_K_V_UP_DOWN
 
 
@@ -204,18 +204,18 @@ def test_a_nul_character_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_decides_triplets_factors_and_dropout(name: str) -> None:
     made = request(method=name)
-    assert (made.chosen.name, made.lora_dropout) == (name, 0.0)
+    assert (made.effective_method.name, made.lora_dropout) == (name, 0.0)
     assert made == request(method=name, mode=None)
-    assert request(method=name, mode=made.chosen.mode).chosen is made.chosen
+    assert request(method=name, mode=made.effective_method.mode).effective_method is made.effective_method
     assert request(method=name, dropout=0.1).lora_dropout == 0.1
 
 
 def test_a_mode_alone_has_the_factors_of_milora() -> None:
-    assert [request(mode=mode).chosen.name for mode in ("min", "max", "mid", "random")] == [
+    assert [request(mode=mode).effective_method.name for mode in ("min", "max", "mid", "random")] == [
         "milora", "pissa", "mid", "random",
     ]  # fmt: skip
-    assert request(mode="pissa").chosen.name == "pissa"  # the reference's words
-    assert request().chosen.name == "milora"
+    assert request(mode="pissa").effective_method.name == "pissa"  # the reference's words
+    assert request().effective_method.name == "milora"
 
 
 def test_a_mode_that_contradicts_the_method_is_refused() -> None:
@@ -233,7 +233,7 @@ def test_options_of_a_base_are_refused_where_none_is_written(name: str, options:
 def test_an_argument_replaces_the_method_of_a_recipe_and_its_dropout(tmp_path: Path) -> None:
     def made(recipe: str, **options: Any) -> tuple[str, float]:
         found = InitOptions.from_recipe(recipe, model="m", out="o", **options)
-        return found.chosen.name, found.lora_dropout
+        return found.effective_method.name, found.lora_dropout
 
     assert made("math", method="olora-tail") == ("olora-tail", 0.0)
     assert made("qlora", mode="max") == ("pissa", 0.0)
@@ -248,11 +248,11 @@ def test_an_argument_replaces_the_method_of_a_recipe_and_its_dropout(tmp_path: P
 
 def test_the_recipe_of_pissa_has_the_settings_of_its_authors() -> None:
     made = InitOptions.from_recipe("pissa", model="m", out="o")
-    assert (made.chosen.name, made.rank, made.lora_alpha, made.lora_dropout) == ("pissa", 128, 128, 0.0)
+    assert (made.effective_method.name, made.rank, made.lora_alpha, made.lora_dropout) == ("pissa", 128, 128, 0.0)
 
 
 def test_the_rl_recipe_writes_no_base_and_has_no_dropout() -> None:
     made = InitOptions.from_recipe("rl", model="m", out="o")
-    assert (made.chosen.name, made.rank, made.lora_alpha, made.lora_dropout) == ("rlmo", 16, 32, 0.0)
+    assert (made.effective_method.name, made.rank, made.lora_alpha, made.lora_dropout) == ("rlmo", 16, 32, 0.0)
     assert made.target
     assert len(made.target) == 7

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from milora_init.checkpoint.header import DTYPES
+from milora_init.checkpoint.header import SAFETENSORS_DTYPES
 
 # An old torch lacks some of them.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    name: getattr(torch, dtype.torch_name) for name, dtype in DTYPES.items() if hasattr(torch, dtype.torch_name)
+    name: getattr(torch, dtype.torch_name)
+    for name, dtype in SAFETENSORS_DTYPES.items()
+    if hasattr(torch, dtype.torch_name)
 }
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

@@ -26,7 +26,7 @@ class Dtype(NamedTuple):
 
 
 # The one table of dtypes, by their safetensors name. `checkpoint.dtypes` has the dtypes of torch.
-DTYPES: Mapping[str, Dtype] = {
+SAFETENSORS_DTYPES: Mapping[str, Dtype] = {
     "F64": Dtype("float64", 8), "F32": Dtype("float32", 4), "F16": Dtype("float16", 2), "BF16": Dtype("bfloat16", 2),
     "F8_E4M3": Dtype("float8_e4m3fn", 1), "F8_E5M2": Dtype("float8_e5m2", 1),
     "F8_E4M3FNUZ": Dtype("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": Dtype("float8_e5m2fnuz", 1),
@@ -41,7 +41,7 @@ REFETCH = "fetch the file again: it is damaged or incomplete"
 
 def torch_name(dtype: str) -> str:
     """The name that torch and config.json use for a safetensors dtype: `bfloat16` for `BF16`."""
-    return DTYPES[dtype].torch_name
+    return SAFETENSORS_DTYPES[dtype].torch_name
 
 
 def safetensors_name(dtype: str) -> str:
@@ -50,7 +50,7 @@ def safetensors_name(dtype: str) -> str:
     Raises:
         CheckpointError: A name that is not in the table.
     """
-    for name, known in DTYPES.items():
+    for name, known in SAFETENSORS_DTYPES.items():
         if known.torch_name == dtype:
             return name
     raise CheckpointError(f"dtype {dtype!r} is unknown", hint="fetch the file again")
@@ -161,8 +161,8 @@ def plan_header(
     """
     laid_out: dict[str, TensorInfo] = {}
     position = 0
-    for name, dtype, shape in sorted(entries, key=lambda entry: -DTYPES[entry[1]].itemsize):
-        end = position + math.prod(shape) * DTYPES[dtype].itemsize
+    for name, dtype, shape in sorted(entries, key=lambda entry: -SAFETENSORS_DTYPES[entry[1]].itemsize):
+        end = position + math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
         laid_out[name] = TensorInfo(name, dtype, shape, position, end)
         position = end
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -183,9 +183,9 @@ def _entry(path: Path, name: str, entry: Any) -> TensorInfo:
         numbers_ok = False
     if not numbers_ok:
         raise CheckpointError(f"{path}: the header entry of {name!r} is malformed", hint=REFETCH)
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
         raise CheckpointError(f"{path}: {name} has dtype {dtype!r}, which is unknown here", hint="dequantise it first")
-    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if end - start != math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
         raise CheckpointError(f"{path}: {name} is {dtype} {list(shape)} but has offsets {start} to {end}", hint=REFETCH)
     return TensorInfo(name, dtype, shape, start, end)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from milora_init.checkpoint.header import DTYPES, TensorInfo
+from milora_init.checkpoint.header import SAFETENSORS_DTYPES, TensorInfo
 from milora_init.checkpoint.quantisation import UNQUANTISED, Quantisation
 from milora_init.errors import CheckpointError
 
@@ -353,7 +353,7 @@ class _Finder:
             if type(group) is int and group > 0:
                 n, block = scale.shape[1] * group, (1, group)  # weight_shape is read, and compared, with the codes
             else:
-                m_read, n = _little_endian(self.read(shape.name), DTYPES[shape.dtype].itemsize)
+                m_read, n = _little_endian(self.read(shape.name), SAFETENSORS_DTYPES[shape.dtype].itemsize)
                 block = (m, n) if weights.get("strategy") == "tensor" else (1, n)
                 if m_read != m or not 0 < n < 2**40:
                     raise CheckpointError(f"{shape.name} says {[m_read, n]}, and {name} has {m} rows", hint=UNQUANTISED)

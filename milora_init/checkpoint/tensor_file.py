@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from milora_init.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, bytes_of
-from milora_init.checkpoint.header import DTYPES, plan_header, read_header
+from milora_init.checkpoint.header import SAFETENSORS_DTYPES, plan_header, read_header
 from milora_init.errors import CheckpointError, out_of_memory
 
 _PREAD_BYTES = 1 << 30  # Linux reads at most 2 GiB in one call
@@ -44,7 +44,7 @@ class TensorSource:
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * SAFETENSORS_DTYPES[self.dtype].itemsize
 
     def at(self, row: int) -> TensorSource:
         """One entry of the tensor's first dimension."""
@@ -54,7 +54,7 @@ class TensorSource:
     def rows(self, start: int, stop: int) -> TensorSource:
         """The entries `start` to `stop` of the first dimension of a tensor in a safetensors file."""
         assert self.offset is not None
-        row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        row_bytes = math.prod(self.shape[1:]) * SAFETENSORS_DTYPES[self.dtype].itemsize
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes)
 
     def read(self, *, pinned: bool = False) -> Tensor:

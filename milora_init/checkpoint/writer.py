@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import Tensor
 
 from milora_init.checkpoint.dtypes import DTYPE_NAMES, bytes_of
-from milora_init.checkpoint.header import DTYPES, Header
+from milora_init.checkpoint.header import SAFETENSORS_DTYPES, Header
 from milora_init.errors import CheckpointError, OutputError, remedy
 
 _CHUNK_BYTES = 1 << 26  # small enough that an interruption is noticed, large enough that the calls cost nothing
@@ -46,7 +46,7 @@ class WriteTarget:
 
     def rows(self, start: int, stop: int) -> WriteTarget:
         """The target of the entries `start` to `stop` of the tensor's first dimension."""
-        row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        row_bytes = math.prod(self.shape[1:]) * SAFETENSORS_DTYPES[self.dtype].itemsize
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes)
 
     @contextmanager

@@ -167,7 +167,7 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     from milora_init.checkpoint.header import torch_name
 
     console = _stdout()
-    method = plan.options.chosen
+    method = plan.options.effective_method
     rows = [
         (suffix, f"{m} x {n}", torch_name(dtype), str(count), str(rank))
         for (suffix, (m, n), dtype, rank), count in plan.weight_counts().items()

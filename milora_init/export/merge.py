@@ -31,7 +31,7 @@ from milora_init.hub.pair import locate_adapter, locate_pair
 from milora_init.hub.source import fetch_original
 from milora_init.lora.folder import adapter_files, adapter_folder
 from milora_init.manifest import Manifest
-from milora_init.options import DTYPES, InitOptions
+from milora_init.options import OUTPUT_DTYPES, InitOptions
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
 from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
@@ -177,8 +177,8 @@ def plan_of(
 
 def _checked_dtype(dtype: str) -> str:
     """The dtype. Raises UsageError for one that is not known."""
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype!r} is not known", hint=f"choose one of {', '.join(DTYPES)}")
+    if dtype not in OUTPUT_DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not known", hint=f"choose one of {', '.join(OUTPUT_DTYPES)}")
     return dtype
 
 

@@ -15,7 +15,7 @@ from milora_init import __version__
 from milora_init.checkpoint.files import read_bytes, stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import DTYPES, Header, TensorInfo, plan_header, safetensors_name
+from milora_init.checkpoint.header import SAFETENSORS_DTYPES, Header, TensorInfo, plan_header, safetensors_name
 from milora_init.checkpoint.side_files import side_files, travels
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.export.tokenizer import Tokenizer, choose_tokenizer, is_tokenizer_file
@@ -355,7 +355,7 @@ def _split(by_file: Mapping[str, list[TensorInfo]], most_bytes: int) -> dict[str
     shards: list[list[TensorInfo]] = [[]]
     size = 0
     for info in (info for infos in by_file.values() for info in infos):
-        tensor_bytes = DTYPES[info.dtype].itemsize
+        tensor_bytes = SAFETENSORS_DTYPES[info.dtype].itemsize
         for length in info.shape:
             tensor_bytes *= length
         if shards[-1] and size + tensor_bytes > most_bytes:

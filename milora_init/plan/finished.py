@@ -67,7 +67,7 @@ def request(options: InitOptions) -> dict[str, Any]:
 def _known_inputs(options: InitOptions, folder: Path, remote: RemoteFiles | None) -> dict[str, Any]:
     """Those entries of `Plan.inputs` that need no model class."""
     checkpoint = open_model(folder, remote)
-    copied = copied_side_files(checkpoint) if options.chosen.writes_base else ()
+    copied = copied_side_files(checkpoint) if options.effective_method.writes_base else ()
     return {
         "version": __version__,
         "source": dict(checkpoint.digest),
@@ -85,8 +85,8 @@ def option_inputs(options: InitOptions) -> dict[str, Any]:
     """The entries of `Plan.inputs` that are options as they were given."""
     return {
         "rank": options.rank,
-        "method": options.chosen.name,
-        "mode": options.chosen.mode,
+        "method": options.effective_method.name,
+        "mode": options.effective_method.mode,
         "alpha": options.lora_alpha,
         "rslora": options.rslora,
         "text_only": options.text_only,

@@ -105,7 +105,7 @@ def _file_notices(checkpoint: Checkpoint, structure: ModelStructure) -> list[str
 
 def _rank_notices(options: InitOptions, weights: Sequence[WeightPlan]) -> list[str]:
     """Name a weight all of whose components are taken out."""
-    if not options.chosen.writes_base:
+    if not options.effective_method.writes_base:
         return []
     full_rank = [w for w in weights if w.rank == min(w.weight.shape)]
     if not full_rank:
@@ -118,7 +118,7 @@ def _rank_notices(options: InitOptions, weights: Sequence[WeightPlan]) -> list[s
 
 def _dropout_notices(options: InitOptions, adapter_config: Mapping[str, Any]) -> list[str]:
     """Say what a dropout that was asked for does."""
-    method, dropout = options.chosen, adapter_config["lora_dropout"]
+    method, dropout = options.effective_method, adapter_config["lora_dropout"]
     if not dropout:
         return []
     if method.writes_base:
@@ -135,7 +135,7 @@ def _dropout_notices(options: InitOptions, adapter_config: Mapping[str, Any]) ->
 
 def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:
     """Warn if transformers would cast the residuals on load, which rounds them a second time."""
-    if options.dtype != "auto" or not options.chosen.writes_base:
+    if options.dtype != "auto" or not options.effective_method.writes_base:
         return []
     stored = sorted({torch_name(w.dtype) for w in weights})
     return [
@@ -156,7 +156,7 @@ def _quantisation_notices(options: InitOptions, checkpoint: Checkpoint, weights:
     tensors = checkpoint.quantised.tensors
     rules = [tensors[w.weight.tensor].rule for w in weights if w.weight.tensor in tensors]
     few = [rule for rule in rules if rule.bits <= 4]
-    if not few or options.chosen.mode == "max":
+    if not few or options.effective_method.mode == "max":
         return []
     formats = _join(list(dict.fromkeys(rule.format for rule in few)))
     return [

@@ -97,7 +97,7 @@ def plan_shard(
     names = [by_codes[name].name if name in by_codes else name for name in source.tensors]
     weights = {name: by_tensor[name] for name in names if name in by_tensor}
     read = {tensor.name: tensor for tensor in by_codes.values() if tensor.name in layout.dense | weights.keys()}
-    header: Header | None = source if options.chosen.writes_base else None
+    header: Header | None = source if options.effective_method.writes_base else None
     changed = bool(read) or not layout.removed.isdisjoint(source.tensors)
     if header and (changed or any(first.dtype != first.source_dtype for first, *_ in weights.values())):
         header = plan_header(layout.entries(source, weights, options.dtype), metadata=source.metadata)
@@ -110,8 +110,8 @@ def plan_shard(
         target=target_name(checkpoint, file, number),
         header=header,
         weights=weights,
-        mode=options.chosen.mode,
-        factors=options.chosen.factors,
+        mode=options.effective_method.mode,
+        factors=options.effective_method.factors,
         quantised=read,
         nf4_rounds=options.nf4,
         elsewhere={name: locate_stored(checkpoint, name) for name in parts if checkpoint.file_of[name] != file},

@@ -41,7 +41,7 @@ def require_loadable(plan: Plan) -> str:
     Raises:
         PlanError: PEFT would ignore a tensor, miss one, expect another shape, or apply another scale.
     """
-    _require_peft_knows(plan.options.chosen, plan.adapter_config)
+    _require_peft_knows(plan.options.effective_method, plan.adapter_config)
     options = plan.options
     model = meta_model.build_meta_model(
         plan.source,

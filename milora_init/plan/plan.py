@@ -22,7 +22,7 @@ from milora_init import __version__
 from milora_init.checkpoint.files import stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint, RemoteFiles, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import DTYPES, Header
+from milora_init.checkpoint.header import SAFETENSORS_DTYPES, Header
 from milora_init.checkpoint.quantised_tensors import RULES_VERSION
 from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
@@ -119,12 +119,12 @@ class Plan:
     @property
     def writes_base(self) -> bool:
         """Whether a residual base is written, and not an adapter of the original model alone."""
-        return self.options.chosen.writes_base
+        return self.options.effective_method.writes_base
 
     @property
     def adapter_files(self) -> tuple[str, str]:
         """The adapter's config and weights, by the path relative to the output."""
-        return adapter_files(self.options.chosen)
+        return adapter_files(self.options.effective_method)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -251,18 +251,22 @@ class Plan:
     def flops(self, w: WeightPlan) -> int:
         """Estimate the multiply-adds for one weight."""
         solves = 1 + self.options.nf4  # each round of the correction is another one
-        return solves * solve_flops(max(w.weight.shape), min(w.weight.shape), w.rank, self.options.chosen.mode)
+        return solves * solve_flops(
+            max(w.weight.shape), min(w.weight.shape), w.rank, self.options.effective_method.mode
+        )
 
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""
         m, n = w.weight.shape
-        return solve_memory_bytes(max(m, n), min(m, n), w.rank, self.options.chosen.mode, self.stored_bytes(w))
+        return solve_memory_bytes(
+            max(m, n), min(m, n), w.rank, self.options.effective_method.mode, self.stored_bytes(w)
+        )
 
     def stored_bytes(self, w: WeightPlan) -> int:
         """What one weight and its residual take as they are read and written."""
         quantised = w.weight.tensor in self.checkpoint.quantised.tensors
         read_as = "F32" if quantised else w.source_dtype
-        entry_bytes = DTYPES[read_as].itemsize + DTYPES[w.dtype].itemsize
+        entry_bytes = SAFETENSORS_DTYPES[read_as].itemsize + SAFETENSORS_DTYPES[w.dtype].itemsize
         if self.options.nf4:
             entry_bytes += 5 * 4  # the rest of W, the product, and NF4's steps, in float32
         return math.prod(w.weight.shape) * entry_bytes
@@ -300,7 +304,7 @@ def make_plan(
     checkpoint = open_model(folder, remote)
     # Checks each path; transformers, which reads these files, is called after that.
     copied = copied_side_files(checkpoint)
-    writes_base = options.chosen.writes_base
+    writes_base = options.effective_method.writes_base
     structure = read_structure(
         folder,
         checkpoint.config,
@@ -388,8 +392,8 @@ def describe(plan: Plan, weights_at_once: int, estimate_s: float, waiting: int =
         source={"model": options.model, "revision": remote.commit if remote else None},
         warnings=plan.notices,
         architecture=plan.structure.architecture,
-        method=options.chosen.name,
-        mode=options.chosen.mode,
+        method=options.effective_method.name,
+        mode=options.effective_method.mode,
         rank=options.rank,
         alpha=options.lora_alpha,
         estimate_s=round(estimate_s, 1),

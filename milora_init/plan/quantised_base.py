@@ -76,7 +76,7 @@ def plan_layout(checkpoint: Checkpoint, options: InitOptions, weights: Iterable[
         dense = _closed({w.weight.tensor for w in weights} & quantised.tensors.keys(), checkpoint)
         if dense != quantised.tensors.keys():
             return BaseLayout(dense, _removed(checkpoint, dense), by_codes, mixed=True)
-    if not options.chosen.writes_base:
+    if not options.effective_method.writes_base:
         return BaseLayout(frozenset(), frozenset(), by_codes)
     return BaseLayout(frozenset(quantised.tensors), quantised.part_names, by_codes)
 

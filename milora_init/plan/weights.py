@@ -227,13 +227,13 @@ def _adapter_config(
     parts = {w.weight.target: w.weight.expert.parts if w.weight.expert else 1 for w in weights}
     rslora = options.rslora
     return make_adapter_config(
-        base=options.out if options.chosen.writes_base else options.model,
-        revision=None if options.chosen.writes_base or not checkpoint.remote else checkpoint.remote.commit,
+        base=options.out if options.effective_method.writes_base else options.model,
+        revision=None if options.effective_method.writes_base or not checkpoint.remote else checkpoint.remote.commit,
         rank=options.rank,
         alpha=options.lora_alpha,
         rslora=rslora,
         dropout=options.lora_dropout,
-        init_lora_weights=options.chosen.init_lora_weights,
+        init_lora_weights=options.effective_method.init_lora_weights,
         task_type=options.task_type or structure.task_type,
         targets=targets,
         fan_in_fan_out=all(w.weight.transposed for w in weights),

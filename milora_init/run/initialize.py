@@ -118,7 +118,7 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
     started = time.monotonic() if progress.started is None else progress.started
     resolve_devices(options.device)  # a wrong one is refused before anything is written
     out = OutputFolder(plan.out, MANIFEST, read_manifest, options.part_numbers)
-    _require_same_kind(plan, out)
+    _require_same_output_kind(plan, out)
     own = {job.target for job in plan.own_jobs}
     if out.prepare(plan):
         return PartResult(options.out, "unchanged", options.part, plan.fingerprint, (), len(plan.jobs), len(plan.jobs))
@@ -127,7 +127,7 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
             entries = out.finished_shards(files, among=own)
             todo = [job for job in plan.own_jobs if job.target not in entries]
             require_loadable(plan)
-            _report_start(plan, todo, out, progress)
+            _report_plan_and_remade_shards(plan, todo, out, progress)
             todo = with_parts(todo, plan.checkpoint, out.attempts)
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
                 made = _Committer(plan, out, progress, None, prefetcher, started, repository).run(makers, todo)
@@ -155,7 +155,7 @@ def run_plan(
     if plan.options.ray is None:
         resolve_devices(plan.options.device)  # a wrong one is refused before anything is written
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
-    _require_same_kind(plan, out)
+    _require_same_output_kind(plan, out)
     if finished := out.prepare(plan):
         if uploader:
             uploader.push(out.path, finished, pushed_before=())
@@ -163,15 +163,15 @@ def run_plan(
     try:
         with FilePool() as files:
             entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
-            checked_with = require_loadable(plan)
+            peft_version = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
-            _report_start(plan, todo, out, progress)
+            _report_plan_and_remade_shards(plan, todo, out, progress)
             todo = with_parts(todo, plan.checkpoint, out.attempts)
             if uploader:
                 uploader.mark_unfinished()
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
                 entries |= _Committer(plan, out, progress, uploader, prefetcher, started).run(makers, todo)
-        manifest = _assemble(plan, out, entries, checked_with, started)
+        manifest = _assemble(plan, out, entries, peft_version, started)
         if uploader:
             uploader.push(
                 out.path,
@@ -188,8 +188,8 @@ def run_plan(
     return manifest, "done"
 
 
-def _require_same_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:
-    """A pair replaces no adapter of an original model, nor the other way round.
+def _require_same_output_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:
+    """With `--overwrite` a pair must not replace an adapter of an original model, nor an adapter a pair.
 
     Raises:
         OutputError: The folder holds one, finished or not, and `--overwrite` asks to replace it by the other.
@@ -202,18 +202,20 @@ def _require_same_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:
         return  # `OutputFolder.prepare` raises it, after the checks that come before it
     earlier = record.inputs if record else head.inputs if head else None
     if earlier is None or not {"method", "mode"} & earlier.keys():
-        return
+        return  # no earlier output, or one of another command
     method = method_of_inputs(earlier)
     if method.writes_base != plan.writes_base:
         kind = "a residual base and its adapter" if method.writes_base else "an adapter of an original model"
         raise OutputError(
             f"{out.path} holds {kind}, of method {method.name}, which --overwrite does not replace by an output of "
-            f"method {plan.options.chosen.name}",
+            f"method {plan.options.effective_method.name}",
             hint="choose another --out, or remove the folder",
         )
 
 
-def _report_start(plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress) -> None:
+def _report_plan_and_remade_shards(
+    plan: Plan, todo: Sequence[ShardJob], out: OutputFolder[Manifest], progress: Progress
+) -> None:
     planned = {job.target for job in todo}
     progress.begin(plan, [job for job in plan.own_jobs if job.target not in planned])
     for job in todo:
@@ -247,8 +249,8 @@ class _Committer:
     def _commit(self, job: ShardJob, result: ShardResult[WeightRecord]) -> Entry:
         """Name and record a shard; remove its source if it was downloaded for this run; upload it if asked.
 
-        Where model and output together do not fit the page cache, the shard is dropped from it: otherwise it would
-        replace those files of the model that are still to be read.
+        If model and output together do not fit into memory, the finished shard is removed from the page cache, so that
+        it does not push out files of the model that are still to be read.
         """
         entry = self.out.commit(result)
         path = self.out.path / entry.shard
@@ -344,7 +346,7 @@ def _require_cache_space(plan: Plan) -> None:
 
 
 def _assemble(
-    plan: Plan, out: OutputFolder[Manifest], entries: Mapping[str, Entry], checked_with: str, started: float
+    plan: Plan, out: OutputFolder[Manifest], entries: Mapping[str, Entry], peft_version: str, started: float
 ) -> Manifest:
     """After the last shard: copy the side files, assemble the adapter, check all, and write index and config.json.
 
@@ -358,12 +360,12 @@ def _assemble(
     (out.path / config_name).parent.mkdir(exist_ok=True)
     parts = [out.path / part_name(job.target) for job in plan.jobs if job.splits]
     # The adapter holds components of the weights: nobody may read it who may not read the model.
-    mode = file_mode(source / "config.json")
+    permissions = file_mode(source / "config.json")
     for job in plan.jobs:
         if job.stamp is not None:
-            mode &= file_mode(job.source)
-    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / weights_name, mode=mode)
-    out.write(config_name, (json.dumps(plan.adapter_config, indent=2) + "\n").encode(), mode=mode)
+            permissions &= file_mode(job.source)
+    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / weights_name, mode=permissions)
+    out.write(config_name, (json.dumps(plan.adapter_config, indent=2) + "\n").encode(), mode=permissions)
     records = {record.module: record for entry in entries.values() for record in entry.records}
     uploaded = {name: entry.files[name] for name, entry in entries.items() if entry.pushed is not None}
     _require_complete(plan, out, set(records), uploaded)
@@ -372,7 +374,8 @@ def _assemble(
         out.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(index))
     if plan.writes_base:
         out.write("config.json", plan.config_bytes, mode=file_mode(source / "config.json"))
-    hashes = {name: entry.hashes[name] for name, entry in entries.items() if plan.writes_base}
+    # Without a base, the shards are no files of the output.
+    shard_hashes = {name: entry.hashes[name] for name, entry in entries.items() if plan.writes_base}
     options = plan.options
     return Manifest(
         source={
@@ -388,11 +391,11 @@ def _assemble(
         inputs=plan.inputs,
         versions=_versions(),
         adapter=plan.adapter_config,
-        checked_with=checked_with,
+        checked_with=peft_version,
         files={name: uploaded.get(name) or (out.path / name).stat().st_size for name in plan.files},
         notices=plan.notices,
         weights=tuple(records[w.weight.module] for w in plan.weights),
-        hashes={name: hashes.get(name) or sha256(out.path / name) for name in plan.files},
+        hashes={name: shard_hashes.get(name) or sha256(out.path / name) for name in plan.files},
         elapsed_s=round(time.monotonic() - started, 3),
         request=request(options),
     )

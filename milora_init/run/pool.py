@@ -22,6 +22,7 @@ P = ParamSpec("P")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 DeviceLock = AbstractContextManager[Any]  # held while a thread solves on a device: one thread at a time
+# A function of a job, the device to work on, the lock to hold while it solves there, and the progress to report to.
 SolverTask = Callable[[Job, torch.device, DeviceLock, Progress], Result]
 
 
@@ -47,7 +48,8 @@ class SolverPool:
 
     THREADS_PER_DEVICE = 2
 
-    _abandoned: ClassVar[list[ThreadPoolExecutor]] = []  # of failed runs in this process, with a solve still running
+    # Pools of earlier runs in this process that failed. Their last solves may still be running.
+    _unfinished: ClassVar[list[ThreadPoolExecutor]] = []
 
     def __init__(
         self,
@@ -56,8 +58,8 @@ class SolverPool:
         threads_per_device: int = THREADS_PER_DEVICE,
         progress: Progress | None = None,
     ) -> None:
-        while self._abandoned:  # such a solve writes to files that may have the names of ours
-            self._abandoned.pop().shutdown()
+        while self._unfinished:  # wait for them: they may write to files that this run will use
+            self._unfinished.pop().shutdown()
         self._progress = progress or Progress()
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(1)  # also for torch threads that start from here on
@@ -96,7 +98,7 @@ class SolverPool:
         # After a failure, running solves are not waited for: they may take minutes, and their files are removed.
         self._pool.shutdown(wait=kind is None)
         if kind is not None:
-            self._abandoned.append(self._pool)
+            self._unfinished.append(self._pool)
         torch.set_num_threads(self._threads_before)
 
     def _work(self, slot: _Slot) -> None:
@@ -108,7 +110,7 @@ class SolverPool:
             if future.set_running_or_notify_cancel():
                 try:
                     if not bound:
-                        _bind_thread(slot.device)
+                        _bind_thread_to_device(slot.device)
                         bound = True
                     result = task(job, slot.device, turn, self._progress)
                 except BaseException as error:
@@ -134,7 +136,7 @@ class SolverPool:
             return self._jobs.popleft()
 
 
-def _bind_thread(device: torch.device) -> None:
+def _bind_thread_to_device(device: torch.device) -> None:
     """Let a thread compute on a device."""
     if device.type == "cuda":
         # A stream of its own: its copies overlap with the other thread's arithmetic.
@@ -210,7 +212,8 @@ class FilePool:
 
 
 def weights_at_once(needs_bytes: Sequence[int]) -> int:
-    """How many weights the CPU solves at a time, each on one thread: one a core, within half of the machine's memory.
+    """How many weights the CPU solves at a time, each on one thread: at most one per core,
+    and together at most half of the machine's memory.
 
     Args:
         needs_bytes: Memory for each weight of the run.

@@ -154,7 +154,7 @@ def measured_targets(
     asked = {target: found for target in options.target or () if (found := measured_target(target))}
     if not asked:
         return {}
-    mode = options.chosen.mode
+    mode = options.effective_method.mode
     if mode not in ("min", "max") and any(figure == "energy" for figure, _ in asked.values()):
         hint = "name the modules, or choose by kappa"
         raise UsageError(f"energy is known of the smallest and the largest triplets, not of `{mode}`", hint=hint)

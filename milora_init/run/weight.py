@@ -85,21 +85,26 @@ def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress:
         read_started = time.monotonic()
         pinned = device.type == "cuda"
         W = read_weight(job.source, pinned=pinned)
-        with suppress(torch.OutOfMemoryError):  # then it is copied under the lock, when the other thread's weight left
+        # If the GPU is full now, W is copied after the lock is taken, when the other thread's weight has left the GPU.
+        with suppress(torch.OutOfMemoryError):
             W = W.to(device, non_blocking=pinned)
-        read = time.monotonic()
+        read_ended = time.monotonic()
         with device_lock:
             progress.solving(job.plan.weight.module, str(device))
-            started = time.monotonic()
-            result, solved_on = _split(job, W, device)
-            solved = time.monotonic()
+            solve_started = time.monotonic()
+            result, solved_on = _split_or_retry(job, W, device)
+            solve_ended = time.monotonic()
         del W
         if write_residual:
             write_residual(_on_cpu(result.residual.mT if job.plan.weight.transposed else result.residual))
         write_A(_on_cpu(result.A))
         write_B(_on_cpu(result.B))
     written = time.monotonic()
-    seconds = {"read_s": read - read_started, "elapsed_s": solved - started, "write_s": written - solved}
+    seconds = {
+        "read_s": read_ended - read_started,
+        "elapsed_s": solve_ended - solve_started,
+        "write_s": written - solve_ended,
+    }
     record = _record(job, result, solved_on, seconds)
     progress.tensor(job.source.name, job.source.size_bytes)
     return record
@@ -111,6 +116,7 @@ def gpu_errors(source: TensorSource | QuantisedSource, device: torch.device) -> 
     try:
         yield
     except RuntimeError as error:
+        # The command line explains an OutOfMemoryError (errors.explain), on a GPU too.
         if device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).partition("\n")[0]
@@ -139,8 +145,11 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return buffer.copy_(tensor)
 
 
-def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:
-    """The parts of a weight, and the device that they were computed on, in words."""
+def _split_or_retry(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:
+    """The parts of a weight, and the device that they were computed on, in words.
+
+    Without memory on the GPU it is tried again there, with an empty cache, and then on the CPU.
+    """
     plan = job.plan
 
     def attempt(device: torch.device) -> Split:
@@ -158,15 +167,12 @@ def _split(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split
         )
 
     try:
-        try:
-            return attempt(device), str(device)
-        except torch.OutOfMemoryError:
-            # This thread holds the device's lock, so other memory in use there is a waiting weight or torch's cache.
-            torch.cuda.empty_cache()
-        try:
-            return attempt(device), str(device)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        for _ in range(2):
+            try:
+                return attempt(device), str(device)
+            except torch.OutOfMemoryError:
+                # No other thread solves on this device: what else fills it is a waiting weight, and torch's cache.
+                torch.cuda.empty_cache()
         return attempt(torch.device("cpu")), f"cpu, because {device} ran out of memory"
     except ValueError as error:
         raise SolveError(
@@ -197,7 +203,7 @@ def _record(job: WeightJob, result: Split, solved_on: str, seconds: dict[str, fl
         s_last=s[-1],
         s_max=triplets.s_max,
         energy=result.energy,
-        # Only balanced factors are as small as the singular value.
+        # Only balanced factors contain sqrt(s): where s is near 0, B and A are too, and get no gradient.
         untrainable=sum(value < 1e-6 * triplets.s_max or value == 0 for value in s) if job.factors == "balanced" else 0,
         certificate=triplets.certificate,
         rounding=result.rounding,

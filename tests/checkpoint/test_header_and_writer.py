@@ -21,7 +21,7 @@ from support.reference import same_bytes
 from support.tiny_models import contents
 
 from milora_init.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from milora_init.checkpoint.header import DTYPES, Header, plan_header, read_header
+from milora_init.checkpoint.header import SAFETENSORS_DTYPES, Header, plan_header, read_header
 from milora_init.checkpoint.writer import SafetensorsWriter
 from milora_init.errors import CheckpointError, OutputError
 
@@ -120,7 +120,8 @@ def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 PLANNED = st.lists(
-    st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)), max_size=8
+    st.tuples(st.sampled_from(sorted(SAFETENSORS_DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
+    max_size=8,
 )
 
 
@@ -133,7 +134,7 @@ def test_a_planned_header_reads_back_and_every_tensor_is_aligned(
     size = sum(info.size_bytes for info in header.tensors.values())
     assert read_header(write_file(tmp_path / "x.safetensors", header.raw + bytes(size))) == header
     for info in header.tensors.values():
-        assert (len(header.raw) + info.start) % DTYPES[info.dtype].itemsize == 0, info
+        assert (len(header.raw) + info.start) % SAFETENSORS_DTYPES[info.dtype].itemsize == 0, info
 
 
 MIXED = {

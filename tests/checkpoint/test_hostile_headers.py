@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.raw_headers import entry, raw_file, write_file
 
-from milora_init.checkpoint.header import DTYPES, read_header
+from milora_init.checkpoint.header import SAFETENSORS_DTYPES, read_header
 from milora_init.errors import CheckpointError
 
 ANY_JSON = st.recursive(
@@ -33,7 +33,7 @@ def require_valid_or_refused(path: Path) -> bool:
     size = path.stat().st_size - len(header.raw)
     for info in header.tensors.values():
         assert 0 <= info.start <= info.end <= size
-        assert info.size_bytes == math.prod(info.shape) * DTYPES[info.dtype].itemsize
+        assert info.size_bytes == math.prod(info.shape) * SAFETENSORS_DTYPES[info.dtype].itemsize
     return True
 
 
@@ -49,7 +49,9 @@ def test_a_header_with_mutated_fields_is_valid_or_refused(data: st.DataObject, t
     for _ in range(data.draw(st.integers(1, 3))):
         where = data.draw(st.sampled_from(["__metadata__", "v", "w", "x", "new"]))
         field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "format", None]))
-        value = data.draw(ANY_JSON | st.lists(st.integers(-1, 40), max_size=3) | st.sampled_from(list(DTYPES)))
+        value = data.draw(
+            ANY_JSON | st.lists(st.integers(-1, 40), max_size=3) | st.sampled_from(list(SAFETENSORS_DTYPES))
+        )
         if field is None or not isinstance(header.get(where), dict):
             header[where] = value
         else:
