@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-_SHIFT = 1e-14  # times the trace of a Gram matrix: above the rounding errors in it
+_CHOLESKY_QR_SHIFT = 1e-14  # times the trace of a Gram matrix: above the rounding errors in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def _gram_factor(Q: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
     """The Cholesky factor of Q^T Q, and whether it failed; with a shift it succeeds for every finite Q but zero."""
     gram = Q.mT @ Q
     if shifted:
-        gram.diagonal().add_(gram.diagonal().sum(), alpha=_SHIFT)
+        gram.diagonal().add_(gram.diagonal().sum(), alpha=_CHOLESKY_QR_SHIFT)
     L, failed = torch.linalg.cholesky_ex(gram)
     return L, failed
 

@@ -55,6 +55,7 @@ from milora_init.linalg.lanczos import (
     round_down,
     spectral_norm,
 )
+from milora_init.linalg.shift_invert import SHIFT, SHIFT_BLOCK
 
 EPS32 = torch.finfo(torch.float32).eps
 _EXTRA = 32  # vectors beyond the wanted ones: the more, the better conditioned is the correction equation
@@ -62,8 +63,6 @@ _ANGLE = 1e-3  # of the float32 vectors, about as accurate as float32 leaves the
 _NOISE = 0.1  # of eps * ||G||: four times and more what was measured on the eigenvectors of the smallest eigenvalues
 _DEFLATED = 72  # large directions that are taken out of X before its Gram matrix is rounded
 _BELOW_ZERO = 100  # times the noise: the shift where the spectrum reaches down to zero
-_SHIFT_BLOCK = 48
-_SHIFT = 0.95  # of the smallest eigenvalue
 _MOST_CHEBYSHEV_STEPS = 12
 _BEST_REDUCTION = 1e-5  # of the error by one correction: the rounding of M leaves more
 _MOST_CORRECTIONS = 5
@@ -327,14 +326,14 @@ def _shifted_inverse(X: BlockedMatrix) -> _SmallEnd:
     first = G.clone()
     first.diagonal().add_(_noise(norm))
     factor = _positive_definite(cholesky(first, arithmetic, may_wait=False))
-    of_inverse = krylov_projection(factor.solve, q, block=_SHIFT_BLOCK, arithmetic=arithmetic, device=device)
+    of_inverse = krylov_projection(factor.solve, q, block=SHIFT_BLOCK, arithmetic=arithmetic, device=device)
     of_matrix = power_projection(factor.times, q, arithmetic, device, torch.float32)
     inverse, largest, norm_on_host = largest_eigenvalues(of_inverse, of_matrix, norm.view(1, 1))
     if not (math.isfinite(inverse) and math.isfinite(largest)):
         raise NotConverged("the Gram matrix is not positive definite in float32")
     noise = _noise(norm_on_host)
     s_max = math.sqrt(max(largest, 0.0))
-    shift = round_down(_SHIFT * (1 / inverse - noise)) if inverse > 0 else 0.0
+    shift = round_down(SHIFT * (1 / inverse - noise)) if inverse > 0 else 0.0
     if shift > 4 * noise:
         G.diagonal().sub_(shift)
         nearer = cholesky(G, arithmetic)

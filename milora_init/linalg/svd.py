@@ -54,27 +54,24 @@ from milora_init.linalg.certificate import (
     gaps_in,
     is_accepted,
 )
-from milora_init.linalg.cholesky import CholeskyFactor, cholesky
+from milora_init.linalg.cholesky import CholeskyFactor
 from milora_init.linalg.cost import uses_krylov
 from milora_init.linalg.lanczos import (
     RitzPairs,
-    krylov_projection,
     largest_eigenpairs,
     largest_eigenvalues,
     power_projection,
-    round_down,
     spectral_norm,
 )
 from milora_init.linalg.mixed_precision import extreme_triplets
 from milora_init.linalg.principal import largest_triplets
+from milora_init.linalg.shift_invert import shifted_factor
 from milora_init.methods import MODES, Mode
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _OF_A_LIBRARY = re.compile("CUSOLVER_|CUBLAS_|cusolver error|cublas error|MAGMA", re.IGNORECASE)
 _OUT_OF_MEMORY = re.compile("(CUSOLVER|CUBLAS)_STATUS_ALLOC_FAILED|CUDA error: out of memory")
 TOLERANCE = 5e-8  # of the certified component error, an upper estimate: the true one is mostly far below
-_SHIFT_BLOCK = 48  # columns, to estimate the smallest eigenvalue in a few steps
-_SHIFT = 0.95  # of the smallest eigenvalue of X^T X
 _ANGLES = (4.0, 0.04)  # times the tolerance: where the Krylov loop stops, and where the second attempt does
 _UNSCALED_EXPONENT = 16  # entries within 2^-16 and 2^16 are not scaled
 _NULL = 100 * EPS  # times s_max: below it a singular value is rounding error
@@ -255,7 +252,7 @@ def krylov_triplets(
     """
     q, arithmetic = X.shape[1], X.arithmetic
     block = arithmetic.krylov_block
-    factor, shift = _shifted_factor(X, gram) if mode == "min" else (None, 0.0)
+    factor, shift = shifted_factor(X, gram) if mode == "min" else (None, 0.0)
     apply = X.gram_operator(10 * r + 150) if factor is None else factor.solve
     for angle in _ANGLES:
         pairs = largest_eigenpairs(
@@ -315,38 +312,6 @@ def _refined(apply: Operator, basis: Tensor, arithmetic: DeviceArithmetic) -> Te
     """
     image = apply(basis)
     return arithmetic.orthonormalise(image / image.norm(dim=0).clamp_min(1e-300))[0]
-
-
-def _shifted_factor(X: BlockedMatrix, gram: Tensor | None = None) -> tuple[CholeskyFactor, float]:
-    """The Cholesky factor of X^T X - shift I, and the shift.
-
-    The spectrum of a clearly rectangular matrix does not reach down to zero, and a shift just below its smallest
-    eigenvalue saves a third of the Krylov steps. A float32 estimate of that eigenvalue is enough: if the shifted matrix
-    has a Cholesky factor, the shift is below the spectrum.
-
-    Raises:
-        NotConverged: X^T X is not positive definite.
-    """
-    (p, q), arithmetic = X.shape, X.arithmetic
-    G = X.gram() if gram is None else gram
-    if 2 * p >= 3 * q:
-        estimate = cholesky(G.to(torch.float32), arithmetic)
-        if estimate is not None:
-            (inverse,) = largest_eigenvalues(
-                krylov_projection(estimate.solve, q, block=_SHIFT_BLOCK, arithmetic=arithmetic, device=G.device)
-            )
-            shift = round_down(_SHIFT / inverse) if inverse > 0 else 0.0
-            del estimate
-            if shift > 0:
-                G.diagonal().sub_(shift)
-                factor = cholesky(G, arithmetic)
-                if factor is not None:
-                    return factor, shift
-                G = X.gram()  # the attempt overwrote it
-    factor = cholesky(G, arithmetic)
-    if factor is None:
-        raise NotConverged("the Gram matrix is not positive definite")
-    return factor, 0.0
 
 
 def _largest(X: BlockedMatrix, factor: CholeskyFactor) -> float:

@@ -160,7 +160,7 @@ class LoraAdapter:
         path: The folder.
         config: The content of adapter_config.json.
         header: The header of the weights file.
-        modules: The factors by the `key` of `lora_key`.
+        modules: The factors by the module's name as the names of the tensors have it (the `key` of `lora_key`).
         others: Every other tensor that was trained or stored beside the factors.
     """
 
@@ -204,7 +204,8 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
         raise CheckpointError(f"{path / WEIGHTS_FILE} contains no factors", hint="save the adapter again")
     experts = {record.key: record.expert for record in records if record.expert}
     target_parameters = {name.removesuffix(".weight"): name for name in config.get("target_parameters") or ()}
-    # A module that is a target as `<module>.weight` has tensors of its own name. A fused parameter has none.
+    # target_parameters has two kinds: an ordinary module, listed as `<module>.weight`, whose tensors have the module's
+    # name; and a fused parameter of experts, which has no tensors of its own name.
     fused = [name for module, name in target_parameters.items() if module not in keys]
     if len(fused) != len({expert.parameter for expert in experts.values()}):
         raise PlanError(

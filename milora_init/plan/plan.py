@@ -55,7 +55,7 @@ class Plan:
         options: The request.
         checkpoint: The model, with its headers read.
         structure: The model's modules, and which of them can be adapted.
-        jobs: One job for each shard; without a base, for each one that holds a weight to solve.
+        jobs: One job for each shard; if no base is written, only for shards with a weight to split.
         weights: Every weight to split, in the model's order.
         adapter_config: Content of adapter_config.json.
         index: Content of the output's index; None if the base is a single file.
@@ -300,7 +300,7 @@ def make_plan(
         CheckpointError: The model cannot be read, or its files contradict each other.
         PlanError: The options do not fit the model.
     """
-    _refuse_residual(folder)
+    _refuse_our_own_output(folder)
     checkpoint = open_model(folder, remote)
     # Checks each path; transformers, which reads these files, is called after that.
     copied = copied_side_files(checkpoint)
@@ -348,7 +348,7 @@ def make_plan(
     return plan
 
 
-def _refuse_residual(folder: Path) -> None:
+def _refuse_our_own_output(folder: Path) -> None:
     """Raise CheckpointError if the folder is an output of this program, whose components are taken out already.
 
     The hint names the original model if the manifest does.

@@ -35,6 +35,7 @@ from milora_init.verification.verdict import Finding
 EPS32 = torch.finfo(torch.float32).eps
 _BLOCK_ELEMENTS = 1 << 20
 _SAMPLE = 3
+_CERTAIN = 1e-3  # above this bound of the solver's own error, the directions are compared instead of the product
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an integer dtype by the bytes of a float
 _MAKE_AGAIN = "make the pair again"
 _MERGE_AGAIN = "merge again"
@@ -107,6 +108,7 @@ def compare_with_model(
     if model.has_weights(manifest.inputs["source"]):
         return list(found)
     what = "not the files that the pair was made from: another model, or another commit"
+    # Of another model every tensor would differ: only the first difference is computed.
     first = [replace(finding, problem="other_model") for finding in islice(found, 1)]
     return [Finding(str(model.folder), what, hint, "other_model"), *first]
 
@@ -116,7 +118,7 @@ def _compare(
 ) -> Iterator[Finding]:
     side_files = {"config.json": manifest.inputs["source"]["config.json"], **manifest.inputs["side_files"]}
     for name, recorded in side_files.items():
-        path = model.folder / name  # read_manifest has checked that the name leads nowhere else
+        path = model.folder / name  # read_manifest has checked that the name stays inside the folder
         if not path.is_file() or sha256(path) != recorded:
             yield Finding(str(path), "not the file that the output was made from", model_hint)
     for name in sorted(base.tensors.keys() ^ model.tensors.keys()):
@@ -276,6 +278,7 @@ def residual_error(W: Tensor, R: Tensor, B: Tensor, A: Tensor, scale: float) -> 
         block = slice(top, top + rows)
         exact = W[block].double() - B64[block] @ A64
         exponent = torch.frexp(exact).exponent
+        # frexp gives |x| in [0.5, 1) * 2^e: one unit in the last place is eps * 2^(e - 1), and half of it eps / 4 * 2^e.
         half_ulp = torch.ldexp(torch.full_like(exact, finfo.eps / 4), exponent)
         half_ulp.clamp_(min=finfo.smallest_normal * finfo.eps / 2)
         error = ((exact - R[block].double()).abs() - noise).clamp_(min=0) / half_ulp
@@ -308,13 +311,13 @@ def component_error(
         component_square += float((left[block] @ right - D).square().sum())
         direction_square += float((W[block].double() @ unit - left[block] * lengths).square().sum())
     certified = truth.certificate.component_error
-    if certified is not None and certified < 1e-3:
+    if certified is not None and certified < _CERTAIN:
         norm = max(float(s.norm()), min(W.shape) * EPS * s_max * math.sqrt(record.rank))
         rounding = EPS32 * math.sqrt(float(s.sum() * s.max())) / norm
         return math.sqrt(component_square) / norm, 4 * rounding + 1e-6 + 2 * certified
-    values = (left.norm(dim=0) * lengths).sort(descending=True).values - s
+    value_errors = (left.norm(dim=0) * lengths).sort(descending=True).values - s
     # A direction in float32 has an error of eps, which W multiplies by up to s_max.
-    return (float(values.norm()) + math.sqrt(direction_square)) / s_max, 8 * EPS32 * math.sqrt(record.rank)
+    return (float(value_errors.norm()) + math.sqrt(direction_square)) / s_max, 8 * EPS32 * math.sqrt(record.rank)
 
 
 def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tuple[float, float]:
@@ -326,23 +329,25 @@ def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tupl
     """
     s, s_max, root = truth.s, max(truth.s_max, 1e-300), math.sqrt(len(truth.s))
     eye = torch.eye(len(s), dtype=torch.float64)
-    lengths = float(max((B.mT @ B - eye).norm(), (A @ A.mT - eye).norm()))
+    orthonormality_error = float(max((B.mT @ B - eye).norm(), (A @ A.mT - eye).norm()))
     certificate, s_last = truth.certificate, max(float(s.min()), 1e-300)
-    # A triplet that turned by an angle changed the component by s times it; U and V of W turn within the wanted space
-    # by the solver's residual over the singular value.
-    turned = math.inf
+    # If a triplet turns by an angle a, the component changes by s * a: so a is at most the component's certified error
+    # over s_last. Inside the wanted space, U and V also turn by about residual / s.
+    angle_bound = math.inf
     if certificate.component_error is not None:
-        turned = (certificate.component_error * float(s.norm()) + certificate.residual * s_max * root) / s_last / root
-    if turned < 1e-3:
+        angle_bound = (
+            (certificate.component_error * float(s.norm()) + certificate.residual * s_max * root) / s_last / root
+        )
+    if angle_bound < _CERTAIN:
         rows, square = max(1, _BLOCK_ELEMENTS // W.shape[1]), 0.0
         for top in range(0, W.shape[0], rows):
             block = slice(top, top + rows)
             square += float((B[block] @ A - truth.U[block] @ truth.V.mT).square().sum())
-        return math.sqrt(square) / root + lengths, 8 * EPS32 * root + 1e-6 + 4 * turned
+        return math.sqrt(square) / root + orthonormality_error, 8 * EPS32 * root + 1e-6 + 4 * angle_bound
     WA = W.double() @ A.mT
     values = (B * WA).sum(dim=0)
     error = float((WA - B * values).norm()) + float((values.sort().values - s.sort().values).norm())
-    return error / s_max + lengths, 8 * EPS32 * root
+    return error / s_max + orthonormality_error, 8 * EPS32 * root
 
 
 def _same_values(original: TensorSource | QuantisedSource, stored: TensorSource | QuantisedSource) -> bool:
