@@ -180,14 +180,14 @@ class Plan:
         # Without low_disk, downloads go into the Hub's cache: `hub.download.require_cache_space` checks its disk. With
         # low_disk, a download is removed when its shard is finished, and a shard when it is uploaded.
         # Without a base, single tensors are downloaded into the work folder, and removed in the same way.
-        source_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk or not self.writes_base else 0
+        download_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk or not self.writes_base else 0
         base_bytes = sum(shards[-_LOW_DISK_SHARDS:] if low_disk and self.options.push_to_hub else shards)
         side_bytes = sum(stamp(self.source / name)[0] for name in self.side_files)
         if self.options.part is not None:
             factors = sum(4 * w.rank * sum(w.weight.shape) for job in self.own_jobs for w in job.splits)
-            return source_bytes + base_bytes + factors
+            return download_bytes + base_bytes + factors
         # The adapter counts twice: as one part for each shard, and as the final file that is assembled from the parts.
-        return source_bytes + base_bytes + 2 * self.adapter_bytes + side_bytes
+        return download_bytes + base_bytes + 2 * self.adapter_bytes + side_bytes
 
     @property
     def absent(self) -> Mapping[str, Header]:
@@ -302,7 +302,7 @@ def make_plan(
     """
     _refuse_our_own_output(folder)
     checkpoint = open_model(folder, remote)
-    # Checks each path; transformers, which reads these files, is called after that.
+    # Before read_structure: this checks the paths that transformers then opens.
     copied = copied_side_files(checkpoint)
     writes_base = options.effective_method.writes_base
     structure = read_structure(

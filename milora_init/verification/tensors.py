@@ -278,7 +278,7 @@ def residual_error(W: Tensor, R: Tensor, B: Tensor, A: Tensor, scale: float) -> 
         block = slice(top, top + rows)
         exact = W[block].double() - B64[block] @ A64
         exponent = torch.frexp(exact).exponent
-        # frexp gives |x| in [0.5, 1) * 2^e: one unit in the last place is eps * 2^(e - 1), and half of it eps / 4 * 2^e.
+        # frexp gives |x| in [0.5, 1) * 2^e: a unit in the last place is eps * 2^(e - 1), half of it eps / 4 * 2^e.
         half_ulp = torch.ldexp(torch.full_like(exact, finfo.eps / 4), exponent)
         half_ulp.clamp_(min=finfo.smallest_normal * finfo.eps / 2)
         error = ((exact - R[block].double()).abs() - noise).clamp_(min=0) / half_ulp

@@ -43,11 +43,11 @@ def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_run(
         start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=InterruptAt(at, when=when))
     assert not (Path("out") / "config.json").exists()
     assert not (Path("out") / MANIFEST).exists()
-    count = ShardLog()
-    resumed = start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=count)
-    done = at + (when == "after")
-    assert len(count.made) == len(shards(checkpoint("llama", "bfloat16"))) - done
-    assert (count.done_bytes > 0) == (done > 0)
+    log = ShardLog()
+    resumed = start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=log)
+    done = at + 1 if when == "after" else at
+    assert len(log.made) == len(shards(checkpoint("llama", "bfloat16"))) - done
+    assert (log.done_bytes > 0) == (done > 0)
     assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "uninterrupted" / "out")
     assert [record.module for record in resumed.weights] == [record.module for record in uninterrupted.weights]
 
@@ -75,7 +75,7 @@ def test_a_run_that_fails_while_other_devices_finish_can_be_run_again(
 ) -> None:
     """Shards that other threads finish after the failure are not in the journal; the next run must accept them."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr(initializing, "solver_devices", lambda _: ((cpu,) * 3, 2))
+    monkeypatch.setattr(initializing, "solver_devices", lambda _: ((cpu,) * 3, 2))  # two threads on each of three
     monkeypatch.setattr(Journal, "append", _append_only_the_head)
     with pytest.raises(InterruptedRunError):
         start(checkpoint("llama"))
@@ -96,10 +96,10 @@ def test_finished_work_is_counted_in_bytes_of_the_source(start: Start, checkpoin
     source = checkpoint("llama", "bfloat16")
     with pytest.raises(InterruptedRunError):
         start(source, dtype="float32", progress=InterruptAt(1, when="after"))
-    count = ShardLog()
-    start(source, dtype="float32", progress=count)
+    log = ShardLog()
+    start(source, dtype="float32", progress=log)
     done = [load_file(source / name) for name in shards(source)[:2]]
-    assert count.done_bytes == sum(tensor.nbytes for shard in done for tensor in shard.values())
+    assert log.done_bytes == sum(tensor.nbytes for shard in done for tensor in shard.values())
 
 
 def test_an_incomplete_journal_line_is_ignored(start: Start, checkpoint: Built, tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_an_incomplete_journal_line_is_ignored(start: Start, checkpoint: Built, 
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
     journal.write_bytes(b"".join(lines[:2]) + lines[2][:40])
-    count = ShardLog()
-    start(checkpoint("llama"), progress=count)
-    assert count.made == shards(checkpoint("llama"))[1:]
+    log = ShardLog()
+    start(checkpoint("llama"), progress=log)
+    assert log.made == shards(checkpoint("llama"))[1:]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
@@ -120,22 +120,23 @@ def test_a_run_with_an_incomplete_journal_line_may_be_interrupted_again(
     journal = interrupt_after_two_shards(start, source, tmp_path / "out")
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:40])
-    for name in shards(source)[max(kept - 1, 0) :]:
+    recorded = max(kept - 1, 0)  # the first line is the head of the journal, which records no shard
+    for name in shards(source)[recorded:]:
         (tmp_path / "out" / name).unlink(missing_ok=True)
     with pytest.raises(InterruptedRunError):
         start(source, progress=InterruptAt(0, when="after"))
-    count = ShardLog()
-    start(source, progress=count)
-    assert count.made == shards(source)[max(kept - 1, 0) + 1 :]
+    log = ShardLog()
+    start(source, progress=log)
+    assert log.made == shards(source)[recorded + 1 :]
 
 
 def test_a_truncated_shard_is_written_again(start: Start, checkpoint: Built, tmp_path: Path) -> None:
     interrupt_after_two_shards(start, checkpoint("llama"), tmp_path / "out")
     shard = tmp_path / "out" / shards(checkpoint("llama"))[1]
     shard.write_bytes(shard.read_bytes()[:-1])
-    count = ShardLog()
-    start(checkpoint("llama"), progress=count)
-    assert count.made == shards(checkpoint("llama"))[1:]
+    log = ShardLog()
+    start(checkpoint("llama"), progress=log)
+    assert log.made == shards(checkpoint("llama"))[1:]
 
 
 @pytest.mark.parametrize("content", [b"garbage\n", b"{}\n", b"[]\n", b"\xff\n", bytes(64) + b"\n"])
