@@ -147,18 +147,21 @@ def _check_model_path(name: str, path: object, pair: Pair) -> list[Finding]:
     return [note(name, f"{key} is {path}; the adapter was made for {recorded}")]
 
 
-def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained: bool = False) -> list[Finding]:
+def check_adapter_header(
+    path: Path, records: Sequence[WeightRecord], *, trained: bool = False, dora: bool = False
+) -> list[Finding]:
     """The tensors of an adapter's file must have the names and shapes of the weights' factors.
 
     One finding stands for all tensors with the same problem. A trained adapter may hold other tensors beside its
-    factors, such as a classification head or resized embeddings (`modules_to_save`): these are a note.
+    factors, such as a classification head or resized embeddings (`modules_to_save`), and with `dora` the magnitudes of
+    DoRA: these are a note.
     """
     try:
         tensors = read_header(path).tensors
     except MiloraError as error:
         return [Finding(str(path), error.message, error.hint)]
     wanted = expected_tensors(records)
-    extra = sorted(key for key in tensors.keys() - wanted.keys() if trained and not _is_lora(key))
+    extra = sorted(key for key in tensors.keys() - wanted.keys() if trained and not _is_lora(key, dora=dora))
     missing, unexpected, resized = _differing_tensors({k: v for k, v in tensors.items() if k not in extra}, wanted)
     findings = []
     if extra:
@@ -185,8 +188,8 @@ def check_adapter_header(path: Path, records: Sequence[WeightRecord], *, trained
     return findings
 
 
-def _is_lora(key: str) -> bool:
-    return ".lora_" in key and parse_magnitude_key(key) is None
+def _is_lora(key: str, *, dora: bool) -> bool:
+    return ".lora_" in key and not (dora and parse_magnitude_key(key))
 
 
 def _differing_tensors(
@@ -255,7 +258,10 @@ def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *,
         if found := explain_other_class({record.key for record in records}, adapted, pair.manifest):
             return [Finding(str(weights), *found, "adapter_misfit")]
     findings = check_adapter_config(pair, modules, config)
-    header_findings = check_adapter_header(weights, records, trained=True)
+    dora = False
+    with suppress(CheckpointError):  # a config that cannot be read is a finding above
+        dora = bool(read_config(config).get("use_dora"))
+    header_findings = check_adapter_header(weights, records, trained=True, dora=dora)
     findings += header_findings
     foreign = _most_factors_differ(weights, records)
     with suppress(CheckpointError):  # a config that cannot be read is a finding above
@@ -299,5 +305,5 @@ def _most_factors_differ(path: Path, records: Sequence[WeightRecord]) -> bool:
         tensors = read_header(path).tensors
     except MiloraError:
         return False
-    factors = {key: info for key, info in tensors.items() if _is_lora(key)}
+    factors = {key: info for key, info in tensors.items() if _is_lora(key, dora=True)}
     return sum(map(len, _differing_tensors(factors, expected_tensors(records)))) > len(records)

@@ -265,7 +265,7 @@ def test_a_token_opens_a_private_model_and_is_written_nowhere(hub: Hub, milora: 
 def test_low_disk_keeps_a_few_shards_at_a_time(hub: Hub, milora: Command, tmp_path: Path) -> None:
     """Measured from outside while the run goes on: what of the source lies on the disk at any moment."""
     most, over = [0], threading.Event()
-    folder = tmp_path / "out" / ".milora-init" / "source"
+    folder = tmp_path / "out" / ".milora-init" / "attempts.source"
 
     def watch() -> None:
         while not over.wait(0.0005):

@@ -115,7 +115,10 @@ def test_the_estimated_leak_is_near_the_measured_one(m: int) -> None:
     W, r = matrices.language_model_like(m, 256).to(torch.bfloat16), 16
     s = truth(W)
     (estimate,) = estimated_leaks(W, [float(s[-r:].norm())], 0)
-    for name, measured in split(W, r, dtype=torch.bfloat16).rounding.leak_if.items():
+    measured_leaks = split(W, r, dtype=torch.bfloat16).rounding.leak_if
+    assert estimate.keys() >= {"bfloat16", "float16"}
+    for name in estimate:
+        measured = measured_leaks[name]
         assert measured is not None
         assert estimate[name] == pytest.approx(measured, rel=0.1 if measured < 0.2 else 0.5), name
 

@@ -517,7 +517,7 @@ def test_file_names_of_up_to_255_bytes_are_written_resumed_and_cleared(
 def test_two_output_files_of_one_name_are_an_error_of_the_plan(
     checkpoint: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "side_files", lambda _: ["tokenizer.json", "lora/adapter_model.safetensors"])
+    monkeypatch.setattr(plan, "copied_side_files", lambda _: ["tokenizer.json", "lora/adapter_model.safetensors"])
     source = checkpoint("llama")
     with pytest.raises(PlanError, match=r"two files of the output would be lora/adapter_model\.safetensors"):
         make_plan(InitOptions(model=str(source), out="out", rank=4), source)

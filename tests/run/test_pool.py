@@ -279,7 +279,7 @@ def test_every_thread_of_a_pool_computes_on_one_cpu_thread(two_threads: None) ->
     [
         ((600, 600), "min", "lanczos"),
         ((800, 1700), "min", "lanczos"),
-        ((600, 600), "max", "lanczos"),
+        ((600, 600), "max", "mixed"),
         ((300, 200), "mid", "eigh"),
     ],
     ids=str,
