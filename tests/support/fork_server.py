@@ -9,6 +9,7 @@ milora_init. The server itself does not import milora_init.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -31,7 +33,7 @@ _context.set_forkserver_preload(
         "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2", "safetensors.torch",
         "transformers.models.auto.tokenization_auto", "transformers.models.bloom.modeling_bloom", "httpx", "pytest",
         "rich.console", "rich.progress", "rich.table", "tokenizers", "typer.rich_utils", "yaml", "peft",
-        "fsspec.compression", "transformers.conversion_mapping", "typer._adapters",
+        "fsspec.compression", "typer._adapters", "support.warm_up",
     ]
 )  # fmt: skip
 
@@ -70,6 +72,7 @@ class Fork:
                 pickle.dumps(function), arguments,
             ),
         )  # fmt: skip
+        _ensure_server()
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -117,6 +120,19 @@ class Fork:
         self._process.join()
         self._process.close()
         self._temporary.cleanup()
+
+
+@functools.cache
+def _ensure_server() -> None:
+    """Start the server. It imports `support.warm_up` from the folder of the tests."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), before)))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def run(function: Callable[..., object], *arguments: Any, timeout: float = 120, **options: Any) -> Done:
