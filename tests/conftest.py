@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import gc
 import shutil
 import socket
 from collections.abc import Callable
@@ -33,6 +34,12 @@ settings.load_profile("repeatable")
 pytest_plugins = ["support.training_folders"]
 
 Built = Callable[..., Path]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from searching all that is imported and collected, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class NetworkUsedError(RuntimeError):
