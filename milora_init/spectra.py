@@ -59,7 +59,7 @@ class WeightSpectrum:
         stable_rank: ||W||_F^2 / s_max^2.
         effective_rank: exp(H), H the entropy of s / sum(s) (Roy and Vetterli, 2007).
         ranks: The figures of each rank that the weight allows.
-        curve: Singular values at equal distances in their order, the first and the last one among them, for pictures.
+        curve: Singular values at evenly spaced indices, from the first to the last, for pictures.
         singular_values: All of them, descending, if they were asked for; else None.
         elapsed_s: Seconds for all of this.
     """
@@ -192,7 +192,7 @@ class ScanResult(Result):
 
     @property
     def rank(self) -> int:
-        """The rank that tables and pictures show: 64, the default of init; else the largest that a weight allows."""
+        """The rank that tables and pictures show: 64, the default of init, or else the largest that has figures."""
         allowed = {figures.rank for weight in self.weights for figures in weight.ranks}
         return _DEFAULT_RANK if _DEFAULT_RANK in allowed else max(allowed)
 

@@ -167,14 +167,14 @@ class _Factors:
         self._zero: Tensor | None = None
         if "zero_point" in parts:
             zero = parts["zero_point"]
-            if rule.encoding == "integer":  # packed along the rows
+            if rule.encoding == "integer":  # packed along the first dimension
                 packed = zero.mT.clone(memory_format=torch.contiguous_format).view(torch.uint8)
                 zero = _integers(packed, rule.bits, m).mT
             self._zero = zero.float().reshape(grid)
         self._order = parts["order"].long() if "order" in parts else None
 
     def apply(self, values: Tensor, start: int) -> None:
-        """Shift and multiply rows `start` and following, in place."""
+        """Shift and multiply a block of rows in place; its first row is row `start` of the matrix."""
         if self._zero is not None:
             self._each(values, self._zero, start, Tensor.sub_)
         self._each(values, self._scale, start, Tensor.mul_)

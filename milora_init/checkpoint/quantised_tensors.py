@@ -48,9 +48,9 @@ class Rule:
             an unsigned integer from which 2^(bits - 1) is subtracted, `map` an index into a table that is stored too.
         block: The rows and columns that share a scale; the last block of a row or column may be shorter.
         transposed: Whether the codes are those of the transposed matrix.
-        divide: Whether the global scale divides the scales, and does not multiply them.
+        divide: True if the scales are divided by the global scale, False if they are multiplied by it.
         nested_offset: What is added to scales that are quantised themselves.
-        nested_block: How many such scales share one of their own.
+        nested_block: How many of these quantised scales share one second-level scale; 0 if scales are not quantised.
     """
 
     format: str
@@ -69,9 +69,9 @@ class QuantisedTensor:
 
     Attributes:
         name: Its name in an ordinary checkpoint.
-        dtype: That it has when it is dequantised, by its safetensors name.
-        shape: That it has when it is dequantised.
-        matrix: Rows and columns of the codes of one matrix, before `Rule.transposed`. Its rows follow each other.
+        dtype: The dtype that it would have in an ordinary checkpoint, by its safetensors name.
+        shape: The shape that it would have in an ordinary checkpoint.
+        matrix: Rows and columns of the codes of one matrix, before `Rule.transposed`. It is stored row by row.
         rule: How the values follow from the parts.
         parts: The stored tensors by role: codes, scale, and what else the format has.
     """
@@ -214,7 +214,7 @@ class _Finder:
         if clash := next((p for p in present.values() if p.name in self.used), None):
             raise CheckpointError(f"{clash.name} is a part of two quantised weights, {name} is one", hint=UNQUANTISED)
         if name in self.found or (name in self.stored and name not in {p.name for p in present.values()}):
-            raise CheckpointError(f"{name} is stored quantised, and again as it is", hint="remove one of the two")
+            raise CheckpointError(f"{name} is stored twice: quantised and unquantised", hint="remove one of the two")
         self.used |= {info.name for info in present.values()}
         self.found[name] = QuantisedTensor(name, self.dtype, tuple(shape), matrix, rule, present)
 
@@ -351,7 +351,7 @@ class _Finder:
             if not (type(bits) is int and 2 <= bits <= 8 and weights.get("type", "int") == "int"):
                 continue
             if type(group) is int and group > 0:
-                n, block = scale.shape[1] * group, (1, group)  # weight_shape is read, and compared, with the codes
+                n, block = scale.shape[1] * group, (1, group)  # compared with weight_shape when the codes are read
             else:
                 m_read, n = _little_endian(self.read(shape.name), SAFETENSORS_DTYPES[shape.dtype].itemsize)
                 block = (m, n) if weights.get("strategy") == "tensor" else (1, n)
@@ -466,7 +466,7 @@ def _require_grid(name: str, scale: TensorInfo, shape: Sequence[int], block: tup
 
 
 def _fitting_block(info: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The block of a tensor: the whole matrix for one scale a matrix, else the block that fits the shape of the scale.
+    """The block of a tensor: the one that fits the shape of the scale, else the whole matrix if it has one scale.
 
     Raises:
         CheckpointError: No block fits.

@@ -6,8 +6,9 @@ An adapter of the original model (rlmo, rlpo, mica) is a plain LoRA already: it 
 
 The rank doubles, or each module is cut to its best directions; see `linalg.low_rank`.
 
-Where modules differ in rank or scale, or are cut, the scales are multiplied into the factors and every module's alpha
-is its rank. So a server that reads one r and one lora_alpha for the whole adapter, and no patterns, computes the same.
+Where modules differ in rank or scale, or are cut, or a server is to read them, the scales are multiplied into the
+factors and every module's alpha is its rank. So a server that reads one r and one lora_alpha for the whole adapter, and
+no patterns, computes the same.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ def _beside_factors(
 
 
 def _base(pair: Path) -> Checkpoint | None:
-    """The base in the folder of a pair; None if it is not there, as in a Hub repository of which less was fetched."""
+    """The base in the folder of a pair; None if it is not there, as when only the adapter was fetched from the Hub."""
     with suppress(MiloraError):
         return open_checkpoint(pair)
     return None
@@ -269,7 +270,7 @@ def _planned_sizes(
 
 
 def _module_result(updates: Updates, module: PlainModule, compress: bool) -> ConvertedModule:
-    """The record of a module without its factors."""
+    """The record of a module in a dry run, which writes no factors."""
     lost = 0.0
     if compress:
         A, B = updates.of(module)
@@ -511,7 +512,7 @@ def _ranks_and_alphas(
         return {"r": times * before.config["r"], "lora_alpha": alpha, "use_rslora": rslora,
                 "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
     highest = max(module.width for module in modules)
-    # A server's reader takes the rank of an expert from its tensors; alpha / r is the scale 1 of every module.
+    # A server takes the rank of an expert from its tensors. alpha / r is 1 everywhere: the scales are in the factors.
     by_name = {module.name: module.width for module in modules if module.source is not None and module.expert is None}
     rank_pattern, alpha_pattern = rank_and_alpha_patterns(by_name, by_name, rank=highest, alpha=highest)
     return {"r": highest, "lora_alpha": highest, "use_rslora": False,

@@ -37,9 +37,10 @@ class MergeOptions:
     """How the merged model is written.
 
     Attributes:
-        dtype: Of the weights, in torch's name; `auto` for that of the original model.
-        shard_bytes: The most bytes of a file; None for the files of the base.
-        tokenizer: The folder of the tokenizer to write; None for that of the base, or of a resized vocabulary.
+        dtype: The dtype of the weights, by torch's name; `auto` for that of the original model.
+        shard_bytes: The largest size of a file; None to divide the tensors into files as the base does.
+        tokenizer: The folder of the tokenizer to write. None for the base's; after a resize of the vocabulary, for the
+            one in the folder of the trained adapter, if it has one.
         overwrite: Whether an earlier merge may be replaced.
     """
 
@@ -208,7 +209,7 @@ def plan_merge(
 
 
 def _require_intact(pair: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """Check the files of a pair but the shards, which are hashed when they are read. Raises CheckpointError."""
+    """Check all files of a pair except the shards, which are hashed when they are read. Raises CheckpointError."""
     own = adapter_files(manifest.method)
     for name, size_bytes in manifest.files.items():
         if name in own:  # the adapter is checked with its manifest
@@ -219,9 +220,9 @@ def _require_intact(pair: Path, manifest: Manifest, checkpoint: Checkpoint) -> N
         if not intact:
             raise CheckpointError(f"{pair}: {name} was changed or removed", hint=f"milora-init verify {pair}")
     structure = None
-    if any(record.transposed for record in manifest.weights):  # the shape of a square weight does not show it
+    if any(record.transposed for record in manifest.weights):  # a square shape does not show whether it is transposed
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        with suppress(CheckpointError):  # an unknown class, or one with code of its own: then the shapes must do
+        with suppress(CheckpointError):  # an unknown class, or one with its own code: then only shapes are compared
             structure = read_structure(checkpoint.folder, checkpoint.config, shapes)
     for fault in check_weight_records(checkpoint, manifest, structure):
         raise CheckpointError(f"{pair / MANIFEST}: {fault.where} {fault.what}", hint=fault.hint)
@@ -290,7 +291,7 @@ class _Layout:
         return sizes.most_common(1)[0][0]
 
     def _cast(self, dtype: str) -> str:
-        """The dtype that a tensor is written in. Those of another dtype than most of the model keep it."""
+        """The dtype that a tensor is written in: `--dtype` replaces only the dtype of most bytes, if it is a float."""
         return self._dtype if self._dtype and dtype == self._main_dtype and dtype in _FLOATS else dtype
 
     def _info(self, info: TensorInfo) -> TensorInfo:
@@ -322,7 +323,7 @@ class _Layout:
         }
 
     def _header(self, name: str, infos: Sequence[TensorInfo]) -> Header:
-        """The header of a shard; that of the base's file, to the byte, where nothing of it changes."""
+        """The header of a shard. If nothing in it changes, it is the header of the base's file, byte for byte."""
         own = self._base.headers.get(name)
         entries = [(info.name, info.dtype, info.shape) for info in infos]
         if own and entries == [(info.name, info.dtype, info.shape) for info in own.tensors.values()]:
@@ -331,7 +332,7 @@ class _Layout:
         return plan_header(entries, metadata=metadata or {"format": "pt"})
 
     def index(self) -> bytes | None:
-        """The content of the index: the base's, to the byte, where nothing of it changes; None for one file."""
+        """The content of the index; None for a single file. If nothing changes, it is the base's, byte for byte."""
         if list(self.headers) == [SAFETENSORS_SINGLE]:
             return None
         base = self._base
@@ -351,7 +352,7 @@ class _Layout:
 
 
 def _split(by_file: Mapping[str, list[TensorInfo]], most_bytes: int) -> dict[str, list[TensorInfo]]:
-    """Shards of at most so many bytes of tensors, in the base's order; a larger tensor has a shard of its own."""
+    """Shards with at most `most_bytes` of tensors, in the base's order; a larger tensor has a shard of its own."""
     shards: list[list[TensorInfo]] = [[]]
     size = 0
     for info in (info for infos in by_file.values() for info in infos):

@@ -81,7 +81,7 @@ class TrainedParameters:
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """The trained value of a parameter: the tensors of the adapter's file that give it. Neither: that of the base."""
+    """The trained value of a parameter, by tensors of the adapter's file; if both are None, that of the base."""
 
     whole: OtherTensor | None = None
     rows: OtherTensor | None = None
@@ -297,7 +297,7 @@ def _vocabulary(model: _Model, values: Mapping[str, _Value], adapter: LoraAdapte
 
 
 def _set_vocabulary(config: dict[str, Any], before: int, after: int) -> None:
-    """Set `vocab_size` where config.json has it; at the top, or in text_config, where it has none."""
+    """Set `vocab_size` where config.json has the old one; if nowhere, in text_config, or at the top without that."""
     text = config.get("text_config")
     sections = [config, *(part for key, part in config.items() if isinstance(part, dict) and "vision" not in key)]
     found = [section for section in sections if section.get("vocab_size") == before]

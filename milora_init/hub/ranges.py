@@ -1,6 +1,6 @@
 """Read parts of files on the Hub with HTTP Range requests.
 
-An answer is trusted in nothing: the range that it claims and the length of its body are compared with the request, and
+Nothing in an answer is trusted: the range that it claims and the length of its body are compared with the request, and
 never more bytes are taken than were asked for.
 """
 
@@ -14,7 +14,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from milora_init.errors import HubError
 
-_ATTEMPTS = 3  # in a row that bring nothing new
+_ATTEMPTS = 3  # in a row that break off at the same byte
 _CONTENT_RANGE = re.compile(r"bytes\s*(\d+)\s*-\s*\d+\s*/.*", re.IGNORECASE)
 
 
@@ -23,19 +23,19 @@ class RangesIgnoredError(HubError):
 
 
 def read_range(url: str, start: int, stop: int, *, token: str | None, description: str) -> Iterator[bytes]:
-    """Yield the bytes `start` to `stop` of a URL, in chunks. A connection that breaks in the body is taken up there.
+    """Yield bytes of a URL in chunks. After a broken connection, the next request starts at the first missing byte.
 
     `http_stream_backoff` repeats a request only until the response begins. An exception inside its `with` block would
     be handled as a failed request, so what the body raises is kept until after the block.
 
     Args:
         url: The address.
-        start, stop: The range of bytes.
+        start, stop: The first byte, and the one after the last.
         token: As in huggingface_hub.
         description: Names the file in errors.
 
     Raises:
-        RangesIgnoredError: The server sends the whole file, and the range does not begin with it.
+        RangesIgnoredError: The server sends the whole file, and the missing range does not begin at byte 0.
         HubError: The answer is another range, or ends early.
     """
     position, attempts = start, 0
@@ -58,7 +58,7 @@ def read_range(url: str, start: int, stop: int, *, token: str | None, descriptio
         attempts = attempts + 1 if position == before else 1
         if position < stop and attempts == _ATTEMPTS:
             raise failure or HubError(
-                f"{description} ended after {position} bytes, of which {stop} were asked for",
+                f"asked for bytes {start} to {stop - 1} of {description}, the answer ended before byte {position}",
                 hint="the Hub's listing and its file differ; run the same command again, or download the model first",
             )
 
@@ -78,7 +78,7 @@ def _require_range(response: Any, start: int, stop: int, description: str) -> No
         )
     match = _CONTENT_RANGE.fullmatch(content_range)
     length = str(response.headers.get("Content-Length") or "")
-    # Where the body is longer than the range, nothing says which part of the file it is, except at the beginning.
+    # A body that is longer than the range may begin at another byte than its header says. For byte 0 it is accepted.
     too_long = start > 0 and length.isdigit() and int(length) > stop - start
     encoded = response.headers.get("Content-Encoding") not in (None, "", "identity")
     if status != 206 or match is None or int(match[1]) != start or too_long or encoded:

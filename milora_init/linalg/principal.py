@@ -1,7 +1,7 @@
 """The r largest singular triplets of X on a CPU, sought in float32 and corrected in float64.
 
 Why. Most of the work towards the largest triplets does not need float64, and float32 is twice as fast. A GPU takes
-mixed_precision.py for both ends of the spectrum: fewer calls there, fewer columns here.
+mixed_precision.py for both ends of the spectrum, which makes fewer calls; this file multiplies fewer columns.
 
 How. 1. Block Lanczos (lanczos.py) with G = X^T X in float32: the wanted right vectors and some beyond them, to three or
 four digits. 2. Rayleigh-Ritz with them in float64, in X itself. 3. The residual of the wanted triplets in float64, and
@@ -15,7 +15,7 @@ alone.
 
 The correction equation is that of the Jacobi-Davidson method, solved as (I - sigma G) t = sigma R with sigma = 1 /
 theta. The vectors beyond the wanted ones, where I - sigma G is nearly singular, are eliminated. What is left takes a
-few steps of Chebyshev's iteration: none for most triplets, most for those next to the cut.
+few steps of Chebyshev's iteration: zero for most triplets, and up to 12 for those next to the cut.
 
 Precision. Steps 2 and 3 alone decide the accuracy. Each correction multiplies the error by 1e-2 to 1e-4.
 
@@ -50,12 +50,12 @@ from milora_init.linalg.certificate import (
 from milora_init.linalg.lanczos import largest_eigenpairs, outside, spectral_norm
 
 _BEYOND = 48  # vectors beyond the wanted ones: the more, the fewer steps a correction takes
-_ANGLE = 3e-4  # of the float32 vectors, about as accurate as float32 leaves them
+_ANGLE = 3e-4  # the tolerated angle of the float32 vectors: about what float32 can reach
 _PRODUCTS = 12  # vectors that G is applied to, for each wanted one
 _MOST_STEPS = 12
-_BEST_REDUCTION = 1e-4  # of the error by one correction: the rounding of G leaves about as much
+_BEST_REDUCTION = 1e-4  # one correction cannot reduce the error by a smaller factor, because G is rounded
 _MOST_CORRECTIONS = 5
-_MARGIN = 0.5  # of the tolerated error of a triplet: what its correction aims at
+_MARGIN = 0.5  # a correction aims at an error of a triplet that is this part of the tolerated one
 
 
 def largest_triplets(X: BlockedMatrix, r: int, tolerance: float) -> tuple[Solution, Certificate]:

@@ -1,4 +1,4 @@
-"""Write the values of a quantised tensor that is not split: dequantised, and rounded to the dtype of the base."""
+"""Write the values of a quantised tensor that is not adapted: dequantised, and rounded to the dtype of the base."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def tensors(job: ShardJob) -> list[QuantisedTensor]:
 
 
 def jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> Iterator[DenseJob]:
-    """One job for each of these tensors."""
+    """One job for each tensor that `tensors` returns."""
     for tensor in tensors(job):
         source = locate(tensor.name, job, shard)
         assert isinstance(source, QuantisedSource)

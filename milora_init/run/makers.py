@@ -2,10 +2,11 @@
 
 A file goes through four steps: its source is fetched if it is on the Hub; its weights are given to the solver pool and
 its other tensors are copied; its weights are waited for; it is synced and hashed. The second and the fourth step run
-on threads of the `FilePool`. This thread only waits for events, so no file waits for the copy or the hash of another.
+on threads of the `FilePool`. The thread that calls `run` only waits for events, so no file waits for the copy or the
+hash of another.
 
-New files are begun until the weights behind the first unfinished file suffice for all devices. The files of a
-checkpoint hold from none to some hundred weights, and those of one file may be slower than those of the next.
+The oldest file with unsolved weights may be slow. Therefore new files are begun until the files after it have enough
+unsolved weights for all devices. A file of a checkpoint holds between none and some hundred weights.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class _File(Generic[Job, Record]):
     Attributes:
         job: What to make.
         unfinished: How many of its weights are not solved yet.
-        step: What is being done; `solving` also covers the copy of the other tensors, which is `copied` in the end.
+        step: What is being done. `solving` lasts until all weights are solved and the other tensors are copied.
+        copied: Whether the other tensors are copied.
     """
 
     job: Job
@@ -66,11 +68,11 @@ class LocalMakers(Generic[Job, Record]):
         submit: Gives the weights of a job's file to the solver pool; returns their futures.
         count: The number of those futures.
         fetch: Returns a future of the job with its source on the disk; None where all sources are there.
-        most_files: The most files that are begun or not yet taken by the caller; None for no such limit.
+        most_files: The most files that are begun and not yet yielded; None for `MOST_FILES`.
         progress: Receives the tensors that are copied.
     """
 
-    MOST_FILES: int | None = None  # of `most_files`, where the caller gives none
+    MOST_FILES: int | None = None  # the default of `most_files`; None for no such limit
 
     def __init__(  # noqa: PLR0913
         self,
@@ -172,7 +174,7 @@ _COPIED = object()
 
 
 def _most_open_files(threads: int, wanted: int) -> int:
-    """How many shards may be open at a time, at most `wanted`, while so many threads solve.
+    """How many shards may be open at a time while this number of threads solve; at most `wanted`.
 
     Raises this process's limit on open files where it is too low for that.
     """

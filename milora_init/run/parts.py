@@ -27,9 +27,9 @@ def with_parts(jobs: Sequence[ShardJob], checkpoint: Checkpoint, work: Path) -> 
     """The jobs, with all parts from other files on the disk.
 
     Args:
-        jobs: That are to be done.
+        jobs: The jobs that are still to be done.
         checkpoint: The model.
-        work: The work folder of the output.
+        work: The folder of this run's attempts, inside the work folder of the output.
 
     Raises:
         HubError: A part cannot be read from the Hub.
@@ -66,7 +66,7 @@ def _fetch(names: Sequence[str], checkpoint: Checkpoint, path: Path) -> Mapping[
 
 
 def _runs(names: Sequence[str], checkpoint: Checkpoint) -> Iterator[tuple[str, list[TensorInfo]]]:
-    """Tensors that follow each other in a file, as one request each."""
+    """Groups of tensors that follow each other in a file, with the name of the file: one request for each group."""
     places = sorted((checkpoint.file_of[name], checkpoint.stored[name].start, name) for name in names)
     run: list[TensorInfo] = []
     run_file = ""

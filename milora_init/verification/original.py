@@ -111,7 +111,7 @@ def _compare(adapter: Path, model: Checkpoint, manifest: Manifest, *, all_compon
             kept, zero = (B, A) if left else (A.mT, B)
             if bool(zero.any()):
                 yield Finding(
-                    record.module, f"its {'A' if left else 'B'} is not zero, as it is before training", _MAKE_AGAIN
+                    record.module, f"its {'A' if left else 'B'} must be zero before training, and is not", _MAKE_AGAIN
                 )
                 continue
             error, allowed = direction_error(W.mT if left else W, kept.double(), record, manifest)
@@ -126,7 +126,7 @@ def direction_error(W: Tensor, kept: Tensor, record: WeightRecord, manifest: Man
 
     It is the sine of the largest angle between both spaces. Where the cut falls in a cluster of singular values, the
     space is not unique. Then the columns must be singular directions of W, with the right singular values; that error
-    is relative to the square of W's largest singular value. The columns' lengths and angles count in both.
+    is relative to the square of W's largest singular value. Both errors include how far `kept` is from orthonormal.
     """
     mode, seed = manifest.inputs["mode"], weight_seed(manifest.inputs["seed"], record.tensor, record.row)
     truth = singular_triplets(W, record.rank, mode=mode, seed=seed)
