@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo compare test test-ray check lint types format bench gpu-check docs build clean
+.PHONY: help demo compare test test-wide test-ray check lint types format bench gpu-check docs build clean
 
 help:
 	@echo "make demo    the whole way on a real language model: init, train, verify, merge, convert"
 	@echo "make compare  compare the training methods on a tiny model: learning against forgetting"
 	@echo "make test    run the tests"
+	@echo "make test-wide  run the further cases that CI runs too"
 	@echo "make test-ray  run the tests that start a Ray cluster on this machine"
 	@echo "make check   lint, check types and run the tests"
 	@echo "make bench   time the solver against the reference method"
@@ -38,10 +39,13 @@ test: $(READY)
 	$(BIN)/python -m compileall -q milora_init tests scripts
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
+test-wide: $(READY)
+	$(BIN)/python -m pytest -m wide -n auto --dist worksteal
+
 test-ray: $(READY)
 	$(BIN)/python -m pytest tests/run/test_ray.py -m ray -n 0
 
-check: lint types test
+check: lint types test test-wide
 
 lint: $(READY)
 	$(BIN)/ruff check .

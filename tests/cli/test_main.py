@@ -436,7 +436,7 @@ def test_a_run_is_done_whether_or_not_anybody_can_be_told(
     assert verify(str(out), model=str(source)).ok
 
 
-@pytest.mark.parametrize("redirected", ["2> >(true)", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirected", [pytest.param("2> >(true)", marks=pytest.mark.wide), "<&- >&- 2>&-"])
 def test_a_run_that_a_shell_starts_is_done_too(redirected: str, checkpoint: Built, tmp_path: Path) -> None:
     done = shell(f'milora -m "$1" -o "$2" -r 4 --device cpu {redirected}', checkpoint("llama"), tmp_path / "out")
     assert done.returncode == 0

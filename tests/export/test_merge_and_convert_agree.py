@@ -28,7 +28,11 @@ NAMES = ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava",
 PLAIN: dict[str, Any] = {"alpha": 6}
 
 
-@pytest.mark.parametrize("options", [lambda _: PLAIN, pattern_options], ids=["plain", "rsLoRA and patterns"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(lambda _: PLAIN, marks=pytest.mark.wide), pattern_options],
+    ids=["plain", "rsLoRA and patterns"],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_after_training_all_four_agree(name: str, options: Any, tmp_path: Path) -> None:
     family = FAMILIES[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import matrices, reference, simulated_cuda
+from support.matrices import wide
 from support.triplets import certified, check_component, check_properties, check_values
 
 from milora_init.linalg.split import Split, split
@@ -33,7 +34,7 @@ def split_on_gpu(W: torch.Tensor, r: int, dtype: torch.dtype, mode: Mode = "min"
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-@pytest.mark.parametrize("shape", [(540, 540), (530, 1000), (1000, 530)], ids=str)
+@pytest.mark.parametrize("shape", [(540, 540), (530, 1000), wide((1000, 530))], ids=str)
 @pytest.mark.parametrize("name", HARD)
 def test_every_spectrum_is_solved_as_on_a_cpu(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = HARD[name](*shape), 10
@@ -47,7 +48,7 @@ def test_every_spectrum_is_solved_as_on_a_cpu(name: str, shape: tuple[int, int],
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(64, 48), (48, 200)], ids=str)
+@pytest.mark.parametrize("shape", [wide((64, 48)), (48, 200)], ids=str)
 @pytest.mark.parametrize("name", HARD)
 def test_small_weights_are_solved_as_on_a_cpu(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = HARD[name](*shape), 8
@@ -57,7 +58,7 @@ def test_small_weights_are_solved_as_on_a_cpu(name: str, shape: tuple[int, int],
     assert t.certificate.path == singular_triplets(W, r, mode=mode).certificate.path
 
 
-@pytest.mark.parametrize("shape", [(640, 640), (560, 1400), (1400, 560)], ids=str)
+@pytest.mark.parametrize("shape", [(640, 640), (560, 1400), wide((1400, 560))], ids=str)
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "float16_near_overflow"])
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_both_ends_are_found_in_mixed_precision(mode: Mode, name: str, shape: tuple[int, int]) -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import matrices
+from support.matrices import wide
 from support.triplets import certified, check_component, check_properties, check_values, component
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from milora_init.methods import MODES, Mode
 EPS = torch.finfo(torch.float64).eps
 KRYLOV = replace(CPU, crossing="gpu")  # a Krylov space for smaller matrices than a CPU would take one for
 ARITHMETIC = {"cpu": KRYLOV, "gpu": GPU}
-SHAPES = [(64, 64), (65, 64), (192, 64), (64, 192), (1600, 32)]
+SHAPES = [(64, 64), wide((65, 64)), (192, 64), (64, 192), wide((1600, 32))]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -103,7 +104,7 @@ def test_signs_are_deterministic_and_the_input_is_unchanged() -> None:
     assert torch.allclose(a.U, -b.U, atol=1e-10)
 
 
-KRYLOV_SHAPES = [(600, 600), (606, 600), (560, 1700), (2600, 520)]
+KRYLOV_SHAPES = [(600, 600), wide((606, 600)), (560, 1700), wide((2600, 520))]
 KRYLOV_NAMES = ["gaussian", "language_model_like", "flat", "power_law", "steep", "float16_near_overflow"]
 
 
@@ -161,7 +162,7 @@ def test_a_lapack_failure_falls_back_or_is_a_clear_error(failing: list[str], mon
     check_component(W, t, 8, "min")
 
 
-@pytest.mark.parametrize("shape", [(600, 600), (560, 1700), (1700, 560)], ids=str)
+@pytest.mark.parametrize("shape", [(600, 600), (560, 1700), wide((1700, 560))], ids=str)
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "subnormal", "huge"])
 def test_mixed_precision_works_with_the_arithmetic_of_a_cpu(name: str, shape: tuple[int, int]) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
@@ -208,7 +209,7 @@ def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkey
     check_component(W, t, 8, "min")
 
 
-@pytest.mark.parametrize("shape", [(600, 560), (2600, 520), (520, 2600)], ids=str)
+@pytest.mark.parametrize("shape", [(600, 560), (2600, 520), wide((520, 2600))], ids=str)
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "power_law", "subnormal", "huge"])
 def test_the_largest_triplets_are_found_in_float32_first(name: str, shape: tuple[int, int]) -> None:
     W, r = matrices.DISTINCT[name](*shape), 24

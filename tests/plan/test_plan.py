@@ -391,6 +391,7 @@ print(peak_bytes)
 """
 
 
+@pytest.mark.wide
 def test_the_memory_promised_is_the_memory_used(tmp_path: Path) -> None:
     """Within 30 %, for weights large enough to matter beside the libraries."""
     folder = tmp_path / "model"
