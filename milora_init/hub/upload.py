@@ -25,6 +25,7 @@ from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
 from milora_init.envelope import Status, envelope
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
+from milora_init.hub.model_card import PICTURE
 from milora_init.hub.publication import Publication, as_published, publication
 from milora_init.json_fields import read_object
 from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_WEIGHTS, WEIGHTS_FILE, adapter_files
@@ -35,14 +36,16 @@ from milora_init.manifest import (
     require_inside,
     require_manifest,
 )
+from milora_init.methods import METHODS, MILORA
 from milora_init.options import clean_token, require_repository
-from milora_init.records import RECORDS, Output, record_name, require_output
+from milora_init.records import MERGED, RECORDS, Output, record_name, require_output
 from milora_init.result import Result
 
 # Files that make a repository look like a complete model or adapter.
 _COMPLETION_FILES = (
     "config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS, CONFIG_FILE, WEIGHTS_FILE,
 )  # fmt: skip
+_WITHOUT_BASE = frozenset(name for name, method in METHODS.items() if not method.writes_base)
 _UNFINISHED = "unfinished-by-milora-init"  # a file in a repository while its shards are pushed one by one
 _SOURCE_CARD_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _Operation = CommitOperationAdd | CommitOperationDelete
@@ -100,14 +103,14 @@ class Repository:
         self._api = HfApi(token=clean_token(token))
         self.published: Published | None = None
 
-    def prepare(self, record: str, model: str, *, overwrite: bool = False) -> None:
+    def prepare(self, kind: str, model: str, *, overwrite: bool = False) -> None:
         """Create the repository and the branch, or check that an existing one may be replaced.
 
         It may if it is empty, or holds an output of the same kind and of the same model.
 
         Args:
-            record: Name of the record of the output that is to be pushed.
-            model: Id of the model on the Hub that it was made from; empty for a folder.
+            kind: Of the output that is to be pushed; see `kind_of`.
+            model: The model that it was made from: its id on the Hub, or the name of its folder.
             overwrite: Accept a repository with any content.
 
         Raises:
@@ -125,10 +128,11 @@ class Repository:
                     hint="choose another repository, or add --overwrite to replace the weights in it",
                 )
             for earlier in () if overwrite else sorted(files & set(RECORDS)):
-                its_model = _model_on_the_hub(self._record_fields(earlier))
-                if earlier != record or (model and its_model and model != its_model):
+                fields = self._record_fields(earlier)
+                its_kind, its_model = kind_of(earlier, fields), _model_name(fields)
+                if (its_kind, its_model) != (kind, model):
                     raise PlanError(
-                        f"{self.repo} holds another output of milora-init: {earlier}{its_model and f' of {its_model}'}",
+                        f"{self.repo} holds another output of milora-init: {its_kind} of {its_model}",
                         hint="choose another repository, or add --overwrite to replace it",
                     )
 
@@ -240,6 +244,7 @@ class Repository:
         earlier_output = {
             name for record in RECORDS for name in (record, *self._record_fields(record).get("files", {}))
         }
+        earlier_output.add(PICTURE)
         others = self._list_files().difference(kept)
         return [name for name in sorted(others) if name in earlier_output or _would_be_loaded(name)]
 
@@ -319,15 +324,27 @@ def push(
         if not (out / name).is_file() or (name not in names[:1] and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
     repository = Repository(repo, private=private, revision=branch, token=token)
-    source = output.source if isinstance(output, Manifest) else {"model": output.model, "revision": output.revision}
-    repository.prepare(record_name(output), _model_on_the_hub(source), overwrite=overwrite)
+    record = output.to_json() if isinstance(output, Manifest) else output.content()
+    repository.prepare(kind_of(record_name(output), record), _model_name(record), overwrite=overwrite)
     return repository.push(out, output)
 
 
-def _model_on_the_hub(record: Mapping[str, Any]) -> str:
-    """The id of the model that an output was made from, by its record; empty for a folder."""
+def kind_of(name: str, record: Mapping[str, Any]) -> str:
+    """What an output is, in words, by the name and the content of its record."""
+    if name != MANIFEST:
+        return "a merged model" if name == MERGED else "a converted adapter"
+    inputs = record.get("inputs")
+    is_pair = not isinstance(inputs, dict) or inputs.get("method", MILORA.name) not in _WITHOUT_BASE
+    return "a pair" if is_pair else "an adapter of the original model"
+
+
+def _model_name(record: Mapping[str, Any]) -> str:
+    """The model that an output was made from, as a published record names it: its Hub id, or its folder's name."""
     source = record.get("source", record)
-    return str(source["model"]) if isinstance(source, dict) and source.get("model") and source.get("revision") else ""
+    if not isinstance(source, dict):
+        return ""
+    model, on_hub = str(source.get("model", "")), source.get("revision") or source.get("from_hub")
+    return model if on_hub else Path(model).name
 
 
 def _git_hash(addition: CommitOperationAdd) -> str:

@@ -91,7 +91,7 @@ def carry_out(
     from milora_init.hub.upload import Repository
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-    repository.prepare(MANIFEST, options.model if plan.checkpoint.remote else "", overwrite=overwrite_repository)
+    repository.prepare(*_kind_and_model(plan), overwrite=overwrite_repository)
     if not options.low_disk:
         manifest, status = run_plan(plan, progress=progress)
         if progress:
@@ -112,8 +112,7 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
         from milora_init.hub.upload import Repository
 
         repository = Repository(options.push_to_hub, private=options.private, token=options.token)
-        model = options.model if plan.checkpoint.remote else ""
-        repository.prepare(MANIFEST, model, overwrite=overwrite_repository)
+        repository.prepare(*_kind_and_model(plan), overwrite=overwrite_repository)
     progress = progress or Progress()
     started = time.monotonic() if progress.started is None else progress.started
     resolve_devices(options.device)  # a wrong one is refused before anything is written
@@ -186,6 +185,14 @@ def run_plan(
     else:
         out.finish(manifest.to_json())
     return manifest, "done"
+
+
+def _kind_and_model(plan: Plan) -> tuple[str, str]:
+    """What `Repository.prepare` compares with the output in a repository."""
+    from milora_init.hub.upload import kind_of
+
+    model = plan.options.model
+    return kind_of(MANIFEST, {"inputs": plan.inputs}), model if plan.checkpoint.remote else Path(model).name
 
 
 def _require_same_output_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:

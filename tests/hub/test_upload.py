@@ -134,7 +134,10 @@ def test_another_output_of_ours_is_replaced_as_a_whole(
     start(checkpoint("llama"), out=str(tmp_path / "one"))
     start(checkpoint("gpt2"), out=str(tmp_path / "two"), target=("c_attn",))
     assert milora("push", "one", "me/x").returncode == 0
-    assert milora("push", "two", "me/x").returncode == 0
+    refused = milora("push", "two", "me/x")
+    assert refused.returncode == 1
+    assert "me/x holds another output of milora-init: a pair of " in refused.stderr
+    assert milora("push", "two", "me/x", "--overwrite").returncode == 0
     assert verify(str(fetched(hub, "me/x", tmp_path / "there"))).ok
 
 
@@ -288,7 +291,7 @@ def test_an_earlier_output_is_no_model_while_a_run_that_began_without_a_push_rep
     start(checkpoint("llama"), rank=3)
     assert milora("push", "out", "me/x").returncode == 0
     assert "config.json" in hub.repositories["me/x"].files
-    command = ("--model", "tiny/llama", "--out", "other", *INIT[-4:], "--low-disk")
+    command = ("--model", "tiny/llama", "--out", "other", *INIT[-4:], "--low-disk", "--yes")
     hub.fault = lambda _, path: 403 if "00006-of" in path and len(hub.served) > 12 else None
     milora(*command)
     assert (tmp_path / "other" / ".milora-init" / "journal.jsonl").exists()
