@@ -116,8 +116,9 @@ def recipes() -> str:
         targets = ", ".join(f"`{target}`" for target in recipe["target"])
         method = method_of_inputs(recipe)
         dropout = str(recipe.get("dropout", DROPOUT))
-        rows.append((f"`{name}`{default}", targets, str(recipe["rank"]), method.name, dropout))
-    return table(("recipe", "target", "rank", "method", "dropout"), rows)
+        alpha = str(recipe.get("alpha", "rank"))
+        rows.append((f"`{name}`{default}", targets, str(recipe["rank"]), alpha, method.name, dropout))
+    return table(("recipe", "target", "rank", "alpha", "method", "dropout"), rows)
 
 
 def synonyms() -> str:

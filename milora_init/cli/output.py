@@ -231,6 +231,8 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
 
 def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     """Print the result of a conversion; with `verbose`, or if a rank was cut, every module."""
+    from milora_init.records import ORIGINAL_MODEL
+
     console = _stdout()
     modules = converted.modules
     for module in modules if converted.cut or verbose else ():
@@ -246,7 +248,8 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
         return
     if converted.unchanged:
         console.print("already done, nothing to do")
-    console.print(f"load it on {converted.model}, not on the residual base")
+    base = "" if converted.inputs.get("base") == ORIGINAL_MODEL else ", not on the residual base"
+    console.print(f"load it on {converted.model}{base}")
     if converted.serve:
         console.print(f"serve it with: {converted.serve}")
 
@@ -422,13 +425,14 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
             f"{name} (default)" if name == default else name,
             ", ".join(_short_targets(recipe["target"])),
             str(recipe.get("rank", "")),
+            str(recipe.get("alpha", recipe.get("rank", ""))),
             method.name,
             str(recipe.get("dropout", DROPOUT)),
         )
         for name, recipe in recipes.items()
         for method in [method_of_inputs(recipe)]
     ]
-    _print_table(console, ("recipe", "target", "rank", "method", "dropout"), rows, wrapped="target")
+    _print_table(console, ("recipe", "target", "rank", "alpha", "method", "dropout"), rows, wrapped="target")
 
 
 def _short_targets(targets: Sequence[str]) -> list[str]:
