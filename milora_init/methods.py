@@ -136,3 +136,13 @@ def method_of_mode(mode: str) -> Method:
 def method_of_inputs(inputs: Mapping[str, Any]) -> Method:
     """The method of a recipe, or of the inputs in a manifest. Older manifests have only the mode."""
     return METHODS[inputs["method"]] if "method" in inputs else _OF_MODE.get(inputs.get("mode", "min"), MILORA)
+
+
+def recorded_method(inputs: object) -> Method | None:
+    """The method that inputs in a record name; None for those of another command, or of a damaged file."""
+    if not isinstance(inputs, Mapping):
+        return None
+    name, mode = inputs.get("method"), inputs.get("mode")
+    if name is not None:
+        return METHODS.get(name) if isinstance(name, str) else None
+    return _OF_MODE.get(mode) if isinstance(mode, str) else None

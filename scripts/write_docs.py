@@ -21,7 +21,7 @@ import typer.main
 from milora_init import api, errors
 from milora_init.cli import main as command_line
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
-from milora_init.methods import DROPOUT, METHODS, MILORA, method_of_inputs
+from milora_init.methods import DROPOUT, METHODS, MILORA, Method, method_of_inputs
 from milora_init.options import DEFAULT_RECIPE, DTYPE_FLAGS, SYNONYMS, read_recipe, recipe_names
 from milora_init.report import duration
 from milora_init.verification.verdict import TEXTS
@@ -128,35 +128,24 @@ def synonyms() -> str:
     return table(("also accepted", "option"), [(f"`{name}`", option) for name, option in own.items()])
 
 
+_METHOD_COLUMNS = ("method", "for", "trained", "writes a base")
+
+
+def _method_columns(m: Method) -> tuple[str, str, str, str]:
+    default = " (default)" if m is MILORA else ""
+    return f"`{m.name}`{default}", m.use, m.trained, "yes" if m.writes_base else "no"
+
+
 def methods() -> str:
     """What each method is for, and what others report of it."""
-    rows = [
-        (
-            f"`{m.name}`{' (default)' if m is MILORA else ''}",
-            m.use,
-            m.trained,
-            "yes" if m.writes_base else "no",
-            m.reported,
-        )
-        for m in METHODS.values()
-    ]
-    return table(("method", "for", "trained", "writes a base", "what others report"), rows)
+    rows = [(*_method_columns(m), m.reported) for m in METHODS.values()]
+    return table((*_METHOD_COLUMNS, "what others report"), rows)
 
 
 def method_choice() -> str:
     """What each method is for, in short."""
-    rows = [
-        (
-            f"`{m.name}`{' (default)' if m is MILORA else ''}",
-            m.use,
-            m.trained,
-            "yes" if m.writes_base else "no",
-            m.source,
-        )
-        for m in METHODS.values()
-        if m.use != "comparisons"
-    ]
-    return table(("method", "for", "trained", "writes a base", "source"), rows)
+    rows = [(*_method_columns(m), m.source) for m in METHODS.values() if m.use != "comparisons"]
+    return table((*_METHOD_COLUMNS, "source"), rows)
 
 
 def quantised() -> str:

@@ -31,7 +31,7 @@ from milora_init.run.makers import LocalMakers
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
-pytest_plugins = ["support.training_folders"]
+pytest_plugins = ["support.hub_server", "support.training_folders"]
 
 Built = Callable[..., Path]
 

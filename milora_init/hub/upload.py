@@ -36,7 +36,7 @@ from milora_init.manifest import (
     require_inside,
     require_manifest,
 )
-from milora_init.methods import METHODS, MILORA
+from milora_init.methods import recorded_method
 from milora_init.options import clean_token, require_repository
 from milora_init.records import MERGED, RECORDS, Output, record_name, require_output
 from milora_init.result import Result
@@ -45,7 +45,6 @@ from milora_init.result import Result
 _COMPLETION_FILES = (
     "config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS, CONFIG_FILE, WEIGHTS_FILE,
 )  # fmt: skip
-_WITHOUT_BASE = frozenset(name for name, method in METHODS.items() if not method.writes_base)
 _UNFINISHED = "unfinished-by-milora-init"  # a file in a repository while its shards are pushed one by one
 _SOURCE_CARD_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _Operation = CommitOperationAdd | CommitOperationDelete
@@ -333,9 +332,8 @@ def kind_of(name: str, record: Mapping[str, Any]) -> str:
     """What an output is, in words, by the name and the content of its record."""
     if name != MANIFEST:
         return "a merged model" if name == MERGED else "a converted adapter"
-    inputs = record.get("inputs")
-    is_pair = not isinstance(inputs, dict) or inputs.get("method", MILORA.name) not in _WITHOUT_BASE
-    return "a pair" if is_pair else "an adapter of the original model"
+    method = recorded_method(record.get("inputs"))
+    return "an adapter of the original model" if method and not method.writes_base else "a pair"
 
 
 def _model_name(record: Mapping[str, Any]) -> str:

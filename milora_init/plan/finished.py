@@ -18,7 +18,7 @@ from milora_init.checkpoint.quantisation import HF_QUANT_CONFIG
 from milora_init.checkpoint.side_files import side_files
 from milora_init.errors import MiloraError, OutputError
 from milora_init.manifest import WORK_FOLDER, Manifest, read_manifest
-from milora_init.methods import method_of_inputs
+from milora_init.methods import recorded_method
 from milora_init.options import InitOptions
 from milora_init.untrusted import path_inside
 
@@ -104,14 +104,10 @@ def another_request(out: Path, recorded: Mapping[str, Any], inputs: Mapping[str,
         _difference(name, recorded.get(name), value) for name, value in inputs.items() if recorded.get(name) != value
     )
     hint = "choose another --out, or replace it with --overwrite"
-    if _writes_base(recorded) != _writes_base(inputs):
+    earlier, now = recorded_method(recorded), recorded_method(inputs)
+    if earlier and now and earlier.writes_base != now.writes_base:
         hint = "choose another --out, or remove the folder"  # --overwrite replaces no pair by an adapter alone
     return OutputError(f"{out} holds the output of another request: {differences}", hint=hint)
-
-
-def _writes_base(inputs: Mapping[str, Any]) -> bool:
-    """Whether the inputs are of a pair; True for those of other commands."""
-    return method_of_inputs(inputs).writes_base if {"method", "mode"} & inputs.keys() else True
 
 
 def require_intact(out: Path, files: Mapping[str, int]) -> None:

@@ -28,7 +28,7 @@ from milora_init.errors import OutputError
 from milora_init.hub.ranges import RangesIgnoredError
 from milora_init.hub.source import fetch_file, fetch_tensors
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
-from milora_init.methods import method_of_inputs
+from milora_init.methods import recorded_method
 from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.peft_check import require_loadable
@@ -207,11 +207,8 @@ def _require_same_output_kind(plan: Plan, out: OutputFolder[Manifest]) -> None:
         record, (head, _) = read_manifest(out.path), out.journal.read()
     except OutputError:
         return  # `OutputFolder.prepare` raises it, after the checks that come before it
-    earlier = record.inputs if record else head.inputs if head else None
-    if earlier is None or not {"method", "mode"} & earlier.keys():
-        return  # no earlier output, or one of another command
-    method = method_of_inputs(earlier)
-    if method.writes_base != plan.writes_base:
+    method = recorded_method(record.inputs if record else head.inputs if head else None)
+    if method and method.writes_base != plan.writes_base:  # without a method: nothing, or of another command
         kind = "a residual base and its adapter" if method.writes_base else "an adapter of an original model"
         raise OutputError(
             f"{out.path} holds {kind}, of method {method.name}, which --overwrite does not replace by an output of "

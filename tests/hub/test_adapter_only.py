@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from support.families import FAMILIES
 from support.family_training import initialize_family, load, load_on_original, model_output, train_model
-from support.hub_server import Command, Hub, client, fetched
+from support.hub_server import Command, Hub, fetched
 
 from milora_init.hub.model_card import adapter_card
 from milora_init.hub.publication import as_published
@@ -22,17 +22,6 @@ Built = Callable[..., Path]
 LLAMA = FAMILIES["llama"]
 TARGETS = ",".join(LLAMA.targets)
 FILES = {"adapter_config.json", "adapter_model.safetensors", "milora_init.json", "README.md", ".gitattributes"}
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
-
-
-@pytest.fixture
-def milora(hub: Hub, tmp_path: Path) -> Command:
-    return client(hub, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from support.hub_server import Command, Hub, client
+from support.hub_server import Command, Hub
 from support.tiny_models import contents
 from support.tiny_models import tensors as load
 
@@ -25,13 +25,6 @@ def hub(checkpoint: Built) -> Iterator[Hub]:
     with Hub() as server:
         server.publish("tiny/llama", checkpoint("llama"))
         yield server
-
-
-@pytest.fixture
-def milora(hub: Hub, tmp_path: Path) -> Command:
-    """milora(*arguments) runs the command line with that Hub as its endpoint and an empty cache."""
-
-    return client(hub, tmp_path)
 
 
 INIT = ("--model", "tiny/llama", "--out", "out", "--rank", "4", "--device", "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,12 +28,6 @@ def built(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_outputs(source, folder, "out")
     merge(folder / "out", folder / "again", progress=False)
     return folder
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
 
 
 @pytest.fixture

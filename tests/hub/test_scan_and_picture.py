@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from support.hub_server import Command, Hub, client
+from support.hub_server import Command, Hub
 
 from milora_init import api
 from milora_init.hub.model_card import PICTURE
@@ -16,18 +16,6 @@ from milora_init.manifest import Manifest
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
-
-
-@pytest.fixture
-def milora(hub: Hub, tmp_path: Path) -> Command:
-    """milora(*arguments) runs the command line with that Hub as its endpoint, a token for it and an empty cache."""
-    return client(hub, tmp_path)
 
 
 def test_a_model_on_the_hub_is_scanned_at_one_commit(hub: Hub, milora: Command, checkpoint: Built) -> None:

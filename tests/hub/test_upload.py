@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,19 +23,6 @@ from milora_init.verification.verify import verify
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
 INIT = ("--model", "tiny/llama", "--out", "out", "--rank", "4", "--device", "cpu")
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
-
-
-@pytest.fixture
-def milora(hub: Hub, tmp_path: Path) -> Command:
-    """milora(*arguments) runs the command line with that Hub as its endpoint, a token for it and an empty cache."""
-
-    return client(hub, tmp_path)
 
 
 def test_a_pushed_output_is_whole_names_its_repository_and_leaves_the_folder_alone(

@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support import architectures, reference
 from support.families import FAMILIES
 from support.family_training import initialize_family, load, load_on_original, model_output
 from support.interruptions import InterruptAt, InterruptedRunError, ShardLog
-from support.tiny_models import TARGETS, contents, edit_inputs, tensors
+from support.tiny_models import TARGETS, contents, edit_inputs, tensors, zero_rows
 from support.training import TOKENS
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from milora_init import api
 from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import MiloraError, OutputError, PlanError
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
+from milora_init.methods import recorded_method
 from milora_init.report import loading_lines, run_fields
 
 Built = Callable[..., Path]
@@ -320,12 +321,12 @@ def test_orthonormal_factors_of_a_singular_weight_are_verified_by_their_directio
     start: Start, own: Built, tmp_path: Path
 ) -> None:
     source, out = own("llama"), tmp_path / "out"
-    for path in source.glob("*.safetensors"):
-        weights = load_file(path)
-        for name in weights:
-            if "q_proj" in name:
-                weights[name][5:12] = 0  # seven singular values of 32 are zero
-        save_file(weights, path, metadata={"format": "pt"})
+    zero_rows(source, "q_proj", slice(5, 12))  # seven singular values of 32 are zero
     start(source, method="olora-tail", target=("q_proj",))
     verdict = api.verify(out, model=source, all_components=True)
     assert verdict.ok, verdict.findings
+
+
+@pytest.mark.parametrize("inputs", [None, [], {}, {"method": []}, {"method": "unknown", "mode": "min"}, {"mode": {}}])
+def test_inputs_that_name_no_method_have_none(inputs: object) -> None:
+    assert recorded_method(inputs) is None

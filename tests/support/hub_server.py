@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 from support import fork_server
 from support.fork_server import Done
@@ -294,6 +296,19 @@ def client(hub: Hub, folder: Path, function: Callable[..., object] = fork_server
         return fork_server.run(function, *arguments, environment=environment, cwd=folder)
 
     return run
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An empty Hub."""
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def milora(hub: Hub, tmp_path: Path) -> Command:
+    """milora(*arguments) runs the command line with that Hub as its endpoint, a token for it and an empty cache."""
+    return client(hub, tmp_path)
 
 
 def fetched(hub: Hub, repo: str, folder: Path) -> Path:

@@ -163,3 +163,13 @@ def _copy_side_files(source: Path, folder: Path) -> None:
     for path in source.iterdir():
         if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             (folder / path.name).write_bytes(path.read_bytes())
+
+
+def zero_rows(folder: Path, part: str, rows: slice) -> None:
+    """Set rows of all tensors with this part in their names to zero."""
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        for name in weights:
+            if part in name:
+                weights[name][rows] = 0
+        save_file(weights, path, metadata={"format": "pt"})
