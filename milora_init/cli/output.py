@@ -157,7 +157,7 @@ def print_exceeded(exceeded: Exceeded) -> None:
     """Print the error for a limit that is exceeded."""
     name, value = exceeded.name, exceeded.value
     message = f"the {name} of {exceeded.module} is {value:.2g}, above --fail-on {name}={exceeded.limit:g}"
-    hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
+    hint = "choose another --dtype, or a higher limit; the output itself is complete"
     print_error(message, hint)
     annotate(message, hint)
 
@@ -254,8 +254,8 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
         console.print(f"serve it with: {converted.serve}")
 
 
-def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str) -> None:
-    """Print what a training did to the weights: a row for each kind of module."""
+def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str, warnings: Sequence[str]) -> None:
+    """Print what a training did to the weights: a row for each kind of module. A warning says if there was none."""
     console = _stdout()
     columns = ("module", "weights", "moved", "smallest", "between", "largest", "intruders")
     rows = [
@@ -275,7 +275,9 @@ def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str) -> 
         "directions of the trained weight that are similar to none of the original."
     )
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
-    console.print(f"{adapter}: trained on {pair}")
+    if not warnings:
+        console.print(f"{adapter}: trained from {pair}")
+    print_warnings(warnings)
 
 
 def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool = False) -> None:

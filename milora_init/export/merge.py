@@ -29,9 +29,10 @@ from milora_init.export.merge_plan import MergeOptions, MergePlan, plan_merge
 from milora_init.export.merge_weight import MergedWeight, MergeJob
 from milora_init.hub.pair import locate_adapter, locate_pair
 from milora_init.hub.source import fetch_original
+from milora_init.lora.compatibility import UNTRAINED
 from milora_init.lora.folder import adapter_files, adapter_folder
 from milora_init.manifest import Manifest
-from milora_init.options import OUTPUT_DTYPES, InitOptions
+from milora_init.options import OUTPUT_DTYPES, InitOptions, local_path
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
 from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
@@ -106,7 +107,7 @@ def merge(  # noqa: PLR0913  the options of the command
     plan = plan_merge(located, trained, options=options, given=pair, original=original)
     if not model:
         original = None
-    folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
+    folder = OutputFolder(local_path(out), MERGED, read_merged)
     for path in (plan.adapter.path, plan.source):
         require_outside(folder.path, path, "./merged")
     require_no_other_output(folder.path, MERGED)
@@ -143,7 +144,7 @@ def merge(  # noqa: PLR0913  the options of the command
         tensors={name: task.weights[0].dtype for name, task in plan.tasks.items() if task.weights},
         changed=plan.changed,
         retrained=tuple(plan.trained.tensors),
-        notices=tuple(plan.notices),
+        notices=(*([f"{adapter} {UNTRAINED}"] if plan.untrained else []), *plan.notices),
         source_files=plan.manifest.inputs["source"],
         fingerprint=plan.fingerprint,
         inputs=plan.inputs,

@@ -20,7 +20,13 @@ from milora_init.checkpoint.side_files import side_files, travels
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.export.tokenizer import Tokenizer, choose_tokenizer, is_tokenizer_file
 from milora_init.export.trained_parameters import NewTensor, TrainedParameters, trained_parameters
-from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
+from milora_init.lora.compatibility import (
+    OTHER_OUTPUT_HINT,
+    is_untrained,
+    require_initial_adapter,
+    require_same_modules,
+    require_trained_on,
+)
 from milora_init.lora.folder import LoraAdapter, adapter_files, adapter_folder, expected_tensors, read_lora
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside
 from milora_init.model.adaptable import read_structure
@@ -81,6 +87,7 @@ class MergePlan:
         index: Content of the index; None for a model of one file.
         trained: What was trained beside the factors.
         notices: What the user should know before the model is used.
+        untrained: Whether the adapter that was given holds the initial factors alone.
         options: How it is written.
     """
 
@@ -95,6 +102,7 @@ class MergePlan:
     index: bytes | None
     trained: TrainedParameters
     notices: Sequence[str] = ()
+    untrained: bool = False
     options: MergeOptions = field(default_factory=MergeOptions)
 
     @property
@@ -204,6 +212,7 @@ def plan_merge(
         index=layout.index(),
         trained=trained,
         notices=notices,
+        untrained=adapter is not None and is_untrained(initial.weights, lora.weights),
         options=options,
     )
 
@@ -231,18 +240,18 @@ def _require_intact(pair: Path, manifest: Manifest, checkpoint: Checkpoint) -> N
 def _require_fit(adapter: LoraAdapter, manifest: Manifest) -> None:
     """Raise PlanError for an adapter whose factors are not those of the base's weights."""
     expected = expected_tensors(manifest.weights)
-    hint = "name the base that this adapter was trained on"
     found = {name for factors in adapter.modules.values() for name in (factors.A, factors.B)}
     if differing := expected.keys() ^ found:
         raise PlanError(
-            f"{adapter.path} and {manifest.out} differ in {len(differing)} tensors, {min(differing)} first", hint=hint
+            f"{adapter.path} and {manifest.out} differ in {len(differing)} tensors, {min(differing)} first",
+            hint=OTHER_OUTPUT_HINT,
         )
     for name, shape in expected.items():
         if adapter.header.tensors[name].shape != shape:
-            shapes = f"{list(adapter.header.tensors[name].shape)} in {adapter.path}, {list(shape)} at this base"
-            raise PlanError(f"{name} is {shapes}", hint=hint)
+            shapes = f"{list(adapter.header.tensors[name].shape)} in {adapter.path}, {list(shape)} in this output"
+            raise PlanError(f"{name} is {shapes}", hint=OTHER_OUTPUT_HINT)
     if bool(adapter.config.get("fan_in_fan_out")) != bool(manifest.adapter["fan_in_fan_out"]):
-        raise PlanError(f"{adapter.path}: fan_in_fan_out is not what the base was made with", hint=hint)
+        raise PlanError(f"{adapter.path}: fan_in_fan_out is not what this output was made with", hint=OTHER_OUTPUT_HINT)
 
 
 class _Layout:

@@ -369,7 +369,7 @@ def test_an_unreadable_trained_adapter_is_a_misfit_and_not_foreign(
 def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
     other = pristine(target=("q_proj", "o_proj"))
     verdict = verify(str(other), adapter=str(trained))
-    require(verdict, "foreign_adapter", "target_modules", "o_proj", "not adapted in this base, and 15 more")
+    require(verdict, "foreign_adapter", "target_modules", "o_proj", "not adapted in this output, and 15 more")
 
 
 def test_the_verify_command_prints_the_verdict_and_sets_the_exit_status(
@@ -418,7 +418,7 @@ def test_the_hint_for_a_trained_adapter_that_does_not_fit_is_to_train_again(
     edit_json(folder / "adapter_config.json", lora_bias=True, lora_alpha=99)
     verdict = verify(str(pristine()), adapter=str(folder))
     require(verdict, "adapter_misfit", "lora_bias", "lora_alpha is 99")
-    assert {d.hint for d in verdict.differences} == {"train again from this base's lora/, without a change to it"}
+    assert {d.hint for d in verdict.differences} == {"train again from the initial adapter, with its config unchanged"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -489,7 +489,7 @@ def test_an_adapter_that_was_not_trained_is_named(saved_again: bool, pristine: B
         assert weights.read_bytes() != (out / "lora" / weights.name).read_bytes()
     verdict = verify(str(out), adapter=str(adapter))
     assert (verdict.ok, verdict.code) == (True, "pair")
-    assert any("this adapter was not trained" in note for note in verdict.notes)
+    assert any("it was not trained" in note for note in verdict.notes)
     with pytest.raises(PlanError, match="holds the initial factors"):
         convert(str(out), str(adapter), str(tmp_path / "plain"))
     assert not (tmp_path / "plain").exists()
