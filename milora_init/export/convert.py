@@ -114,7 +114,7 @@ def convert(  # noqa: PLR0913  the options of the command
     )
     initial, manifest = _initial_adapter(located, pair)
     trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
-    before, after = _read_adapters(initial, trained, adapter, manifest)
+    before, after = _read_adapters(initial, trained, manifest, pair=pair, adapter=adapter)
     if model is None and manifest is None:
         raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")
     source = manifest.source if manifest else {"model": None, "revision": None, "architecture": ""}
@@ -300,9 +300,9 @@ def _initial_adapter(folder: Path, pair: str) -> tuple[Path, Manifest | None]:
 
 
 def _read_adapters(
-    initial: Path, trained: Path, adapter: str, manifest: Manifest | None
+    initial: Path, trained: Path, manifest: Manifest | None, *, pair: str, adapter: str
 ) -> tuple[LoraAdapter, LoraAdapter]:
-    """The initial and the trained adapter; `adapter` is the trained one as the user named it.
+    """The initial and the trained adapter; `pair` and `adapter` are what the user named them.
 
     Raises:
         CheckpointError: An adapter that cannot be read.
@@ -311,7 +311,7 @@ def _read_adapters(
     records = manifest.weights if manifest else ()
     before, after = read_lora(initial, records), read_lora(trained, records)
     if manifest:
-        require_initial_adapter(before, manifest)
+        require_initial_adapter(before, manifest, pair)
     require_same_modules(before, after, manifest)
     if have_equal_factors(before.weights, after.weights):
         raise PlanError(f"{adapter} {UNTRAINED}", hint="name the folder that the trainer saved")

@@ -38,7 +38,7 @@ from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
 from milora_init.run.pool import FilePool, SolverPool, weights_at_once
 from milora_init.run.shard import ShardWriter
-from milora_init.verification.tensors import count_bit_equal
+from milora_init.verification.tensors import count_bit_equal, model_hint
 
 _SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)B", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -170,7 +170,7 @@ def plan_of(
         original = _open_original(manifest, asked)
         if original.quantised.tensors:
             raise PlanError(
-                f"{original.folder} is quantised, and its weights are not measured",
+                "the original model is quantised, and its weights are not measured",
                 hint="start from the unquantised model to compare directions",
             )
     return plan_merge(located, trained, given=pair, original=original), located
@@ -198,7 +198,7 @@ def _require_dense(original: Checkpoint | None, manifest: Manifest) -> None:
     """Raise PlanError for an adapter of an original model that is quantised."""
     if original is not None and not manifest.method.writes_base and original.quantised.tensors:
         raise PlanError(
-            f"{original.folder} is quantised: merged weights would have to be quantised again; merge never does that",
+            "the original model is quantised: merged weights would have to be quantised again; merge never does that",
             hint="load the trained adapter on this model; servers do that too, see docs/quantised.md",
         )
 
@@ -209,7 +209,7 @@ def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     if not original.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
             f"{options.model} is not what this output was made from: another model, or another commit",
-            hint=f"name the model it was made from: --model {manifest.source['model']}",
+            hint=model_hint(manifest),
         )
     return original
 
@@ -293,7 +293,7 @@ def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJ
 def _require_source(plan: MergePlan, name: str, found: str) -> None:
     """Raise CheckpointError for a shard of the base whose SHA-256 is not the recorded one."""
     if found != plan.manifest.hashes.get(name):
-        hint = f"milora-init verify {plan.source}"
+        hint = f"milora-init verify {plan.given}"
         raise CheckpointError(f"{plan.source / name} is not the file that milora-init wrote", hint=hint)
 
 

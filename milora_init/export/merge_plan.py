@@ -78,6 +78,7 @@ class MergePlan:
     Attributes:
         base: The residual base, or the original model where the method writes no base; its headers read.
         manifest: Of the pair.
+        given: The pair as the user named it.
         adapter: The adapter, its header read.
         tasks: The tensors that are no copies, by their name in the output.
         headers: Of each shard of the output, by its name.
@@ -93,6 +94,7 @@ class MergePlan:
 
     base: Checkpoint
     manifest: Manifest
+    given: str
     adapter: LoraAdapter
     tasks: Mapping[str, TensorTask]
     headers: Mapping[str, Header]
@@ -182,13 +184,14 @@ def plan_merge(
         given: The pair as the user wrote it.
         original: The original model, where the method writes no base.
     """
-    manifest = require_pair(pair, given or str(pair))
+    given = given or str(pair)
+    manifest = require_pair(pair, given)
     config_name, weights_name = adapter_files(manifest.method)
     require_inside(pair, (*manifest.files, config_name, weights_name))
     checkpoint = open_model(pair) if original is None or manifest.method.writes_base else original
-    _require_intact(pair, manifest, checkpoint)
+    _require_intact(pair, given, manifest, checkpoint)
     initial = read_lora(adapter_folder(pair, manifest.method), manifest.weights)
-    require_initial_adapter(initial, manifest)
+    require_initial_adapter(initial, manifest, given)
     lora = read_lora(adapter, manifest.weights) if adapter else initial
     if lora.path.resolve() != initial.path.resolve():
         require_same_modules(initial, lora, manifest)
@@ -203,6 +206,7 @@ def plan_merge(
     return MergePlan(
         base=checkpoint,
         manifest=manifest,
+        given=given,
         adapter=lora,
         tasks=layout.tasks,
         headers=layout.headers,
@@ -217,7 +221,7 @@ def plan_merge(
     )
 
 
-def _require_intact(pair: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+def _require_intact(pair: Path, given: str, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Check all files of a pair except the shards, which are hashed when they are read. Raises CheckpointError."""
     own = adapter_files(manifest.method)
     for name, size_bytes in manifest.files.items():
@@ -227,7 +231,7 @@ def _require_intact(pair: Path, manifest: Manifest, checkpoint: Checkpoint) -> N
         if intact and name not in checkpoint.headers:
             intact = sha256(pair / name) == manifest.hashes.get(name)
         if not intact:
-            raise CheckpointError(f"{pair}: {name} was changed or removed", hint=f"milora-init verify {pair}")
+            raise CheckpointError(f"{given}: {name} was changed or removed", hint=f"milora-init verify {given}")
     structure = None
     if any(record.transposed for record in manifest.weights):  # a square shape does not show whether it is transposed
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}

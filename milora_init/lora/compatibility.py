@@ -111,7 +111,7 @@ def require_same_modules(initial: LoraAdapter, trained: LoraAdapter, manifest: M
         raise PlanError(
             f"{trained.path} is both the initial and the trained adapter", hint="give two different folders"
         )
-    hint = f"give the adapter that was trained from {initial.path}, with the config and the tensors that PEFT saved"
+    hint = "give the adapter that was trained from this output, with the config and the tensors that PEFT saved"
     if found := explain_other_class(initial.modules.keys(), trained.modules.keys(), manifest):
         raise PlanError(f"{trained.path} {found[0]}", hint=found[1])
     if differing := initial.modules.keys() ^ trained.modules.keys():
@@ -135,8 +135,13 @@ def require_same_modules(initial: LoraAdapter, trained: LoraAdapter, manifest: M
                 )
 
 
-def require_initial_adapter(lora: LoraAdapter, manifest: Manifest) -> None:
-    """Check that an adapter is the initial adapter of a base: it has the same SHA-256 and the same scales.
+def require_initial_adapter(lora: LoraAdapter, manifest: Manifest, given: str) -> None:
+    """Check that an adapter is the initial adapter of an output: it has the same SHA-256 and the same scales.
+
+    Args:
+        lora: The adapter.
+        manifest: Of the output.
+        given: The output as the user named it.
 
     Raises:
         PlanError: It is another adapter, or was changed.
@@ -149,11 +154,10 @@ def require_initial_adapter(lora: LoraAdapter, manifest: Manifest) -> None:
     for record in manifest.weights:
         scale = lora.modules[record.key].scale
         if abs(scale - record.scale) > 1e-9 * record.scale:
-            output = lora.path.parent if manifest.method.writes_base else lora.path
             raise PlanError(
                 f"{lora.path / CONFIG_FILE} scales {record.module} by {scale:g}, "
                 f"but the output was made with scale {record.scale:g}",
-                hint=f"milora-init verify {output} shows the values to set",
+                hint=f"milora-init verify {given} shows the values to set",
             )
 
 

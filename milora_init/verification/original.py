@@ -24,7 +24,7 @@ from milora_init.verification.adapter import (
     check_trained_adapter,
 )
 from milora_init.verification.files import MAKE_AGAIN, Pair, check_files, check_stray_files
-from milora_init.verification.tensors import EPS32, open_tensors, spread
+from milora_init.verification.tensors import EPS32, model_hint, open_tensors, spread
 from milora_init.verification.verdict import Finding, Verdict, verdict_code
 
 
@@ -63,19 +63,24 @@ def verify_adapter(
         checked["adapter"] = given_adapter
     if original is not None and readable:
         model = open_model(fetch_original(manifest, original))
-        findings += compare_directions(output.weights, model, manifest, all_components=all_components)
+        findings += compare_directions(
+            output.weights, model, manifest, given=original.model, all_components=all_components
+        )
         checked |= {"model": original.model, "components": "all" if all_components else "sample"}
     code = verdict_code(findings, trained=is_trained, has_base=False)
     return Verdict(output.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
 
 
-def compare_directions(adapter: Path, model: Checkpoint, manifest: Manifest, *, all_components: bool) -> list[Finding]:
+def compare_directions(
+    adapter: Path, model: Checkpoint, manifest: Manifest, *, given: str, all_components: bool
+) -> list[Finding]:
     """The directions in an initial adapter must be those of the original model's weights, computed again.
 
     Args:
         adapter: The file of the initial adapter's weights.
         model: The original model.
         manifest: Of the output.
+        given: The original model as the user named it.
         all_components: Compare all weights, not a sample of three.
 
     Raises:
@@ -83,8 +88,7 @@ def compare_directions(adapter: Path, model: Checkpoint, manifest: Manifest, *, 
     """
     if not model.has_weights(manifest.inputs["source"]):
         what = "not the files that the adapter was made from: another model, or another commit"
-        hint = f"name the model it was made from: --model {manifest.source['model']}"
-        return [Finding(str(model.folder), what, hint, "other_model")]
+        return [Finding(given, what, model_hint(manifest), "other_model")]
     return list(_compare(adapter, model, manifest, all_components=all_components))
 
 

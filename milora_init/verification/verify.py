@@ -143,7 +143,9 @@ def _verify(
         checked["adapter"] = given_adapter
     if original is not None and base is not None and readable:
         model = open_model(fetch_original(manifest, original))
-        findings += compare_with_model(base, pair.weights, model, manifest, all_components=all_components)
+        findings += compare_with_model(
+            base, pair.weights, model, manifest, given=original.model, all_components=all_components
+        )
         components = "all" if all_components else "sample"
         checked |= {"model": original.model, "tensors": len(base.tensors), "components": components}
     code = verdict_code(findings, trained=trained)
