@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -421,7 +421,7 @@ def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:
 
 def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> None:
     """Print the table of the recipes."""
-    console = _stdout()
+    console = _stdout(100)
     rows = [
         (
             f"{name} (default)" if name == default else name,
@@ -477,7 +477,8 @@ def _print_table(
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for number, name in enumerate(kept):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=name != wrapped)
+            justify: JustifyMethod = "left" if number < 2 else "right"
+            table.add_column(name, justify=justify, no_wrap=name != wrapped, overflow="fold")
         for row in rows:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
         unbounded = console.options.update(max_width=1000)  # in its own width everything fits, cut off
@@ -488,9 +489,9 @@ def _print_table(
     return kept
 
 
-def _stdout() -> Console:
-    # Without a terminal there is no width to keep to, and a name that is cut off is lost.
-    return _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+def _stdout(width: int = 200) -> Console:
+    """A console on stdout; `width` holds where that is no terminal, for a name that is cut off is lost there."""
+    return _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else width)
 
 
 def stderr_console(quiet: bool = False) -> Console:

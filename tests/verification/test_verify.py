@@ -19,11 +19,13 @@ from support import fork_server
 from support.runs import initialize
 from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_inputs, edit_json, tensors
 
+from milora_init.api import merge
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.cli.main import run
 from milora_init.errors import PlanError, UsageError
 from milora_init.export.convert import convert
+from milora_init.lora.compatibility import UNTRAINED
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.progress import Progress, ShardResult
@@ -480,7 +482,9 @@ def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
 
 
 @pytest.mark.parametrize("saved_again", [False, True])
-def test_an_adapter_that_was_not_trained_is_named(saved_again: bool, pristine: Built, tmp_path: Path) -> None:
+def test_an_adapter_that_was_not_trained_is_named_in_the_same_words_by_every_command(
+    saved_again: bool, pristine: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, adapter = pristine(), tmp_path / "adapter"
     shutil.copytree(out / "lora", adapter)
     if saved_again:
@@ -489,7 +493,13 @@ def test_an_adapter_that_was_not_trained_is_named(saved_again: bool, pristine: B
         assert weights.read_bytes() != (out / "lora" / weights.name).read_bytes()
     verdict = verify(str(out), adapter=str(adapter))
     assert (verdict.ok, verdict.code) == (True, "pair")
-    assert any("it was not trained" in note for note in verdict.notes)
+    assert any(note.endswith(UNTRAINED) for note in verdict.notes)
+    assert merge(out, tmp_path / "merged", adapter=adapter, progress=False).notices == (f"{adapter} {UNTRAINED}",)
+    capsys.readouterr()
+    assert run(["report", str(out), "--adapter", str(adapter)]) == 0
+    said = capsys.readouterr()
+    assert f"warning: {adapter} {UNTRAINED}" in said.err
+    assert "trained from" not in said.out
     with pytest.raises(PlanError, match="holds the initial factors"):
         convert(str(out), str(adapter), str(tmp_path / "plain"))
     assert not (tmp_path / "plain").exists()
