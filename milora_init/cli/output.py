@@ -41,6 +41,8 @@ _SCAN_LEGEND = {
     "init": "estimate of init's time",
     "spectrum": "singular values from the largest to the smallest, mean of the weights, logarithmic",
 }
+_SPARE_OF_RECIPES = ("dropout", "alpha", "method")
+_LEAST_WRAPPED = 26  # characters of a column whose cells have several lines
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_DIFFERENCES = 20  # of a verdict; the rest is counted
 _LEGEND = {  # what the columns of the summary mean
@@ -434,7 +436,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
         for name, recipe in recipes.items()
         for method in [method_of_inputs(recipe)]
     ]
-    _print_table(console, ("recipe", "target", "rank", "alpha", "method", "dropout"), rows, wrapped="target")
+    _print_table(console, ("recipe", "target", "rank", "alpha", "method", "dropout"), rows, _SPARE_OF_RECIPES, "target")
 
 
 def _short_targets(targets: Sequence[str]) -> list[str]:
@@ -470,10 +472,14 @@ def _print_table(
 ) -> list[str]:
     """Print a table; return the columns that it has.
 
-    If the terminal is too narrow, columns of `spare` are left out, the first ones first, and the column `wrapped` gets
-    more lines.
+    If the terminal is too narrow, the column `wrapped` gets more lines, down to _LEAST_WRAPPED characters, and columns
+    of `spare` are left out, the first ones first.
     """
     kept = list(columns)
+    widest = max(
+        (len(cell) for row in rows for name, cell in zip(columns, row, strict=True) if name == wrapped), default=0
+    )
+    wrappable = max(0, widest - _LEAST_WRAPPED)
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for number, name in enumerate(kept):
@@ -482,7 +488,7 @@ def _print_table(
         for row in rows:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
         unbounded = console.options.update(max_width=1000)  # in its own width everything fits, cut off
-        if column is None or Measurement.get(console, unbounded, table).maximum <= console.width:
+        if column is None or Measurement.get(console, unbounded, table).maximum - wrappable <= console.width:
             break
         kept.remove(column)
     console.print(table)

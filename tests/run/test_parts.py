@@ -264,9 +264,7 @@ def test_the_command_line_prints_what_a_part_has_made(checkpoint: Built, tmp_pat
     (found,) = api.verify(tmp_path / "out").differences
     assert found.what.endswith("this run has not finished, begun with --part 1/2")
     assert "run the same command without --part" in found.hint
-    with pytest.raises(
-        OutputError, match="out is an unfinished output of milora-init, begun with --part 1/2"
-    ) as caught:
+    with pytest.raises(OutputError, match="is an unfinished output of milora-init, begun with --part 1/2") as caught:
         api.merge(tmp_path / "out", tmp_path / "merged", progress=False)
     assert caught.value.hint == found.hint
     wrong = fork_server.milora(*words, "--fail-on", "leak=0.1", cwd=tmp_path)
