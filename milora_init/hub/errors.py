@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 import re
-import socket
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -108,7 +106,7 @@ def _error_of_a_file(error: Exception) -> OSError | None:
     """
     found = _OS_ERROR.search(str(error))
     number = error.errno if isinstance(error, OSError) and error.errno else int(found[1]) if found else None
-    if number is None or number in _NETWORK or isinstance(error, socket.gaierror | ssl.SSLError):
+    if number is None or number in _NETWORK or type(error).__module__ in ("socket", "ssl"):  # with numbers of their own
         return None
     of_number = OSError(number, str(error))  # of the subclass that belongs to the number
     return None if isinstance(of_number, ConnectionError | TimeoutError) else of_number

@@ -88,7 +88,7 @@ def fetch_original(manifest: Manifest, options: InitOptions) -> Path:
     if options.model == source["model"] and options.revision is None:
         if source["revision"] is None and not local_path(options.model).is_dir():
             raise UsageError(
-                f"the original model was the folder {options.model}, which is not there, as seen from this folder",
+                f"the original model was the folder {options.model}, which is not there",
                 hint="name its place: --model DIR",
             )
         options = dataclasses.replace(options, revision=source["revision"])

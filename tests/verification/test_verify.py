@@ -350,7 +350,7 @@ def test_a_trained_adapter_belongs_to_the_base_it_was_trained_on(trained: Path, 
 def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, pristine: Built) -> None:
     other = pristine(mode="max")
     verdict = verify(str(other), adapter=str(trained))
-    require(verdict, "foreign_adapter", "unrelated to the adapter", "base_model_name_or_path")
+    require(verdict, "foreign_adapter", "unrelated to the initial adapter", "base_model_name_or_path")
 
 
 def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: Built) -> None:
