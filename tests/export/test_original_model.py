@@ -145,7 +145,7 @@ def test_an_original_that_was_moved_is_named_with_model(own: Built, start: Start
     source = own("llama")
     start(source, method="rlmo")
     source.rename(tmp_path / "moved")
-    with pytest.raises(MiloraError, match="the original model was the folder .*own, which is not there"):
+    with pytest.raises(MiloraError, match=r"the original model was the folder .*own, which is not there"):
         api.merge(tmp_path / "out", tmp_path / "merged", progress=False)
     api.merge(tmp_path / "out", tmp_path / "merged", model=tmp_path / "moved", progress=False)
 
