@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, JustifyMethod
@@ -41,6 +42,7 @@ _SCAN_LEGEND = {
     "init": "estimate of init's time",
     "spectrum": "singular values from the largest to the smallest, mean of the weights, logarithmic",
 }
+_COLUMNS_OF_WORDS = ("module", "shape", "recipe", "target")
 _SPARE_OF_RECIPES = ("dropout", "alpha", "method")
 _LEAST_WRAPPED = 26  # characters of a column whose cells have several lines
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -179,20 +181,20 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     console.print(
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
-    console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
-    console.print(f"for       {method.use}. Reported by others: {method.reported}")
-    for name, count in plan.formats.items():
-        console.print(f"stored    {count} tensors as {name}")
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
-    console.print(f"base      {written} (model {size(plan.source_bytes)})")
-    for base, size_bytes in plan.base_sizes.items():
-        if base != plan.options.base:
-            console.print(f"          {size(size_bytes)} with --base {base}")
-    console.print(f"adapter   {size(plan.adapter_bytes)}")
-    console.print(f"memory    about {size(memory_bytes)}")
-    if download:
-        console.print(f"download  {size(download)}")
-    console.print(f"time      about {duration(estimate_s)} for solving, on this machine; copying comes on top")
+    fields = [
+        ("method", f"{method.formulas}; trained: {method.trained} ({method.source})"),
+        ("for", f"{method.use}. Reported by others: {method.reported}"),
+        *(("stored", f"{count} tensors as {name}") for name, count in plan.formats.items()),
+        ("base", f"{written} (model {size(plan.source_bytes)})"),
+        *(("", f"{size(n)} with --base {base}") for base, n in plan.base_sizes.items() if base != plan.options.base),
+        ("adapter", size(plan.adapter_bytes)),
+        ("memory", f"about {size(memory_bytes)}"),
+        *([("download", size(download))] if download else []),
+        ("time", f"about {duration(estimate_s)} for solving, on this machine; copying comes on top"),
+    ]
+    for name, text in fields:
+        _print_field(console, name, text)
     if plan.options.part is not None:
         console.print(f"part {plan.options.part}: {len(plan.own_jobs)} of the {len(plan.jobs)} files")
     for job in plan.jobs if plan.options.part is None else plan.own_jobs:
@@ -373,7 +375,8 @@ def print_scan(result: ScanResult, *, verbose: bool = False) -> None:
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     console.print(
         f"{result.model}: {count_weights(result.weights)} scanned in {duration(result.elapsed_s)}; init at rank {rank} "
-        f"would take about {duration(result.init_s)} of one core or GPU"
+        f"would take about {duration(result.init_s)} of one core or GPU",
+        soft_wrap=not console.is_terminal,
     )
     for note in result.notes:
         _print_sentence(Text("note:", "bold"), note)
@@ -412,9 +415,11 @@ def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:
         console.print(f"compared: {verdict.compared}")
     console = stderr_console()
     shown = verdict.differences if verbose else verdict.differences[:_MOST_DIFFERENCES]
-    for difference in shown:
-        console.print(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
-        console.print(Text("   hint:", "bold cyan"), difference.hint)
+    for hint, of_hint in groupby(shown, lambda difference: difference.hint):
+        for difference in of_hint:
+            console.print(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
+        if hint:
+            console.print(Text("   hint:", "bold cyan"), hint)
     if more := len(verdict.differences) - len(shown):
         console.print(f"and {more} more: --verbose or --json lists them all")
     for note in verdict.notes:
@@ -463,6 +468,18 @@ def _print_sentence(label: Text, text: str) -> None:
     console.print(label, text, soft_wrap=not console.is_terminal)
 
 
+def _print_field(console: Console, name: str, text: str) -> None:
+    """Print a name and its text on a line; on a terminal that is narrower the text gets more lines in its column."""
+    if not console.is_terminal:
+        console.print(f"{name:10}{text}")
+        return
+    grid = Table.grid()
+    grid.add_column(width=10)
+    grid.add_column(overflow="fold")
+    grid.add_row(name, text)
+    console.print(grid)
+
+
 def _print_table(
     console: Console,
     columns: Sequence[str],
@@ -482,8 +499,8 @@ def _print_table(
     wrappable = max(0, widest - _LEAST_WRAPPED)
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for number, name in enumerate(kept):
-            justify: JustifyMethod = "left" if number < 2 else "right"
+        for name in kept:
+            justify: JustifyMethod = "left" if name in _COLUMNS_OF_WORDS else "right"
             table.add_column(name, justify=justify, no_wrap=name != wrapped, overflow="fold")
         for row in rows:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))

@@ -105,12 +105,8 @@ def require_same_modules(initial: LoraAdapter, trained: LoraAdapter, manifest: M
         manifest: The manifest of the base, if there is one, for a better error message.
 
     Raises:
-        PlanError: The adapters differ, or are the same folder.
+        PlanError: The adapters differ.
     """
-    if initial.path.resolve() == trained.path.resolve():
-        raise PlanError(
-            f"{trained.path} is both the initial and the trained adapter", hint="give two different folders"
-        )
     hint = "give the adapter that was trained from this output, with the config and the tensors that PEFT saved"
     if found := explain_other_class(initial.modules.keys(), trained.modules.keys(), manifest):
         raise PlanError(f"{trained.path} {found[0]}", hint=found[1])
