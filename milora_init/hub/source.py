@@ -12,7 +12,14 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
@@ -93,6 +100,17 @@ def fetch_tensors(options: InitOptions, remote: RemoteFiles | None, name: str, p
     """Download some tensors of a weight file of a model on the Hub; see `download_tensors`."""
     assert remote is not None
     return download_tensors(remote, name, part, token=options.token, into=into)
+
+
+def is_cached(options: InitOptions, remote: RemoteFiles, name: str) -> bool:
+    """Whether a weight file of a model on the Hub is in this machine's cache."""
+    found = try_to_load_from_cache(remote.model, name, cache_dir=options.cache_dir, revision=remote.commit)
+    return isinstance(found, str)
+
+
+def with_token(options: InitOptions) -> InitOptions:
+    """The options with the token that this machine would use, for another machine."""
+    return dataclasses.replace(options, token=options.token or get_token())
 
 
 def _is_hub_id(model: str) -> bool:

@@ -52,13 +52,13 @@ Status = Literal["done", "unchanged"]
 
 
 class ShardUploader(Protocol):
-    """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
+    """Uploads an output whose shards are not all on this disk; see `hub.upload.Repository`."""
 
     def mark_unfinished(self) -> None:
         """Mark the repository as unfinished, before the first `push_shard`; a resumed run does it again."""
 
-    def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
-        """Of these files, with their SHA-256, the names of those that are uploaded already."""
+    def pushed_shards(self, shards: Mapping[str, tuple[int, str]]) -> set[str]:
+        """Of these files, with their size and SHA-256, the names of those that are uploaded already."""
 
     def push_shard(self, path: Path, name: str) -> str:
         """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
@@ -92,15 +92,16 @@ def carry_out(
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
     repository.prepare(*_kind_and_model(plan), overwrite=overwrite_repository)
-    if not options.low_disk:
-        manifest, status = run_plan(plan, progress=progress)
-        if progress:
-            progress.pushing(options.push_to_hub)
-        return manifest, status, repository.push(plan.out, manifest)
-    if repository.manifest_fingerprint() == plan.fingerprint:
+    keeps_nothing = options.low_disk or (plan.nodes_may_upload and not plan.out.exists())
+    if keeps_nothing and repository.manifest_fingerprint() == plan.fingerprint:
         return repository.manifest(), "unchanged", None
-    manifest, _ = run_plan(plan, progress=progress, uploader=repository)
-    return repository.published_manifest(manifest), "done", repository.published
+    uploader = repository if options.low_disk or plan.nodes_may_upload else None
+    manifest, status = run_plan(plan, progress=progress, uploader=uploader)
+    if repository.published:
+        return repository.published_manifest(manifest), status, repository.published
+    if progress:
+        progress.pushing(options.push_to_hub)
+    return manifest, status, repository.push(plan.out, manifest)
 
 
 def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_repository: bool = False) -> PartResult:
@@ -141,7 +142,13 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
 def run_plan(
     plan: Plan, *, progress: Progress | None = None, uploader: ShardUploader | None = None
 ) -> tuple[Manifest, Status]:
-    """Carry out a plan. With an uploader, the output is uploaded, and nothing of it is kept here.
+    """Carry out a plan.
+
+    Args:
+        plan: The plan.
+        progress: Receives the events.
+        uploader: With low_disk, shards are uploaded one by one and removed. Nodes of a Ray cluster may upload what they
+            make. In both cases the whole output is uploaded then, and nothing of it is kept here.
 
     Returns:
         The manifest, and `unchanged` if the same request was finished before.
@@ -156,31 +163,29 @@ def run_plan(
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     _require_same_output_kind(plan, out)
     if finished := out.prepare(plan):
-        if uploader:
-            uploader.push(out.path, finished, pushed_before=())
         return finished, "unchanged"
+    low_disk_uploader = uploader if plan.options.low_disk else None
     try:
         with FilePool() as files:
             entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
             peft_version = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_plan_and_remade_shards(plan, todo, out, progress)
-            todo = with_parts(todo, plan.checkpoint, out.attempts)
-            if uploader:
-                uploader.mark_unfinished()
+            if plan.options.ray is None:  # its nodes fetch for themselves
+                todo = with_parts(todo, plan.checkpoint, out.attempts)
+            if low_disk_uploader:
+                low_disk_uploader.mark_unfinished()
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
-                entries |= _Committer(plan, out, progress, uploader, prefetcher, started).run(makers, todo)
+                entries |= _Committer(plan, out, progress, low_disk_uploader, prefetcher, started).run(makers, todo)
         manifest = _assemble(plan, out, entries, peft_version, started)
-        if uploader:
-            uploader.push(
-                out.path,
-                manifest,
-                pushed_before=[name for name, entry in entries.items() if entry.pushed is not None],
-            )
+        pushed = [name for name, entry in entries.items() if entry.pushed is not None]
+        keeps_nothing = uploader is not None and (plan.options.low_disk or bool(pushed))
+        if uploader and keeps_nothing:
+            uploader.push(out.path, manifest, pushed_before=pushed)
     except BaseException:
         out.abandon()
         raise
-    if uploader:
+    if keeps_nothing:
         out.discard(plan.files)
     else:
         out.finish(manifest.to_json())
@@ -265,9 +270,11 @@ class _Committer:
             self.out.journal.append(entry)
             path.unlink()
             return entry
-        if self.preuploader and self.plan.writes_base:
+        if not self.plan.writes_base or entry.pushed is not None:
+            return entry
+        if self.preuploader:
             self.preuploader.upload(path, entry.shard)
-        if self.plan.writes_base and self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
+        if self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
             drop_from_page_cache(path)
         return entry
 
@@ -281,7 +288,7 @@ def _makers(
     if options.ray is not None:
         from milora_init.run.ray_makers import RayMakers
 
-        with RayMakers(options.ray, plan, out.attempts, progress) as on_nodes:
+        with RayMakers(options.ray, plan, todo, out.attempts, progress) as on_nodes:
             yield on_nodes, None
         return
     devices, threads_per_device = solver_devices(plan)
