@@ -102,6 +102,17 @@ def fetch_tensors(options: InitOptions, remote: RemoteFiles | None, name: str, p
     return download_tensors(remote, name, part, token=options.token, into=into)
 
 
+def connected(remote: RemoteFiles, token: str | None) -> RemoteFiles:
+    """The files with a `read` for this machine."""
+
+    def read(name: str, start: int, stop: int) -> bytes:
+        with hub_errors(remote.model, remote.commit):
+            url = hf_hub_url(remote.model, name, revision=remote.commit)
+            return b"".join(read_range(url, start, stop, token=token, description=f"{name} of {remote.model}"))
+
+    return dataclasses.replace(remote, read=read)
+
+
 def is_cached(options: InitOptions, remote: RemoteFiles, name: str) -> bool:
     """Whether a weight file of a model on the Hub is in this machine's cache."""
     found = try_to_load_from_cache(remote.model, name, cache_dir=options.cache_dir, revision=remote.commit)
@@ -175,12 +186,7 @@ def open_snapshot(
             headers[name] = _read_remote_header(model, name, commit, token, info.size)
         hashes |= {name: _cached_hash(folder / name) for name in files if name not in hashes}
 
-    def read(name: str, start: int, stop: int) -> bytes:
-        with hub_errors(model, revision):
-            url = hf_hub_url(model, name, revision=commit)
-            return b"".join(read_range(url, start, stop, token=token, description=f"{name} of {model}"))
-
-    return folder, RemoteFiles(model, commit, hashes, headers, read)
+    return folder, connected(RemoteFiles(model, commit, hashes, headers), token)
 
 
 def _weight_files(folder: Path, api: HfApi, model: str) -> list[str]:

@@ -29,7 +29,7 @@ from milora_init import __version__
 from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.writer import writing
-from milora_init.errors import MiloraError, OutputError, PlanError, SolveError, UsageError
+from milora_init.errors import MiloraError, OutputError, PlanError, SolveError, UsageError, explain
 from milora_init.hub.source import with_token
 from milora_init.manifest import WeightRecord
 from milora_init.plan.output_files import ShardJob
@@ -147,7 +147,7 @@ class RayMakers:
             PlanError, OutputError, CheckpointError: What it raises; and for a node that does not answer, or whose disk
                 is too small.
         """
-        remote = self._plan.checkpoint.remote
+        remote = self._plan.checkpoint.remote and self._plan.checkpoint.remote.of({})
         sources = {job.source: job.stamp for job in self._jobs if job.stamp is not None}
         names = [job.source.name for job in self._jobs if job.stamp is None]
         task, on_node = self._ray.remote(check), self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
@@ -156,7 +156,7 @@ class RayMakers:
                 num_cpus=0,
                 max_retries=0,
                 scheduling_strategy=on_node(node["NodeID"], soft=False),
-            ).remote(self._request, sources, remote and dataclasses.replace(remote, absent={}), names): node
+            ).remote(self._request, sources, remote, names): node
             for node in self._workers()
         }
         _, late = self._ray.wait(list(probes), num_returns=len(probes), timeout=_PROBE_S)
@@ -254,12 +254,9 @@ def _for_nodes(job: ShardJob, *, on_hub: bool) -> ShardJob:
 
 def _files_of(job: ShardJob, checkpoint: Checkpoint) -> Checkpoint:
     """What a node must know of a model on the Hub to read what a job reads."""
-    remote = checkpoint.remote
-    names = {job.source.name, *(checkpoint.file_of[name] for name in job.elsewhere)} if remote else ()
+    names = {job.source.name, *(checkpoint.file_of[name] for name in job.elsewhere)}
     headers = {name: checkpoint.headers[name] for name in names}
-    if remote:
-        hashes = {name: remote.hashes[name] for name in names}
-        remote = dataclasses.replace(remote, hashes=hashes, absent=headers)
+    remote = checkpoint.remote and checkpoint.remote.of(headers)
     return Checkpoint(checkpoint.folder, headers, {}, None, checkpoint.is_pickle, remote)
 
 
@@ -298,6 +295,8 @@ def _result(ray: Any, reference: Any, what: str) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, MiloraError):
             raise error.cause from None
+        if isinstance(error.cause, OSError | MemoryError) and (explained := explain(error.cause)):
+            raise SolveError(f"{what} on a node of the Ray cluster: {explained[0]}", hint=explained[1]) from error
         raise
     except ray.exceptions.RayError as error:
         reason = str(error).strip().partition("\n")[0]

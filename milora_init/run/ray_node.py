@@ -29,7 +29,7 @@ from milora_init.checkpoint.header import Header
 from milora_init.checkpoint.tensor_file import open_shard
 from milora_init.errors import CheckpointError, OutputError, PlanError
 from milora_init.hub.ranges import RangesIgnoredError
-from milora_init.hub.source import fetch_file, fetch_tensors, hide_bars, is_cached
+from milora_init.hub.source import connected, fetch_file, fetch_tensors, hide_bars, is_cached
 from milora_init.manifest import WeightRecord
 from milora_init.options import InitOptions
 from milora_init.plan.output_files import ShardJob
@@ -148,9 +148,9 @@ def make_file(
     """Make the file of a job in the folder of a new attempt. Runs on a node.
 
     Args:
-        job: The file. Its source is one that all nodes see if it has a stamp.
+        job: The file. A source without a stamp is fetched from the Hub.
         request: Of the run.
-        model: Of a model on the Hub: the headers of the files that the job reads.
+        model: The headers of the files that the job reads.
         threads: How many weights the CPU solves at a time, if there is no GPU.
 
     Returns:
@@ -161,11 +161,12 @@ def make_file(
     """
     hide_bars()
     check(request, {} if job.stamp is None else {job.source: job.stamp})
-    with _own_folder() as own:
-        if job.stamp is None:
+    with own_folder() as own:
+        if model.remote:
+            model = dataclasses.replace(model, remote=connected(model.remote, request.options.token))
             job = _fetched(job, request.options, model, own)
         attempt = (request.attempts if request.shared else own) / uuid.uuid4().hex
-        result = _made(job, attempt, on_gpu=request.on_gpu, threads=threads)
+        result = make_in(attempt, job, on_gpu=request.on_gpu, threads=threads)
         if request.shared:
             return result, None
         return _uploaded(result, attempt, request.options)
@@ -204,7 +205,8 @@ def _fetched_file(name: str, options: InitOptions, model: Checkpoint, folder: Pa
     return fetch_file(options, model.remote, name, None if is_cached(options, model.remote, name) else folder)
 
 
-def _made(job: ShardJob, attempt: Path, *, on_gpu: bool, threads: int) -> ShardResult[WeightRecord]:
+def make_in(attempt: Path, job: ShardJob, *, on_gpu: bool, threads: int) -> ShardResult[WeightRecord]:
+    """Make the file of a job in the folder of an attempt, which does not exist yet; see `ShardWriter`."""
     devices = (torch.device("cuda", 0),) if on_gpu else (torch.device("cpu"),) * threads
     with (
         FilePool() as files,
@@ -238,7 +240,7 @@ def _uploaded(
 
 
 @contextmanager
-def _own_folder() -> Iterator[Path]:
+def own_folder() -> Iterator[Path]:
     """A new folder on this machine's own disk, removed at the end. What killed processes have left is removed first.
 
     Each folder has a file that is locked as long as its process lives.
