@@ -80,7 +80,8 @@ class InitOptions:
         overwrite: Replace an earlier output of milora-init, finished or not.
         part: `I/N`: make the I-th of N parts of the output's files (from 1) and stop; the same request without `part`
             finishes. `auto` takes both numbers from torchrun, a Slurm array or SkyPilot.
-        ray: Address of a Ray cluster, or `auto`, whose nodes make the files; they must see the model and the output.
+        ray: Address of a Ray cluster, or `auto`, whose nodes make the files. They must see the model and the output,
+            unless the model is on the Hub and `push_to_hub` is given.
 
     Raises:
         UsageError: A value out of its range.

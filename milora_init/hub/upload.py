@@ -106,7 +106,8 @@ class Repository:
     ) -> None:
         require_repository(repo)
         self.repo, self._private, self._revision = repo, private, revision
-        self._api = HfApi(token=clean_token(token))
+        self._token = clean_token(token)
+        self._api = HfApi(token=self._token)
         self.published: Published | None = None
 
     def prepare(self, kind: str, model: str, *, overwrite: bool = False) -> None:
@@ -258,7 +259,7 @@ class Repository:
         waiting = iter(contents)
         while batch := list(itertools.islice(waiting, _MOST_OBJECTS)):
             objects, *_ = post_lfs_batch_info(
-                batch, self._api.token, "model", self.repo, revision=self._revision, endpoint=self._api.endpoint
+                batch, self._token, "model", self.repo, revision=self._revision, endpoint=self._api.endpoint
             )  # fmt: skip
             yield from (item["oid"] for item in objects if not item.get("actions") and not item.get("error"))
 

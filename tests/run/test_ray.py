@@ -88,7 +88,7 @@ class TestCluster:
         self, cluster: Any, checkpoint: Built, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A zombie: the first attempt of each file ends too, and nobody waits for it."""
-        real = ray_makers.make_file
+        real = ray_node.make_file
 
         def twice(*arguments: Any) -> Any:
             real(*arguments)
@@ -170,7 +170,7 @@ class TestCluster:
     ) -> None:
         source, calls = checkpoint("llama"), tmp_path / "calls"
         calls.mkdir()
-        victim, real = shards(source)[4], ray_makers.make_file
+        victim, real = shards(source)[4], ray_node.make_file
 
         def failing(job: Any, *rest: Any) -> Any:
             if job.target == victim:
@@ -267,7 +267,7 @@ def hang_once(flags: Path, *victims: str) -> Callable[..., Any]:
 
 
 def hang_once_and_run(flags: str, victim: str, *words: str) -> None:
-    ray_makers.make_file = hang_once(Path(flags), victim)
+    pytest.MonkeyPatch().setattr(ray_makers, "make_file", hang_once(Path(flags), victim))
     fork_server.command_line(*words)
 
 

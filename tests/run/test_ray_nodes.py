@@ -175,7 +175,7 @@ def test_a_node_whose_disk_is_too_small_is_named_before_anything_is_made(
     needs = {tmp_path / "attempts": sum(made) if sees_output else 0, Path(tempfile.gettempdir()): two if on_hub else 0}
 
     def start(free: dict[Path, int]) -> None:
-        monkeypatch.setattr(ray_node.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[Path(folder)]))
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[Path(folder)]))
         with makers(plan, tmp_path):
             pass
 

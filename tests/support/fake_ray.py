@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from support import fork_server
 
 
@@ -34,7 +36,7 @@ class FakeRay:
     )
 
     def __init__(self, *resources: Mapping[str, float]) -> None:
-        self._nodes = [
+        self._nodes: list[dict[str, Any]] = [
             {"NodeID": number, "NodeManagerHostname": f"node-{number}", "Alive": True, "Resources": each}
             for number, each in enumerate(resources)
         ]
@@ -84,5 +86,5 @@ def command_line(*arguments: str) -> None:
     """Do what the command `milora-init` does, with this Ray for --ray."""
     from milora_init.run import ray_makers
 
-    ray_makers.connect = lambda _: FakeRay({"CPU": 2.0}, {"CPU": 0.0})
+    pytest.MonkeyPatch().setattr(ray_makers, "connect", lambda _: FakeRay({"CPU": 2.0}, {"CPU": 0.0}))
     fork_server.command_line(*arguments)
