@@ -200,11 +200,8 @@ class TestCluster:
         self, cluster: Any, hub: Hub, checkpoint: Built, start: Start, tmp_path: Path
     ) -> None:
         """A worker is killed, then the command; an upload is lost before it is started again."""
-        source, journal, flags = (
-            checkpoint("llama"),
-            tmp_path / "out" / WORK_FOLDER / "journal.jsonl",
-            tmp_path / "flags",
-        )
+        source, out, flags = checkpoint("llama"), tmp_path / "out", tmp_path / "flags"
+        journal = out / WORK_FOLDER / "journal.jsonl"
         flags.mkdir()
         hub.publish("tiny/llama", source)
         words = ["-m", "tiny/llama", "-o", "/proc/self/cwd/out", "-r", "4", "--device", "cpu", "--ray", cluster.address]
@@ -219,17 +216,17 @@ class TestCluster:
             driver.wait(TIMEOUT_S)
         assert not Path(lost["in"]).exists()  # what the killed worker has left
         entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
-        assert not list((tmp_path / "out").glob("*"))  # the shards are on the Hub alone
+        assert not list(out.glob("*.safetensors"))  # the shards are on the Hub alone
         sent, gone = dict(hub.uploads), hub.stored.pop(entries[0]["pushed"])
         done = fork_server.milora(*words, cwd=tmp_path, environment=home, timeout=TIMEOUT_S)
         assert done.returncode == 0, done.stderr
         again = {digest: hub.uploads[digest] - sent[digest] for digest in (entry["pushed"] for entry in entries)}
         assert again == {entry["pushed"]: len(gone) if entry is entries[0] else 0 for entry in entries}
         assert len(hub.repositories["me/out"].commits) == 2  # the empty repository, and the output
-        assert not (tmp_path / "out").exists()
+        assert not out.exists()
         start(source)
         own = {MANIFEST, "lora/adapter_config.json"}  # they name the source and the folder
-        expected = {name: content for name, content in contents(tmp_path / "out").items() if name not in own}
+        expected = {name: content for name, content in contents(out).items() if name not in own}
         assert {name: hub.repositories["me/out"].files[name] for name in expected} == expected
 
     def test_no_cluster_is_one_clear_error(
