@@ -201,9 +201,6 @@ class InitOptions:
         self._set("part", f"{int(number)}/{int(count)}")
         why = "other parts may be writing to the same folder"
         _require(not self.overwrite, f"overwrite and part exclude each other: {why}", "remove the old output first")
-        uploads = self.low_disk and self.push_to_hub is not None
-        hint = "drop --low-disk, or run without --part"
-        _require(not uploads, f"low_disk with push_to_hub removes files, but {why}", hint)
 
     def _check_targets(self) -> None:
         _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")

@@ -26,7 +26,6 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
-from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
 from milora_init.envelope import Status, envelope
 from milora_init.errors import HubError, OutputError, PlanError, UsageError
@@ -207,12 +206,10 @@ class Repository:
             )
             self._commit([mark, *map(CommitOperationDelete, completion_files)], "Begin an output of milora-init")
 
-    def push_shard(self, path: Path, name: str) -> str:
-        """Push one finished weight file as a commit of its own. Return its SHA-256."""
-        digest = sha256(path)
+    def push_shard(self, path: Path, name: str) -> None:
+        """Push one finished weight file as a commit of its own."""
         with hub_errors(self.repo, self._revision, pushing=True):
             self._commit([CommitOperationAdd(name, path)], f"{name}, by milora-init")
-        return digest
 
     def upload(self, path: Path, name: str) -> None:
         """Upload the content of a finished weight file. `push` commits it, and need not upload it again then.

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,18 +60,11 @@ class ShardUploader(Protocol):
     def pushed_shards(self, shards: Mapping[str, tuple[int, str]]) -> set[str]:
         """Of these files, with their size and SHA-256, the names of those that are uploaded already."""
 
-    def push_shard(self, path: Path, name: str) -> str:
-        """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
+    def push_shard(self, path: Path, name: str) -> None:
+        """Upload a file of weights. It may be removed from the disk then."""
 
     def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str]) -> object:
         """Upload all other files: the output is finished."""
-
-
-class ShardPreuploader(Protocol):
-    """Uploads the content of finished shards for a later commit; see `hub.upload.Repository`."""
-
-    def upload(self, path: Path, name: str) -> None:
-        """Upload a file that the last push will commit."""
 
 
 def carry_out(
@@ -108,12 +101,18 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
     """Make the files of the part that the options name; see `api.initialize_part`. Raises as `run_plan`."""
     options = plan.options
     assert options.part is not None
-    repository = None
+    unchanged = PartResult(options.out, "unchanged", options.part, plan.fingerprint, (), len(plan.jobs), len(plan.jobs))
+    upload, pushed_shards = None, None
     if options.push_to_hub:
         from milora_init.hub.upload import Repository
 
         repository = Repository(options.push_to_hub, private=options.private, token=options.token)
         repository.prepare(*_kind_and_model(plan), overwrite=overwrite_repository)
+        upload = repository.upload
+        if options.low_disk:
+            if repository.manifest_fingerprint() == plan.fingerprint:
+                return unchanged
+            upload, pushed_shards = repository.upload_alone, repository.pushed_shards
     progress = progress or Progress()
     started = time.monotonic() if progress.started is None else progress.started
     resolve_devices(options.device)  # a wrong one is refused before anything is written
@@ -121,16 +120,16 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
     _require_same_output_kind(plan, out)
     own = {job.target for job in plan.own_jobs}
     if out.prepare(plan):
-        return PartResult(options.out, "unchanged", options.part, plan.fingerprint, (), len(plan.jobs), len(plan.jobs))
+        return unchanged
     try:
         with FilePool() as files:
-            entries = out.finished_shards(files, among=own)
+            entries = out.finished_shards(files, pushed_shards, among=own)
             todo = [job for job in plan.own_jobs if job.target not in entries]
             require_loadable(plan)
             _report_plan_and_remade_shards(plan, todo, out, progress)
             todo = with_parts(todo, plan.checkpoint, out.attempts)
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
-                made = _Committer(plan, out, progress, None, prefetcher, started, repository).run(makers, todo)
+                made = _Committer(plan, out, progress, upload, prefetcher, started).run(makers, todo)
         finished = len(out.entries())
     except BaseException:
         out.abandon()
@@ -164,7 +163,7 @@ def run_plan(
     _require_same_output_kind(plan, out)
     if finished := out.prepare(plan):
         return finished, "unchanged"
-    low_disk_uploader = uploader if plan.options.low_disk else None
+    through = uploader if plan.options.low_disk else None  # every shard goes there, and none stays here
     try:
         with FilePool() as files:
             entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
@@ -173,13 +172,14 @@ def run_plan(
             _report_plan_and_remade_shards(plan, todo, out, progress)
             if plan.options.ray is None:  # its nodes fetch for themselves
                 todo = with_parts(todo, plan.checkpoint, out.attempts)
-            if low_disk_uploader:
-                low_disk_uploader.mark_unfinished()
+            if through:
+                through.mark_unfinished()
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
-                entries |= _Committer(plan, out, progress, low_disk_uploader, prefetcher, started).run(makers, todo)
+                upload = through.push_shard if through else None
+                entries |= _Committer(plan, out, progress, upload, prefetcher, started).run(makers, todo)
         manifest = _assemble(plan, out, entries, peft_version, started)
         pushed = [name for name, entry in entries.items() if entry.pushed is not None]
-        keeps_nothing = uploader is not None and (plan.options.low_disk or bool(pushed))
+        keeps_nothing = through is not None or bool(pushed)
         if uploader and keeps_nothing:
             uploader.push(out.path, manifest, pushed_before=pushed)
     except BaseException:
@@ -239,10 +239,9 @@ class _Committer:
     plan: Plan
     out: OutputFolder[Manifest]
     progress: Progress
-    uploader: ShardUploader | None
+    upload: Callable[[Path, str], None] | None
     prefetcher: Prefetcher | None
     started: float
-    preuploader: ShardPreuploader | None = None
 
     def run(self, makers: Makers[ShardJob, WeightRecord], todo: Sequence[ShardJob]) -> dict[str, Entry]:
         """Let the shards of these jobs be made; return their entries of the journal by the shard's name."""
@@ -265,15 +264,12 @@ class _Committer:
         path = self.out.path / entry.shard
         if self.prefetcher:
             self.prefetcher.release(job)
-        if self.uploader:
-            entry = dataclasses.replace(entry, pushed=self.uploader.push_shard(path, entry.shard))
-            self.out.journal.append(entry)
-            path.unlink()
-            return entry
         if not self.plan.writes_base or entry.pushed is not None:
             return entry
-        if self.preuploader:
-            self.preuploader.upload(path, entry.shard)
+        if self.upload:
+            self.upload(path, entry.shard)
+            if self.plan.options.low_disk:
+                return self.out.remove_pushed(entry)
         if self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
             drop_from_page_cache(path)
         return entry

@@ -306,6 +306,13 @@ class OutputFolder(Generic[Record]):
         self._own.append(entry)
         return entry
 
+    def remove_pushed(self, entry: Entry) -> Entry:
+        """Record that a shard was uploaded, and remove it from the disk; return its new entry."""
+        pushed = replace(entry, pushed=entry.hashes[entry.shard])
+        self._own.append(pushed)
+        self._path_of(entry.shard).unlink()
+        return pushed
+
     def finished_shards(
         self,
         files: FilePool,

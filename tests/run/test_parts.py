@@ -203,12 +203,10 @@ def test_a_part_that_is_none_is_refused(part: Any) -> None:
         InitOptions(model="m", out="o", part=part)
 
 
-def test_a_part_does_not_overwrite_nor_remove() -> None:
+def test_a_part_does_not_overwrite() -> None:
     plain = InitOptions(model="m", out="o", part="1/4")
     with pytest.raises(UsageError, match="overwrite and part exclude each other"):
         replace(plain, overwrite=True)
-    with pytest.raises(UsageError, match="low_disk with push_to_hub removes files"):
-        replace(plain, low_disk=True, push_to_hub="me/model")
     with pytest.raises(UsageError, match="not a part"):
         api.initialize(plain)
     with pytest.raises(UsageError, match="no part is given"):
