@@ -29,7 +29,7 @@ from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, adapter_files
 from milora_init.lora.tensor_layout import adapter_header
-from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
+from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, WORK_FOLDER, fingerprint
 from milora_init.methods import METHODS
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
@@ -367,10 +367,15 @@ def make_plan(
 def _refuse_our_own_output(folder: Path) -> None:
     """Raise CheckpointError if the folder is an output of this program, whose components are taken out already.
 
-    The hint names the original model if the manifest does.
+    It may be unfinished, or hold the files of some parts only. The hint names the original model if the manifest does.
     """
     found = next((name for name in (MANIFEST, LORA_CONFIG) if os.path.lexists(folder / name)), None)
     if found is None:
+        if (folder / WORK_FOLDER).is_dir():
+            raise CheckpointError(
+                f"{folder} is an unfinished output of milora-init, not a model",
+                hint="name the original model; to finish this output, run its command again, without --part",
+            )
         return
     try:
         manifest = json.loads(read_text(folder / MANIFEST, most_bytes=MOST_MANIFEST_BYTES))
