@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -104,55 +104,22 @@ def merge(  # noqa: PLR0913  the options of the command
         original = _open_original(manifest, asked)
     _require_dense(original, manifest)
     plan = plan_merge(located, trained, options=options, given=pair, original=original)
-    if not model:
-        original = None
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
-    for path in (plan.adapter.path, plan.source):
-        require_outside(folder.path, path, "./merged")
-    require_no_other_output(folder.path, MERGED)
-    if (folder.path / "adapter_config.json").exists():
-        raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
+    _require_own_folder(folder.path, plan)
     if finished := folder.prepare(plan):
-        return _compared(replace(finished, unchanged=True), folder.path, original, plan.manifest)
-    try:
-        shard_hashes = _write_shards(plan, folder, progress)
-        for name, (source_folder, _) in plan.side_files.items():
-            path = source_file(source_folder, name)
-            folder.write(name, read_chunks(path), mode=file_mode(path))
-        if plan.index is not None:
-            index = PICKLE_INDEX if plan.base.is_pickle else SAFETENSORS_INDEX
-            like = index if plan.base.index is not None else "config.json"
-            folder.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(plan.source / like))
-        folder.write("config.json", plan.config_bytes, mode=file_mode(plan.source / "config.json"))
-    except BaseException:
-        folder.abandon()
-        raise
-    source = plan.manifest.source
-    merged = MergeResult(
-        out=out,
-        pair=pair,
-        adapter=str(adapter_folder(Path(pair), plan.manifest.method)) if adapter is None else adapter,
-        model=source["model"],
-        revision=source["revision"],
-        from_hub=source["revision"] is not None,
-        # A base of NF4's numbers does not give the original again.
-        initial=plan.adapter.digest == plan.manifest.hashes.get(adapter_files(plan.manifest.method)[1])
-        and not plan.manifest.inputs.get("nf4"),
-        modules=len(plan.manifest.weights),
-        entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
-        tensors={name: task.weights[0].dtype for name, task in plan.tasks.items() if task.weights},
-        changed=plan.changed,
-        retrained=tuple(plan.trained.tensors),
-        notices=tuple(plan.notices),
-        source_files=plan.manifest.inputs["source"],
-        fingerprint=plan.fingerprint,
-        inputs=plan.inputs,
-        files={name: (folder.path / name).stat().st_size for name in plan.files},
-        hashes={name: shard_hashes.get(name) or sha256(folder.path / name) for name in plan.files},
-        elapsed_s=round(time.monotonic() - started, 3),
-    )
-    folder.finish(merged.content())
-    return _compared(merged, folder.path, original, plan.manifest)
+        merged = replace(finished, unchanged=True)
+    else:
+        try:
+            hashes = _write_files(plan, folder, progress)
+        except BaseException:
+            folder.abandon()
+            raise
+        if adapter is None:
+            adapter = str(adapter_folder(Path(pair), manifest.method))
+        seconds = round(time.monotonic() - started, 3)
+        merged = _result(plan, folder.path, hashes, out=out, pair=pair, adapter=adapter, elapsed_s=seconds)
+        folder.finish(merged.content())
+    return _compared(merged, folder.path, original, manifest) if model and original else merged
 
 
 def plan_of(
@@ -213,10 +180,71 @@ def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     return original
 
 
-def _compared(merged: MergeResult, folder: Path, original: Checkpoint | None, manifest: Manifest) -> MergeResult:
-    """The result with the number of bit-equal entries, if the original model is given."""
-    if original is None:
-        return merged
+def _require_own_folder(folder: Path, plan: MergePlan) -> None:
+    """Raise OutputError for a folder to write that holds, or lies in, something else than an earlier merge."""
+    for path in (plan.adapter.path, plan.source):
+        require_outside(folder, path, "./merged")
+    require_no_other_output(folder, MERGED)
+    if (folder / "adapter_config.json").exists():
+        raise OutputError(f"{folder} holds an adapter, which would be loaded", hint="choose another --out")
+
+
+def _write_files(plan: MergePlan, folder: OutputFolder[MergeResult], progress: MergeProgress) -> dict[str, str]:
+    """Write every file but the record. Returns the SHA-256 of each.
+
+    Index and config.json come last, because with them the folder can be loaded as a model.
+    """
+    hashes = _write_shards(plan, folder, progress)
+    for name, (source_folder, _) in plan.side_files.items():
+        path = source_file(source_folder, name)
+        folder.write(name, read_chunks(path), mode=file_mode(path))
+    if plan.index is not None:
+        index = PICKLE_INDEX if plan.base.is_pickle else SAFETENSORS_INDEX
+        like = index if plan.base.index is not None else "config.json"
+        folder.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(plan.source / like))
+    folder.write("config.json", plan.config_bytes, mode=file_mode(plan.source / "config.json"))
+    return {name: hashes.get(name) or sha256(folder.path / name) for name in plan.files}
+
+
+def _result(  # noqa: PLR0913  the fields of the record
+    plan: MergePlan, folder: Path, hashes: Mapping[str, str], *, out: str, pair: str, adapter: str, elapsed_s: float
+) -> MergeResult:
+    """What was merged.
+
+    Args:
+        plan: The plan, carried out.
+        folder: The folder that was written.
+        hashes: SHA-256 of every file of the plan.
+        out, pair, adapter: The folders as given.
+        elapsed_s: Seconds.
+    """
+    manifest = plan.manifest
+    is_initial = plan.adapter.digest == manifest.hashes.get(adapter_files(manifest.method)[1])
+    return MergeResult(
+        out=out,
+        pair=pair,
+        adapter=adapter,
+        model=manifest.source["model"],
+        revision=manifest.source["revision"],
+        from_hub=manifest.source["revision"] is not None,
+        initial=is_initial and not manifest.inputs.get("nf4"),  # a base of NF4's numbers does not give the original
+        modules=len(manifest.weights),
+        entries=sum(math.prod(record.shape) for record in manifest.weights),
+        tensors={name: task.weights[0].dtype for name, task in plan.tasks.items() if task.weights},
+        changed=plan.changed,
+        retrained=tuple(plan.trained.tensors),
+        notices=tuple(plan.notices),
+        source_files=manifest.inputs["source"],
+        fingerprint=plan.fingerprint,
+        inputs=plan.inputs,
+        files={name: (folder / name).stat().st_size for name in plan.files},
+        hashes=hashes,
+        elapsed_s=elapsed_s,
+    )
+
+
+def _compared(merged: MergeResult, folder: Path, original: Checkpoint, manifest: Manifest) -> MergeResult:
+    """The result with the number of entries that have the bits of the original model."""
     return replace(merged, bit_equal=count_bit_equal(open_checkpoint(folder), original, manifest))
 
 
