@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
+from milora_init.checkpoint.dequantise import QuantisedSource, locate
 from milora_init.checkpoint.files import file_mode, read_chunks, source_file
 from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
+from milora_init.errors import CheckpointError, OutputError, UsageError
 from milora_init.export import merge_weight
 from milora_init.export.merge_plan import MergeOptions, MergePlan, plan_merge
 from milora_init.export.merge_weight import MergedWeight, MergeJob
@@ -33,6 +34,7 @@ from milora_init.lora.folder import adapter_files, adapter_folder
 from milora_init.manifest import Manifest
 from milora_init.options import OUTPUT_DTYPES, InitOptions
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
+from milora_init.run import dense
 from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
 from milora_init.run.pool import FilePool, SolverPool, weights_at_once
@@ -102,7 +104,6 @@ def merge(  # noqa: PLR0913  the options of the command
         name = model or str(manifest.source["model"])
         asked = InitOptions(model=name, out=out, revision=revision, cache_dir=cache_dir, token=token)
         original = _open_original(manifest, asked)
-    _require_dense(original, manifest)
     plan = plan_merge(located, trained, options=options, given=pair, original=original)
     folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
     _require_own_folder(folder.path, plan)
@@ -134,11 +135,6 @@ def plan_of(
         name = model or str(manifest.source["model"])
         asked = InitOptions(model=name, out=pair, cache_dir=cache_dir, token=token)
         original = _open_original(manifest, asked)
-        if original.quantised.tensors:
-            raise PlanError(
-                f"{original.folder} is quantised, and its weights are not measured",
-                hint="start from the unquantised model to compare directions",
-            )
     return plan_merge(located, trained, given=pair, original=original), located
 
 
@@ -158,15 +154,6 @@ def _shard_bytes(size: str | None) -> int | None:
     if found < 1:
         raise UsageError(f"--shard-size {size!r} is no size", hint="for example --shard-size 5GB")
     return found
-
-
-def _require_dense(original: Checkpoint | None, manifest: Manifest) -> None:
-    """Raise PlanError for an adapter of an original model that is quantised."""
-    if original is not None and not manifest.method.writes_base and original.quantised.tensors:
-        raise PlanError(
-            f"{original.folder} is quantised: merged weights would have to be quantised again; merge never does that",
-            hint="load the trained adapter on this model; servers do that too, see docs/quantised.md",
-        )
 
 
 def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
@@ -264,15 +251,16 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
         compared_lock = threading.Lock()
 
         def open_shard(name: str) -> ShardWriter[None]:
-            stamps = {plan.source / file: plan.base.stamps[file] for file in plan.sources[name]}
-            return ShardWriter(stamps, attempt=folder.attempt(), name=name, header=plan.headers[name])
+            sources, companions = (
+                {plan.source / file: plan.base.stamps[file] for file in files[name]}
+                for files in (plan.sources, plan.companions)
+            )
+            attempt = folder.attempt()
+            return ShardWriter(sources, attempt=attempt, name=name, header=plan.headers[name], companions=companions)
 
         def submit(name: str, shard: ShardWriter[None]) -> list[Future[None]]:
             """Give a shard's weights to the solver pool; hash its sources meanwhile."""
-            merged = [
-                shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
-                for tensor in _merged(plan, name)
-            ]
+            merged = [_submit_tensor(plan, tensor, shard, solvers) for tensor in _merged(plan, name)]
             # The original model was compared with its recorded hashes when it was opened.
             for file in plan.sources[name] if plan.manifest.method.writes_base else ():
                 with compared_lock:
@@ -308,13 +296,17 @@ def _compare(comparison: Future[None], plan: MergePlan, name: str, cancelled: th
         comparison.set_exception(error)
 
 
-def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJob:
+def _submit_tensor(plan: MergePlan, tensor: str, shard: ShardWriter[None], solvers: SolverPool) -> Future[None]:
+    """Give a tensor of a shard to the solver pool."""
     task, modules = plan.tasks[tensor], plan.adapter.modules
+    source = locate(plan.base, task.source) if task.source else None
+    if isinstance(source, QuantisedSource) and not task.weights and not task.new:
+        return shard.submit(solvers, dense.run, dense.DenseJob(source, shard.target(tensor)))
     weights = tuple(
         MergedWeight(record, modules[record.key].scale, modules[record.key].magnitude) for record in task.weights
     )
-    residual = shard.locate(task.source) if task.source else None
-    return MergeJob(residual, shard.target(tensor), weights, task.new, plan.adapter.weights)
+    job = MergeJob(source, shard.target(tensor), weights, task.new, plan.adapter.weights)
+    return shard.submit(solvers, merge_weight.run, job)
 
 
 def _require_source(plan: MergePlan, name: str, found: str) -> None:
@@ -325,10 +317,13 @@ def _require_source(plan: MergePlan, name: str, found: str) -> None:
 
 
 def _needed_bytes(plan: MergePlan, tensor: str) -> int:
-    """Memory for one tensor: what is read of the adapter's file, and some blocks of rows."""
+    """Memory for one tensor: a matrix that is dequantised, what is read of the adapter's file, some blocks of rows."""
     task = plan.tasks[tensor]
     names = [task.new.whole, task.new.rows] if task.new else []
     for record in task.weights[:1]:
         factors = plan.adapter.modules[record.key]
         names += [factors.A, factors.B]
-    return sum(plan.adapter.header.tensors[name].size_bytes for name in names if name) + (16 << 20)
+    quantised = plan.base.quantised.tensors.get(task.source or "")
+    dequantised_bytes = 4 * math.prod(quantised.matrix) if quantised else 0
+    read_bytes = sum(plan.adapter.header.tensors[name].size_bytes for name in names if name)
+    return dequantised_bytes + read_bytes + (16 << 20)

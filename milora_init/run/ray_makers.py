@@ -141,7 +141,7 @@ def make_file(job: ShardJob, request: Request, header: Header, threads: int) -> 
     Raises:
         MiloraError: As `check`, `weight.run` and `download`.
     """
-    check(request, {job.source: job.stamp})
+    check(request, job.stamps)
     if job.stamp is None:
         path = fetch_file(request.options, request.remote, job.source.name, None)
         if read_header(path).raw != header.raw:
@@ -248,7 +248,7 @@ class RayMakers:
         """Call `check` on every node. Raises what it raises, and OutputError for a node that does not answer."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        sources = {job.source: job.stamp for job in self._plan.jobs}
+        sources = {path: planned for job in self._plan.jobs for path, planned in job.stamps.items()}
         task = self._ray.remote(check)
         probes = {
             task.options(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import Checkpoint, open_model
 from milora_init.hub.source import fetch_original
 from milora_init.linalg.svd import singular_triplets
@@ -25,7 +26,7 @@ from milora_init.verification.adapter import (
     find_untrained,
 )
 from milora_init.verification.files import Pair, check_files, check_stray_files
-from milora_init.verification.tensors import EPS32, open_tensors, spread
+from milora_init.verification.tensors import EPS32, read_row, spread
 from milora_init.verification.verdict import Finding, Verdict, verdict_code
 
 _MAKE_AGAIN = "make the adapter again with the same options and --overwrite"
@@ -95,13 +96,12 @@ def _compare(adapter: Path, model: Checkpoint, manifest: Manifest, *, all_compon
     modules = [record.module for record in manifest.weights]
     chosen = set(modules if all_components else spread(modules))
     left = manifest.method.factors == "left"
-    with open_tensors(model) as weights, open_factors(adapter) as factors:
+    with open_factors(adapter) as factors:
         for record in (record for record in manifest.weights if record.module in chosen):
             if record.tensor not in model.tensors:
                 yield Finding(record.module, f"the original model has no tensor {record.tensor}", _MAKE_AGAIN)
                 continue
-            place = weights.locate(record.tensor)
-            W = (place if record.row is None else place.at(record.row)).read()
+            W = read_row(locate(model, record.tensor), record.row)
             W = W.mT if record.transposed else W
             if tuple(W.shape) != record.shape:
                 what = f"is {list(record.shape)} by the manifest, {list(W.shape)} in the model"

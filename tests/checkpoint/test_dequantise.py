@@ -74,6 +74,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "fp8 blocks": quantised.save_fp8,
     "fp8 static": quantised.save_fp8_static,
     "mxfp8": quantised.save_mxfp8,
+    "fp4 experts": quantised.save_fp4,
     "gpt_oss": quantised.save_gpt_oss,
     **{f"ct {name}": partial(quantised.save_compressed, scheme=name) for name in quantised.CT_FORMATS},
 }
