@@ -15,7 +15,7 @@ from milora_init import __version__
 from milora_init.checkpoint.files import read_bytes, stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import SAFETENSORS_DTYPES, Header, TensorInfo, plan_header, safetensors_name
+from milora_init.checkpoint.header import FLOATS, SAFETENSORS_DTYPES, Header, TensorInfo, plan_header, safetensors_name
 from milora_init.checkpoint.side_files import travels
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.export.tokenizer import Tokenizer, choose_tokenizer, is_tokenizer_file
@@ -31,7 +31,6 @@ from milora_init.records import ORIGINAL_MODEL, require_pair
 from milora_init.verification.files import check_weight_records
 
 _FETCH_AGAIN = "fetch the output again, from somebody you trust"
-_FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +325,7 @@ class _Layout:
 
     def _cast(self, dtype: str) -> str:
         """The dtype that a tensor is written in: `--dtype` replaces only the dtype of most bytes, if it is a float."""
-        return self._dtype if self._dtype and dtype == self._main_dtype and dtype in _FLOATS else dtype
+        return self._dtype if self._dtype and dtype == self._main_dtype and dtype in FLOATS else dtype
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         """The tensor as it is written."""

@@ -125,6 +125,11 @@ def mixed_config(checkpoint: Checkpoint, layout: BaseLayout, weights: Iterable[W
     if settings.get(key) is None and settings.get("ignored_layers") is not None:
         key = "ignored_layers"
     listed = settings.get(key)
+    if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+        raise PlanError(
+            f"--base mixed: {key} in config.json is {str(listed)[:80]}, expected a list of names",
+            hint="correct it, or use --base dense, which does not need it",
+        )
     if listed is None:
         # Without a list transformers leaves the output head alone; with one it leaves alone what the list names.
         plain = (name for name, info in checkpoint.stored.items() if len(info.shape) > 1)

@@ -141,6 +141,10 @@ def test_scales_in_another_file_and_a_resumed_run_give_the_same_bytes(start: Sta
     start(far, out=str(tmp_path / "c"))
     assert outputs(tmp_path / "b") == outputs(tmp_path / "c")
     assert not list(tmp_path.glob("b/*scale*"))
+    for source in (near, far):  # q, k and v become dense together, wherever they and their scales are
+        start(source, out=str(tmp_path / f"mixed-{source.name}"), base="mixed", target=("q_proj",))
+    assert same_tensors(tmp_path / "mixed-near", tmp_path / "mixed-far")
+    assert api.verify(tmp_path / "mixed-far", model=far).code == "pair"
 
 
 def hash_of(name: str) -> int:
