@@ -16,6 +16,7 @@ from milora_init.checkpoint.files import read_bytes, stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import FLOATS, SAFETENSORS_DTYPES, Header, TensorInfo, plan_header, safetensors_name
+from milora_init.checkpoint.quantised_tensors import QuantisedTensors
 from milora_init.checkpoint.side_files import travels
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.export.tokenizer import Tokenizer, choose_tokenizer, is_tokenizer_file
@@ -275,16 +276,17 @@ class _Layout:
             self._records.setdefault(record.tensor, []).append(record)
         self._main_dtype = self._find_main_dtype()
         self._dtype = None if options.dtype == "auto" else safetensors_name(options.dtype)
-        self._layout = stored_layout(base) if manifest.method.writes_base else dense_layout(base)
-        kept = {name: tensor for name, tensor in base.quantised.tensors.items() if name not in self._layout.dense}
-        self._kept_parts = {part.name for tensor in kept.values() for part in tensor.parts.values()}
-        if name := min(trained.tensors.keys() & kept.keys(), default=None):
+        self._layout, kept = dense_layout(base), QuantisedTensors({}, frozenset())
+        if manifest.method.writes_base:
+            self._layout, kept = stored_layout(base), base.quantised
+        self._kept_parts = kept.part_names
+        if name := min(trained.tensors.keys() & kept.tensors.keys(), default=None):
             raise PlanError(
                 f"{name} was trained as a whole, and the base has it quantised; merge never quantises",
                 hint="make the pair with --base dense to train it",
             )
         removed = trained.removed | {
-            part.name for name in trained.removed & kept.keys() for part in kept[name].parts.values()
+            part.name for name in trained.removed & kept.tensors.keys() for part in kept.tensors[name].parts.values()
         }
         by_file = {
             file: [

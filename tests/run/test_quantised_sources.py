@@ -25,7 +25,7 @@ from milora_init.checkpoint.header import read_header
 from milora_init.errors import CheckpointError, UsageError
 from milora_init.export.merge import merge, plan_of
 from milora_init.export.movement import measure
-from milora_init.lora.folder import open_factors
+from milora_init.lora.folder import open_factors, read_lora
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
@@ -412,6 +412,28 @@ def test_a_converted_adapter_serves_on_the_untouched_original(
     initial = logits(out, out / "lora")
     assert (pair - served).abs().max() < 0.05 * max(1.0, float((pair - initial).abs().max()))
     assert (pair - initial).abs().max() > 4 * (pair - served).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["fp4", "modelopt", "modelopt fp8", "nf4"])
+def test_a_converted_adapter_adds_to_the_values_of_the_original(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Where transformers does not load the original on a CPU: base + trained adapter = values + plain adapter."""
+    manifest = start(sources[kind], target=("q_a_proj",) if kind == "fp4" else None)
+    trained = with_random_b(tmp_path / "out" / "lora", tmp_path / "trained")
+    api.convert(tmp_path / "out", trained, tmp_path / "plain")
+    model, base = open_model(sources[kind]), tensors(tmp_path / "out")
+
+    def update(adapter: Path, module: str) -> Tensor:
+        factors, found = tensors(adapter), read_lora(adapter).modules[module]
+        return found.scale * factors[found.B].double() @ factors[found.A].double()
+
+    assert api.verify(tmp_path / "plain", model=sources[kind]).ok
+    for record in manifest.weights:
+        W, R = locate(model, record.tensor).read().double(), base[record.tensor].double()
+        pair, served = R + update(trained, record.module), W + update(tmp_path / "plain", record.module)
+        assert (pair - served).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * R.abs().max()
+        assert (pair - W).norm() > 0.1 * W.norm()
 
 
 def test_a_dense_base_is_quantised_by_qlora(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:
