@@ -127,13 +127,14 @@ class QuantisedSource:
                 f"{list(self.tensor.shape)}",
                 hint="fetch the model again",
             )
-        groups = others["scale"].shape[-1]
-        if "order" in others and not bool(((others["order"] >= 0) & (others["order"] < groups)).all()):
-            raise CheckpointError(
-                f"{self.parts['order'].name} names a group of columns that {self.parts['scale'].name} does not have: "
-                f"it has {groups}",
-                hint="fetch the model again",
-            )
+        if "order" in others:
+            order, groups = others["order"], others["scale"].shape[1]
+            if not bool(((order >= 0) & (order < groups)).all()):
+                raise CheckpointError(
+                    f"{self.parts['order'].name} names a group of columns that {self.parts['scale'].name} does not "
+                    f"have: it has {groups}",
+                    hint="fetch the model again",
+                )
 
 
 def locate_stored(checkpoint: Checkpoint, name: str) -> TensorSource:

@@ -154,9 +154,14 @@ def _merge(
     dtype = TORCH_DTYPES[merged.dtype]
     read = _row_reader(residual)
     if weight.magnitude is None:
+        adds_nothing = not (bool(left.any()) and bool(right.any()))  # a sum with 0 would change the sign of -0
         for start, stop in _blocks(merged):
-            with _named(record.module), merged.rows(start, stop).opened() as write:
-                write(merged_weight(read(start, stop), left[start:stop], right, scale, dtype))
+            target = merged.rows(start, stop)
+            with _named(record.module), target.opened() as write:
+                if adds_nothing:
+                    write(_finite(_cast(read(start, stop), target)))
+                else:
+                    write(merged_weight(read(start, stop), left[start:stop], right, scale, dtype))
         return
     magnitude = factors.read_tensor(weight.magnitude).double()
 

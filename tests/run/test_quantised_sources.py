@@ -39,6 +39,14 @@ TARGETS: Mapping[str, tuple[str, ...] | None] = {
 }  # fmt: skip
 
 
+FURTHER = ("modelopt fp8", "nf4")
+
+
+def wide(*kinds: str) -> list[Any]:
+    """Parameters of further cases that `make test-wide` runs."""
+    return [pytest.param(kind, marks=pytest.mark.wide) for kind in kinds]
+
+
 WRITERS: Mapping[str, Callable[[Path], Path]] = {
     "fp8": quantised.save_fp8,
     "deepseek": partial(quantised.save_fp8, kind="deepseek", block=16),
@@ -73,7 +81,7 @@ def outputs(out: Path) -> dict[str, bytes]:
     return {n: c for n, c in contents(out).items() if n not in (MANIFEST, "lora/adapter_config.json")}
 
 
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", [*(kind for kind in TARGETS if kind not in FURTHER), *wide(*FURTHER)])
 def test_the_pair_is_the_values_and_the_base_is_dense(
     kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -127,12 +135,23 @@ def test_the_dense_pair_loads_without_the_libraries_and_computes_the_model(
         assert (pair(ids).logits - model(ids).logits).abs().max() < 1e-4
 
 
+def anywhere(name: str) -> str:
+    """Codes and their scales in different files, and the weights of a layer in both."""
+    return f"model-0000{1 + (sum(name.rpartition('.')[0].encode()) + ('scale' in name)) % 2}-of-00002.safetensors"
+
+
+@pytest.mark.wide
+def test_a_mixed_base_is_the_same_wherever_the_parts_are(start: Start, tmp_path: Path) -> None:
+    """q, k and v become dense together, also where they are in different files."""
+    near, far = quantised.save_fp8(tmp_path / "near"), quantised.save_fp8(tmp_path / "far", files=anywhere)
+    for source in (near, far):
+        start(source, out=str(tmp_path / f"mixed-{source.name}"), base="mixed", target=("q_proj",))
+    assert same_tensors(tmp_path / "mixed-near", tmp_path / "mixed-far")
+    assert api.verify(tmp_path / "mixed-far", model=far).code == "pair"
+
+
 def test_scales_in_another_file_and_a_resumed_run_give_the_same_bytes(start: Start, tmp_path: Path) -> None:
-    near = quantised.save_fp8(tmp_path / "near")
-    far = quantised.save_fp8(
-        tmp_path / "far",
-        files=lambda name: f"model-0000{1 + (hash_of(name) + ('scale' in name)) % 2}-of-00002.safetensors",
-    )
+    near, far = quantised.save_fp8(tmp_path / "near"), quantised.save_fp8(tmp_path / "far", files=anywhere)
     start(near, out=str(tmp_path / "a"))
     start(far, out=str(tmp_path / "b"))
     assert same_tensors(tmp_path / "a", tmp_path / "b")
@@ -141,14 +160,6 @@ def test_scales_in_another_file_and_a_resumed_run_give_the_same_bytes(start: Sta
     start(far, out=str(tmp_path / "c"))
     assert outputs(tmp_path / "b") == outputs(tmp_path / "c")
     assert not list(tmp_path.glob("b/*scale*"))
-    for source in (near, far):  # q, k and v become dense together, wherever they and their scales are
-        start(source, out=str(tmp_path / f"mixed-{source.name}"), base="mixed", target=("q_proj",))
-    assert same_tensors(tmp_path / "mixed-near", tmp_path / "mixed-far")
-    assert api.verify(tmp_path / "mixed-far", model=far).code == "pair"
-
-
-def hash_of(name: str) -> int:
-    return sum(name.rpartition(".")[0].encode())
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -190,25 +201,25 @@ def test_an_adapter_only_method_reads_the_codes_and_writes_no_base(
     assert api.verify(tmp_path / "out", model=sources[kind], all_components=True).ok
 
 
-def with_random_b(adapter: Path, to: Path) -> Path:
-    """The initial adapter of a method that trains B, as if it had been trained."""
+def with_other_b(adapter: Path, to: Path) -> Path:
+    """The initial adapter, as if B had been trained."""
     to.mkdir()
     shutil.copy(adapter / "adapter_config.json", to)
     torch.manual_seed(0)
     factors = load_file(adapter / "adapter_model.safetensors")
-    trained = {n: torch.randn_like(t) * 0.1 if ".lora_B." in n else t for n, t in factors.items()}
+    trained = {n: t + torch.randn_like(t) * 0.05 if ".lora_B." in n else t for n, t in factors.items()}
     save_file(trained, to / "adapter_model.safetensors", metadata={"format": "pt"})
     return to
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp4", "gpt_oss", "int4", "modelopt", "nf4"])
+@pytest.mark.parametrize("kind", ["fp8", "gpt_oss", "modelopt", *wide("fp4", "int4", "nf4")])
 def test_an_adapter_of_a_quantised_original_is_merged_into_its_dense_form(
     kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
 ) -> None:
     """The files, names, dtypes and config of `--base dense`; float32(code) * float32(scale) + D, rounded once."""
     source, out, merged = sources[kind], tmp_path / "out", tmp_path / "merged"
     manifest = start(source, method="rlmo", target=TARGETS[kind])
-    trained = with_random_b(out, tmp_path / "trained")
+    trained = with_other_b(out, tmp_path / "trained")
     api.merge(out, merged, adapter=trained, progress=False)
     dense = make_plan(InitOptions(model=str(source), out="dense", rank=4, target=TARGETS[kind]), source)
     assert {*dense.files} - {*dense.adapter_files} == {path.name for path in merged.iterdir()} - {MERGED}
@@ -237,15 +248,15 @@ def test_a_training_on_a_quantised_original_is_measured_against_its_values(
     start: Start, sources: Mapping[str, Path], tmp_path: Path
 ) -> None:
     manifest = start(sources["int4"], method="rlmo")
-    trained, model = with_random_b(tmp_path / "out", tmp_path / "trained"), open_model(sources["int4"])
+    trained, model = with_other_b(tmp_path / "out", tmp_path / "trained"), open_model(sources["int4"])
     weights = measure(*plan_of(str(tmp_path / "out"), str(trained)))
     with open_factors(trained / "adapter_model.safetensors") as factors:
         for record, weight in zip(manifest.weights, weights, strict=True):
             B, A = factors.read(record)
             W, D = locate(model, record.tensor).read().double(), record.scale * B.double() @ A.double()
-            V = torch.linalg.svd(W).Vh[-4:]
+            V = torch.linalg.svd(W, full_matrices=False).Vh[-4:]
             assert weight.moved.relative == pytest.approx(float(D.norm() / W.norm()), rel=1e-6)
-            # A has the smallest right directions: half of the update, its rows, lies in them.
+            # A has the smallest right directions, so all rows of the update lie in them: at least half of the share.
             assert (D @ V.mT).norm() == pytest.approx(float(D.norm()), rel=1e-4)
             assert weight.moved.minor >= 0.5
 
@@ -268,8 +279,8 @@ def test_an_interrupted_merge_with_scales_in_another_file_is_resumed(start: Star
     api.merge(out, tmp_path / "merged", progress=False)
     api.merge(out, tmp_path / "at-once", progress=False)
     one, other = contents(tmp_path / "merged"), contents(tmp_path / "at-once")
-    assert {*one} == {*other} == {"model-0.safetensors", "model-1.safetensors", "config.json", "tokenizer.json",
-                                  "model.safetensors.index.json", MERGED}  # fmt: skip
+    assert {*one} == {*other}
+    assert {n for n in one if n.endswith(".safetensors")} == {"model-0.safetensors", "model-1.safetensors"}
     assert {n: c for n, c in one.items() if n != MERGED} == {n: c for n, c in other.items() if n != MERGED}
 
 
@@ -349,7 +360,13 @@ def test_the_memory_is_that_of_one_weight(start: Start, sources: Mapping[str, Pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"), [("fp8", "q_proj"), ("deepseek", "experts"), ("fp4", "q_a_proj"), ("int4", "v_proj")]
+    ("kind", "target"),
+    [
+        ("fp8", "q_proj"),
+        ("deepseek", "experts"),
+        ("int4", "v_proj"),
+        pytest.param("fp4", "q_a_proj", marks=pytest.mark.wide),
+    ],
 )
 def test_a_mixed_pair_computes_the_dense_one_and_takes_a_step(
     kind: str, target: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
@@ -414,13 +431,13 @@ def test_a_converted_adapter_serves_on_the_untouched_original(
     assert (pair - initial).abs().max() > 4 * (pair - served).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["fp4", "modelopt", "modelopt fp8", "nf4"])
+@pytest.mark.parametrize("kind", ["modelopt", *wide("fp4", "modelopt fp8", "nf4")])
 def test_a_converted_adapter_adds_to_the_values_of_the_original(
     kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
 ) -> None:
     """Where transformers does not load the original on a CPU: base + trained adapter = values + plain adapter."""
     manifest = start(sources[kind], target=("q_a_proj",) if kind == "fp4" else None)
-    trained = with_random_b(tmp_path / "out" / "lora", tmp_path / "trained")
+    trained = with_other_b(tmp_path / "out" / "lora", tmp_path / "trained")
     api.convert(tmp_path / "out", trained, tmp_path / "plain")
     model, base = open_model(sources[kind]), tensors(tmp_path / "out")
 
@@ -432,8 +449,9 @@ def test_a_converted_adapter_adds_to_the_values_of_the_original(
     for record in manifest.weights:
         W, R = locate(model, record.tensor).read().double(), base[record.tensor].double()
         pair, served = R + update(trained, record.module), W + update(tmp_path / "plain", record.module)
-        assert (pair - served).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * R.abs().max()
-        assert (pair - W).norm() > 0.1 * W.norm()
+        rounding = 1.01 * torch.finfo(torch.bfloat16).eps / 2 * R.abs().max()
+        assert (pair - served).abs().max() <= rounding
+        assert (pair - W).abs().max() > 3 * rounding
 
 
 def test_a_dense_base_is_quantised_by_qlora(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:
