@@ -106,6 +106,7 @@ BLOCKS = "model.layers.0.mlp.experts.down_proj_blocks"
         ("int4", None, {"transform_config": {"config_groups": {"a": {}}}}, ["transform_config", "rotated"]),
         ("int4", None, {"sparsity_config": {"format": "sparse-bitmask"}}, ["sparsity_config", "sparse"]),
         ("int4", None, {"quantization_status": "frozen"}, ["quantization_status 'frozen'"]),
+        ("int4", lambda t: t.update({f"{Q0}.weight": torch.ones(64, 64)}), {}, [f"{Q0}.weight is stored twice"]),
         ("int4", None, {"format": "marlin-24"}, ["the format 'marlin-24'"]),
         ("nvfp4", replaced(PACKED, lambda q: q[0, 0]), {}, [f"{Q0}.weight_scale", "should have the shape"]),
         ("int8", replaced(f"{Q0}.weight_zero_point", lambda z: z.bool()), {}, ["zero_point is BOOL", f"{Q0}.weight"]),
