@@ -41,6 +41,16 @@ def test_a_pipe_named_like_the_manifest_is_refused_without_reading_it(own: Built
         make_plan(InitOptions(model=str(source), out="out", rank=4), source)
 
 
+def test_a_config_that_is_nested_too_deep_is_refused(own: Built) -> None:
+    source = own("llama")
+    content = json.loads((source / "config.json").read_text())
+    for _ in range(400):
+        content = {"text_config": content}
+    (source / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="nested deeper than 100 levels"):
+        make_plan(InitOptions(model=str(source), out="out", rank=4), source)
+
+
 def test_a_hidden_shard_is_refused(own: Built) -> None:
     source = own("llama")
     index = source / "model.safetensors.index.json"

@@ -64,17 +64,14 @@ class QuantisedSource:
     def at(self, row: int) -> QuantisedSource:
         """One entry of the tensor's first dimension. A part without that dimension is shared by all entries."""
         count = self.tensor.shape[0]
-        parts = {
-            role: part.at(row) if len(part.shape) > 1 or part.shape == (count,) else part
-            for role, part in self.parts.items()
-        }
+        parts = {role: part.at(row) if part.shape[:1] == (count,) else part for role, part in self.parts.items()}
         return QuantisedSource(self.tensor, parts, row)
 
     def read(self, *, pinned: bool = False) -> Tensor:
         """The values in float32, in memory of their own on the CPU, page-locked if `pinned`.
 
         Raises:
-            CheckpointError: A part cannot be read, or holds NaN or Inf.
+            CheckpointError: A part cannot be read, holds NaN or Inf, or contradicts the others.
         """
         if len(self.shape) > 2:
             return torch.stack([self.at(row).read() for row in range(self.shape[0])])
@@ -104,7 +101,7 @@ class QuantisedSource:
         """
         m, n = self.tensor.matrix
         others = {role: part.read() for role, part in self.parts.items() if role != "codes"}
-        self._require_shape(others)
+        self._require_consistent(others)
         factors = _Factors(self.tensor, others)
         decode = _decoder(self.tensor, self.parts["codes"].dtype, others)
         codes = _code_reader(self.parts["codes"], m)
@@ -122,14 +119,22 @@ class QuantisedSource:
                 )
             yield start, block
 
-    def _require_shape(self, others: Mapping[str, Tensor]) -> None:
-        """The stored shape of packed integers must be the one that planning derived."""
+    def _require_consistent(self, others: Mapping[str, Tensor]) -> None:
+        """The stored shape of packed integers must be the one that planning derived, and each column have a group."""
         if "shape" in others and tuple(others["shape"].tolist()) != self.tensor.shape:
             raise CheckpointError(
                 f"{self.parts['shape'].name} says {others['shape'].tolist()}, and the other parts of {self.name} fit "
                 f"{list(self.tensor.shape)}",
                 hint="fetch the model again",
             )
+        if "order" in others:
+            order, groups = others["order"], others["scale"].shape[1]
+            if not bool(((order >= 0) & (order < groups)).all()):
+                raise CheckpointError(
+                    f"{self.parts['order'].name} names a group of columns that {self.parts['scale'].name} does not "
+                    f"have: it has {groups}",
+                    hint="fetch the model again",
+                )
 
 
 def locate_stored(checkpoint: Checkpoint, name: str) -> TensorSource:
@@ -152,12 +157,12 @@ class _Factors:
 
     def __init__(self, tensor: QuantisedTensor, parts: Mapping[str, Tensor]) -> None:
         rule, (m, n) = tensor.rule, tensor.matrix
-        self._block = rule.block
+        self._block = (min(rule.block[0], m), min(rule.block[1], n))
         grid = (-(-m // rule.block[0]), -(-n // rule.block[1]))
         scale = parts["scale"]
         if rule.nested_block:
             scale = parts["nested_map"][scale.int()]
-            absmax = parts["nested_absmax"].repeat_interleave(rule.nested_block)[: scale.numel()]
+            absmax = parts["nested_absmax"][torch.arange(scale.numel()) // rule.nested_block]
             scale = scale * absmax + rule.nested_offset
         scale = _as_float(scale)
         if "global_scale" in parts:

@@ -12,6 +12,7 @@ from milora_init.errors import CheckpointError
 from milora_init.untrusted import path_inside, read_text
 
 _CHUNK_BYTES = 1 << 20
+_MOST_LEVELS = 100  # of a JSON file: much of what its content is given to is recursive
 Stamp = tuple[int, int]
 
 
@@ -85,13 +86,20 @@ def source_file(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises CheckpointError."""
+    """The content of a JSON file. Raises CheckpointError, also where it is nested deeper than any real one."""
     try:
-        return json.loads(read_text(path))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from error
+    level = [content]
+    for _ in range(_MOST_LEVELS):
+        outer = (value for value in level if isinstance(value, dict | list))
+        level = [inner for value in outer for inner in (value.values() if isinstance(value, dict) else value)]
+        if not level:
+            return content
+    raise CheckpointError(f"{path}: nested deeper than {_MOST_LEVELS} levels", hint="fetch the file again")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

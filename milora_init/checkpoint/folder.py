@@ -19,7 +19,7 @@ from typing import Any
 
 from milora_init.checkpoint import hashing
 from milora_init.checkpoint.files import Stamp, read_bytes, read_json_object, read_range, source_file, stamp
-from milora_init.checkpoint.header import REFETCH, Header, TensorInfo, read_header, safetensors_name
+from milora_init.checkpoint.header import FLOATS, REFETCH, Header, TensorInfo, read_header, safetensors_name
 from milora_init.checkpoint.quantisation import Quantisation, configured_dtype, read_quantisation
 from milora_init.checkpoint.quantised_tensors import (
     QuantisedTensor,
@@ -141,9 +141,18 @@ class Checkpoint:
 
     @cached_property
     def _dtype(self) -> str:
-        """The dtype of the model, by its safetensors name: that of config.json, else the commonest of its floats."""
+        """The dtype of the model, by its safetensors name: that of config.json, else the commonest of its floats.
+
+        Raises:
+            CheckpointError: config.json names another dtype than those that dense weights can have.
+        """
         if name := configured_dtype(self.config):
-            return safetensors_name(name)
+            if (dtype := safetensors_name(name)) not in FLOATS:
+                raise CheckpointError(
+                    f"{self.folder}/config.json names the dtype {name}, which dense weights cannot have",
+                    hint="set `dtype` there to bfloat16, float16 or float32: the one that the model computes in",
+                )
+            return dtype
         no_scales = (info for name, info in self.stored.items() if not any(word in name for word in _SCALES))
         dtypes = Counter(info.dtype for info in no_scales)
         return max(("BF16", "F16", "F32"), key=lambda dtype: dtypes[dtype])

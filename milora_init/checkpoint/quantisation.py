@@ -26,6 +26,11 @@ METHODS: Mapping[str, str] = {
     "fp8": "fp8", "mxfp8": "fp8", "mxfp4": "mxfp4", "compressed-tensors": "compressed-tensors",
     "modelopt": "modelopt", "modelopt_fp4": "modelopt", "bitsandbytes": "bitsandbytes",
 }  # fmt: skip
+# Formats of compressed-tensors whose tensors the rules read, or that leave the format to each group of modules.
+_COMPRESSED = (
+    "dense", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized",
+)  # fmt: skip
 # Reasons for well-known methods that no rule reads.
 REFUSED: Mapping[str, str] = {
     "gptq": "GPTQ stores weights transposed, with packed zero points in two versions that the files do not tell apart",
@@ -112,7 +117,7 @@ def configured_dtype(config: Mapping[str, Any]) -> str | None:
 
     A composite model may name it only in a section, such as text_config.
     """
-    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    sections = [config, *(v for key, v in config.items() if isinstance(v, dict) and key not in _CONFIG_KEYS)]
     for section in sections:
         for key in ("dtype", "torch_dtype"):
             if isinstance(section.get(key), str):
@@ -152,6 +157,11 @@ def _refuse_options(quantisation: Quantisation) -> None:
             option = settings.get(key)
             if option and not (isinstance(option, dict) and option.get("format") == "dense"):
                 raise refuse(f"a {key}: {why}")
+        groups = settings.get("config_groups")
+        sections = [settings, *(groups.values() if isinstance(groups, dict) else ())]
+        for form in (section.get("format") for section in sections if isinstance(section, dict)):
+            if form is not None and form not in _COMPRESSED:
+                raise refuse(f"the format {str(form)[:40]!r}: rules exist for {', '.join(_COMPRESSED[1:])}")
         status = settings.get("quantization_status", "compressed")
         if status != "compressed":
             raise refuse(f"quantization_status {status!r}: only `compressed` weights are stored as codes")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from milora_init.checkpoint.header import SAFETENSORS_DTYPES, TensorInfo
+from milora_init.checkpoint.header import FLOATS, SAFETENSORS_DTYPES, TensorInfo
 from milora_init.checkpoint.quantisation import UNQUANTISED, Quantisation
 from milora_init.errors import CheckpointError
 
@@ -23,7 +23,7 @@ RULES_VERSION = 1  # raised when a rule gives other values for the same bytes
 Encoding = Literal["stored", "e2m1", "integer", "map"]
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _EXPONENTS = ("F8_E8M0", "U8")
-_FLOATS = ("F32", "BF16", "F16", "F64")
+_INTEGERS = ("I8", "U8", "I16", "I32", "I64")
 # One number for each module: scales of activations and of the KV cache. A dense model has no use for them.
 ACTIVATIONS = (
     ".activation_scale", ".input_scale", ".input_zero_point", ".input_global_scale", ".qscale_act", ".output_scale",
@@ -237,7 +237,7 @@ class _Finder:
 
     def fp8(self, name: str, info: TensorInfo) -> None:
         if info.dtype in _FP8:
-            scale = self.part(name, *_scale_names(name), dtypes=(*_FLOATS, *_EXPONENTS))
+            scale = self.part(name, *_scale_names(name), dtypes=(*FLOATS, *_EXPONENTS))
             block = _fitting_block(info, scale, self._fp8_blocks())
             mx = scale.dtype in _EXPONENTS and block == (1, 32)
             rule = Rule(f"{'MXFP8' if mx else 'FP8'}, {_block_words(block, info.shape)}", 8, "stored", block)
@@ -286,10 +286,13 @@ class _Finder:
             elif info.dtype == "U8":
                 self._fp4(name, info, name.removesuffix("_packed"), divide=True, global_scale="_global_scale")
         elif name.endswith(".weight") and (info.dtype in _FP8 or info.dtype == "I8"):
-            scale = self.part(name, f"{name}_scale", dtypes=(*_FLOATS, *_EXPONENTS))
-            zero_point = self.stored.get(f"{name}_zero_point")
-            if zero_point is not None and zero_point.shape != scale.shape:
-                raise _wrong_shape(zero_point, scale.shape, name)
+            exponents = _EXPONENTS if info.dtype in _FP8 else ()
+            scale = self.part(name, f"{name}_scale", dtypes=(*FLOATS, *exponents))
+            zero_point = None
+            if (zero_name := f"{name}_zero_point") in self.stored:
+                zero_point = self.part(name, zero_name, dtypes=(*_INTEGERS, *_FP8, *FLOATS))
+                if zero_point.shape != scale.shape:
+                    raise _wrong_shape(zero_point, scale.shape, name)
             block = _fitting_block(info, scale, self._ct_blocks(info.shape))
             kind = "FP8" if info.dtype in _FP8 else "int8"
             rule = Rule(f"{kind}, {_block_words(block, info.shape)}", 8, "stored", block)
@@ -320,7 +323,7 @@ class _Finder:
 
     def _ct_integers(self, name: str, info: TensorInfo) -> None:
         base = name.removesuffix("_packed")
-        scale = self.part(name, f"{base}_scale", dtypes=_FLOATS)
+        scale = self.part(name, f"{base}_scale", dtypes=FLOATS)
         shape = self.part(name, f"{base}_shape", dtypes=("I64", "I32"))
         zero_point, order = self.stored.get(f"{base}_zero_point"), self.stored.get(f"{base}_g_idx")
         if len(info.shape) != 2 or len(scale.shape) != 2 or math.prod(shape.shape) != 2:
@@ -367,7 +370,7 @@ class _Finder:
     def _fp4(self, name: str, info: TensorInfo, logical: str, *, divide: bool, global_scale: str) -> None:
         """MXFP4 and NVFP4 of compressed-tensors, NVFP4 of ModelOpt: the dtype of the scale tells them apart."""
         scale = self.part(name, f"{logical}_scale", dtypes=("F8_E4M3", *_EXPONENTS))
-        shape = (*info.shape[:-1], 2 * info.shape[-1])
+        shape = (*info.shape[:-1], *(2 * n for n in info.shape[-1:]))
         nv = scale.dtype == "F8_E4M3"
         block = (1, 16 if nv else 32)
         _require_grid(name, scale, shape, block)
@@ -383,7 +386,7 @@ class _Finder:
         if not name.endswith(".weight"):
             return
         if info.dtype in _FP8:
-            scale = self.part(name, f"{name}_scale", dtypes=_FLOATS)
+            scale = self.part(name, f"{name}_scale", dtypes=FLOATS)
             block = _fitting_block(info, scale, [])
             rule = Rule("FP8, one scale for the tensor", 8, "stored", block)
             self.add(name, info.shape, _matrix(info.shape), rule, {"codes": info, "scale": scale})
@@ -434,7 +437,7 @@ class _Finder:
             ok = all(type(x) is int and 0 < x < 2**31 for x in (m, n, block)) and type(nested) is int and nested >= 0
             if not ok or block % 2:
                 raise ValueError("impossible numbers")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{name} cannot be read: {str(error)[:200]}", hint=UNQUANTISED) from error
         return (m, n), block, nested, offset
 

@@ -13,17 +13,18 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from milora_init.checkpoint.dequantise import QuantisedSource, locate
 from milora_init.checkpoint.files import file_mode, read_chunks, source_file
 from milora_init.checkpoint.folder import PICKLE_INDEX, SAFETENSORS_INDEX, Checkpoint, open_checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.errors import CheckpointError, OutputError, PlanError, UsageError
+from milora_init.errors import CheckpointError, OutputError, UsageError
 from milora_init.export import merge_weight
 from milora_init.export.merge_plan import MergeOptions, MergePlan, plan_merge
 from milora_init.export.merge_weight import MergedWeight, MergeJob
@@ -34,6 +35,7 @@ from milora_init.lora.folder import adapter_files, adapter_folder
 from milora_init.manifest import Manifest
 from milora_init.options import OUTPUT_DTYPES, InitOptions, local_path
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
+from milora_init.run import dense
 from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
 from milora_init.run.pool import FilePool, SolverPool, weights_at_once
@@ -103,57 +105,23 @@ def merge(  # noqa: PLR0913  the options of the command
         name = model or str(manifest.source["model"])
         asked = InitOptions(model=name, out=out, revision=revision, cache_dir=cache_dir, token=token)
         original = _open_original(manifest, asked)
-    _require_dense(original, manifest)
     plan = plan_merge(located, trained, options=options, given=pair, original=original)
-    if not model:
-        original = None
     folder = OutputFolder(local_path(out), MERGED, read_merged)
-    for path in (plan.adapter.path, plan.source):
-        require_outside(folder.path, path, "./merged")
-    require_no_other_output(folder.path, MERGED)
-    if (folder.path / "adapter_config.json").exists():
-        raise OutputError(f"{folder.path} holds an adapter, which would be loaded", hint="choose another --out")
+    _require_own_folder(folder.path, plan)
     if finished := folder.prepare(plan):
-        return _compared(replace(finished, unchanged=True), folder.path, original, plan.manifest)
-    try:
-        shard_hashes = _write_shards(plan, folder, progress)
-        for name, (source_folder, _) in plan.side_files.items():
-            path = source_file(source_folder, name)
-            folder.write(name, read_chunks(path), mode=file_mode(path))
-        if plan.index is not None:
-            index = PICKLE_INDEX if plan.base.is_pickle else SAFETENSORS_INDEX
-            like = index if plan.base.index is not None else "config.json"
-            folder.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(plan.source / like))
-        folder.write("config.json", plan.config_bytes, mode=file_mode(plan.source / "config.json"))
-    except BaseException:
-        folder.abandon()
-        raise
-    source = plan.manifest.source
-    merged = MergeResult(
-        out=out,
-        pair=pair,
-        adapter=str(adapter_folder(Path(pair), plan.manifest.method)) if adapter is None else adapter,
-        model=source["model"],
-        revision=source["revision"],
-        from_hub=source["revision"] is not None,
-        # A base of NF4's numbers does not give the original again.
-        initial=plan.adapter.digest == plan.manifest.hashes.get(adapter_files(plan.manifest.method)[1])
-        and not plan.manifest.inputs.get("nf4"),
-        modules=len(plan.manifest.weights),
-        entries=sum(math.prod(record.shape) for record in plan.manifest.weights),
-        tensors={name: task.weights[0].dtype for name, task in plan.tasks.items() if task.weights},
-        changed=plan.changed,
-        retrained=tuple(plan.trained.tensors),
-        notices=(*([f"{adapter} {UNTRAINED}"] if plan.untrained else []), *plan.notices),
-        source_files=plan.manifest.inputs["source"],
-        fingerprint=plan.fingerprint,
-        inputs=plan.inputs,
-        files={name: (folder.path / name).stat().st_size for name in plan.files},
-        hashes={name: shard_hashes.get(name) or sha256(folder.path / name) for name in plan.files},
-        elapsed_s=round(time.monotonic() - started, 3),
-    )
-    folder.finish(merged.content())
-    return _compared(merged, folder.path, original, plan.manifest)
+        merged = replace(finished, unchanged=True)
+    else:
+        try:
+            hashes = _write_files(plan, folder, progress)
+        except BaseException:
+            folder.abandon()
+            raise
+        if adapter is None:
+            adapter = str(adapter_folder(Path(pair), manifest.method))
+        seconds = round(time.monotonic() - started, 3)
+        merged = _result(plan, folder.path, hashes, out=out, pair=pair, adapter=adapter, elapsed_s=seconds)
+        folder.finish(merged.content())
+    return _compared(merged, folder.path, original, manifest) if model and original else merged
 
 
 def plan_of(
@@ -168,11 +136,6 @@ def plan_of(
         name = model or str(manifest.source["model"])
         asked = InitOptions(model=name, out=pair, cache_dir=cache_dir, token=token)
         original = _open_original(manifest, asked)
-        if original.quantised.tensors:
-            raise PlanError(
-                "the original model is quantised, and its weights are not measured",
-                hint="start from the unquantised model to compare directions",
-            )
     return plan_merge(located, trained, given=pair, original=original), located
 
 
@@ -194,15 +157,6 @@ def _shard_bytes(size: str | None) -> int | None:
     return found
 
 
-def _require_dense(original: Checkpoint | None, manifest: Manifest) -> None:
-    """Raise PlanError for an adapter of an original model that is quantised."""
-    if original is not None and not manifest.method.writes_base and original.quantised.tensors:
-        raise PlanError(
-            "the original model is quantised: merged weights would have to be quantised again; merge never does that",
-            hint="load the trained adapter on this model; servers do that too, see docs/quantised.md",
-        )
-
-
 def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     """The original model of a base. Raises CheckpointError for another model."""
     original = open_model(fetch_original(manifest, options))
@@ -214,10 +168,71 @@ def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     return original
 
 
-def _compared(merged: MergeResult, folder: Path, original: Checkpoint | None, manifest: Manifest) -> MergeResult:
-    """The result with the number of bit-equal entries, if the original model is given."""
-    if original is None:
-        return merged
+def _require_own_folder(folder: Path, plan: MergePlan) -> None:
+    """Raise OutputError for a folder to write that holds, or lies in, something else than an earlier merge."""
+    for path in (plan.adapter.path, plan.source):
+        require_outside(folder, path, "./merged")
+    require_no_other_output(folder, MERGED)
+    if (folder / "adapter_config.json").exists():
+        raise OutputError(f"{folder} holds an adapter, which would be loaded", hint="choose another --out")
+
+
+def _write_files(plan: MergePlan, folder: OutputFolder[MergeResult], progress: MergeProgress) -> dict[str, str]:
+    """Write every file but the record. Returns the SHA-256 of each.
+
+    Index and config.json come last, because with them the folder can be loaded as a model.
+    """
+    hashes = _write_shards(plan, folder, progress)
+    for name, (source_folder, _) in plan.side_files.items():
+        path = source_file(source_folder, name)
+        folder.write(name, read_chunks(path), mode=file_mode(path))
+    if plan.index is not None:
+        index = PICKLE_INDEX if plan.base.is_pickle else SAFETENSORS_INDEX
+        like = index if plan.base.index is not None else "config.json"
+        folder.write(SAFETENSORS_INDEX, plan.index, mode=file_mode(plan.source / like))
+    folder.write("config.json", plan.config_bytes, mode=file_mode(plan.source / "config.json"))
+    return {name: hashes.get(name) or sha256(folder.path / name) for name in plan.files}
+
+
+def _result(  # noqa: PLR0913  the fields of the record
+    plan: MergePlan, folder: Path, hashes: Mapping[str, str], *, out: str, pair: str, adapter: str, elapsed_s: float
+) -> MergeResult:
+    """What was merged.
+
+    Args:
+        plan: The plan, carried out.
+        folder: The folder that was written.
+        hashes: SHA-256 of every file of the plan.
+        out, pair, adapter: The folders as given.
+        elapsed_s: Seconds.
+    """
+    manifest = plan.manifest
+    is_initial = plan.adapter.digest == manifest.hashes.get(adapter_files(manifest.method)[1])
+    return MergeResult(
+        out=out,
+        pair=pair,
+        adapter=adapter,
+        model=manifest.source["model"],
+        revision=manifest.source["revision"],
+        from_hub=manifest.source["revision"] is not None,
+        initial=is_initial and not manifest.inputs.get("nf4"),  # a base of NF4's numbers does not give the original
+        modules=len(manifest.weights),
+        entries=sum(math.prod(record.shape) for record in manifest.weights),
+        tensors={name: task.weights[0].dtype for name, task in plan.tasks.items() if task.weights},
+        changed=plan.changed,
+        retrained=tuple(plan.trained.tensors),
+        notices=(*([f"{adapter} {UNTRAINED}"] if plan.untrained else []), *plan.notices),
+        source_files=manifest.inputs["source"],
+        fingerprint=plan.fingerprint,
+        inputs=plan.inputs,
+        files={name: (folder / name).stat().st_size for name in plan.files},
+        hashes=hashes,
+        elapsed_s=elapsed_s,
+    )
+
+
+def _compared(merged: MergeResult, folder: Path, original: Checkpoint, manifest: Manifest) -> MergeResult:
+    """The result with the number of entries that have the bits of the original model."""
     return replace(merged, bit_equal=count_bit_equal(open_checkpoint(folder), original, manifest))
 
 
@@ -237,15 +252,16 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
         compared_lock = threading.Lock()
 
         def open_shard(name: str) -> ShardWriter[None]:
-            stamps = {plan.source / file: plan.base.stamps[file] for file in plan.sources[name]}
-            return ShardWriter(stamps, attempt=folder.attempt(), name=name, header=plan.headers[name])
+            sources, companions = (
+                {plan.source / file: plan.base.stamps[file] for file in files[name]}
+                for files in (plan.sources, plan.companions)
+            )
+            attempt = folder.attempt()
+            return ShardWriter(sources, attempt=attempt, name=name, header=plan.headers[name], companions=companions)
 
         def submit(name: str, shard: ShardWriter[None]) -> list[Future[None]]:
             """Give a shard's weights to the solver pool; hash its sources meanwhile."""
-            merged = [
-                shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
-                for tensor in _merged(plan, name)
-            ]
+            merged = [_submit_tensor(plan, tensor, shard, solvers) for tensor in _merged(plan, name)]
             # The original model was compared with its recorded hashes when it was opened.
             for file in plan.sources[name] if plan.manifest.method.writes_base else ():
                 with compared_lock:
@@ -281,13 +297,17 @@ def _compare(comparison: Future[None], plan: MergePlan, name: str, cancelled: th
         comparison.set_exception(error)
 
 
-def _merge_job(plan: MergePlan, tensor: str, shard: ShardWriter[None]) -> MergeJob:
+def _submit_tensor(plan: MergePlan, tensor: str, shard: ShardWriter[None], solvers: SolverPool) -> Future[None]:
+    """Give a tensor of a shard to the solver pool."""
     task, modules = plan.tasks[tensor], plan.adapter.modules
+    source = locate(plan.base, task.source) if task.source else None
+    if isinstance(source, QuantisedSource) and not task.weights and not task.new:
+        return shard.submit(solvers, dense.run, dense.DenseJob(source, shard.target(tensor)))
     weights = tuple(
         MergedWeight(record, modules[record.key].scale, modules[record.key].magnitude) for record in task.weights
     )
-    residual = shard.locate(task.source) if task.source else None
-    return MergeJob(residual, shard.target(tensor), weights, task.new, plan.adapter.weights)
+    job = MergeJob(source, shard.target(tensor), weights, task.new, plan.adapter.weights)
+    return shard.submit(solvers, merge_weight.run, job)
 
 
 def _require_source(plan: MergePlan, name: str, found: str) -> None:
@@ -298,10 +318,13 @@ def _require_source(plan: MergePlan, name: str, found: str) -> None:
 
 
 def _needed_bytes(plan: MergePlan, tensor: str) -> int:
-    """Memory for one tensor: what is read of the adapter's file, and some blocks of rows."""
+    """Memory for one tensor: a matrix that is dequantised, what is read of the adapter's file, some blocks of rows."""
     task = plan.tasks[tensor]
     names = [task.new.whole, task.new.rows] if task.new else []
     for record in task.weights[:1]:
         factors = plan.adapter.modules[record.key]
         names += [factors.A, factors.B]
-    return sum(plan.adapter.header.tensors[name].size_bytes for name in names if name) + (16 << 20)
+    quantised = plan.base.quantised.tensors.get(task.source or "")
+    dequantised_bytes = 4 * math.prod(quantised.matrix) if quantised else 0
+    read_bytes = sum(plan.adapter.header.tensors[name].size_bytes for name in names if name)
+    return dequantised_bytes + read_bytes + (16 << 20)

@@ -15,8 +15,9 @@ from milora_init import __version__
 from milora_init.checkpoint.files import read_bytes, stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import SAFETENSORS_DTYPES, Header, TensorInfo, plan_header, safetensors_name
-from milora_init.checkpoint.side_files import side_files, travels
+from milora_init.checkpoint.header import FLOATS, SAFETENSORS_DTYPES, Header, TensorInfo, plan_header, safetensors_name
+from milora_init.checkpoint.quantised_tensors import QuantisedTensors
+from milora_init.checkpoint.side_files import travels
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.export.tokenizer import Tokenizer, choose_tokenizer, is_tokenizer_file
 from milora_init.export.trained_parameters import NewTensor, TrainedParameters, trained_parameters
@@ -30,12 +31,13 @@ from milora_init.lora.compatibility import (
 from milora_init.lora.folder import LoraAdapter, adapter_files, adapter_folder, expected_tensors, read_lora
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside
 from milora_init.model.adaptable import read_structure
-from milora_init.plan.output_files import target_name, with_dtype
+from milora_init.plan.finished import copied_side_files
+from milora_init.plan.output_files import config_with_dtype, plain_config, target_name, with_dtype
+from milora_init.plan.quantised_base import dense_layout, stored_layout
 from milora_init.records import ORIGINAL_MODEL, require_pair
 from milora_init.verification.files import check_weight_records
 
 _FETCH_AGAIN = "fetch the output again, from somebody you trust"
-_FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class MergeOptions:
 class TensorTask:
     """How a tensor of the merged model is made, where it is not a copy of the base's bytes.
 
+    Without weights and trained values it is the tensor of the base in another dtype, or dequantised.
+
     Attributes:
         source: The tensor of the base; None if the adapter's file has all of it.
         weights: The adapted weights in it; experts are several in one tensor.
@@ -82,7 +86,8 @@ class MergePlan:
         adapter: The adapter, its header read.
         tasks: The tensors that are no copies, by their name in the output.
         headers: Of each shard of the output, by its name.
-        sources: The files of the base that each shard of the output is made from.
+        sources: The files of the base that the tensors of each shard of the output are in.
+        companions: Further files of the base that are read for a shard: they hold parts of its quantised tensors.
         side_files: The files that are copied, each with its folder and size: tokenizer, licence, code.
         config_bytes: Content of config.json.
         index: Content of the index; None for a model of one file.
@@ -99,6 +104,7 @@ class MergePlan:
     tasks: Mapping[str, TensorTask]
     headers: Mapping[str, Header]
     sources: Mapping[str, Sequence[str]]
+    companions: Mapping[str, Sequence[str]]
     side_files: Mapping[str, tuple[Path, int]]
     config_bytes: bytes
     index: bytes | None
@@ -159,9 +165,11 @@ class MergePlan:
     @property
     def changed(self) -> tuple[str, ...]:
         """The tensors that verify cannot compare with the original model's: retrained, added, left out or cast."""
-        base = self.base.stored
+        # The merge of a residual base keeps what is quantised; that of an original model writes it dense.
+        base = self.base.stored if self.manifest.method.writes_base else self.base.tensors
         written = {name: info for header in self.headers.values() for name, info in header.tensors.items()}
-        cast = {name for name, task in self.tasks.items() if not task.weights}
+        unmerged = {name: task for name, task in self.tasks.items() if not task.weights}
+        cast = {name for name, task in unmerged.items() if task.new or written[name].dtype != base[name].dtype}
         if self.options.dtype != "auto":
             cast |= {name for name, task in self.tasks.items() if task.weights}
         return tuple(sorted(cast | (base.keys() ^ written.keys())))
@@ -200,7 +208,7 @@ def plan_merge(
     config_bytes = _config(manifest, checkpoint)
     config = json.loads(config_bytes)
     trained = trained_parameters(lora, checkpoint, config, manifest)
-    layout = _Layout(checkpoint, manifest.weights, trained, options)
+    layout = _Layout(checkpoint, manifest, trained, options)
     tokenizer, notices = choose_tokenizer(options.tokenizer, lora.path, checkpoint.folder, trained.vocabulary)
     changed = _changed_config(config, trained, tokenizer, options.dtype)
     return MergePlan(
@@ -211,6 +219,7 @@ def plan_merge(
         tasks=layout.tasks,
         headers=layout.headers,
         sources=layout.sources,
+        companions=layout.companions,
         side_files=_side_files(pair, manifest, checkpoint, tokenizer),
         config_bytes=config_bytes if changed == config else (json.dumps(changed, indent=2) + "\n").encode(),
         index=layout.index(),
@@ -261,27 +270,46 @@ def _require_fit(adapter: LoraAdapter, manifest: Manifest) -> None:
 class _Layout:
     """The tensors of the merged model, and the shards that they are written to.
 
+    The tensors that a residual base keeps quantised stay so. Those of a quantised original model become dense.
+
     Args:
         base: The base.
-        weights: The adapted weights.
+        manifest: Of the pair.
         trained: What was trained beside the factors.
         options: How the model is written.
+
+    Raises:
+        PlanError: A tensor that stays quantised was trained as a whole; or one was adapted, and also trained so.
     """
 
-    def __init__(
-        self, base: Checkpoint, weights: Iterable[WeightRecord], trained: TrainedParameters, options: MergeOptions
-    ) -> None:
+    def __init__(self, base: Checkpoint, manifest: Manifest, trained: TrainedParameters, options: MergeOptions) -> None:
         self._base, self._trained = base, trained
         self._records: dict[str, list[WeightRecord]] = {}
-        for record in weights:
+        for record in manifest.weights:
             self._records.setdefault(record.tensor, []).append(record)
         self._main_dtype = self._find_main_dtype()
         self._dtype = None if options.dtype == "auto" else safetensors_name(options.dtype)
-        by_file: dict[str, list[TensorInfo]] = {
-            file: [self._info(info) for info in header.tensors.values() if info.name not in trained.removed]
+        self._layout, kept = dense_layout(base), QuantisedTensors({}, frozenset())
+        if manifest.method.writes_base:
+            self._layout, kept = stored_layout(base), base.quantised
+        self._kept_parts = kept.part_names
+        if name := min(trained.tensors.keys() & kept.tensors.keys(), default=None):
+            raise PlanError(
+                f"{name} was trained as a whole, and the base has it quantised; merge never quantises",
+                hint="make the pair with --base dense to train it",
+            )
+        removed = trained.removed | {
+            part.name for name in trained.removed & kept.tensors.keys() for part in kept.tensors[name].parts.values()
+        }
+        by_file = {
+            file: [
+                self._info(TensorInfo(name, dtype, shape, 0, 0))
+                for name, dtype, shape in self._layout.entries(header)
+                if name not in removed
+            ]
             for file, header in base.headers.items()
         }
-        files = {name: file for file, header in base.headers.items() for name in header.tensors}
+        files = {info.name: file for file, infos in by_file.items() for info in infos}
         for name, new in trained.tensors.items():
             if name not in base.tensors:
                 file = files[new.source] if new.source else list(base.headers)[-1]
@@ -294,6 +322,13 @@ class _Layout:
         self.sources = {
             name: tuple(dict.fromkeys(files[info.name] for info in infos)) for name, infos in shards.items()
         }
+        self.companions = {name: self._companions(infos, self.sources[name]) for name, infos in shards.items()}
+
+    def _companions(self, infos: Iterable[TensorInfo], sources: Sequence[str]) -> tuple[str, ...]:
+        """The files with parts of the tensors that become dense, without those that hold their codes."""
+        tensors = (self._base.quantised.tensors[info.name] for info in infos if info.name in self._layout.dense)
+        files = {self._base.file_of[part.name] for tensor in tensors for part in tensor.parts.values()}
+        return tuple(sorted(files.difference(sources)))
 
     def _find_main_dtype(self) -> str:
         """The dtype of most bytes of the original model."""
@@ -305,13 +340,14 @@ class _Layout:
 
     def _cast(self, dtype: str) -> str:
         """The dtype that a tensor is written in: `--dtype` replaces only the dtype of most bytes, if it is a float."""
-        return self._dtype if self._dtype and dtype == self._main_dtype and dtype in _FLOATS else dtype
+        return self._dtype if self._dtype and dtype == self._main_dtype and dtype in FLOATS else dtype
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         """The tensor as it is written."""
         records, new = self._records.get(info.name), self._trained.tensors.get(info.name)
         dtype = safetensors_name(records[0].source_dtype) if records else info.dtype
-        return replace(info, dtype=self._cast(dtype), shape=new.shape if new else info.shape)
+        cast = dtype if info.name in self._kept_parts else self._cast(dtype)
+        return replace(info, dtype=cast, shape=new.shape if new else info.shape)
 
     def _make_tasks(self, infos: Iterable[TensorInfo]) -> dict[str, TensorTask]:
         found = {}
@@ -323,7 +359,7 @@ class _Layout:
                 )
             if new:
                 found[info.name] = TensorTask(new.source, new=new)
-            elif records or info.dtype != self._base.stored[info.name].dtype:
+            elif records or info.name in self._layout.dense or info.dtype != self._base.stored[info.name].dtype:
                 found[info.name] = TensorTask(info.name, tuple(records))
         return found
 
@@ -332,7 +368,7 @@ class _Layout:
         return {
             target_name(self._base, file, number): infos
             for number, (file, infos) in enumerate(by_file.items())
-            if infos or not self._trained.removed
+            if infos or not self._base.headers[file].tensors
         }
 
     def _header(self, name: str, infos: Sequence[TensorInfo]) -> Header:
@@ -387,7 +423,7 @@ def _side_files(
 ) -> dict[str, tuple[Path, int]]:
     """The files that are copied, with their folders and sizes. Raises CheckpointError."""
     if not manifest.method.writes_base:
-        names = {name: stamp(base.folder / name)[0] for name in side_files(base.folder)}
+        names = {name: stamp(base.folder / name)[0] for name in copied_side_files(base)}
     else:
         written = {*base.headers, SAFETENSORS_INDEX, "config.json", *adapter_files(manifest.method)}
         names = {name: size for name, size in manifest.files.items() if name not in written}
@@ -414,6 +450,8 @@ def _changed_config(
 
 
 def _config(manifest: Manifest, base: Checkpoint) -> bytes:
-    """The original model's config.json."""
+    """The original model's config.json, without what it says of quantisation where the merged model has none."""
+    if not manifest.method.writes_base:
+        return config_with_dtype(base, plain_config(base), "auto")
     text = manifest.source.get("config.json")
     return base.config_bytes if text is None else str(text).encode()

@@ -6,7 +6,7 @@ and the row norms |V| of V = residual + scale * B @ A (https://arxiv.org/abs/240
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from milora_init.checkpoint.dequantise import QuantisedSource
 from milora_init.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource
@@ -56,7 +57,7 @@ class MergeJob:
         factors: The adapter's file.
     """
 
-    residual: TensorSource | None
+    residual: TensorSource | QuantisedSource | None
     merged: WriteTarget
     weights: tuple[MergedWeight, ...]
     new: NewTensor | None
@@ -85,7 +86,9 @@ def run(job: MergeJob, device: torch.device, device_lock: DeviceLock, progress: 
     progress.tensor(job.merged.name, residual.size_bytes if residual else 0)
 
 
-def _replace(residual: TensorSource | None, merged: WriteTarget, new: NewTensor | None, factors: FactorReader) -> None:
+def _replace(
+    residual: TensorSource | QuantisedSource | None, merged: WriteTarget, new: NewTensor | None, factors: FactorReader
+) -> None:
     """Write trained values, or the base's values in another dtype, one block of rows at a time."""
     whole = factors.read_tensor(new.whole) if new and new.whole else None
     rows = factors.read_tensor(new.rows) if new and new.rows else None
@@ -94,13 +97,11 @@ def _replace(residual: TensorSource | None, merged: WriteTarget, new: NewTensor 
         with _named(merged.name), merged.opened() as write:
             write(_cast(whole if whole is not None else residual.read(), merged))  # type: ignore[union-attr]
         return
-    source = residual.read() if whole is None and residual and residual.offset is None else whole
+    source = residual if whole is None else whole
+    assert source is not None
+    read = _row_reader(source)
     for start, stop in _blocks(merged):
-        if source is None:
-            assert residual is not None
-            block = residual.rows(start, stop).read()
-        else:
-            block = source[start:stop]
+        block = read(start, stop)
         if rows is not None and new is not None:
             block = block.to(torch.promote_types(block.dtype, rows.dtype), copy=True)
             for number, row in enumerate(new.row_numbers):
@@ -135,21 +136,32 @@ def _named(name: str) -> Iterator[None]:
         raise SolveError(f"{name} cannot be merged: {error}", hint=hint) from error
 
 
-def _merge(residual: TensorSource, merged: WriteTarget, factors: FactorReader, weight: MergedWeight) -> None:
-    """Merge one weight, one block of its stored rows at a time; a pickled weight is read as a whole."""
+def _row_reader(source: Tensor | TensorSource | QuantisedSource) -> Callable[[int, int], Tensor]:
+    """A function that returns the rows from `start` to `stop`. A pickled or quantised tensor is read as a whole."""
+    if isinstance(source, TensorSource) and source.offset is not None:
+        return lambda start, stop: source.rows(start, stop).read()
+    whole = source if isinstance(source, Tensor) else source.read()
+    return lambda start, stop: whole[start:stop]
+
+
+def _merge(
+    residual: TensorSource | QuantisedSource, merged: WriteTarget, factors: FactorReader, weight: MergedWeight
+) -> None:
+    """Merge one weight, one block of its stored rows at a time."""
     record, scale = weight.record, weight.scale
     B, A = factors.read(record)
     left, right = (A.mT, B.mT) if record.transposed else (B, A)
     dtype = TORCH_DTYPES[merged.dtype]
-    whole = residual.read() if residual.offset is None else None
-
-    def read(start: int, stop: int) -> Tensor:
-        return residual.rows(start, stop).read() if whole is None else whole[start:stop]
-
+    read = _row_reader(residual)
     if weight.magnitude is None:
+        adds_nothing = not (bool(left.any()) and bool(right.any()))  # a sum with 0 would change the sign of -0
         for start, stop in _blocks(merged):
-            with _named(record.module), merged.rows(start, stop).opened() as write:
-                write(merged_weight(read(start, stop), left[start:stop], right, scale, dtype))
+            target = merged.rows(start, stop)
+            with _named(record.module), target.opened() as write:
+                if adds_nothing:
+                    write(_finite(_cast(read(start, stop), target)))
+                else:
+                    write(merged_weight(read(start, stop), left[start:stop], right, scale, dtype))
         return
     magnitude = factors.read_tensor(weight.magnitude).double()
 

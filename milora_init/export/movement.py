@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from milora_init.checkpoint.dequantise import locate
 from milora_init.envelope import envelope
 from milora_init.errors import PlanError, SolveError
 from milora_init.export.convert import difference
@@ -21,7 +22,7 @@ from milora_init.pictures import plots
 from milora_init.pictures.grid import Metric, grid_of
 from milora_init.pictures.metrics import number
 from milora_init.report import percent
-from milora_init.verification.tensors import open_tensors
+from milora_init.verification.tensors import read_row
 
 _NO_DORA = "DoRA changes the length of every row: its update is not of low rank; merge it and compare the models"
 
@@ -77,15 +78,13 @@ def measure(plan: MergePlan, pair: Path, progress: Callable[[str], None] = lambd
     initial = read_lora(adapter_folder(pair, manifest.method), manifest.weights)
     found = []
     with (
-        open_tensors(plan.base) as base,
         open_factors(initial.weights) as before,
         open_factors(trained.weights) as after,
     ):
         for record in manifest.weights:
             progress(record.module)
             start, end = before.read(record), after.read(record)
-            place = base.locate(record.tensor)
-            R = (place if record.row is None else place.at(record.row)).read().double()
+            R = read_row(locate(plan.base, record.tensor), record.row).double()
             found.append(_measure(record, R.mT if record.transposed else R, start, end, manifest))
     return found
 

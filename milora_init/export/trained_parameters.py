@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import Checkpoint
-from milora_init.checkpoint.tensor_file import SafetensorsShard, open_shard
+from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import CheckpointError, MiloraError, PlanError
 from milora_init.lora.folder import CONFIG_FILE, LoraAdapter
 from milora_init.lora.other_tensors import OtherTensor
@@ -195,7 +196,6 @@ def unchanged_copies(adapter: LoraAdapter, base: Checkpoint, manifest: Manifest)
     if not copies:
         return set()
     model = _Model(_built(base.config, text_only=bool(manifest.inputs.get("text_only"))), base.tensors)
-    files = {name: file for file, header in base.headers.items() for name in header.tensors}
     found = set()
     with SafetensorsShard(adapter.weights) as stored:
         for other in copies:
@@ -203,9 +203,8 @@ def unchanged_copies(adapter: LoraAdapter, base: Checkpoint, manifest: Manifest)
             tensor = next(filter(None, map(model.tensor, names)), None)
             if tensor is None or base.tensors[tensor].shape != other.shape:
                 continue
-            with open_shard(base.folder / files[tensor]) as shard:
-                if torch.equal(shard.read(tensor).double(), stored.read(other.key).double()):
-                    found.add(other.key)
+            if torch.equal(locate(base, tensor).read().double(), stored.read(other.key).double()):
+                found.add(other.key)
     return found
 
 

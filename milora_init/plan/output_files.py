@@ -41,6 +41,7 @@ class ShardJob:
         quantised: The quantised tensors whose values are read, by name. Their codes are in this file.
         nf4_rounds: See `linalg.split.split`.
         elsewhere: Where their parts are that other files hold, by the part's name.
+        companions: Those files that are on the disk, each with its stamp when it was planned.
         mode: Which singular triplets to take.
         factors: What to make of them.
     """
@@ -54,12 +55,18 @@ class ShardJob:
     factors: Factors
     quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)
     elsewhere: Mapping[str, TensorSource] = field(default_factory=dict)
+    companions: Mapping[Path, Stamp] = field(default_factory=dict)
     nf4_rounds: int = 0
 
     @property
     def base_bytes(self) -> int:
         """Size of the output's file; 0 if no base is written."""
         return self.header.file_bytes if self.header else 0
+
+    @property
+    def stamps(self) -> dict[Path, Stamp | None]:
+        """Every file of the model that is read, with its stamp."""
+        return {self.source: self.stamp, **self.companions}
 
     def source_part(self, source: Header) -> Header:
         """Header of a file with only the tensors that are split, or their parts, for the header of the source."""
@@ -103,7 +110,8 @@ def plan_shard(
         header = plan_header(layout.entries(source, weights, options.dtype), metadata=source.metadata)
     if not weights and (header is None or (source.tensors and not header.tensors)):
         return None
-    parts = {info.name: info for tensor in read.values() for info in tensor.parts.values()}
+    parts = {info.name for tensor in read.values() for info in tensor.parts.values()}
+    elsewhere = {name: checkpoint.file_of[name] for name in sorted(parts) if checkpoint.file_of[name] != file}
     return ShardJob(
         source=checkpoint.folder / file,
         stamp=checkpoint.stamps.get(file),
@@ -114,7 +122,12 @@ def plan_shard(
         factors=options.effective_method.factors,
         quantised=read,
         nf4_rounds=options.nf4,
-        elsewhere={name: locate_stored(checkpoint, name) for name in parts if checkpoint.file_of[name] != file},
+        elsewhere={name: locate_stored(checkpoint, name) for name in elsewhere},
+        companions={
+            checkpoint.folder / name: checkpoint.stamps[name]
+            for name in sorted(set(elsewhere.values()))
+            if name in checkpoint.stamps
+        },
     )
 
 

@@ -7,7 +7,7 @@ short with the wrong size. All others keep their bytes, and config.json lists th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ class BaseLayout:
     mixed: bool = False
 
     def entries(
-        self, source: Header, weights: Mapping[str, tuple[WeightPlan, ...]], dtype: str
+        self, source: Header, weights: Mapping[str, tuple[WeightPlan, ...]] = {}, dtype: str = "auto"
     ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Name, dtype and shape of each tensor that the base has of one file of the model.
 
@@ -69,16 +69,27 @@ def plan_layout(checkpoint: Checkpoint, options: InitOptions, weights: Iterable[
     Raises:
         PlanError: A mixed base of a model that is not quantised, or of a format that has none.
     """
-    quantised = checkpoint.quantised
-    by_codes = {tensor.codes.name: tensor for tensor in quantised.tensors.values()}
     if options.base == "mixed":
         _require_mixed_possible(checkpoint)
-        dense = _closed({w.weight.tensor for w in weights} & quantised.tensors.keys(), checkpoint)
-        if dense != quantised.tensors.keys():
-            return BaseLayout(dense, _removed(checkpoint, dense), by_codes, mixed=True)
-    if not options.effective_method.writes_base:
-        return BaseLayout(frozenset(), frozenset(), by_codes)
-    return BaseLayout(frozenset(quantised.tensors), quantised.part_names, by_codes)
+        tensors = checkpoint.quantised.tensors
+        dense = _closed({w.weight.tensor for w in weights} & tensors.keys(), checkpoint)
+        if dense != tensors.keys():
+            return BaseLayout(dense, removed_parts(checkpoint, dense), _by_codes(checkpoint), mixed=True)
+    return dense_layout(checkpoint) if options.effective_method.writes_base else stored_layout(checkpoint)
+
+
+def dense_layout(checkpoint: Checkpoint) -> BaseLayout:
+    """Return the layout in which every quantised tensor is dense."""
+    return BaseLayout(frozenset(checkpoint.quantised.tensors), checkpoint.quantised.part_names, _by_codes(checkpoint))
+
+
+def stored_layout(checkpoint: Checkpoint) -> BaseLayout:
+    """Return the layout in which every tensor is as it is stored."""
+    return BaseLayout(frozenset(), frozenset(), _by_codes(checkpoint))
+
+
+def _by_codes(checkpoint: Checkpoint) -> dict[str, QuantisedTensor]:
+    return {tensor.codes.name: tensor for tensor in checkpoint.quantised.tensors.values()}
 
 
 def base_sizes(
@@ -114,6 +125,11 @@ def mixed_config(checkpoint: Checkpoint, layout: BaseLayout, weights: Iterable[W
     if settings.get(key) is None and settings.get("ignored_layers") is not None:
         key = "ignored_layers"
     listed = settings.get(key)
+    if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+        raise PlanError(
+            f"--base mixed: {key} in config.json is {str(listed)[:80]}, expected a list of names",
+            hint="correct it, or use --base dense, which does not need it",
+        )
     if listed is None:
         # Without a list transformers leaves the output head alone; with one it leaves alone what the list names.
         plain = (name for name, info in checkpoint.stored.items() if len(info.shape) > 1)
@@ -169,8 +185,8 @@ def _is_cut(tensor: QuantisedTensor) -> bool:
     return any(size % block for size, block in zip(tensor.matrix, tensor.rule.block, strict=True))
 
 
-def _removed(checkpoint: Checkpoint, dense: frozenset[str]) -> frozenset[str]:
-    """Parts of the tensors that become dense, and the scales of their activations."""
+def removed_parts(checkpoint: Checkpoint, dense: Collection[str]) -> frozenset[str]:
+    """Return the parts of the tensors that become dense, and the scales of their activations, by their stored names."""
     tensors = checkpoint.quantised.tensors
     parts = {info.name for name in dense for info in tensors[name].parts.values()}
     modules = {name.removesuffix(".weight") for name in dense}

@@ -78,8 +78,9 @@ def run(job: DenseJob, _device: torch.device, _device_lock: DeviceLock, progress
     for source, target in places:
         for start, stop, values in source.blocks():
             rounded = values.to(TORCH_DTYPES[target.dtype])
-            if target.dtype == "F16" and not bool(rounded.isfinite().all()):
-                raise SolveError(f"{source.name} overflows {torch_name(target.dtype)}", hint="--dtype bfloat16")
+            if target.dtype != "F32" and not bool(rounded.isfinite().all()):
+                hint = "--dtype bfloat16" if target.dtype == "F16" else "--dtype float32"
+                raise SolveError(f"{source.name} overflows {torch_name(target.dtype)}", hint=hint)
             with target.rows(start, stop).opened() as write:
                 write(rounded)
     progress.tensor(job.source.name, job.source.size_bytes)

@@ -148,7 +148,8 @@ class RayMakers:
                 is too small.
         """
         remote = self._plan.checkpoint.remote and self._plan.checkpoint.remote.of({})
-        sources = {job.source: job.stamp for job in self._jobs if job.stamp is not None}
+        planned = {path: known for job in self._jobs for path, known in job.stamps.items()}
+        sources = {path: known for path, known in planned.items() if known is not None}
         names = [job.source.name for job in self._jobs if job.stamp is None]
         task, on_node = self._ray.remote(check), self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         probes = {

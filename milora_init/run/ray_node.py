@@ -160,7 +160,7 @@ def make_file(
         MiloraError: As `check`, `weight.run`, `download` and `Repository.upload_alone`.
     """
     hide_bars()
-    check(request, {} if job.stamp is None else {job.source: job.stamp})
+    check(request, {path: planned for path, planned in job.stamps.items() if planned is not None})
     with own_folder() as own:
         if model.remote:
             model = dataclasses.replace(model, remote=connected(model.remote, request.options.token))

@@ -108,9 +108,9 @@ def scan(
     def finish(job: ShardJob, results: Sequence[Future[WeightSpectrum]]) -> None:
         nonlocal finished
         found.update({result.module: result for result in (future.result() for future in results)})
-        if stamp(job.source) != job.stamp:
+        if changed := next((path for path, planned in job.stamps.items() if stamp(path) != planned), None):
             hint = "wait until nobody writes to it, and run again"
-            raise CheckpointError(f"{job.source} changed during the scan", hint=hint)
+            raise CheckpointError(f"{changed} changed during the scan", hint=hint)
         finished += 1
         progress.scanned(job.source.name, len(results), finished, len(plan.jobs), time.monotonic() - started)
 

@@ -41,9 +41,10 @@ class ShardWriter(Generic[Result]):
         name: The shard's name in the output folder.
         header: The shard's layout; None to write only its part of the adapter.
         adapter_part: Path relative to the output folder, and layout, of its part of the adapter; None if it has none.
+        companions: Further files that tasks read, each with its stamp: they must not change either.
 
     Raises:
-        CheckpointError: The source changed since it was planned, or cannot be read.
+        CheckpointError: A file that is read changed since it was planned, or cannot be read.
         OutputError: The output cannot be written.
     """
 
@@ -55,9 +56,11 @@ class ShardWriter(Generic[Result]):
         name: str,
         header: Header | None,
         adapter_part: tuple[str, Header] | None = None,
+        companions: Mapping[Path, Stamp] = {},
     ) -> None:
         self.name = name
-        self._header, self._stamps, self._attempt, self._finished = header, sources, attempt, False
+        self._header, self._attempt, self._finished = header, attempt, False
+        self._paths, self._stamps = tuple(sources), {**sources, **companions}
         mode = file_mode(next(iter(sources)))
         # By their path relative to the output folder; the part is finished first.
         layouts: dict[str, Header] = dict([adapter_part] if adapter_part else [])
@@ -76,7 +79,7 @@ class ShardWriter(Generic[Result]):
     def __enter__(self) -> ShardWriter[Result]:
         with ExitStack() as files:
             self._sources: dict[str, SafetensorsShard | PickleShard] = {}
-            for path in self._stamps:
+            for path in self._paths:
                 shard = open_shard(path)
                 files.enter_context(shard)
                 self._sources |= dict.fromkeys(shard.header.tensors, shard)

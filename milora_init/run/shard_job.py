@@ -18,7 +18,10 @@ def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
     """Writes the shard of a job, and its part of the adapter, in the folder of an attempt."""
     assert job.stamp is not None, "the source is on the disk"
     part = (part_name(job.target), part_header(job.splits)) if job.splits else None
-    return ShardWriter({job.source: job.stamp}, attempt=attempt, name=job.target, header=job.header, adapter_part=part)
+    return ShardWriter(
+        {job.source: job.stamp}, attempt=attempt, name=job.target, header=job.header, adapter_part=part,
+        companions=job.companions,
+    )  # fmt: skip
 
 
 def submit(solvers: SolverPool, job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import Checkpoint, open_model
 from milora_init.hub.source import fetch_original
 from milora_init.linalg.svd import singular_triplets
@@ -24,7 +25,7 @@ from milora_init.verification.adapter import (
     check_trained_adapter,
 )
 from milora_init.verification.files import MAKE_AGAIN, Pair, check_files, check_stray_files
-from milora_init.verification.tensors import EPS32, model_hint, open_tensors, spread
+from milora_init.verification.tensors import EPS32, model_hint, read_row, spread
 from milora_init.verification.verdict import Finding, Verdict, verdict_code
 
 
@@ -96,13 +97,12 @@ def _compare(adapter: Path, model: Checkpoint, manifest: Manifest, *, all_compon
     modules = [record.module for record in manifest.weights]
     chosen = set(modules if all_components else spread(modules))
     left = manifest.method.factors == "left"
-    with open_tensors(model) as weights, open_factors(adapter) as factors:
+    with open_factors(adapter) as factors:
         for record in (record for record in manifest.weights if record.module in chosen):
             if record.tensor not in model.tensors:
                 yield Finding(record.module, f"the original model has no tensor {record.tensor}", MAKE_AGAIN)
                 continue
-            place = weights.locate(record.tensor)
-            W = (place if record.row is None else place.at(record.row)).read()
+            W = read_row(locate(model, record.tensor), record.row)
             W = W.mT if record.transposed else W
             if tuple(W.shape) != record.shape:
                 what = f"is {list(record.shape)} by the manifest, {list(W.shape)} in the model"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,16 +18,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milora_init.checkpoint.dequantise import QuantisedSource, locate
+from milora_init.checkpoint.dequantise import QuantisedSource, locate, locate_stored
 from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.tensor_file import PickleShard, SafetensorsShard, TensorSource, open_shard
+from milora_init.checkpoint.header import torch_name
+from milora_init.checkpoint.tensor_file import TensorSource
 from milora_init.linalg.certificate import EPS
 from milora_init.linalg.nf4 import nf4
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.lora.folder import open_factors
 from milora_init.lora.tensor_layout import initial_block
 from milora_init.manifest import Manifest, WeightRecord
+from milora_init.plan.quantised_base import removed_parts
 from milora_init.plan.weights import weight_seed
 from milora_init.verification.verdict import Finding
 
@@ -39,50 +40,7 @@ _CERTAIN = 1e-3  # above this bound of the solver's own error, the directions ar
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an integer dtype by the bytes of a float
 _MAKE_AGAIN = "make the pair again"
 _MERGE_AGAIN = "merge again"
-
-
-class TensorReader:
-    """Reads tensors of a checkpoint by name. The file of the last one stays open.
-
-    A quantised tensor is read as its values, in float32.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._shard: SafetensorsShard | PickleShard | None = None
-
-    def read(self, name: str) -> Tensor:
-        """A copy of a tensor in memory. Raises CheckpointError."""
-        if name in self._checkpoint.quantised.tensors:
-            return self.locate(name).read()
-        return self._open(name).read(name)
-
-    def locate(self, name: str) -> TensorSource | QuantisedSource:
-        """The place of a tensor, from which a part of it can be read. Raises CheckpointError."""
-        return locate(self._checkpoint, name)
-
-    def _open(self, name: str) -> SafetensorsShard | PickleShard:
-        path = self._checkpoint.folder / self._checkpoint.file_of[name]
-        if self._shard is None or self._shard.path != path:
-            self.close()
-            self._shard = open_shard(path)
-        return self._shard
-
-    def close(self) -> None:
-        """Close the file that is open."""
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
-
-
-@contextmanager
-def open_tensors(checkpoint: Checkpoint) -> Iterator[TensorReader]:
-    """A TensorReader that is closed at the end of the `with` block."""
-    reader = TensorReader(checkpoint)
-    try:
-        yield reader
-    finally:
-        reader.close()
+Place = TensorSource | QuantisedSource
 
 
 def compare_with_model(
@@ -135,9 +93,10 @@ def _compare(
         records.setdefault(record.tensor, []).append(record)
     modules = [record.module for record in manifest.weights]
     solved_again = set(modules if all_components else spread(modules))
-    with open_tensors(base) as residuals, open_tensors(model) as originals, open_factors(adapter) as factors:
+    yield from _compare_kept_scales(base, model, hint)
+    with open_factors(adapter) as factors:
         for name in (name for name in base.tensors if name in model.tensors):
-            original, residual = originals.locate(name), residuals.locate(name)
+            original, residual = locate(model, name), locate(base, name)
             if original.shape != residual.shape:
                 what = f"{list(original.shape)} in the original model, {list(residual.shape)} in the residual base"
                 yield Finding(name, what, hint)
@@ -145,8 +104,7 @@ def _compare(
             if name not in records and not _same_values(original, residual):
                 yield Finding(name, "not adapted, but its bytes are not the original model's", _MAKE_AGAIN)
             for record in records.get(name, ()):
-                places = (original, residual)
-                W, R = (place.read() if record.row is None else place.at(record.row).read() for place in places)
+                W, R = (read_row(place, record.row) for place in (original, residual))
                 if record.transposed:
                     W, R = W.mT, R.mT
                 B, A = factors.read(record)
@@ -160,15 +118,11 @@ def count_bit_equal(merged: Checkpoint, model: Checkpoint, manifest: Manifest) -
         CheckpointError: A tensor that cannot be read.
     """
     count = 0
-    with open_tensors(merged) as after, open_tensors(model) as before:
-        for record in manifest.weights:
-            places = (reader.locate(record.tensor) for reader in (after, before))
-            if record.row is not None:
-                places = (place.at(record.row) for place in places)
-            one, other = (place.read() for place in places)
-            other = _as_stored(other, record.tensor, model, one)
-            bits = _BITS[one.itemsize]
-            count += one.numel() - int((one.view(bits) != other.view(bits)).count_nonzero())
+    for record in manifest.weights:
+        now, W = (read_row(locate(checkpoint, record.tensor), record.row) for checkpoint in (merged, model))
+        expected = W.to(now.dtype) if record.tensor in model.quantised.tensors else W
+        bits = _BITS[now.itemsize]
+        count += now.numel() - int((now.view(bits) != expected.view(bits)).count_nonzero())
     return count
 
 
@@ -194,21 +148,40 @@ def compare_merged(
     for name in sorted((merged.tensors.keys() ^ model.tensors.keys()) - set(changed)):
         where = "the original model" if name in merged.tensors else "the merged model"
         yield Finding(name, f"{where} has no such tensor", _MERGE_AGAIN)
-    with open_tensors(merged) as after, open_tensors(model) as before:
-        for name in (name for name in merged.tensors if name in model.tensors and name not in changed):
-            now, W = after.read(name), before.read(name)
-            rounded = name in model.quantised.tensors  # to the dtype of the merged model
-            if now.shape != W.shape or (now.dtype != W.dtype and not rounded):
-                what = f"{now.dtype} {list(now.shape)}, in the original model {W.dtype} {list(W.shape)}"
-                yield Finding(name, what, _MERGE_AGAIN)
-            elif name not in residuals:
-                if not _same_bytes(now, _as_stored(W, name, model, now)):
-                    yield Finding(name, "not adapted, but its bytes are not the original model's", _MERGE_AGAIN)
-            elif initial:
-                distance, most = _rounding_distance(now, W, residuals[name])
+    yield from _compare_kept_scales(merged, model, _MERGE_AGAIN)
+    for name in (name for name in merged.tensors if name in model.tensors and name not in changed):
+        now, W = merged.tensors[name], model.tensors[name]
+        rounded = name in model.quantised.tensors  # to the dtype of the merged model
+        if now.shape != W.shape or (now.dtype != W.dtype and not rounded):
+            what = f"{torch_name(now.dtype)} {list(now.shape)}, in the original model {torch_name(W.dtype)}"
+            yield Finding(name, f"{what} {list(W.shape)}", _MERGE_AGAIN)
+        elif name not in residuals:
+            if not _same_values(locate(model, name), locate(merged, name)):
+                yield Finding(name, "not adapted, but its bytes are not the original model's", _MERGE_AGAIN)
+        elif initial:
+            for before, after in _one_at_a_time(locate(model, name), locate(merged, name)):
+                distance, most = _rounding_distance(after.read(), before.read(), residuals[name])
                 if not distance <= most:
                     what = f"differs from the original by {distance:.2e} (Frobenius norm), rounding explains {most:.2e}"
                     yield Finding(name, what, _MERGE_AGAIN)
+                    break
+
+
+def _compare_kept_scales(output: Checkpoint, model: Checkpoint, hint: str) -> Iterator[Finding]:
+    """Of tensors that an output keeps quantised, the scales of activations must be those of the original model.
+
+    The parts that hold values are compared with the tensors; these scales are no part of a value.
+    """
+    if not output.quantised.tensors:
+        return
+    dense = model.quantised.tensors.keys() - output.quantised.tensors.keys()
+    expected = model.quantised.dropped - removed_parts(model, dense)
+    for name in sorted(expected | output.quantised.dropped):
+        if name not in expected or name not in output.stored:
+            where = "the original model" if name not in expected else "the output"
+            yield Finding(name, f"{where} has no such tensor", hint)
+        elif not _same_bytes(*(locate_stored(checkpoint, name).read() for checkpoint in (model, output))):
+            yield Finding(name, "its bytes are not the original model's", hint)
 
 
 def _rounding_distance(merged: Tensor, W: Tensor, residual_dtype: str) -> tuple[float, float]:
@@ -356,20 +329,33 @@ def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tupl
     return error / s_max + orthonormality_error, 8 * EPS32 * root
 
 
-def _same_values(original: TensorSource | QuantisedSource, stored: TensorSource | QuantisedSource) -> bool:
-    """Whether a tensor has the original's bytes, or its values, rounded once, if the original is quantised.
+def _same_values(original: Place, stored: Place) -> bool:
+    """Whether a tensor has the original's bytes; or, where only the original is quantised, its values, rounded once."""
+    return all(_same_piece(before, after) for before, after in _one_at_a_time(original, stored))
 
-    Of a fused tensor of experts one expert is in memory at a time.
-    """
-    if len(original.shape) > 2 and isinstance(original, QuantisedSource):
-        return all(_same_values(original.at(row), stored.at(row)) for row in range(original.shape[0]))
-    found, expected = stored.read(), original.read()
+
+def _same_piece(original: Place, stored: Place) -> bool:
+    if isinstance(original, QuantisedSource) and isinstance(stored, QuantisedSource):
+        return (
+            original.tensor.rule == stored.tensor.rule
+            and original.parts.keys() == stored.parts.keys()
+            and all(_same_bytes(part.read(), stored.parts[role].read()) for role, part in original.parts.items())
+        )
+    expected, found = original.read(), stored.read()
     return _same_bytes(expected.to(found.dtype) if isinstance(original, QuantisedSource) else expected, found)
 
 
-def _as_stored(original: Tensor, name: str, model: Checkpoint, stored: Tensor) -> Tensor:
-    """A tensor of the original model as an output has it: a quantised one is rounded once to the output's dtype."""
-    return original.to(stored.dtype) if name in model.quantised.tensors else original
+def _one_at_a_time(original: Place, stored: Place) -> Iterator[tuple[Place, Place]]:
+    """Both places of a tensor; of experts that are fused and quantised those of one expert after the other."""
+    if len(original.shape) > 2 and isinstance(original, QuantisedSource):
+        yield from ((original.at(row), stored.at(row)) for row in range(original.shape[0]))
+    else:
+        yield original, stored
+
+
+def read_row(place: Place, row: int | None) -> Tensor:
+    """A tensor, or one entry of its first dimension. Raises CheckpointError."""
+    return (place if row is None else place.at(row)).read()
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

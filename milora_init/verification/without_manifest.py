@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import Checkpoint, open_checkpoint
 from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import MiloraError
@@ -22,7 +23,6 @@ from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LoraAdapter, read_
 from milora_init.manifest import MANIFEST
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.records import MERGED, unfinished_output
-from milora_init.verification.tensors import open_tensors
 from milora_init.verification.verdict import Finding, Verdict, note
 
 _CLOSE = 0.3  # training turns the directions a little, and rounding leaves a part of the component in the residual
@@ -80,15 +80,14 @@ def find_base_weights(base: Checkpoint, structure: ModelStructure, lora: LoraAda
     distances = []
     adapter_weights = SafetensorsShard(lora.weights)
     try:
-        with open_tensors(base) as base_weights:
-            for module in sorted(sample):
-                weight, factors = structure.adaptable[module], lora.modules[module]
-                W = base_weights.read(weight.tensor)
-                W = W.mT if weight.transposed else W
-                if tuple(W.shape) != factors.shape:
-                    return "other"
-                B, A = adapter_weights.read(factors.B), adapter_weights.read(factors.A)
-                distances.append(_distances(W, B, A, factors.scale))
+        for module in sorted(sample):
+            weight, factors = structure.adaptable[module], lora.modules[module]
+            W = locate(base, weight.tensor).read()
+            W = W.mT if weight.transposed else W
+            if tuple(W.shape) != factors.shape:
+                return "other"
+            B, A = adapter_weights.read(factors.B), adapter_weights.read(factors.A)
+            distances.append(_distances(W, B, A, factors.scale))
     finally:
         adapter_weights.close()
     if not distances:

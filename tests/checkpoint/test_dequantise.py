@@ -67,6 +67,12 @@ def reference(folder: Path) -> dict[str, Tensor]:
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
     found: dict[str, Tensor] = model.state_dict()
+    for name in [name for name in found if method == "fp8" and ".experts." in name]:  # that transformers has fused
+        experts, _, part = name.rpartition(".")
+        for number, matrix in enumerate(found.pop(name)):
+            halves = {"gate_proj": 0, "up_proj": 1} if part == "gate_up_proj" else {part: 0}
+            for proj, half in halves.items():
+                found[f"{experts}.{number}.{proj}.weight"] = matrix.chunk(len(halves))[half]
     return found
 
 
@@ -74,6 +80,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "fp8 blocks": quantised.save_fp8,
     "fp8 static": quantised.save_fp8_static,
     "mxfp8": quantised.save_mxfp8,
+    "fp4 experts": quantised.save_fp4,
     "gpt_oss": quantised.save_gpt_oss,
     **{f"ct {name}": partial(quantised.save_compressed, scheme=name) for name in quantised.CT_FORMATS},
 }
@@ -158,8 +165,9 @@ def test_fp4_experts_of_deepseek_v4(tmp_path: Path) -> None:
 def test_a_fused_tensor_of_experts_has_a_grid_for_each(tmp_path: Path) -> None:
     torch.manual_seed(0)
     q, scale = torch.randn(3, 40, 72).to(torch.float8_e4m3fn), torch.rand(3, 2, 3)
-    static, one = torch.randn(3, 8, 8).to(torch.float8_e4m3fn), torch.rand(3)
+    static, one, shared = torch.randn(3, 8, 8).to(torch.float8_e4m3fn), torch.rand(3), torch.rand(1, 1, 1)
     tensors = {"e.up": q, "e.up_scale_inv": scale, "e.down": static, "e.down_scale_inv": one}
+    tensors |= {"e.all": static.clone(), "e.all_scale_inv": shared}
     checkpoint = stored(tmp_path / "x", tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]})
     source = locate(checkpoint, "e.up")
     whole = source.read()
@@ -168,6 +176,15 @@ def test_a_fused_tensor_of_experts_has_a_grid_for_each(tmp_path: Path) -> None:
         assert torch.equal(whole[e], q[e].float() * grid)
         assert torch.equal(source.at(e).read(), whole[e])
         assert torch.equal(locate(checkpoint, "e.down").at(e).read(), static[e].float() * one[e])
+        assert torch.equal(locate(checkpoint, "e.all").at(e).read(), static[e].float() * shared[0, 0])
+
+
+@pytest.mark.parametrize("block", [[128, 1 << 50], [1 << 50, 128], [1 << 60, 1 << 60]])
+def test_a_block_larger_than_the_matrix_is_the_matrix(block: list[int], tmp_path: Path) -> None:
+    q, scale = torch.randn(8, 8).to(torch.float8_e4m3fn), torch.rand(1, 1)
+    config = {"quant_method": "fp8", "weight_block_size": block}
+    checkpoint = stored(tmp_path / "x", {"a.weight": q, "a.weight_scale_inv": scale}, config)
+    assert torch.equal(value(checkpoint, "a.weight"), q.float() * scale)
 
 
 @pytest.mark.parametrize("name", ["fp8 blocks", "gpt_oss", "ct int4 asymmetric", "ct nvfp4"])
@@ -198,6 +215,20 @@ def test_nan_and_inf_are_refused_by_name(bad: str, tmp_path: Path) -> None:
         value(checkpoint, "a.weight")
 
 
+@pytest.mark.parametrize("group", [-1, 3, 1 << 30])
+def test_a_column_of_a_group_that_is_not_there_is_refused(group: int, tmp_path: Path) -> None:
+    order = torch.arange(48, dtype=torch.int32) // 16
+    order[5] = group
+    tensors = {
+        "a.weight_packed": torch.zeros(6, 6, dtype=torch.int32), "a.weight_scale": torch.ones(6, 3),
+        "a.weight_shape": torch.tensor([6, 48]), "a.weight_g_idx": order,
+    }  # fmt: skip
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 16}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    with pytest.raises(CheckpointError, match=r"weight_g_idx names a group .* it has 3"):
+        value(stored(tmp_path / "x", tensors, config), "a.weight")
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_four_bit_codes_of_bitsandbytes(kind: str, double: bool, tmp_path: Path) -> None:
@@ -213,6 +244,24 @@ def test_four_bit_codes_of_bitsandbytes(kind: str, double: bool, tmp_path: Path)
         assert list(checkpoint.tensors) == [f"{name}.weight"]
         expected = bnb.functional.dequantize_4bit(codes, state)
         assert torch.equal(value(checkpoint, f"{name}.weight"), expected.float())
+
+
+@pytest.mark.parametrize("change", [{"nested_blocksize": 1 << 40}, {"nested_offset": 10**400}, {"nested_offset": "x"}])
+def test_a_state_of_bitsandbytes_with_impossible_numbers(change: dict[str, Any], tmp_path: Path) -> None:
+    """It is refused, or read without more memory than the weight has."""
+    bnb = pytest.importorskip("bitsandbytes")
+    codes, state = bnb.functional.quantize_4bit(torch.randn(96, 64), quant_type="nf4", compress_statistics=True)
+    tensors = {"a.weight": codes} | {f"a.weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    name = "a.weight.quant_state.bitsandbytes__nf4"
+    content = json.loads(bytes(tensors[name].tolist())) | change
+    tensors[name] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    if "nested_blocksize" in change:
+        expected = bnb.functional.dequantize_4bit(codes, state)
+        assert torch.equal(value(stored(tmp_path / "x", tensors, config), "a.weight"), expected)
+        return
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        stored(tmp_path / "x", tensors, config)
 
 
 def test_the_shape_that_is_stored_must_be_that_of_the_codes(tmp_path: Path) -> None:

@@ -26,6 +26,25 @@ def hub(source: Path) -> Iterator[Hub]:
         yield server
 
 
+def own_files(out: Path) -> dict[str, bytes]:
+    """All files but those that name the source and the folder."""
+    return {n: c for n, c in contents(out).items() if n not in ("milora_init.json", "lora/adapter_config.json")}
+
+
+def test_shapes_that_bitsandbytes_keeps_in_the_weights_are_read_by_range(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    """NF4: the plan needs the JSON text beside each weight."""
+    source = quantised.save_nf4(tmp_path / "nf4")
+    start(source, out=str(tmp_path / "local"))
+    with Hub() as hub:
+        hub.publish("tiny/nf4", source)
+        milora: Command = client(hub, tmp_path)
+        done = milora("--model", "tiny/nf4", *INIT[2:], "--low-disk")
+    assert done.returncode == 0, done.stderr
+    assert own_files(tmp_path / "local") == own_files(tmp_path / "out")
+
+
 @pytest.mark.parametrize("low_disk", [False, True])
 def test_scales_in_a_file_that_comes_later_are_read_by_range(
     low_disk: bool, hub: Hub, source: Path, start: Callable[..., Any], tmp_path: Path
@@ -34,9 +53,7 @@ def test_scales_in_a_file_that_comes_later_are_read_by_range(
     done = milora(*INIT, *(["--low-disk"] if low_disk else []))
     assert done.returncode == 0, done.stderr
     start(source, out=str(tmp_path / "local"))
-    own = {"milora_init.json", "lora/adapter_config.json"}  # they name the source and the folder
-    here, there = contents(tmp_path / "local"), contents(tmp_path / "out")
-    assert {n: c for n, c in here.items() if n not in own} == {n: c for n, c in there.items() if n not in own}
+    assert own_files(tmp_path / "local") == own_files(tmp_path / "out")
 
 
 def test_a_range_that_fails_leaves_nothing(hub: Hub, tmp_path: Path) -> None:

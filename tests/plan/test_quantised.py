@@ -28,6 +28,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     root = tmp_path_factory.mktemp("quantised")
     return {
         "fp8": quantised.save_fp8(root / "fp8"),
+        "int8": quantised.save_compressed(root / "int8", "int8 asymmetric"),
         "int4": quantised.save_compressed(root / "int4", "int4 asymmetric"),
         "nvfp4": quantised.save_compressed(root / "nvfp4", "nvfp4"),
         "gpt_oss": quantised.save_gpt_oss(root / "gpt_oss"),
@@ -105,6 +106,10 @@ BLOCKS = "model.layers.0.mlp.experts.down_proj_blocks"
         ("int4", None, {"transform_config": {"config_groups": {"a": {}}}}, ["transform_config", "rotated"]),
         ("int4", None, {"sparsity_config": {"format": "sparse-bitmask"}}, ["sparsity_config", "sparse"]),
         ("int4", None, {"quantization_status": "frozen"}, ["quantization_status 'frozen'"]),
+        ("int4", lambda t: t.update({f"{Q0}.weight": torch.ones(64, 64)}), {}, [f"{Q0}.weight is stored twice"]),
+        ("int4", None, {"format": "marlin-24"}, ["the format 'marlin-24'"]),
+        ("nvfp4", replaced(PACKED, lambda q: q[0, 0]), {}, [f"{Q0}.weight_scale", "should have the shape"]),
+        ("int8", replaced(f"{Q0}.weight_zero_point", lambda z: z.bool()), {}, ["zero_point is BOOL", f"{Q0}.weight"]),
         ("nvfp4", renamed(f"{Q0}.weight_global_scale", None), {}, [PACKED, "no", "weight_global_scale"]),
         ("nvfp4", replaced(f"{Q0}.weight_scale", lambda s: s[:, :3]), {}, ["weight_scale", "[64, 3]", "[64, 4]"]),
         ("gpt_oss", renamed(BLOCKS.replace("blocks", "scales"), None), {}, [BLOCKS, "no", "down_proj_scales"]),
@@ -211,6 +216,30 @@ def test_the_dtype_is_that_of_the_config_and_never_that_of_the_scales(own: Calla
     assert json.loads(made.config_bytes)["dtype"] == "bfloat16"
     edit_json(folder / "config.json", dtype="float16")
     assert {w.dtype for w in plan(folder).weights} == {"F16"}
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "bool"])
+def test_a_dtype_that_dense_weights_cannot_have_is_refused(dtype: str, own: Callable[..., Path]) -> None:
+    folder = own("fp8")
+    edit_json(folder / "config.json", dtype=dtype)
+    with pytest.raises(CheckpointError, match=f"names the dtype {dtype}"):
+        plan(folder)
+
+
+@pytest.mark.parametrize("listed", [5, "lm_head", {"a": 1}, [["lm_head"]], [None]])
+def test_a_list_of_unquantised_modules_that_is_none_is_refused(listed: Any, own: Callable[..., Path]) -> None:
+    folder = own("fp8", modules_to_not_convert=listed)
+    with pytest.raises(PlanError, match=r"modules_to_not_convert in config\.json is"):
+        plan(folder, base="mixed", target=("o_proj",))
+
+
+def test_a_pattern_in_the_list_is_copied_and_never_run(own: Callable[..., Path]) -> None:
+    pattern = "^(a+)+$|(x+x+)+y"
+    folder = own("fp8", modules_to_not_convert=[pattern, "lm_head"])
+    config = json.loads(plan(folder, base="mixed", target=("o_proj",)).config_bytes)
+    listed = config["quantization_config"]["modules_to_not_convert"]
+    assert listed[:2] == [pattern, "lm_head"]
+    assert f"{Q0.replace('q_proj', 'o_proj')}" in listed
 
 
 def test_a_file_of_scales_alone_has_no_file_in_the_base(tmp_path: Path) -> None:

@@ -3,44 +3,77 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import quantised
+from support import quantised, reference
 from support.interruptions import InterruptAt, InterruptedRunError
-from support.tiny_models import contents, tensors
+from support.tiny_models import contents, edit_json, tensors
 from torch import Tensor
 
 from milora_init import api
 from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import open_checkpoint, open_model
-from milora_init.errors import PlanError, UsageError
-from milora_init.lora.folder import open_factors
+from milora_init.checkpoint.header import read_header
+from milora_init.errors import CheckpointError, UsageError
+from milora_init.export.merge import merge, plan_of
+from milora_init.export.movement import measure
+from milora_init.lora.folder import open_factors, read_lora
 from milora_init.manifest import MANIFEST, Manifest
+from milora_init.options import InitOptions
+from milora_init.plan.plan import make_plan
+from milora_init.records import MERGED
+from milora_init.run.progress import Progress
 
 Start = Callable[..., Manifest]
 TARGETS: Mapping[str, tuple[str, ...] | None] = {
-    "fp8": None, "deepseek": ("q_a_proj", "down_proj", "experts"), "gpt_oss": ("q_proj", "experts"), "int4": None,
-    "nvfp4": None, "modelopt": None,
+    "fp8": None, "deepseek": ("q_a_proj", "down_proj", "experts"), "fp4": ("q_a_proj", "experts"),
+    "gpt_oss": ("q_proj", "experts"), "int4": None, "nvfp4": None, "modelopt": None, "modelopt fp8": None, "nf4": None,
 }  # fmt: skip
+
+
+FURTHER = ("modelopt fp8", "nf4")
+
+
+def wide(*kinds: str) -> list[Any]:
+    """Parameters of further cases that `make test-wide` runs."""
+    return [pytest.param(kind, marks=pytest.mark.wide) for kind in kinds]
+
+
+WRITERS: Mapping[str, Callable[[Path], Path]] = {
+    "fp8": quantised.save_fp8,
+    "deepseek": partial(quantised.save_fp8, kind="deepseek", block=16),
+    "fp4": quantised.save_fp4,
+    "gpt_oss": quantised.save_gpt_oss,
+    "int4": partial(quantised.save_compressed, scheme="int4"),
+    "nvfp4": partial(quantised.save_compressed, scheme="nvfp4"),
+    "modelopt": partial(quantised.save_modelopt, algorithm="NVFP4"),
+    "modelopt fp8": partial(quantised.save_modelopt, algorithm="FP8"),
+    "nf4": quantised.save_nf4,
+}
+
+
+class Sources(dict[str, Path]):
+    """sources[kind] is a quantised model, written when a test first asks for it; tests must not write into it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __missing__(self, kind: str) -> Path:
+        self[kind] = WRITERS[kind](self._root / kind.replace(" ", "-"))
+        return self[kind]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    root = tmp_path_factory.mktemp("quantised")
-    return {
-        "fp8": quantised.save_fp8(root / "fp8"),
-        "deepseek": quantised.save_fp8(root / "deepseek", "deepseek", block=16),
-        "gpt_oss": quantised.save_gpt_oss(root / "gpt_oss"),
-        "int4": quantised.save_compressed(root / "int4", "int4"),
-        "nvfp4": quantised.save_compressed(root / "nvfp4", "nvfp4"),
-        "modelopt": quantised.save_modelopt(root / "modelopt", "NVFP4"),
-    }
+    return Sources(tmp_path_factory.mktemp("quantised"))
 
 
 def outputs(out: Path) -> dict[str, bytes]:
@@ -48,7 +81,7 @@ def outputs(out: Path) -> dict[str, bytes]:
     return {n: c for n, c in contents(out).items() if n not in (MANIFEST, "lora/adapter_config.json")}
 
 
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", [*(kind for kind in TARGETS if kind not in FURTHER), *wide(*FURTHER)])
 def test_the_pair_is_the_values_and_the_base_is_dense(
     kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -102,12 +135,23 @@ def test_the_dense_pair_loads_without_the_libraries_and_computes_the_model(
         assert (pair(ids).logits - model(ids).logits).abs().max() < 1e-4
 
 
+def anywhere(name: str) -> str:
+    """Codes and their scales in different files, and the weights of a layer in both."""
+    return f"model-0000{1 + (sum(name.rpartition('.')[0].encode()) + ('scale' in name)) % 2}-of-00002.safetensors"
+
+
+@pytest.mark.wide
+def test_a_mixed_base_is_the_same_wherever_the_parts_are(start: Start, tmp_path: Path) -> None:
+    """q, k and v become dense together, also where they are in different files."""
+    near, far = quantised.save_fp8(tmp_path / "near"), quantised.save_fp8(tmp_path / "far", files=anywhere)
+    for source in (near, far):
+        start(source, out=str(tmp_path / f"mixed-{source.name}"), base="mixed", target=("q_proj",))
+    assert same_tensors(tmp_path / "mixed-near", tmp_path / "mixed-far")
+    assert api.verify(tmp_path / "mixed-far", model=far).code == "pair"
+
+
 def test_scales_in_another_file_and_a_resumed_run_give_the_same_bytes(start: Start, tmp_path: Path) -> None:
-    near = quantised.save_fp8(tmp_path / "near")
-    far = quantised.save_fp8(
-        tmp_path / "far",
-        files=lambda name: f"model-0000{1 + (hash_of(name) + ('scale' in name)) % 2}-of-00002.safetensors",
-    )
+    near, far = quantised.save_fp8(tmp_path / "near"), quantised.save_fp8(tmp_path / "far", files=anywhere)
     start(near, out=str(tmp_path / "a"))
     start(far, out=str(tmp_path / "b"))
     assert same_tensors(tmp_path / "a", tmp_path / "b")
@@ -116,10 +160,6 @@ def test_scales_in_another_file_and_a_resumed_run_give_the_same_bytes(start: Sta
     start(far, out=str(tmp_path / "c"))
     assert outputs(tmp_path / "b") == outputs(tmp_path / "c")
     assert not list(tmp_path.glob("b/*scale*"))
-
-
-def hash_of(name: str) -> int:
-    return sum(name.rpartition(".")[0].encode())
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -159,9 +199,140 @@ def test_an_adapter_only_method_reads_the_codes_and_writes_no_base(
         values = torch.linalg.svdvals(W)
         assert torch.allclose((A @ W.mT).norm(dim=1).sort().values, values[-4:].sort().values, atol=1e-5)
     assert api.verify(tmp_path / "out", model=sources[kind], all_components=True).ok
-    if model.quantised.tensors.keys() & {record.tensor for record in manifest.weights}:
-        with pytest.raises(PlanError, match="merge never does that"):
-            api.merge(tmp_path / "out", tmp_path / "merged", model=sources[kind], progress=False)
+
+
+def with_other_b(adapter: Path, to: Path) -> Path:
+    """The initial adapter, as if B had been trained."""
+    to.mkdir()
+    shutil.copy(adapter / "adapter_config.json", to)
+    torch.manual_seed(0)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    trained = {n: t + torch.randn_like(t) * 0.05 if ".lora_B." in n else t for n, t in factors.items()}
+    save_file(trained, to / "adapter_model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gpt_oss", "modelopt", *wide("fp4", "int4", "nf4")])
+def test_an_adapter_of_a_quantised_original_is_merged_into_its_dense_form(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """The files, names, dtypes and config of `--base dense`; float32(code) * float32(scale) + D, rounded once."""
+    source, out, merged = sources[kind], tmp_path / "out", tmp_path / "merged"
+    manifest = start(source, method="rlmo", target=TARGETS[kind])
+    trained = with_other_b(out, tmp_path / "trained")
+    api.merge(out, merged, adapter=trained, progress=False)
+    dense = make_plan(InitOptions(model=str(source), out="dense", rank=4, target=TARGETS[kind]), source)
+    assert {*dense.files} - {*dense.adapter_files} == {path.name for path in merged.iterdir()} - {MERGED}
+    assert (merged / "config.json").read_bytes() == dense.config_bytes
+    for job in dense.jobs:
+        assert job.header is not None
+        assert read_header(merged / job.target).tensors == job.header.tensors
+    model, after = open_model(source), tensors(merged)
+    exact = {name: locate(model, name).read().double() for name in model.tensors}
+    with open_factors(trained / "adapter_model.safetensors") as factors:
+        for record in manifest.weights:
+            B, A = factors.read(record)
+            D = record.scale * B.double() @ A.double()
+            W = exact[record.tensor] if record.row is None else exact[record.tensor][record.row]
+            W += D.mT if record.transposed else D
+    for name, values in exact.items():
+        assert ((values - after[name].double()).abs() <= 0.501 * reference.ulp(values, after[name].dtype)).all(), name
+    assert api.verify(merged, model=source).code == "merged"
+    again = api.merge(out, tmp_path / "again", model=source, progress=False)
+    assert again.initial
+    assert again.bit_equal == again.entries
+    assert api.verify(tmp_path / "again", model=source).ok
+
+
+def test_a_training_on_a_quantised_original_is_measured_against_its_values(
+    start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    manifest = start(sources["int4"], method="rlmo")
+    trained, model = with_other_b(tmp_path / "out", tmp_path / "trained"), open_model(sources["int4"])
+    weights = measure(*plan_of(str(tmp_path / "out"), str(trained)))
+    with open_factors(trained / "adapter_model.safetensors") as factors:
+        for record, weight in zip(manifest.weights, weights, strict=True):
+            B, A = factors.read(record)
+            W, D = locate(model, record.tensor).read().double(), record.scale * B.double() @ A.double()
+            V = torch.linalg.svd(W, full_matrices=False).Vh[-4:]
+            assert weight.moved.relative == pytest.approx(float(D.norm() / W.norm()), rel=1e-6)
+            # A has the smallest right directions, so all rows of the update lie in them: at least half of the share.
+            assert (D @ V.mT).norm() == pytest.approx(float(D.norm()), rel=1e-4)
+            assert weight.moved.minor >= 0.5
+
+
+def scales_apart(name: str) -> str:
+    """All scales in a file of their own, the codes of each layer in another one."""
+    return "scales.safetensors" if "scale" in name else f"model-{int('layers.1.' in name)}.safetensors"
+
+
+@pytest.mark.usefixtures("file_by_file")
+def test_an_interrupted_merge_with_scales_in_another_file_is_resumed(start: Start, tmp_path: Path) -> None:
+    source, out = quantised.save_fp8(tmp_path / "source", files=scales_apart), tmp_path / "out"
+    start(source, method="rlmo")
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        merge(str(out), str(tmp_path / "merged"), progress=interrupt)
+    api.merge(out, tmp_path / "merged", progress=False)
+    api.merge(out, tmp_path / "at-once", progress=False)
+    one, other = contents(tmp_path / "merged"), contents(tmp_path / "at-once")
+    assert {*one} == {*other}
+    assert {n for n in one if n.endswith(".safetensors")} == {"model-0.safetensors", "model-1.safetensors"}
+    assert {n: c for n, c in one.items() if n != MERGED} == {n: c for n, c in other.items() if n != MERGED}
+
+
+@pytest.mark.parametrize("command", ["init", "scan", "merge"])
+@pytest.mark.usefixtures("file_by_file")
+def test_a_file_of_scales_that_changes_meanwhile_ends_the_run(command: str, start: Start, tmp_path: Path) -> None:
+    """It belongs to no file of the output, so that nothing else would look at it."""
+    source = quantised.save_fp8(tmp_path / "source", files=scales_apart)
+
+    def touch() -> None:
+        os.utime(source / "scales.safetensors", (1, 1))
+
+    class Touch(Progress):
+        def tensor(self, name: str, size_bytes: int) -> None:
+            touch()
+
+    if command == "merge":
+        start(source, method="rlmo")
+    commands: Mapping[str, Callable[[], object]] = {
+        "init": lambda: start(source, progress=Touch()),
+        "scan": lambda: api.scan(source, rank=4, device="cpu", progress=Touch()),
+        "merge": lambda: merge(str(tmp_path / "out"), str(tmp_path / "merged"), progress=lambda *_: touch()),
+    }
+    with pytest.raises(CheckpointError, match=r"scales\.safetensors changed during the"):
+        commands[command]()
+
+
+def test_what_a_mixed_base_keeps_is_compared_by_its_bytes(start: Start, tmp_path: Path) -> None:
+    """Also where other bytes are the same values, and where they are of no weight: scales of activations."""
+    zero, source = "model.layers.1.self_attn.q_proj.weight", tmp_path / "source"
+
+    def quantise(name: str, W: Tensor) -> quantised.Parts | None:
+        parts = quantised.fp8_static(name, W)
+        if name == zero:
+            parts[name].zero_()
+        return parts if quantised.is_projection(name) else None
+
+    config = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    quantised.rewrite(quantised.save_model(source, "llama"), quantise, {"quantization_config": config})
+    start(source, base="mixed", target=("o_proj",))
+    out = tmp_path / "out"
+    assert api.verify(out, model=source).code == "pair"
+    changed = {f"{zero}_scale_inv", "model.layers.0.self_attn.v_proj.activation_scale"}
+    gone = "model.layers.1.mlp.up_proj.activation_scale"
+    for path in sorted(out.glob("*.safetensors")):
+        stored = {n: t * 2 if n in changed else t for n, t in load_file(path).items() if n != gone}
+        save_file(stored, path, metadata={"format": "pt"})
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    del index["weight_map"][gone]
+    edit_json(out / "model.safetensors.index.json", **index)
+    found = {finding.where for finding in api.verify(out, model=source).findings}
+    assert {zero, "model.layers.0.self_attn.v_proj.activation_scale", gone} <= found
 
 
 def test_a_merge_is_dense_and_has_the_plain_config(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:
@@ -179,8 +350,6 @@ def test_a_merge_is_dense_and_has_the_plain_config(start: Start, sources: Mappin
 
 def test_the_memory_is_that_of_one_weight(start: Start, sources: Mapping[str, Path]) -> None:
     """The plan counts a quantised weight as float32, whatever its codes take."""
-    from milora_init.options import InitOptions
-    from milora_init.plan.plan import make_plan
 
     def planned(source: Path) -> Any:
         plan = make_plan(InitOptions(model=str(source), out="out", rank=4), source)
@@ -190,7 +359,15 @@ def test_the_memory_is_that_of_one_weight(start: Start, sources: Mapping[str, Pa
     assert memory >= m * n * (4 + 2)
 
 
-@pytest.mark.parametrize(("kind", "target"), [("fp8", "q_proj"), ("deepseek", "experts"), ("int4", "v_proj")])
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("fp8", "q_proj"),
+        ("deepseek", "experts"),
+        ("int4", "v_proj"),
+        pytest.param("fp4", "q_a_proj", marks=pytest.mark.wide),
+    ],
+)
 def test_a_mixed_pair_computes_the_dense_one_and_takes_a_step(
     kind: str, target: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -252,6 +429,29 @@ def test_a_converted_adapter_serves_on_the_untouched_original(
     initial = logits(out, out / "lora")
     assert (pair - served).abs().max() < 0.05 * max(1.0, float((pair - initial).abs().max()))
     assert (pair - initial).abs().max() > 4 * (pair - served).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["modelopt", *wide("fp4", "modelopt fp8", "nf4")])
+def test_a_converted_adapter_adds_to_the_values_of_the_original(
+    kind: str, start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Where transformers does not load the original on a CPU: base + trained adapter = values + plain adapter."""
+    manifest = start(sources[kind], target=("q_a_proj",) if kind == "fp4" else None)
+    trained = with_other_b(tmp_path / "out" / "lora", tmp_path / "trained")
+    api.convert(tmp_path / "out", trained, tmp_path / "plain")
+    model, base = open_model(sources[kind]), tensors(tmp_path / "out")
+
+    def update(adapter: Path, module: str) -> Tensor:
+        factors, found = tensors(adapter), read_lora(adapter).modules[module]
+        return found.scale * factors[found.B].double() @ factors[found.A].double()
+
+    assert api.verify(tmp_path / "plain", model=sources[kind]).ok
+    for record in manifest.weights:
+        W, R = locate(model, record.tensor).read().double(), base[record.tensor].double()
+        pair, served = R + update(trained, record.module), W + update(tmp_path / "plain", record.module)
+        rounding = 1.01 * torch.finfo(torch.bfloat16).eps / 2 * R.abs().max()
+        assert (pair - served).abs().max() <= rounding
+        assert (pair - W).abs().max() > 3 * rounding
 
 
 def test_a_dense_base_is_quantised_by_qlora(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:

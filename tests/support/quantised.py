@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -221,6 +222,32 @@ def save_gpt_oss(folder: Path) -> Path:
         lambda name, P: mxfp4(name, P) if name.endswith(("gate_up_proj", "down_proj")) and P.dim() == 3 else None,
         {"quantization_config": config},
     )
+
+
+def save_fp4(folder: Path) -> Path:
+    """FP4 experts with scales in E8M0 beside FP8 in blocks, as DeepSeek V4 is published, on DeepSeek V3's modules."""
+
+    def quantise(name: str, W: Tensor) -> Parts | None:
+        if ".mlp.experts." in name:
+            return fp4_experts(name, W)
+        return fp8_blocks(name, W, (16, 16)) if is_projection(name) else None
+
+    config = {"quant_method": "fp8", "weight_block_size": [16, 16], "expert_dtype": "fp4"}
+    return rewrite(save_model(folder, "deepseek"), quantise, {"quantization_config": config})
+
+
+def save_nf4(folder: Path) -> Path:
+    """NF4 that bitsandbytes packs, with scales that are quantised again, as transformers saves a 4-bit Llama."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def quantise(name: str, W: Tensor) -> Parts | None:
+        if not is_projection(name):
+            return None
+        codes, state = bitsandbytes.functional.quantize_4bit(W, quant_type="nf4", compress_statistics=True)
+        return {name: codes, **{f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}}
+
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return rewrite(save_model(folder, "llama"), quantise, {"quantization_config": config})
 
 
 def save_modelopt(folder: Path, algorithm: str) -> Path:
