@@ -164,7 +164,7 @@ def add_product(C: Tensor, A: Tensor, B: Tensor, factor: float = 1.0) -> Tensor:
 
 
 def read_together(*tensors: Tensor) -> list[Tensor]:
-    """The tensors on the host, in the widest of their dtypes: copied at once, because each copy waits for the device."""
+    """The tensors on the host, in the widest of their dtypes: copied at once, as each copy waits for the device."""
     on_host = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-    parts = on_host.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(on_host, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

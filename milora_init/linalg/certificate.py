@@ -107,7 +107,7 @@ def measure(
     return judge(solution, *read_together(gaps.nearest, gaps.distance, *errors))
 
 
-def measured_errors(  # noqa: PLR0913
+def measured_errors(
     left: Tensor, s: Tensor, right: Tensor, image: Tensor, residual: Tensor, weights: Tensor | None
 ) -> list[Tensor]:
     """What `judge` needs of a solution, or of each of a batch of them, still on its device.

@@ -45,7 +45,7 @@ class FilteredSpace:
     products: int
 
 
-def filtered_space(  # noqa: PLR0913
+def filtered_space(
     apply: Operator,
     q: int,
     r: int,

@@ -141,7 +141,7 @@ def largest_eigenpairs(  # noqa: PLR0913  the parameters of the method
     return RitzPairs(values[: r + extra], improved, float(values[r]), probe, step)
 
 
-def krylov_projection(  # noqa: PLR0913
+def krylov_projection(
     apply: Operator,
     q: int,
     *,
@@ -161,7 +161,7 @@ def krylov_projection(  # noqa: PLR0913
     return projected
 
 
-def power_projection(  # noqa: PLR0913
+def power_projection(
     apply: Operator,
     q: int,
     *,

@@ -13,9 +13,9 @@ correction t of each wanted vector v, with Ritz value theta and residual R = G v
     (G - theta I) t = -R    on the complement of the basis,
 
 the correction equation of the Jacobi-Davidson method. With P A P for the operator on that complement it is
-(I - sigma P A P) t = -P A R, with sigma = theta - shift; or (I - sigma P A P) t = sigma R, with sigma = 1 / theta. It is
-solved to a few digits, in float32, by a Chebyshev series of 1 / (1 - sigma x). The corrections join the basis: back to
-step 3.
+(I - sigma P A P) t = -P A R with sigma = theta - shift at the small end, (I - sigma P A P) t = sigma R with
+sigma = 1 / theta at the large one. It is solved to a few digits, in float32, by a Chebyshev series of
+1 / (1 - sigma x). The corrections join the basis: back to step 3.
 
 Precision. Step 3 alone decides the accuracy. Each correction multiplies the error by 1e-2 to 1e-4. P A P is computed
 before it is applied: a product with A would leave rounding errors of the size of its wanted, largest eigenvalues.
@@ -45,7 +45,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from milora_init.linalg.arithmetic import DeviceArithmetic, add_product, plus_product, read_together
+from milora_init.linalg.arithmetic import add_product, plus_product, read_together
 from milora_init.linalg.blocked_matrix import BlockedMatrix, gram_of_blocks
 from milora_init.linalg.certificate import (
     Certificate,
@@ -181,7 +181,7 @@ class _SmallEnd:
 
 @dataclass(frozen=True, slots=True)
 class _InverseOnComplement:
-    """P A P (b, q, q); and F, Z^T with A Z^T = F, the basis V, A V, all (b, q, k), if large directions were deflated."""
+    """P A P (b, q, q); if large directions were deflated, F and Z^T with A Z^T = F, V and A V, all (b, q, k)."""
 
     matrix: Tensor
     deflated: tuple[Tensor, Tensor, Tensor, Tensor] | None
@@ -213,7 +213,8 @@ class _LargeEnd:
         return _transposed_times(self.blocks, [block @ B for block in self.blocks])
 
     def complement(self, V: Tensor, image: Tensor, *, corrected: bool) -> _Complement:  # noqa: ARG002  the protocol's
-        V, images = V.to(torch.float32), image.to(torch.float32).split([b.shape[-2] for b in self.blocks], dim=-2)
+        V = V.to(torch.float32)
+        images = torch.split(image.to(torch.float32), [block.shape[-2] for block in self.blocks], dim=-2)
         return _GramOnComplement([plus_product(b, i, V.mT, -1) for b, i in zip(self.blocks, images, strict=True)])
 
     def eigenvalue_of(self, theta: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from support.matrices import wide
 from support.triplets import certified, check_component, check_properties, check_values, component
 from torch import Tensor
 
-from milora_init.linalg import blocked_matrix, lanczos, mixed_precision, principal, svd
+from milora_init.linalg import blocked_matrix, filtered_subspace, lanczos, mixed_precision, principal, svd
 from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 from milora_init.linalg.certificate import NotConverged
 from milora_init.linalg.filtered_subspace import FilteredSpace
+from milora_init.linalg.lanczos import RitzPairs
 from milora_init.linalg.svd import singular_triplets, wanted_indices
 from milora_init.methods import MODES, Mode
 
@@ -178,7 +179,7 @@ def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(
     arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The corrections may converge to triplets that are not the smallest; only the probe detects this."""
-    true_space = mixed_precision.filtered_space
+    true_space = filtered_subspace.filtered_space
     W = matrices.gaussian(600, 560)
     inverse = float(torch.linalg.svdvals(W)[-8]) ** -2
 
