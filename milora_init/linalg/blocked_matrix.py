@@ -1,5 +1,7 @@
 """A weight as the solver reads it: in float64, scaled by a power of two, one block of rows at a time.
 
+On a GPU it may be a batch of equal weights, (b, p, q): every product then has this first dimension too.
+
 No float64 copy of the whole weight is held, so memory is bounded whatever the number of rows. The upcast from bfloat16,
 float16 or float32 is exact, and so is a scaling by a power of two.
 
@@ -16,20 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_init.linalg.arithmetic import DeviceArithmetic
+from milora_init.linalg.arithmetic import PRODUCT_COLUMNS, DeviceArithmetic, add_product
 
 Operator = Callable[[Tensor], Tensor]
 """A symmetric (q, q) matrix as a function: it multiplies a block of columns (q, b)."""
 
-PRODUCT_COLUMNS = 24  # MKL multiplies so many columns at a time: 72 columns take half the time of 64
-
 
 @dataclass(frozen=True, slots=True)
 class BlockedMatrix:
-    """The matrix X = stored * 2^-exponent (p, q), p >= q, in float64.
+    """The matrix X = stored * 2^-exponent (p, q), p >= q, in float64; or a batch of such matrices.
 
     Attributes:
-        stored: The weight or its transpose (p, q), in the dtype and on the device where it lies.
+        stored: The weight or its transpose (p, q), in the dtype and on the device where it lies; or (b, p, q).
         exponent: Of the power of two that is divided out.
         arithmetic: Chooses the block sizes.
     """
@@ -41,20 +41,25 @@ class BlockedMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         """(p, q)."""
-        p, q = self.stored.shape
+        p, q = self.stored.shape[-2:]
         return p, q
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """(b,), or () for one matrix."""
+        return tuple(self.stored.shape[:-2])
 
     def blocks(self, most_rows: int = 1 << 60) -> Iterator[tuple[slice, Tensor]]:
         """Each block of rows: which rows, and the block (rows, q) in float64. The next block takes its memory."""
         p, q = self.shape
-        step = max(1, min(most_rows, self.arithmetic.row_block_bytes // (8 * q)))
+        step = max(1, min(most_rows, self._rows_in_a_block(8 * q)))
         memory: Tensor | None = None  # new memory for each block would take longer than the conversion
         for start in range(0, p, step):
             rows = slice(start, min(p, start + step))
             if memory is None:
                 memory = block = self._convert(rows, torch.float64)
             else:
-                block = memory[: rows.stop - start].copy_(self.stored[rows])
+                block = memory[..., : rows.stop - start, :].copy_(self.stored[..., rows, :])
             if self.exponent:
                 # Two factors, because 2^1074 is not a float64.
                 half = self.exponent // 2
@@ -68,48 +73,57 @@ class BlockedMatrix:
             for _, block in self.blocks(self.arithmetic.float32_rows):
                 yield block.to(torch.float32)
             return
-        step = max(1, min(self.arithmetic.float32_rows, self.arithmetic.row_block_bytes // (4 * q)))
+        step = max(1, min(self.arithmetic.float32_rows, self._rows_in_a_block(4 * q)))
         for start in range(0, p, step):
             yield self._convert(slice(start, min(p, start + step)), torch.float32)
 
+    def _rows_in_a_block(self, row_bytes: int) -> int:
+        return self.arithmetic.row_block_bytes // (row_bytes * math.prod(self.batch))
+
     def _convert(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        block = self.stored[rows]
-        if block.stride(0) < block.stride(1):  # the transpose of a wide weight: convert in the order of its memory
+        block = self.stored[..., rows, :]
+        if block.stride(-2) < block.stride(-1):  # the transpose of a wide weight: convert in the order of its memory
             return block.mT.to(dtype, copy=True).mT
         return block.to(dtype, copy=True)
 
     def times(self, V: Tensor) -> Tensor:
         """X V (p, k) for V (q, k)."""
-        padded = _pad(V)
-        out = V.new_empty(self.shape[0], V.shape[1])
-        for rows, block in self.blocks():
-            out[rows] = (block @ padded)[:, : V.shape[1]]
-        return out
+        padded = self._pad(V)
+        images = [(block @ padded)[..., : V.shape[-1]] for _, block in self.blocks()]
+        return _stacked(images).contiguous()
 
     def transposed_times(self, U: Tensor) -> Tensor:
         """X^T U (q, k) for U (p, k)."""
-        padded = _pad(U)
-        out = U.new_zeros(self.shape[1], padded.shape[1])
+        padded = self._pad(U)
+        out: Tensor | None = None
         for rows, block in self.blocks():
-            out.addmm_(block.mT, padded[rows])
-        return out[:, : U.shape[1]].contiguous()
+            part = padded[..., rows, :]
+            out = block.mT @ part if out is None else add_product(out, block.mT, part)
+        assert out is not None
+        return out[..., : U.shape[-1]].contiguous()
 
     def times_and_back(self, V: Tensor) -> tuple[Tensor, Tensor]:
         """X V (p, k) and X^T X V (q, k) for V (q, k), reading X once."""
-        padded = _pad(V)
-        out = V.new_empty(self.shape[0], padded.shape[1])
-        back = V.new_zeros(self.shape[1], padded.shape[1])
-        for rows, block in self.blocks():
-            torch.mm(block, padded, out=out[rows])
-            back.addmm_(block.mT, out[rows])
-        k = V.shape[1]
-        return out[:, :k], back[:, :k]
+        padded = self._pad(V)
+        images: list[Tensor] = []
+        back: Tensor | None = None
+        for _, block in self.blocks():
+            images.append(block @ padded)
+            back = block.mT @ images[-1] if back is None else add_product(back, block.mT, images[-1])
+        assert back is not None
+        k = V.shape[-1]
+        return _stacked(images)[..., :k], back[..., :k]
+
+    def _pad(self, V: Tensor) -> Tensor:
+        """V (q, k) with zero columns up to a multiple of what the device multiplies at a time."""
+        missing = -V.shape[-1] % self.arithmetic.product_columns
+        return torch.nn.functional.pad(V, (0, missing)) if missing else V
 
     def to_float64(self) -> Tensor:
         """X itself (p, q), all of it."""
-        out = torch.empty(self.shape, dtype=torch.float64, device=self.stored.device)
+        out = torch.empty(self.stored.shape, dtype=torch.float64, device=self.stored.device)
         for rows, block in self.blocks():
-            out[rows] = block
+            out[..., rows, :] = block
         return out
 
     def gram_operator(self, columns: int) -> Operator:
@@ -173,7 +187,7 @@ def gram_of_blocks(blocks: Iterable[Tensor], q: int, arithmetic: DeviceArithmeti
     """
     G: Tensor | None = None
     for block in blocks:
-        G = torch.zeros(q, q, dtype=block.dtype, device=block.device) if G is None else G
+        G = block.new_zeros(*block.shape[:-2], q, q) if G is None else G
         _add_gram(G, block, arithmetic.gram_columns)
     assert G is not None
     return G
@@ -184,17 +198,17 @@ def _add_gram(G: Tensor, block: Tensor, whole_columns: int) -> None:
 
     The columns are halved until no more than `whole_columns` are left: nearly all the work is in large products.
     """
-    q = G.shape[0]
+    q = G.shape[-1]
     if q <= whole_columns:
-        G.addmm_(block.mT, block)
+        add_product(G, block.mT, block)
         return
     half = -(-q // (2 * PRODUCT_COLUMNS)) * PRODUCT_COLUMNS
-    left, right = block[:, :half], block[:, half:]
-    _add_gram(G[:half, :half], left, whole_columns)
-    _add_gram(G[half:, half:], right, whole_columns)
-    G[half:, :half].addmm_(right.mT, left)
+    left, right = block[..., :half], block[..., half:]
+    _add_gram(G[..., :half, :half], left, whole_columns)
+    _add_gram(G[..., half:, half:], right, whole_columns)
+    add_product(G[..., half:, :half], right.mT, left)
 
 
-def _pad(V: Tensor) -> Tensor:
-    """V (q, k) with zero columns up to a multiple of PRODUCT_COLUMNS."""
-    return torch.nn.functional.pad(V, (0, -V.shape[1] % PRODUCT_COLUMNS))
+def _stacked(blocks: list[Tensor]) -> Tensor:
+    """Blocks of rows (rows, k) as one matrix; a single one is not copied."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from milora_init.accuracy import Certificate as Certificate
 from milora_init.accuracy import SolverPath
+from milora_init.linalg.arithmetic import read_together
 from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator
 
 EPS = torch.finfo(torch.float64).eps
@@ -85,8 +86,8 @@ def certify(X: BlockedMatrix, solution: Solution, gaps: Gaps) -> Certificate:
 
 
 def residual_of(X: BlockedMatrix, left: Tensor, s: Tensor, right: Tensor) -> Tensor:
-    """X^T u - s v (q, k) for k triplets."""
-    return torch.addcmul(X.transposed_times(left), right, s, value=-1)
+    """X^T u - s v (..., q, k) for k triplets."""
+    return torch.addcmul(X.transposed_times(left), right, s.unsqueeze(-2), value=-1)
 
 
 def measure(
@@ -96,42 +97,55 @@ def measure(
 
     The squares of the parts sum to the square of the component error.
 
-    Most of the residual b = X^T u - s v is rounding error along the largest singular vectors, where it does no harm:
-    the part of b along s_j changes D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that
-    falls with s_j. An inverse of X^T X gives the weights 1 / s_j.
-
     Args:
         solution: The triplets.
         gaps: To the unwanted ones.
-        residual: b (q, r).
+        residual: b (q, r), as in `measured_errors`.
         weights: (r,), b^T (X^T X - shift I)^-1 b, if known.
     """
-    left, right, r = solution.left, solution.right, solution.s.numel()
-    figures = [
-        torch.addcmul(solution.image, left, solution.s, value=-1).norm(dim=0),
-        residual.norm(dim=0),
-        solution.s,
-        gaps.nearest,
-        gaps.distance,
-        left.mT @ left,
-        right.mT @ right,
-    ]
-    if weights is not None:
-        figures.append(weights)
-    # Read at once, because each reading waits for the device.
-    on_host = torch.cat([figure.flatten() for figure in figures]).cpu()
-    a, b, s, nearest, distance, *grams = torch.split(on_host, [r] * 5 + [r * r] * 2 + [r] * (len(figures) - 7))
+    errors = measured_errors(solution.left, solution.s, solution.right, solution.image, residual, weights)
+    return judge(solution, *read_together(gaps.nearest, gaps.distance, *errors))
+
+
+def measured_errors(
+    left: Tensor, s: Tensor, right: Tensor, image: Tensor, residual: Tensor, weights: Tensor | None
+) -> list[Tensor]:
+    """What `judge` needs of a solution, or of each of a batch of them, still on its device.
+
+    Most of the residual b = X^T u - s v is rounding error along the largest singular vectors, where it does no harm:
+    the part of b along s_j changes D by s b_j sqrt(s_j^2 + s^2) / (s_j^2 - s^2), which is b_j / s_j times a factor that
+    falls with s_j. An inverse of X^T X gives the weights 1 / s_j.
+    """
+    left_error = torch.addcmul(image, left, s.unsqueeze(-2), value=-1).norm(dim=-2)
+    errors = [s, left_error, residual.norm(dim=-2), left.mT @ left, right.mT @ right]
+    return errors if weights is None else [*errors, weights]
+
+
+def judge(  # noqa: PLR0913
+    solution: Solution,
+    nearest: Tensor,
+    distance: Tensor,
+    s: Tensor,
+    a: Tensor,
+    b: Tensor,
+    left_gram: Tensor,
+    right_gram: Tensor,
+    weights: Tensor | None = None,
+) -> tuple[Certificate, Tensor]:
+    """As `measure`, from the gaps and the measured errors of one solution on the CPU."""
+    r, q = s.numel(), solution.right.shape[0]
     scale = max(solution.s_max, _TINY)
     larger = torch.maximum(s, nearest).clamp_min(_TINY)
     per_residual = (s / distance.clamp_min(_TINY)).clamp_min(1.0)
     change_by_b = b * per_residual
     if weights is not None:
-        weighted = grams.pop().clamp_min(0).sqrt()
+        weighted = weights.clamp_min(0).sqrt()
         factor = nearest * torch.hypot(nearest, s) / (distance * (nearest + s)).clamp_min(_TINY)
         change_by_b = torch.minimum(change_by_b, s * weighted * factor)
-    skew = torch.stack([gram.view(r, r) - torch.eye(r, dtype=gram.dtype) for gram in grams]).abs().max()
+    identity = torch.eye(r, dtype=s.dtype)
+    skew = torch.stack([gram - identity for gram in (left_gram, right_gram)]).abs().max()
     component_norm, gap = float(s.norm()), float((distance / larger).min())
-    resolution = right.shape[0] * EPS * scale * math.sqrt(r)
+    resolution = q * EPS * scale * math.sqrt(r)
     changes = torch.hypot(a * per_residual, change_by_b)
     error = float(changes.norm()) / max(component_norm, resolution)
     certificate = Certificate(

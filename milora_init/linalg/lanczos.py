@@ -28,13 +28,13 @@ J. Lewis and H. Simon (1994), https://doi.org/10.1137/S0895479888151111.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from milora_init.linalg.arithmetic import DeviceArithmetic
+from milora_init.linalg.arithmetic import DeviceArithmetic, plus_product, read_together
 from milora_init.linalg.blocked_matrix import Operator
 from milora_init.linalg.certificate import NotConverged
 
@@ -142,37 +142,52 @@ def largest_eigenpairs(  # noqa: PLR0913  the parameters of the method
 
 
 def krylov_projection(
-    apply: Operator, q: int, *, block: int, arithmetic: DeviceArithmetic, device: torch.device
+    apply: Operator,
+    q: int,
+    *,
+    block: int,
+    arithmetic: DeviceArithmetic,
+    device: torch.device,
+    batch: Sequence[int] = (),
 ) -> Tensor:
-    """A float32 operator (q, q) projected on a small Krylov space: its largest eigenvalue, to a few percent."""
+    """A float32 operator (..., q, q) projected on a small Krylov space: its largest eigenvalue, to a few percent."""
     generator = torch.Generator().manual_seed(1)
     newest = torch.randn(q, block, generator=generator, dtype=torch.float32).to(device)
-    basis = newest = arithmetic.normalise(newest)
+    basis = newest = arithmetic.normalise(newest).expand(*batch, q, block)
     for _ in range(_ESTIMATE_STEPS - 1):
         newest = arithmetic.normalise(outside(basis, apply(newest)))
-        basis = torch.cat([basis, newest], dim=1)
+        basis = torch.cat([basis, newest], dim=-1)
     projected: Tensor = basis.mT @ apply(basis)
     return projected
 
 
 def power_projection(
-    apply: Operator, q: int, arithmetic: DeviceArithmetic, device: torch.device, dtype: torch.dtype
+    apply: Operator,
+    q: int,
+    *,
+    arithmetic: DeviceArithmetic,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: Sequence[int] = (),
 ) -> Tensor:
-    """An operator (q, q) projected on a block that was applied twice: its largest eigenvalue, to a tenth or so."""
+    """An operator (..., q, q) projected on a block that was applied twice: its largest eigenvalue, to a tenth or so."""
     block = torch.randn(q, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    block = block.to(device, dtype)
+    block = block.to(device, dtype).expand(*batch, q, 24)
     for _ in range(2):
         block = arithmetic.normalise(apply(block))
     projected: Tensor = block.mT @ apply(block)
     return projected
 
 
-def largest_eigenvalues(*projections: Tensor) -> list[float]:
-    """The largest eigenvalue of each small matrix, or nan. All are read from the device at once."""
-    on_host = torch.cat([projection.flatten() for projection in projections]).cpu()
-    parts = on_host.tensor_split(list(accumulate(projection.numel() for projection in projections))[:-1])
-    shaped = [part.view(projection.shape) for part, projection in zip(parts, projections, strict=True)]
-    return [float(torch.linalg.eigvalsh(x)[-1]) if bool(x.isfinite().all()) else math.nan for x in shaped]
+def largest_eigenvalues(*projections: Tensor) -> list[Tensor]:
+    """The largest eigenvalues (...) of small matrices (..., b, b), or nan, on the CPU. All are read at once."""
+    return [_largest_eigenvalue(x) for x in read_together(*projections)]
+
+
+def _largest_eigenvalue(x: Tensor) -> Tensor:
+    finite = x.isfinite().flatten(-2).all(dim=-1)
+    values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], x, 0.0))[..., -1]
+    return torch.where(finite, values, math.nan)
 
 
 def spectral_norm(x: Tensor) -> float:
@@ -195,9 +210,9 @@ def _steps_to_convergence(previous: tuple[int, float], now: tuple[int, float], t
 
 
 def complement_projection(apply: Operator, K: Tensor, start: Tensor, arithmetic: DeviceArithmetic) -> Tensor:
-    """The operator on the complement of an orthonormal K (q, k), projected on a block that it was applied to, (b, b).
+    """The operator on the complement of an orthonormal K (..., q, k), projected on a block that it was applied to.
 
-    The block starts as `start` (q, b).
+    The block starts as `start` (..., q, b); the result is (..., b, b).
     """
     block = apply(outside(K, start))
     block = arithmetic.normalise(outside(K, outside(K, block)))
@@ -206,5 +221,5 @@ def complement_projection(apply: Operator, K: Tensor, start: Tensor, arithmetic:
 
 
 def outside(K: Tensor, Y: Tensor) -> Tensor:
-    """Y (q, b) without its part in the span of an orthonormal K (q, k)."""
-    return torch.addmm(Y, K, K.mT @ Y, alpha=-1)
+    """Y (..., q, b) without its part in the span of an orthonormal K (..., q, k)."""
+    return plus_product(Y, K, K.mT @ Y, -1)

@@ -33,9 +33,10 @@ def shifted_factor(X: BlockedMatrix, gram: Tensor | None = None) -> tuple[Choles
     if 2 * p >= 3 * q:
         estimate = cholesky(G.to(torch.float32), arithmetic)
         if estimate is not None:
-            (inverse,) = largest_eigenvalues(
+            (largest,) = largest_eigenvalues(
                 krylov_projection(estimate.solve, q, block=SHIFT_BLOCK, arithmetic=arithmetic, device=G.device)
             )
+            inverse = float(largest)
             shift = round_down(SHIFT / inverse) if inverse > 0 else 0.0
             del estimate
             if shift > 0:

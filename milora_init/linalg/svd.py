@@ -181,7 +181,7 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
     if uses_krylov(p, q, r, mode, gpu=X.arithmetic.crossing == "gpu"):
         attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: krylov_triplets(X, r, mode, tolerance)]
         if X.arithmetic.mixed_precision == "both":
-            attempts.insert(0, lambda: extreme_triplets(X, r, tolerance, largest=mode == "max"))
+            attempts.insert(0, lambda: _mixed_triplets(X, r, mode, tolerance))
         elif X.arithmetic.mixed_precision == "largest" and mode == "max":
             attempts.insert(0, lambda: largest_triplets(X, r, tolerance))
         failures: list[str] = []
@@ -210,6 +210,15 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
             return _by_svd(X, wanted, reason)
     except LibraryFailure as failure:
         raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {failure}") from failure
+
+
+def _mixed_triplets(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple[Solution, Certificate]:
+    """The r smallest or largest triplets of X (p, q), as a batch of one. Raises NotConverged."""
+    of_one = replace(X, stored=X.stored.unsqueeze(0))
+    (found,) = extreme_triplets(of_one, r, tolerance, largest=mode == "max")
+    if isinstance(found, NotConverged):
+        raise found
+    return found
 
 
 class LibraryFailure(Exception):  # noqa: N818  the next algorithm is tried
@@ -316,8 +325,9 @@ def _refined(apply: Operator, basis: Tensor, arithmetic: DeviceArithmetic) -> Te
 
 def _largest(X: BlockedMatrix, factor: CholeskyFactor) -> float:
     """An estimate of the largest eigenvalue of the factored matrix: it is only a scale."""
-    projection = power_projection(factor.times, X.shape[1], X.arithmetic, X.stored.device, torch.float64)
-    return largest_eigenvalues(projection)[0]
+    device, q = X.stored.device, X.shape[1]
+    projection = power_projection(factor.times, q, arithmetic=X.arithmetic, device=device, dtype=torch.float64)
+    return float(largest_eigenvalues(projection)[0])
 
 
 def _by_eigh(X: BlockedMatrix, wanted: Tensor, seed: int, reason: str) -> tuple[Solution, Certificate]:

@@ -16,9 +16,10 @@ from support.matrices import wide
 from support.triplets import certified, check_component, check_properties, check_values, component
 from torch import Tensor
 
-from milora_init.linalg import blocked_matrix, lanczos, mixed_precision, principal, svd
+from milora_init.linalg import blocked_matrix, filtered_subspace, lanczos, mixed_precision, principal, svd
 from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 from milora_init.linalg.certificate import NotConverged
+from milora_init.linalg.filtered_subspace import FilteredSpace
 from milora_init.linalg.lanczos import RitzPairs
 from milora_init.linalg.svd import singular_triplets, wanted_indices
 from milora_init.methods import MODES, Mode
@@ -178,14 +179,14 @@ def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(
     arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The corrections may converge to triplets that are not the smallest; only the probe detects this."""
-    true_space = mixed_precision.first_space
-
-    def with_missed_triplet(*args: Any) -> tuple[RitzPairs, str]:
-        pairs, how = true_space(*args)
-        return replace(pairs, probe=1.5 * float(pairs.values[7]) * torch.eye(2)), how
-
+    true_space = filtered_subspace.filtered_space
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(mixed_precision, "first_space", with_missed_triplet)
+    inverse = float(torch.linalg.svdvals(W)[-8]) ** -2
+
+    def with_missed_triplet(*args: Any, **kwargs: Any) -> FilteredSpace:
+        return replace(true_space(*args, **kwargs), probe=1.5 * inverse * torch.eye(2).unsqueeze(0))
+
+    monkeypatch.setattr(mixed_precision, "filtered_space", with_missed_triplet)
     t = singular_triplets(W, 8, arithmetic=arithmetic)
     assert t.certificate.path == "lanczos"
     assert "missed" in t.certificate.reason
@@ -199,7 +200,8 @@ def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkey
 
     def wrong(*args: Any, **kwargs: Any) -> Tensor:
         G = true_gram(*args, **kwargs)
-        G.diagonal().mul_(1 + error * torch.rand(len(G), generator=torch.Generator().manual_seed(5)))
+        diagonal = G.diagonal(dim1=-2, dim2=-1)
+        diagonal.mul_(1 + error * torch.rand(diagonal.shape[-1], generator=torch.Generator().manual_seed(5)))
         return G
 
     W = matrices.gaussian(600, 560)
