@@ -12,7 +12,14 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
@@ -112,6 +119,28 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
+def connected(remote: RemoteFiles, token: str | None) -> RemoteFiles:
+    """The files with a `read` for this machine."""
+
+    def read(name: str, start: int, stop: int) -> bytes:
+        with hub_errors(remote.model, remote.commit):
+            url = hf_hub_url(remote.model, name, revision=remote.commit)
+            return b"".join(read_range(url, start, stop, token=token, description=f"{name} of {remote.model}"))
+
+    return dataclasses.replace(remote, read=read)
+
+
+def is_cached(options: InitOptions, remote: RemoteFiles, name: str) -> bool:
+    """Whether a weight file of a model on the Hub is in this machine's cache."""
+    found = try_to_load_from_cache(remote.model, name, cache_dir=options.cache_dir, revision=remote.commit)
+    return isinstance(found, str)
+
+
+def with_token(options: InitOptions) -> InitOptions:
+    """The options with the token that this machine would use, for another machine."""
+    return dataclasses.replace(options, token=options.token or get_token())
+
+
 def open_snapshot(
     model: str, *, revision: str | None, cache_dir: str | None, token: str | None
 ) -> tuple[Path, RemoteFiles]:
@@ -170,12 +199,7 @@ def open_snapshot(
             headers[name] = _read_remote_header(model, name, commit, token, info.size)
         hashes |= {name: _cached_hash(folder / name) for name in files if name not in hashes}
 
-    def read(name: str, start: int, stop: int) -> bytes:
-        with hub_errors(model, revision):
-            url = hf_hub_url(model, name, revision=commit)
-            return b"".join(read_range(url, start, stop, token=token, description=f"{name} of {model}"))
-
-    return folder, RemoteFiles(model, commit, hashes, headers, read)
+    return folder, connected(RemoteFiles(model, commit, hashes, headers), token)
 
 
 def _weight_files(folder: Path, api: HfApi, model: str) -> list[str]:

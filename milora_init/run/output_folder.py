@@ -285,24 +285,32 @@ class OutputFolder(Generic[Record]):
         Only the process that holds the lock of the folder calls this, and only for an attempt that it has waited for.
         """
         made = self.attempts / result.attempt
-        for name in result.files:
-            path = self._path_of(name)
+        paths = [self._path_of(name) for name in result.files if not (result.uploaded and name == result.shard)]
+        for path in paths:
             with writing(path):
                 (made / path.name).replace(path)
         with writing(made):
             made.rmdir()
-        for folder in {self._path_of(name).parent for name in result.files}:
+        for folder in {path.parent for path in paths}:
             with writing(folder):
                 sync_folder(folder)
         records = tuple(record for record in result.records if record)
-        entry = Entry(result.shard, result.files, records, result.hashes)
+        pushed = result.hashes[result.shard] if result.uploaded else None
+        entry = Entry(result.shard, result.files, records, result.hashes, pushed)
         self._own.append(entry)
         return entry
+
+    def remove_pushed(self, entry: Entry) -> Entry:
+        """Record that a shard was uploaded, and remove it from the disk; return its new entry."""
+        pushed = replace(entry, pushed=entry.hashes[entry.shard])
+        self._own.append(pushed)
+        self._path_of(entry.shard).unlink()
+        return pushed
 
     def finished_shards(
         self,
         files: FilePool,
-        uploaded: Callable[[Mapping[str, str]], set[str]] | None = None,
+        uploaded: Callable[[Mapping[str, tuple[int, str]]], set[str]] | None = None,
         *,
         among: Container[str] | None = None,
     ) -> dict[str, Entry]:
@@ -310,12 +318,12 @@ class OutputFolder(Generic[Record]):
 
         Args:
             files: Hashes the files.
-            uploaded: Given the SHA-256 of shards that were uploaded, returns the names of those that are still where
-                this run uploads to. None if it uploads nothing.
+            uploaded: Given size and SHA-256 of shards that were uploaded, returns the names of those that are still
+                where this run uploads to. None if all shards are to be on the disk.
             among: Look at these shards only; None for all.
         """
         entries = {name: entry for name, entry in self.entries().items() if among is None or name in among}
-        pushed = {name: entry.pushed for name, entry in entries.items() if entry.pushed is not None}
+        pushed = {name: (e.files.get(name, 0), e.pushed) for name, e in entries.items() if e.pushed is not None}
         elsewhere = uploaded(pushed) if uploaded else set()
         for name in pushed.keys() - elsewhere:  # uploaded to another repository, for example
             entries[name] = replace(entries[name], pushed=None)
