@@ -46,6 +46,8 @@ class MiloraError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.__notes__ = [f"hint: {hint}"]  # a traceback shows it, from Python 3.11 on
 
     def __reduce__(self) -> tuple[object, ...]:
         # The default calls the class with the message alone, and would lose the hint when an error is pickled.

@@ -39,6 +39,12 @@ def test_initialize_takes_checked_options_too(checkpoint: Built, tmp_path: Path)
         milora_init.initialize(options, rank=5)
 
 
+def test_a_traceback_shows_the_hint_too() -> None:
+    with pytest.raises(UsageError) as caught:
+        milora_init.verify("absent")
+    assert caught.value.__notes__ == [f"hint: {caught.value.hint}"]  # Python prints these, from 3.11 on
+
+
 def test_an_unknown_option_names_the_closest_one() -> None:
     with pytest.raises(UsageError, match="no option `rnak`") as caught:
         milora_init.initialize("m", "o", rnak=3)
