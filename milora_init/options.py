@@ -392,6 +392,14 @@ def clean_token(token: str | None) -> str | None:
     return token
 
 
+def local_path(given: str) -> Path:
+    """The path that a user gave, whose `~` is a home directory. Raises UsageError if that user is not known."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{given}: ~ names a user that is not known", hint="write the path without ~") from None
+
+
 def require_repository(repo: str) -> None:
     """Raise UsageError unless this is the full name of a repository, `org/name`."""
     owner, _, name = repo.partition("/")

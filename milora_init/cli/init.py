@@ -99,7 +99,7 @@ def init(
         bool | None,
         typer.Option(
             "--text-only",
-            help="Adapt the text model that AutoModelForCausalLM builds of a multimodal model.",
+            help="Of a multimodal model: adapt the text-only class.",
             rich_help_panel=_LORA,
         ),
     ] = None,

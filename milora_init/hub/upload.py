@@ -26,7 +26,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
-from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
+from milora_init.checkpoint.side_files import brings_weights
 from milora_init.envelope import Status, envelope
 from milora_init.errors import HubError, OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
@@ -42,7 +42,7 @@ from milora_init.manifest import (
     require_manifest,
 )
 from milora_init.methods import recorded_method
-from milora_init.options import clean_token, require_repository
+from milora_init.options import clean_token, local_path, require_repository
 from milora_init.records import MERGED, RECORDS, Output, record_name, require_output
 from milora_init.result import Result
 
@@ -281,7 +281,7 @@ class Repository:
         }
         earlier_output.add(PICTURE)
         others = self._list_files().difference(kept)
-        return [name for name in sorted(others) if name in earlier_output or _would_be_loaded(name)]
+        return [name for name in sorted(others) if name in earlier_output or ("/" not in name and brings_weights(name))]
 
     def _commit(self, operations: Sequence[_Operation], message: str) -> str:
         """Create a commit and return its id. A commit with the record ends what `mark_unfinished` began."""
@@ -319,8 +319,8 @@ class Repository:
 
     def _source_card_fields(self, model: str, revision: str | None) -> dict[str, Any]:
         """Return the licence and the language from the card of the original model; empty if it has none."""
-        path: Path | str = Path(model).expanduser() / "README.md"
         try:
+            path: Path | str = local_path(model) / "README.md"
             if revision is not None:
                 path = self._api.hf_hub_download(model, "README.md", revision=revision)
             data = (metadata_load(path) or {}) if Path(path).is_file() else {}  # reading a pipe would wait for ever
@@ -348,7 +348,7 @@ def push(
     """
     if not folder:  # such as an unset variable of a shell
         raise UsageError("PAIR is empty", hint="name a folder")
-    out = Path(folder).expanduser()
+    out = local_path(folder)
     if not out.is_dir():
         raise UsageError(f"{folder}: no such folder", hint="name a folder that milora-init wrote")
     output = require_output(out, folder)
@@ -394,10 +394,3 @@ def _git_hash(addition: CommitOperationAdd) -> str:
     with addition.as_file() as file:
         content = file.read()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _would_be_loaded(name: str) -> bool:
-    """Whether transformers or PEFT could load a file of this name instead of the output's files."""
-    if "/" in name:
-        return False
-    return Path(name).suffix in WEIGHT_SUFFIXES or name.endswith((".index.json", "adapter_config.json"))

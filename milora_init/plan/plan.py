@@ -32,7 +32,7 @@ from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, WORK_FOLDER, fingerprint
 from milora_init.methods import METHODS
 from milora_init.model.adaptable import ModelStructure, read_structure
-from milora_init.options import InitOptions
+from milora_init.options import InitOptions, local_path
 from milora_init.plan.finished import copied_side_files, option_inputs
 from milora_init.plan.notices import plan_notices
 from milora_init.plan.output_files import ShardJob, config_with_dtype, plain_config, plan_index, plan_shard
@@ -173,7 +173,7 @@ class Plan:
     @property
     def out(self) -> Path:
         """The folder of the output."""
-        return Path(self.options.out).expanduser()
+        return local_path(self.options.out)
 
     @property
     def overwrite(self) -> bool:

@@ -262,6 +262,12 @@ def test_the_command_line_prints_what_a_part_has_made(checkpoint: Built, tmp_pat
     again = json.loads(fork_server.milora(*arguments(source, "1/2"), "--json", cwd=tmp_path).stdout)
     assert (again["status"], again["part"], again["made"]) == ("part", "1/2", [])
     assert (again["finished_files"], again["of_files"]) == (count, len(shards(source)))
+    (found,) = api.verify(tmp_path / "out").differences
+    assert found.what.endswith("this run has not finished, begun with --part 1/2")
+    assert "run the same command without --part" in found.hint
+    with pytest.raises(OutputError, match="is an unfinished output of milora-init, begun with --part 1/2") as caught:
+        api.merge(tmp_path / "out", tmp_path / "merged", progress=False)
+    assert caught.value.hint == found.hint
     wrong = fork_server.milora(*words, "--fail-on", "leak=0.1", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "--fail-on needs all weights" in wrong.stderr
