@@ -27,7 +27,7 @@ from milora_init.checkpoint.header import read_header
 from milora_init.errors import OutputError
 from milora_init.hub.ranges import RangesIgnoredError
 from milora_init.hub.source import fetch_file, fetch_tensors
-from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
+from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, WeightRecord, read_manifest
 from milora_init.methods import recorded_method
 from milora_init.plan.finished import request
 from milora_init.plan.output_files import ShardJob
@@ -85,10 +85,10 @@ def carry_out(
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
     repository.prepare(*_kind_and_model(plan), overwrite=overwrite_repository)
-    keeps_nothing = options.low_disk or (plan.nodes_may_upload and not plan.out.exists())
-    if keeps_nothing and repository.manifest_fingerprint() == plan.fingerprint:
-        return repository.manifest(), "unchanged", None
     uploader = repository if options.low_disk or plan.nodes_may_upload else None
+    is_here = any((plan.out / name).exists() for name in (MANIFEST, WORK_FOLDER))  # the output, or what is left of it
+    if uploader and not is_here and repository.manifest_fingerprint() == plan.fingerprint:
+        return repository.manifest(), "unchanged", None
     manifest, status = run_plan(plan, progress=progress, uploader=uploader)
     if repository.published:
         return repository.published_manifest(manifest), status, repository.published
@@ -172,7 +172,7 @@ def run_plan(
             _report_plan_and_remade_shards(plan, todo, out, progress)
             if plan.options.ray is None:  # its nodes fetch for themselves
                 todo = with_parts(todo, plan.checkpoint, out.attempts)
-            if through:
+            if through and todo:
                 through.mark_unfinished()
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
                 upload = through.push_shard if through else None

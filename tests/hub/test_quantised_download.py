@@ -56,6 +56,26 @@ def test_scales_in_a_file_that_comes_later_are_read_by_range(
     assert own_files(tmp_path / "local") == own_files(tmp_path / "out")
 
 
+@pytest.mark.wide
+@pytest.mark.parametrize("low_disk", [False, True])
+def test_parts_read_scales_of_files_that_other_parts_make_and_push(
+    low_disk: bool, hub: Hub, source: Path, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    milora: Command = client(hub, tmp_path)
+    words = (*INIT, "--push-to-hub", "me/parts", *(["--low-disk"] if low_disk else []))
+    for part in ("2/2", "1/2"):
+        done = milora(*words, "--part", part)
+        assert done.returncode == 0, done.stderr
+    sent = dict(hub.uploads)
+    done = milora(*words)
+    assert done.returncode == 0, done.stderr
+    assert {digest: hub.uploads[digest] for digest in sent} == sent  # no shard was made or sent again
+    start(source, out=str(tmp_path / "local"))
+    own = {"milora_init.json", "lora/adapter_config.json"}  # they name the source and the folder
+    expected = {name: content for name, content in contents(tmp_path / "local").items() if name not in own}
+    assert {name: hub.repositories["me/parts"].files[name] for name in expected} == expected
+
+
 def test_a_range_that_fails_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
     milora: Command = client(hub, tmp_path)
     count = 0

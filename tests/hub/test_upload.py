@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import are_progress_bars_disabled
+from support import fork_server
 from support.hub_server import Command, Hub, client, fetched
 from support.training import load, logits
 
@@ -159,6 +161,28 @@ def test_from_hub_to_hub_a_model_larger_than_the_disk(
     assert not [name for name in hub.repositories["me/through"].files if "unfinished" in name]
     again = milora(*command, "--json")
     assert json.loads(again.stdout)["status"] == "unchanged"
+
+
+def die_before_the_folder_is_removed(*words: str) -> None:
+    from milora_init.run.output_folder import OutputFolder
+
+    OutputFolder.discard = lambda *_: os._exit(9)  # type: ignore[method-assign, assignment]
+    fork_server.command_line(*words)
+
+
+@pytest.mark.wide
+def test_what_a_run_that_was_killed_after_its_commit_has_left_goes(
+    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+) -> None:
+    hub.publish("tiny/llama", checkpoint("llama"))
+    command = ("--model", "tiny/llama", "--out", "out", "--rank", "4", "--low-disk", "--push-to-hub", "me/through")
+    assert client(hub, tmp_path, die_before_the_folder_is_removed)(*command).returncode == 9
+    commits = len(hub.repositories["me/through"].commits)
+    assert (tmp_path / "out").exists()
+    done = milora(*command)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert len(hub.repositories["me/through"].commits) == commits
 
 
 def test_a_push_of_shards_that_was_cut_off_goes_on(
@@ -389,7 +413,7 @@ def test_parts_upload_their_files_and_the_last_command_commits_once(
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == (0 if low_disk else len(shards))
     done = milora(*words)
     assert done.returncode == 0, done.stderr
-    assert len(repository.commits) == commits + 1 + low_disk  # the repository is marked as unfinished first
+    assert len(repository.commits) == commits + 1
     assert (tmp_path / "out").exists() != low_disk
     assert verify(str(fetched(hub, "me/parts", tmp_path / "there")), model=str(checkpoint("llama"))).ok
     assert shards < repository.files.keys()

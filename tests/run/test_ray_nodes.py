@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support import fake_ray, quantised
+from support import fake_ray, fork_server, quantised
 from support.fake_ray import FakeRay
 from support.hub_server import Hub, client
 from support.tiny_models import contents
@@ -204,6 +204,17 @@ def test_a_nodes_own_folder_is_removed_also_after_a_process_that_was_killed(
             assert sorted(path for path in tmp_path.iterdir() if path != own) == sorted([used, foreign])
             assert (own / "model.safetensors").exists()
     assert sorted(tmp_path.iterdir()) == sorted([used, foreign])
+
+
+def test_nodes_read_a_quantised_model_at_a_relative_path(start: Start, tmp_path: Path) -> None:
+    source = quantised.save_fp8(tmp_path / "fp8", files=quantised.codes_apart)
+    words = ("-m", "fp8", "-o", "out", "-r", "4", "--device", "cpu", "--ray", "auto")
+    done = fork_server.run(fake_ray.command_line, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    start(source, out=str(tmp_path / "one"))
+    own = {MANIFEST, "lora/adapter_config.json"}  # they name the folders
+    found, expected = contents(tmp_path / "out"), contents(tmp_path / "one")
+    assert {n: c for n, c in found.items() if n not in own} == {n: c for n, c in expected.items() if n not in own}
 
 
 class TestOnTheHub:
