@@ -143,6 +143,29 @@ def start(tmp_path: Path) -> Callable[..., Manifest]:
     return run
 
 
+@pytest.fixture(scope="session")
+def finished(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """finished(kind="llama", dtype="float32", **options) is an output, made once; tests must not write into it."""
+    built: dict[str, Path] = {}
+
+    def get(kind: str = "llama", dtype: str = "float32", **options: Any) -> Path:
+        key = repr((kind, dtype, sorted(options.items())))
+        if key not in built:
+            out = tmp_path_factory.mktemp("finished-") / "out"
+            given: dict[str, Any] = {"rank": 4, "device": ("cpu",), **options}
+            initialize(InitOptions(model=str(checkpoint(kind, dtype)), out=str(out), **given))
+            built[key] = out
+        return built[key]
+
+    return get
+
+
+@pytest.fixture
+def out(finished: Built, tmp_path: Path) -> Path:
+    """A copy of the tiny llama's output in tmp_path/out; base_model_name_or_path still names the first folder."""
+    return Path(shutil.copytree(finished(), tmp_path / "out"))
+
+
 @pytest.fixture
 def file_by_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of an output is begun only when the one before it was recorded: for tests that count finished files."""

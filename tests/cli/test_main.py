@@ -446,11 +446,8 @@ def test_a_run_that_a_shell_starts_is_done_too(redirected: str, checkpoint: Buil
 
 @pytest.mark.parametrize("stdout", [FULL, None])
 @pytest.mark.parametrize("words", ["report OUT", "report OUT --json", "verify OUT --json", "--help"])
-def test_an_answer_that_is_lost_is_no_success(
-    words: str, stdout: Path | None, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in words.split()]
+def test_an_answer_that_is_lost_is_no_success(words: str, stdout: Path | None, out: Path) -> None:
+    arguments = [str(out) if word == "OUT" else word for word in words.split()]
     done = fork_server.milora(*arguments, stdout=stdout)
     assert done.returncode == 1
     assert "error: stdout cannot be written: " in done.stderr
@@ -465,9 +462,8 @@ def test_a_version_that_a_shell_has_nowhere_to_put_is_no_success(redirected: str
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_has_had_enough_is_no_failure(checkpoint: Built, start: Start, tmp_path: Path) -> None:
-    start(checkpoint("llama"))
-    done = shell('set -o pipefail; milora report "$1" --json | true', tmp_path / "out")
+def test_a_reader_that_has_had_enough_is_no_failure(out: Path) -> None:
+    done = shell('set -o pipefail; milora report "$1" --json | true', out)
     assert (done.returncode, done.stderr) == (0, "")
 
 

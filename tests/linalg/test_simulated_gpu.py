@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import matrices, reference, simulated_cuda
-from support.matrices import wide
+from support.marks import wide
 from support.triplets import certified, check_component, check_properties, check_values
 
 from milora_init.linalg.split import Split, split

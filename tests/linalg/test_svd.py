@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import matrices
-from support.matrices import wide
+from support.marks import wide
 from support.triplets import certified, check_component, check_properties, check_values, component
 from torch import Tensor
 

@@ -77,7 +77,7 @@ os.system(f"cp -r {disk}/done {sys.argv[3]}")
 
 
 def test_a_full_disk_is_an_error_and_the_run_is_resumed_once_there_is_space(
-    start: Start, checkpoint: Built, tmp_path: Path
+    checkpoint: Built, finished: Built, tmp_path: Path
 ) -> None:
     """A real ENOSPC: a small tmpfs in the mount namespace of the tested process."""
     source, disk, copy = checkpoint("llama"), tmp_path / "disk", tmp_path / "copy"
@@ -98,8 +98,7 @@ def test_a_full_disk_is_an_error_and_the_run_is_resumed_once_there_is_space(
     assert f"{os.strerror(errno.ENOSPC)}\n\nhint: free some space" in done.stderr
     assert f"out/{shards(source)[0]}" in left.split()
     assert not [n for n in left.split() if n.endswith((".partial", MANIFEST, "/config.json", ".index.json"))]
-    start(source, out=str(tmp_path / "uninterrupted"))
-    assert weights(copy) == weights(tmp_path / "uninterrupted")
+    assert weights(copy) == weights(finished())
 
 
 def milora_with_small_files(largest_bytes: int, *arguments: str) -> None:
@@ -107,7 +106,9 @@ def milora_with_small_files(largest_bytes: int, *arguments: str) -> None:
     fork_server.command_line(*arguments)
 
 
-def test_a_file_size_limit_is_an_error_and_the_run_is_resumed(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_file_size_limit_is_an_error_and_the_run_is_resumed(
+    start: Start, checkpoint: Built, finished: Built, tmp_path: Path
+) -> None:
     """RLIMIT_FSIZE makes the kernel refuse the write; this needs no mount."""
     source, out = checkpoint("llama"), tmp_path / "out"
     largest = max((source / name).stat().st_size for name in shards(source))
@@ -118,8 +119,7 @@ def test_a_file_size_limit_is_an_error_and_the_run_is_resumed(start: Start, chec
     assert f"{os.strerror(errno.EFBIG)}\n\nhint: free some space, or choose another --out\n" in done.stderr
     require_unfinished(out)
     start(source)
-    start(source, out=str(tmp_path / "uninterrupted"))
-    assert weights(out) == weights(tmp_path / "uninterrupted")
+    assert weights(out) == weights(finished())
 
 
 def rewrite(path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_shard_that_changes_between_the_plan_and_the_run_is_named(
     ("when", "at"), [(CallAfterFirstTensor, 0), (CallAfterFirstShard, 1), (CallAfterFirstShard, 3)]
 )
 def test_a_shard_that_changes_during_the_run_is_named_and_the_run_is_resumed_once_it_is_restored(
-    when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
+    when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, finished: Built, tmp_path: Path
 ) -> None:
     source = own("llama")
     shard = source / shards(source)[at]
@@ -197,8 +197,7 @@ def test_a_shard_that_changes_during_the_run_is_named_and_the_run_is_resumed_onc
     assert (tmp_path / "out" / WORK_FOLDER).exists() == (when is CallAfterFirstShard)
     shard.write_bytes(content)
     start(source)
-    start(source, out=str(tmp_path / "uninterrupted"))
-    assert weights(tmp_path / "out") == weights(tmp_path / "uninterrupted")
+    assert weights(tmp_path / "out") == weights(finished())
 
 
 def test_a_side_file_deleted_during_the_run_is_named(own: Built, start: Start, tmp_path: Path) -> None:

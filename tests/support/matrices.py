@@ -6,18 +6,11 @@ Every generator is seeded: the same arguments give the same matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 F64 = torch.float64
-
-
-def wide(shape: tuple[int, int]) -> Any:  # pytest's type of a parameter with a mark is private
-    """A further shape of a test that has others; `make test-wide` runs it."""
-    return pytest.param(shape, marks=pytest.mark.wide)
 
 
 def gaussian(m: int, n: int, *, seed: int = 0) -> Tensor:
