@@ -13,14 +13,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import gc
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from support import examples, tiny_models
+from support import examples, remembered, tiny_models
 from support.runs import initialize
 
 from milora_init.manifest import Manifest
@@ -87,6 +87,13 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("MILORA_PICTURE", "0")  # drawing one takes longer than the rest of a push
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_asked_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        remembered.remember(patch)
+        yield
 
 
 @pytest.fixture(scope="session")
