@@ -48,7 +48,7 @@ def trained_with(tmp_path_factory: pytest.TempPathFactory) -> TrainedWith:
         if method not in made:
             out, trained = folder / method, folder / f"{method}-trained"
             options = InitOptions(
-                model=str(source), out=str(out), method=method, target=LLAMA.targets, rank=4, alpha=8, device=("cpu",)
+                model=str(source), out=str(out), method=method, target=LLAMA.targets, rank=4, device=("cpu",)
             )
             if initialize(options).method.writes_base:
                 train(LLAMA, out, trained)

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import are_progress_bars_disabled
 from support.hub_server import Command, Hub, client, fetched
 from support.training import load, logits
 
 from milora_init import InitOptions, initialize
-from milora_init.cli.main import run
 from milora_init.manifest import Manifest
 from milora_init.verification.verify import verify
 
@@ -315,8 +313,16 @@ def test_python_pushes_what_it_was_told_to_push(
 
 
 def tell_whether_bars_are_drawn(*words: str) -> None:
+    """Run the command line in a process that has not imported huggingface_hub yet."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("huggingface_hub", "milora_init"):
+            del sys.modules[name]
+    from milora_init.cli.main import run
+
     sys.stderr.isatty = lambda: "--terminal" in words  # type: ignore[method-assign]
     status = run([word for word in words if word != "--terminal"])
+    from huggingface_hub.utils import are_progress_bars_disabled
+
     print("bars", not are_progress_bars_disabled(), file=sys.stderr)
     sys.exit(status)
 

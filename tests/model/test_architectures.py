@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from support import architectures
 from support.families import FAMILIES, Family
+from support.marks import wide
 from support.runs import initialize
 from support.tiny_models import as_pickles, tensors
 from torch import Tensor
@@ -25,6 +26,8 @@ from milora_init.run.shard import ShardWriter
 from milora_init.verification.verify import verify
 
 RANK = 4
+# One of each kind: linear layers, Conv1D, a fused projection, two stacks, an image tower, and three forms of experts.
+UNLIKE = ("llama", "gpt2", "bloom", "t5", "llava", "mixtral", "deepseek_v3", "gpt_oss")
 Made = tuple[Family, Path, Path, Manifest]
 
 
@@ -115,7 +118,7 @@ def test_every_manifest_record_names_the_source_tensor_of_its_module(made: Made,
         assert torch.equal(held, stored), record.module
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name if name in UNLIKE else wide(name) for name in FAMILIES])
 def test_in_the_published_dtype_the_output_passes_verify_against_its_source(name: str, tmp_path: Path) -> None:
     """verify checks residuals to half a unit in the last place, solves every component again, and compares the rest."""
     family, source, out, manifest = make(name, tmp_path, FAMILIES[name].stored)

@@ -397,23 +397,23 @@ def test_work_files_of_a_run_killed_after_its_manifest_are_removed(
 @pytest.mark.parametrize(
     "name", [WORK_FOLDER, f"{WORK_FOLDER}/journal.jsonl", f"{WORK_FOLDER}/lock", f"{WORK_FOLDER}/source"]
 )
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("before", [False, True])
 def test_a_link_instead_of_the_journal_is_refused_and_its_target_is_unchanged(
-    name: str, finished: bool, request: pytest.FixtureRequest, start: Start, checkpoint: Built, tmp_path: Path
+    name: str, before: bool, request: pytest.FixtureRequest, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     """`--overwrite` empties the journal's folder; through a link it would empty another folder."""
     out, home = tmp_path / "out", tmp_path / "home"
-    if finished:
+    if before:
         request.getfixturevalue("out")
     (home / "deep").mkdir(parents=True)
     (home / "notes.txt").write_bytes(b"mine")
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).symlink_to(home)
-    before = states(tmp_path)
+    found = states(tmp_path)
     with pytest.raises(OutputError, match=f"{re.escape(name)} is a link") as caught:
         start(checkpoint("llama"), rank=3, overwrite=True)
     assert caught.value.hint
-    assert states(tmp_path) == before
+    assert states(tmp_path) == found
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
