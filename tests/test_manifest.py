@@ -85,6 +85,7 @@ def test_any_value_at_any_place_is_read_or_refused(
 ) -> None:
     folder: Path = request.getfixturevalue(kind)
     base, content = open_checkpoint(folder), json.loads((folder / MANIFEST).read_text())
+    content["weights"] = sorted(content["weights"], key=lambda weight: not weight["expert"])[:1]  # an expert's first
     value = [*JUNK, ...][junk]
     refused = []
     for place in json_paths(content):

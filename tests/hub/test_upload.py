@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from support import fork_server
 from support.hub_server import Command, Hub, client, fetched
 from support.training import load, logits
 
@@ -314,9 +315,7 @@ def test_python_pushes_what_it_was_told_to_push(
 
 def tell_whether_bars_are_drawn(*words: str) -> None:
     """Run the command line in a process that has not imported huggingface_hub yet."""
-    for name in list(sys.modules):
-        if name.partition(".")[0] in ("huggingface_hub", "milora_init"):
-            del sys.modules[name]
+    fork_server.forget("huggingface_hub", "milora_init")
     from milora_init.cli.main import run
 
     sys.stderr.isatty = lambda: "--terminal" in words  # type: ignore[method-assign]

@@ -160,6 +160,13 @@ def command_line(*arguments: str) -> None:
     main.main()
 
 
+def forget(*packages: str) -> None:
+    """Called in a fork: the next import of these packages is the first one, as in a newly started process."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in packages:
+            del sys.modules[name]
+
+
 def _child(
     environment: dict[str, str | None], cwd: str, files: list[str | None], function: bytes, arguments: tuple[Any, ...]
 ) -> None:
