@@ -60,8 +60,8 @@ def train_model(family: Family, model: Any, to: Path) -> Path:
     torch.manual_seed(0)
     target_output = torch.randn_like(model_output(family, model))
     model.train()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    for _ in range(8):
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=4e-3)
+    for _ in range(10):
         (model(**architectures.model_inputs(family))[0] - target_output).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
