@@ -1,8 +1,9 @@
 """Learning against forgetting, for the methods of COMPARED, on a tiny model: offline, on a CPU.
 
 A tiny Llama is pre-trained on docstrings (cached in compare/base). Every method then trains it on generated word
-problems through run_train.sh, at several learning rates and seeds. Measured are the loss on other word problems (what
-it learned), the loss on held-out docstrings (what it forgot), and the share of right answers by the GSM8K task file.
+problems by train.py and evaluate.py, at several learning rates and seeds. Measured are the loss on other word problems
+(what it learned), the loss on held-out docstrings (what it forgot), and the share of right answers by the GSM8K task
+file.
 LoRA is trained twice: with the authors' alpha = 2r, and with alpha = r, which gives the scale of all others. Dropout is
 the same for all. Writes compare/results.json, results.md, and a plot as PNG and SVG. Asserts nothing about which is
 better.
@@ -11,16 +12,19 @@ better.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,8 @@ RANK = 8
 DROPOUT = 0  # lora_dropout of every adapter
 BATCH, WARMUP = 16, 10
 COMPARED = ("lora", "milora", "pissa", "olora-tail", "rlmo", "mica", "full")
+# Imported once, in a process from which that of every training is forked: the imports would take half of its time.
+LIBRARIES = ("trl.trainer.sft_trainer", "peft", "datasets", "lm_eval.evaluator", "lm_eval.models.huggingface")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +121,14 @@ def main() -> int:
         for seed in args.seeds
     ]
     print(f"{len(jobs)} trainings, {args.jobs} at a time", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda job: train(*job, starts=starts, out=args.out, steps=args.steps), jobs))
+    warm = multiprocessing.get_context("forkserver")
+    warm.set_forkserver_preload(list(LIBRARIES))
+    with warm.Pool(args.jobs, maxtasksperchild=1) as pool:
+        run = partial(train, starts=starts, out=args.out, steps=args.steps)
+        try:
+            results = pool.starmap(run, jobs, chunksize=1)
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from None
 
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     content = {
@@ -157,29 +169,23 @@ def initialise(base: Path, out: Path) -> dict[str, Path]:
 
 
 def train(variant: Variant, rate: float, seed: int, *, starts: dict[str, Path], out: Path, steps: int) -> Result:
-    """Train and evaluate in a process of its own. Raises SystemExit if it fails."""
+    """Train and evaluate, in this process and on one thread. Raises RuntimeError if a script fails."""
     run = out / "runs" / f"{variant.method}-{variant.alpha}-{rate:g}-{seed}"
     adapter = {} if variant.alpha is None else {"rank": RANK, "alpha": variant.alpha, "dropout": DROPOUT}
     training: dict[str, object] = {
         **adapter, "data": out / "data" / "train.jsonl", "learning-rate": rate, "seed": seed, "max-steps": steps,
         "warmup-steps": WARMUP, "total-batch": BATCH, "device-batch": BATCH, "max-length": 256,
     }  # fmt: skip
+    held = ("--eval-data", f"new={out}/data/new.jsonl", "--eval-data", f"old={out}/base/held-out.jsonl")
     evaluation: dict[str, object] = {
         "tasks": "gsm8k", "data": f"gsm8k={out}/data/gsm8k.jsonl", "max-new-tokens": 24, "batch-size": 100,
         "device": "cpu",
     }  # fmt: skip
-    command = [
-        "bash", str(HERE / "run_train.sh"), variant.method, str(starts[variant.method]), str(run), *_words(training),
-        "--eval-data", f"new={out}/data/new.jsonl", "--eval-data", f"old={out}/base/held-out.jsonl",
-        "--", *_words(evaluation),
-    ]  # fmt: skip
     score_file = run / "results" / "gsm8k" / f"{variant.method}.json"
     if not score_file.is_file():  # an unfinished training is removed and started again
         shutil.rmtree(run, ignore_errors=True)
-        environment = os.environ | {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        _script("train", variant.method, starts[variant.method], run, *_words(training), *held)
+        _script("evaluate", run, *_words(evaluation))
         shutil.rmtree(run / "checkpoints")
     record = json.loads((run / "training.json").read_text())
     right = json.loads(score_file.read_text())["metrics"]["exact_match,none"]
@@ -189,6 +195,23 @@ def train(variant: Variant, rate: float, seed: int, *, starts: dict[str, Path], 
     )  # fmt: skip
     print(f"    {variant.label}, {rate:g}, seed {seed}: {result.new:.3f} new, {result.old:.3f} old", flush=True)
     return result
+
+
+def _script(name: str, *words: object) -> None:
+    """Run a script of this folder, as on a command line. Raises RuntimeError, with what it printed, if it fails."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = [f"{name}.py", *map(str, words)]
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{' '.join(sys.argv)} ended with {end.code}:\n{printed.getvalue()}") from None
+    except Exception as error:
+        raise RuntimeError(f"{' '.join(sys.argv)} failed:\n{printed.getvalue()}") from error
 
 
 def _words(options: Mapping[str, object]) -> list[str]:
