@@ -72,7 +72,7 @@ def run_on_a_disk_that_is_full_once(disk: Path, *words: str) -> None:
                     print(f"full: {error.strerror}", flush=True)
 
     arguments = [*words, "-o", str(disk / "out")]
-    Journal.append = append  # type: ignore[method-assign, assignment]
+    Journal.append = append  # type: ignore[method-assign]
     print("status", run(arguments))
     print("left", *sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file()))
     (disk / "filler").unlink()

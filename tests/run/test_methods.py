@@ -123,10 +123,10 @@ def test_orthonormal_factors_and_their_base_compute_the_original(
     else:
         source, out, manifest = made(name, "olora-tail")
     expected = model_output(family, load(family, source))
-    made = model_output(family, load(family, out, out / "lora"))
+    together = model_output(family, load(family, out, out / "lora"))
     alone = model_output(family, load(family, out))
     scale = float(expected.abs().max())
-    assert float((made - expected).abs().max()) <= 1e-4 * scale
+    assert float((together - expected).abs().max()) <= 1e-4 * scale
     assert float((alone - expected).abs().max()) > 1e-2 * scale
     weights = load_file(out / "lora" / "adapter_model.safetensors")
     for record in (record for record in manifest.weights if record.expert is None):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from torch import nn
@@ -22,6 +22,7 @@ CALLERS = (
     "verification.verify",
     "verification.without_manifest",
 )
+Answer = TypeVar("Answer")
 Expected = tuple[Mapping[str, tuple[int, ...]], Mapping[str, float]]
 
 
@@ -35,9 +36,9 @@ def remember(patch: pytest.MonkeyPatch) -> None:
             return read_structure(folder, config, shapes, **options)
         return _once(structures, lambda: read_structure(folder, config, shapes, **options), config, shapes, options)
 
-    def expected(
-        model: nn.Module, config: Mapping[str, Any], planned: Mapping[str, Any], ask: Any = peft_check.expected_by_peft
-    ) -> Expected:
+    ask = peft_check.expected_by_peft
+
+    def expected(model: nn.Module, config: Mapping[str, Any], planned: Mapping[str, Any]) -> Expected:
         of_model = (type(model).__name__, str(model.config))
         return _once(expectations, lambda: ask(model, config, planned), of_model, config, planned)
 
@@ -46,7 +47,7 @@ def remember(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(peft_check, "expected_by_peft", expected)
 
 
-def _once(answers: dict[str, Any], ask: Callable[[], Any], *question: Any) -> Any:
+def _once(answers: dict[str, Answer], ask: Callable[[], Answer], *question: Any) -> Answer:
     key = repr(question)
     if key not in answers:
         answers[key] = ask()
