@@ -13,14 +13,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import gc
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from support import examples, tiny_models
+from support import examples, remembered, tiny_models
 from support.runs import initialize
 
 from milora_init.manifest import Manifest
@@ -89,6 +89,13 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILORA_PICTURE", "0")  # drawing one takes longer than the rest of a push
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_asked_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        remembered.remember(patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """checkpoint(kind, dtype="float32") is a tiny model's folder with several shards; tests must not write into it."""
@@ -141,6 +148,29 @@ def start(tmp_path: Path) -> Callable[..., Manifest]:
         return initialize(InitOptions(model=str(model), **given), progress=progress)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """finished(kind="llama", dtype="float32", **options) is an output, made once; tests must not write into it."""
+    built: dict[str, Path] = {}
+
+    def get(kind: str = "llama", dtype: str = "float32", **options: Any) -> Path:
+        key = repr((kind, dtype, sorted(options.items())))
+        if key not in built:
+            out = tmp_path_factory.mktemp("finished-") / "out"
+            given: dict[str, Any] = {"rank": 4, "device": ("cpu",), **options}
+            initialize(InitOptions(model=str(checkpoint(kind, dtype)), out=str(out), **given))
+            built[key] = out
+        return built[key]
+
+    return get
+
+
+@pytest.fixture
+def out(finished: Built, tmp_path: Path) -> Path:
+    """A copy of the tiny llama's output in tmp_path/out; base_model_name_or_path still names the first folder."""
+    return Path(shutil.copytree(finished(), tmp_path / "out"))
 
 
 @pytest.fixture

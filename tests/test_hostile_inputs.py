@@ -64,31 +64,22 @@ def test_a_hidden_shard_is_refused(own: Built) -> None:
 
 
 @pytest.mark.parametrize("name", [".bashrc", "x/.git/hooks/post-checkout"])
-def test_a_manifest_may_not_name_a_hidden_file_at_any_depth(
-    name: str, start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    out = tmp_path / "out"
+def test_a_manifest_may_not_name_a_hidden_file_at_any_depth(name: str, out: Path) -> None:
     files = json.loads((out / MANIFEST).read_text())["files"]
     edit_json(out / MANIFEST, files=files | {name: 1})
     with pytest.raises(OutputError, match="hidden"):
         verify(str(out))
 
 
-def test_an_adapter_at_the_root_of_a_pair_is_refused_by_merge(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    start(checkpoint("llama"))
-    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+def test_an_adapter_at_the_root_of_a_pair_is_refused_by_merge(out: Path, tmp_path: Path) -> None:
+    (out / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="transformers would load this adapter"):
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+        merge(str(out), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-def test_an_adapter_with_a_direction_set_to_zero_is_refused(
-    factor: str, start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-
+def test_an_adapter_with_a_direction_set_to_zero_is_refused(factor: str, out: Path, tmp_path: Path) -> None:
     def zeroed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor * 1.01
         if factor in name:
@@ -96,32 +87,25 @@ def test_an_adapter_with_a_direction_set_to_zero_is_refused(
             tensor[(0,) if factor == "lora_A" else (slice(None), 0)] = 0
         return tensor
 
-    adapter = changed_adapter(tmp_path / "out", tmp_path / "trained", zeroed)
+    adapter = changed_adapter(out, tmp_path / "trained", zeroed)
     with pytest.raises(PlanError, match="directions are zero"):
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
-    assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok
+        merge(str(out), str(tmp_path / "merged"), adapter=str(adapter))
+    assert not verify(str(out), adapter=str(adapter)).ok
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, 5.0, 1000.0])
-def test_the_initial_adapter_multiplied_by_a_number_is_refused(
-    factor: float, start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
+def test_the_initial_adapter_multiplied_by_a_number_is_refused(factor: float, out: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     adapter = changed_adapter(
-        tmp_path / "out",
+        out,
         tmp_path / "trained",
         lambda _, tensor: factor * (tensor + 0.01 * tensor.abs().mean() * torch.randn_like(tensor)),
     )
     with pytest.raises(PlanError, match=r"times"):
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
+        merge(str(out), str(tmp_path / "merged"), adapter=str(adapter))
 
 
-def test_a_manifest_cannot_disable_the_check_of_a_trained_adapter(
-    start: Start, checkpoint: Built, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    out = tmp_path / "out"
+def test_a_manifest_cannot_disable_the_check_of_a_trained_adapter(out: Path, tmp_path: Path) -> None:
     weights = json.loads((out / MANIFEST).read_text())["weights"]
     edit_json(out / MANIFEST, weights=[weight | {"untrainable": weight["rank"]} for weight in weights])
     torch.manual_seed(0)
@@ -130,14 +114,13 @@ def test_a_manifest_cannot_disable_the_check_of_a_trained_adapter(
         merge(str(out), str(tmp_path / "merged"), adapter=str(adapter))
 
 
-def test_a_huge_adapter_config_is_refused_without_reading_it(start: Start, checkpoint: Built, tmp_path: Path) -> None:
-    start(checkpoint("llama"))
-    adapter = changed_adapter(tmp_path / "out", tmp_path / "trained", lambda _, tensor: tensor * 1.01)
+def test_a_huge_adapter_config_is_refused_without_reading_it(out: Path, tmp_path: Path) -> None:
+    adapter = changed_adapter(out, tmp_path / "trained", lambda _, tensor: tensor * 1.01)
     with (adapter / "adapter_config.json").open("r+b") as file:
         file.truncate(1 << 40)  # a sparse file: it takes no space
     with pytest.raises(CheckpointError, match=f"{1 << 40} bytes, more than the limit of"):
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(adapter))
-    assert not verify(str(tmp_path / "out"), adapter=str(adapter)).ok
+        merge(str(out), str(tmp_path / "merged"), adapter=str(adapter))
+    assert not verify(str(out), adapter=str(adapter)).ok
 
 
 def test_a_config_with_more_layers_than_tensors_is_refused(own: Built) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import fork_server
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "milora_init"
@@ -114,13 +116,18 @@ def test_the_modules_that_start_the_command_line_import_no_torch(module: str) ->
     assert done.stdout.strip() == "[]"
 
 
+def require_the_public_names() -> None:
+    fork_server.forget("milora_init")
+    import milora_init
+
+    for name in milora_init.__all__:
+        assert getattr(milora_init, name) is not None
+    importlib.import_module("milora_init.verification.verify")
+    assert dir(milora_init) == milora_init.__all__
+    assert callable(milora_init.verify)
+    assert callable(milora_init.initialize)
+
+
 def test_the_public_names_are_the_documented_ones() -> None:
-    code = """
-import milora_init
-for name in milora_init.__all__:
-    assert getattr(milora_init, name) is not None
-import milora_init.verification.verify
-assert dir(milora_init) == milora_init.__all__
-assert callable(milora_init.verify) and callable(milora_init.initialize)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fork_server.run(require_the_public_names)
+    assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ answered at once.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from milora_init import __version__
@@ -159,15 +161,16 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run a command line; return its exit status: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
+    command = commands()
     if not argv:
-        app(["--help"], standalone_mode=False, prog_name="milora-init")
+        command(["--help"], standalone_mode=False, prog_name="milora-init")
         return 2
     output.json_output.reset()
     resume = "run the same command again" if _command_of(argv) in _NOT_RESUMED else "run the same command to resume"
     try:
         if any("\0" in word for word in argv):
             raise UsageError("an option contains a NUL character, which no path and no name can have")
-        status = int(app(argv, standalone_mode=False, prog_name="milora-init") or 0)
+        status = int(command(argv, standalone_mode=False, prog_name="milora-init") or 0)
         # Some versions of typer return a bare status for an interruption.
         return _fail(argv, "interrupted", resume, 130, KeyboardInterrupt()) if status == 130 else status
     except MiloraError as error:
@@ -188,6 +191,12 @@ def run(argv: list[str]) -> int:
             "please report this, with the output of `milora-init env`; MILORA_DEBUG=1 prints the traceback",
         )
         return _fail(argv, message, hint, 1, error)
+
+
+@functools.cache
+def commands() -> Any:
+    """All commands with their options, which typer reads from the signatures of the functions."""
+    return typer.main.get_command(app)
 
 
 def _command_of(argv: list[str]) -> str:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -363,16 +363,7 @@ def _assemble(
     for name in plan.side_files:
         path = source_file(source, name)
         out.write(name, read_chunks(path), mode=file_mode(path))
-    config_name, weights_name = plan.adapter_files
-    (out.path / config_name).parent.mkdir(exist_ok=True)
-    parts = [out.path / part_name(job.target) for job in plan.jobs if job.splits]
-    # The adapter holds components of the weights: nobody may read it who may not read the model.
-    permissions = file_mode(source / "config.json")
-    for job in plan.jobs:
-        if job.stamp is not None:
-            permissions &= file_mode(job.source)
-    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / weights_name, mode=permissions)
-    out.write(config_name, (json.dumps(plan.adapter_config, indent=2) + "\n").encode(), mode=permissions)
+    _write_adapter(plan, out)
     records = {record.module: record for entry in entries.values() for record in entry.records}
     uploaded = {name: entry.files[name] for name, entry in entries.items() if entry.pushed is not None}
     _require_complete(plan, out, set(records), uploaded)
@@ -383,17 +374,9 @@ def _assemble(
         out.write("config.json", plan.config_bytes, mode=file_mode(source / "config.json"))
     # Without a base, the shards are no files of the output.
     shard_hashes = {name: entry.hashes[name] for name, entry in entries.items() if plan.writes_base}
-    options = plan.options
     return Manifest(
-        source={
-            "model": options.model,
-            "revision": plan.checkpoint.remote.commit if plan.checkpoint.remote else None,
-            "architecture": plan.structure.architecture,
-            **({"other_class": plan.structure.other_class} if plan.structure.other_class else {}),
-            **({"config.json": plan.merged_config_bytes.decode()} if plan.writes_base and plan.changes_config else {}),
-            **({"trust_remote_code": True} if options.trust_remote_code else {}),
-        },
-        out=options.out,
+        source=_source(plan),
+        out=plan.options.out,
         fingerprint=plan.fingerprint,
         inputs=plan.inputs,
         versions=_versions(),
@@ -404,8 +387,37 @@ def _assemble(
         weights=tuple(records[w.weight.module] for w in plan.weights),
         hashes={name: shard_hashes.get(name) or sha256(out.path / name) for name in plan.files},
         elapsed_s=round(time.monotonic() - started, 3),
-        request=request(options),
+        request=request(plan.options),
     )
+
+
+def _write_adapter(plan: Plan, out: OutputFolder[Manifest]) -> None:
+    """Assemble the adapter from the parts of the shards, and write its config.
+
+    It holds components of the weights: nobody may read it who may not read every file of them.
+    """
+    config_name, weights_name = plan.adapter_files
+    (out.path / config_name).parent.mkdir(exist_ok=True)
+    permissions = file_mode(plan.checkpoint.folder / "config.json")
+    for job in plan.jobs:
+        if job.stamp is not None:
+            permissions &= file_mode(job.source)
+    parts = [out.path / part_name(job.target) for job in plan.jobs if job.splits]
+    assemble_adapter(parts, plan.weights, plan.adapter_header, out.path / weights_name, mode=permissions)
+    out.write(config_name, (json.dumps(plan.adapter_config, indent=2) + "\n").encode(), mode=permissions)
+
+
+def _source(plan: Plan) -> dict[str, Any]:
+    """What the manifest says about the original model. Keys of rare cases are left out where they do not apply."""
+    structure, remote = plan.structure, plan.checkpoint.remote
+    return {
+        "model": plan.options.model,
+        "revision": remote.commit if remote else None,
+        "architecture": structure.architecture,
+        **({"other_class": structure.other_class} if structure.other_class else {}),
+        **({"config.json": plan.merged_config_bytes.decode()} if plan.writes_base and plan.changes_config else {}),
+        **({"trust_remote_code": True} if plan.options.trust_remote_code else {}),
+    }
 
 
 def _require_complete(plan: Plan, out: OutputFolder[Manifest], modules: set[str], uploaded: Collection[str]) -> None:

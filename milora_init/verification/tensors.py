@@ -34,9 +34,14 @@ from milora_init.plan.weights import weight_seed
 from milora_init.verification.verdict import Finding
 
 EPS32 = torch.finfo(torch.float32).eps
-_BLOCK_ELEMENTS = 1 << 20
-_SAMPLE = 3
-_CERTAIN = 1e-3  # above this bound of the solver's own error, the directions are compared instead of the product
+_BLOCK_ELEMENTS = 1 << 20  # of a block of rows: 8 MiB in float64, of which a few are in memory at a time
+_SAMPLE = 3  # the fewest with both ends and the middle of a model: a shifted order or a missing layer shows there
+_CERTAIN = 1e-3  # if the solver may be off by more, directions are compared; unrelated products are off by about 1
+_SOLVER = 1e-6  # 20 times `svd.TOLERANCE`, the certified error up to which a run on any device accepts a component
+_MARGIN = 4  # times a first-order bound of rounding errors: for higher orders, and factors that are not quite balanced
+_ENTRY = 8 * EPS  # relative, of an entry of W - D in float64: a few roundings, in any order of the sum
+_PRODUCT = 64 * EPS  # relative, of a product of rank r in float64: about sqrt(r) roundings of either sign, r up to 4096
+_TINY = 1e-300  # against division by zero
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an integer dtype by the bytes of a float
 _MAKE_AGAIN = "make the pair again"
 _MERGE_AGAIN = "merge again"
@@ -190,7 +195,7 @@ def _rounding_distance(merged: Tensor, W: Tensor, residual_dtype: str) -> tuple[
     for now, before in zip(*(torch.split(t.reshape(-1), _BLOCK_ELEMENTS) for t in (merged, W)), strict=True):
         square += float((now.double() - before.double()).square().sum())
         norm_square += float(before.double().square().sum())
-    most = 64 * EPS * math.sqrt(norm_square)  # of the products in float64
+    most = _PRODUCT * math.sqrt(norm_square)
     for dtype in (getattr(torch, residual_dtype), merged.dtype):
         finfo = torch.finfo(dtype)
         # 1.01: products of unit roundoffs, and the product in float32 before a rounding to 16 bits.
@@ -249,8 +254,8 @@ def residual_error(W: Tensor, R: Tensor, B: Tensor, A: Tensor, scale: float) -> 
     """
     finfo = torch.finfo(R.dtype)
     B64, A64 = B.double(), scale * A.double()
-    # Error of the float64 product and difference, which the solver may have summed in another order.
-    noise = EPS * (8 * float(W.abs().max()) + A.shape[0] * float(B64.abs().max()) * float(A64.abs().max()))
+    # Error of the float64 product, of r terms, and of the difference. The solver may have summed in another order.
+    noise = _ENTRY * float(W.abs().max()) + EPS * A.shape[0] * float(B64.abs().max()) * float(A64.abs().max())
     worst = 0.0
     rows = max(1, _BLOCK_ELEMENTS // W.shape[1])
     for top in range(0, W.shape[0], rows):
@@ -278,10 +283,10 @@ def component_error(
     truth = singular_triplets(W, record.rank, mode=mode, seed=seed)
     if manifest.method.factors == "orthonormal":
         return _orthonormal_error(W, B.double(), A.double(), truth)
-    s, s_max = truth.s, max(truth.s_max, 1e-300)
+    s, s_max = truth.s, max(truth.s_max, _TINY)
     left, right = scale * B.double(), A.double()
     lengths = right.norm(dim=1)
-    unit = (right / lengths.clamp_min(1e-300)[:, None]).mT
+    unit = (right / lengths.clamp_min(_TINY)[:, None]).mT
     component_square, direction_square = 0.0, 0.0
     rows = max(1, _BLOCK_ELEMENTS // W.shape[1])
     for top in range(0, W.shape[0], rows):
@@ -292,11 +297,14 @@ def component_error(
     certified = truth.certificate.component_error
     if certified is not None and certified < _CERTAIN:
         norm = max(float(s.norm()), min(W.shape) * EPS * s_max * math.sqrt(record.rank))
+        # Rounding to float32 changes B by at most EPS32 / 2 * |B|_F, and A likewise.
         rounding = EPS32 * math.sqrt(float(s.sum() * s.max())) / norm
-        return math.sqrt(component_square) / norm, 4 * rounding + 1e-6 + 2 * certified
+        # Twice the certified error: of the run's component, and of this one.
+        return math.sqrt(component_square) / norm, _MARGIN * rounding + _SOLVER + 2 * certified
     value_errors = (left.norm(dim=0) * lengths).sort(descending=True).values - s
-    # A direction in float32 has an error of eps, which W multiplies by up to s_max.
-    return (float(value_errors.norm()) + math.sqrt(direction_square)) / s_max, 8 * EPS32 * math.sqrt(record.rank)
+    # Rounding to float32 changes a direction by EPS32 / 2, which W multiplies by up to s_max, and a value by EPS32 * s.
+    rounding = 2 * EPS32 * math.sqrt(record.rank)
+    return (float(value_errors.norm()) + math.sqrt(direction_square)) / s_max, _MARGIN * rounding
 
 
 def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tuple[float, float]:
@@ -306,10 +314,10 @@ def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tupl
     as much as large ones. Where it is not certain at all, B and A must be orthonormal singular directions of W instead:
     W A^T = B diag(s). Both are relative to W's largest singular value.
     """
-    s, s_max, root = truth.s, max(truth.s_max, 1e-300), math.sqrt(len(truth.s))
+    s, s_max, root = truth.s, max(truth.s_max, _TINY), math.sqrt(len(truth.s))
     eye = torch.eye(len(s), dtype=torch.float64)
     orthonormality_error = float(max((B.mT @ B - eye).norm(), (A @ A.mT - eye).norm()))
-    certificate, s_last = truth.certificate, max(float(s.min()), 1e-300)
+    certificate, s_last = truth.certificate, max(float(s.min()), _TINY)
     # If a triplet turns by an angle a, the component changes by s * a: so a is at most the component's certified error
     # over s_last. Inside the wanted space, U and V also turn by about residual / s.
     angle_bound = math.inf
@@ -317,16 +325,19 @@ def _orthonormal_error(W: Tensor, B: Tensor, A: Tensor, truth: Triplets) -> tupl
         angle_bound = (
             (certificate.component_error * float(s.norm()) + certificate.residual * s_max * root) / s_last / root
         )
+    # Rounding to float32 changes B and A by EPS32 / 2 * root each: EPS32 in the product, EPS32 * root in B^T B.
+    rounding = 2 * EPS32 * root
     if angle_bound < _CERTAIN:
         rows, square = max(1, _BLOCK_ELEMENTS // W.shape[1]), 0.0
         for top in range(0, W.shape[0], rows):
             block = slice(top, top + rows)
             square += float((B[block] @ A - truth.U[block] @ truth.V.mT).square().sum())
-        return math.sqrt(square) / root + orthonormality_error, 8 * EPS32 * root + 1e-6 + 4 * angle_bound
+        # Four times the angle: of U and of V, in the run and here.
+        return math.sqrt(square) / root + orthonormality_error, _MARGIN * rounding + _SOLVER + 4 * angle_bound
     WA = W.double() @ A.mT
     values = (B * WA).sum(dim=0)
     error = float((WA - B * values).norm()) + float((values.sort().values - s.sort().values).norm())
-    return error / s_max + orthonormality_error, 8 * EPS32 * root
+    return error / s_max + orthonormality_error, _MARGIN * rounding
 
 
 def _same_values(original: Place, stored: Place) -> bool:

@@ -189,13 +189,11 @@ def test_a_summary_of_any_size_is_one_that_github_takes(
 
 
 def test_a_verdict_of_no_is_annotated_too(
-    start: Callable[..., Manifest], checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    start(checkpoint("llama"))
-    (tmp_path / "out" / "lora" / "adapter_config.json").unlink()
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / "lora" / "adapter_config.json").unlink()
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
-    assert run(["verify", str(tmp_path / "out"), "--quiet"]) == 1
+    assert run(["verify", str(out), "--quiet"]) == 1
     annotations = [line for line in capsys.readouterr().err.splitlines() if line.startswith("::")]
     assert len(annotations) == 1
     assert "adapter_config.json: missing. Hint: " in annotations[0]

@@ -394,18 +394,14 @@ def test_every_command_prints_the_same_envelope(checkpoint: Built, start: Start,
         assert content["status"] in STATUSES
 
 
-def test_a_signal_after_the_answer_adds_no_second_one(
-    checkpoint: Built, start: Start, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start(checkpoint("llama"))
-
+def test_a_signal_after_the_answer_adds_no_second_one(said: Said, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt_after(content: object, real: Callable[..., None] = output.json_output.give) -> None:
         real(content)
         monkeypatch.undo()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(output.json_output, "give", interrupt_after)
-    status, text, _ = said("report", tmp_path / "out", "--json")
+    status, text, _ = said("report", out, "--json")
     assert status == 130
     assert json.loads(text)["status"] == "done"
 

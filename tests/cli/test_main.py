@@ -423,9 +423,12 @@ FULL = Path("/dev/full")
 
 @pytest.mark.parametrize(
     "streams",
-    [{"stderr": FULL}, {"stderr": None}, {"stdout": FULL}, {"stdout": None}, {"stdout": None, "stderr": None}],
+    [
+        {"stderr": FULL}, {"stderr": None}, {"stdout": FULL}, {"stdout": None},
+        {"stdin": None, "stdout": None, "stderr": None},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_run_is_done_whether_or_not_anybody_can_be_told(
     streams: dict[str, Path | None], checkpoint: Built, tmp_path: Path
 ) -> None:
@@ -436,7 +439,8 @@ def test_a_run_is_done_whether_or_not_anybody_can_be_told(
     assert verify(str(out), model=str(source)).ok
 
 
-@pytest.mark.parametrize("redirected", [pytest.param("2> >(true)", marks=pytest.mark.wide), "<&- >&- 2>&-"])
+@pytest.mark.wide
+@pytest.mark.parametrize("redirected", ["2> >(true)", "<&- >&- 2>&-"])
 def test_a_run_that_a_shell_starts_is_done_too(redirected: str, checkpoint: Built, tmp_path: Path) -> None:
     done = shell(f'milora -m "$1" -o "$2" -r 4 --device cpu {redirected}', checkpoint("llama"), tmp_path / "out")
     assert done.returncode == 0
@@ -446,11 +450,8 @@ def test_a_run_that_a_shell_starts_is_done_too(redirected: str, checkpoint: Buil
 
 @pytest.mark.parametrize("stdout", [FULL, None])
 @pytest.mark.parametrize("words", ["report OUT", "report OUT --json", "verify OUT --json", "--help"])
-def test_an_answer_that_is_lost_is_no_success(
-    words: str, stdout: Path | None, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in words.split()]
+def test_an_answer_that_is_lost_is_no_success(words: str, stdout: Path | None, out: Path) -> None:
+    arguments = [str(out) if word == "OUT" else word for word in words.split()]
     done = fork_server.milora(*arguments, stdout=stdout)
     assert done.returncode == 1
     assert "error: stdout cannot be written: " in done.stderr
@@ -465,22 +466,26 @@ def test_a_version_that_a_shell_has_nowhere_to_put_is_no_success(redirected: str
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_has_had_enough_is_no_failure(checkpoint: Built, start: Start, tmp_path: Path) -> None:
-    start(checkpoint("llama"))
-    done = shell('set -o pipefail; milora report "$1" --json | true', tmp_path / "out")
+def test_a_reader_that_has_had_enough_is_no_failure(out: Path) -> None:
+    done = shell('set -o pipefail; milora report "$1" --json | true', out)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_ascii_locale_can_name_any_folder(checkpoint: Built, tmp_path: Path) -> None:
+MAKE = "run(['-m', source, '-o', out, '-r', '4', '--device', 'cpu']) or run(['verify', out]) or "
+
+
+@pytest.mark.parametrize("before", ["", pytest.param(MAKE, marks=pytest.mark.wide)], ids=["report", "init and verify"])
+def test_an_ascii_locale_can_name_any_folder(before: str, checkpoint: Built, finished: Built, tmp_path: Path) -> None:
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
     source, out = tmp_path / "sürce", tmp_path / "öut"
     source.symlink_to(checkpoint("llama"))
+    if not before:
+        out.symlink_to(finished())
     code = (
         "import sys; from milora_init.cli.main import run; "
         "from milora_init.cli.streams import replace_standard_streams; replace_standard_streams(); "
         "_, source, out = sys.argv; "
-        "sys.exit(run(['-m', source, '-o', out, '-r', '4', '--device', 'cpu']) or "
-        "run(['report', out, '--markdown']) or run(['verify', out]))"
+        f"sys.exit({before}run(['report', out, '--markdown']))"
     )
     environment = {**os.environ, "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"), **ascii_only}
     command = [sys.executable, "-c", code, str(source), str(out)]

@@ -118,10 +118,9 @@ def test_the_sum_is_rounded_once() -> None:
 
 
 def test_an_interrupted_merge_is_resumed_by_the_same_command(
-    checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start(checkpoint("llama"))
-    out, merged = tmp_path / "out", tmp_path / "merged"
+    merged = tmp_path / "merged"
     merge(str(out), str(tmp_path / "uninterrupted"))
     whole, real = model_files(tmp_path / "uninterrupted"), ShardWriter.finish
     made: list[str] = []
@@ -224,11 +223,9 @@ def odd_parameters(out: Path, trained: Path) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_damaged_pair_or_adapter_is_refused_and_nothing_is_written(
-    damage: Callable[[Path, Path], None], error: type[Exception], words: str,
-    checkpoint: Built, start: Start, tmp_path: Path,
-) -> None:  # fmt: skip
-    start(checkpoint("llama"))
-    out, trained = tmp_path / "out", tmp_path / "trained"
+    damage: Callable[[Path, Path], None], error: type[Exception], words: str, out: Path, tmp_path: Path
+) -> None:
+    trained = tmp_path / "trained"
     shutil.copytree(out / "lora", trained)
     damage(out, trained)
     with pytest.raises(error, match=words):
@@ -237,25 +234,21 @@ def test_a_damaged_pair_or_adapter_is_refused_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("inside", ["config.json", "model-00001-of-00002.safetensors", "milora_init.json"])
-def test_an_output_folder_that_is_not_empty_is_refused_and_unchanged(
-    inside: str, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
+def test_an_output_folder_that_is_not_empty_is_refused_and_unchanged(inside: str, out: Path, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / inside).write_bytes(b"mine")
     with pytest.raises(OutputError):
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+        merge(str(out), str(tmp_path / "merged"))
     assert contents(tmp_path / "merged") == {inside: b"mine"}
 
 
-def test_an_output_at_or_inside_the_base_is_refused(checkpoint: Built, start: Start, tmp_path: Path) -> None:
-    start(checkpoint("llama"))
-    before = contents(tmp_path / "out")
+def test_an_output_at_or_inside_the_base_is_refused(out: Path) -> None:
+    before = contents(out)
     with pytest.raises(OutputError):
-        merge(str(tmp_path / "out"), str(tmp_path / "out"))
+        merge(str(out), str(out))
     with pytest.raises(OutputError):
-        merge(str(tmp_path / "out"), str(tmp_path / "out" / "merged"))
-    assert contents(tmp_path / "out") == before
+        merge(str(out), str(out / "merged"))
+    assert contents(out) == before
 
 
 def test_a_finished_merge_is_unchanged_and_another_request_is_refused(
@@ -281,18 +274,17 @@ def test_a_finished_merge_is_unchanged_and_another_request_is_refused(
 
 
 def test_the_merge_command_prints_json_progress_and_a_summary(
-    checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start(checkpoint("llama"))
-    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged"), "--json"]) == 0
+    assert run(["merge", str(out), "--out", str(tmp_path / "merged"), "--json"]) == 0
     answer, lines = capsys.readouterr()
     said = json.loads(answer)
     assert (said["command"], said["status"], said["modules"]) == ("merge", "done", 10)
     assert lines == ""
     shards = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
-    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    assert run(["merge", str(out), "--out", str(tmp_path / "again"), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
-    assert run(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "third")]) == 0
+    assert run(["merge", str(out), "--out", str(tmp_path / "third")]) == 0
     summary, lines = capsys.readouterr()
     assert "10 modules merged" in summary
     assert [line.split()[1] for line in lines.splitlines()] == [f"{shard}:" for shard in shards]
@@ -363,9 +355,8 @@ def test_a_source_of_several_dtypes_is_restored_with_its_config(
     assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
 
 
-def test_an_unsafe_output_path_is_refused(checkpoint: Built, start: Start, tmp_path: Path) -> None:
-    start(checkpoint("llama"))
-    out, trained = tmp_path / "out", shutil.copytree(tmp_path / "out" / "lora", tmp_path / "trained")
+def test_an_unsafe_output_path_is_refused(out: Path, tmp_path: Path) -> None:
+    trained = shutil.copytree(out / "lora", tmp_path / "trained")
     with pytest.raises(UsageError, match="--out is empty"):
         merge(str(out), "")
     with pytest.raises(UsageError, match="--adapter is empty"):  # an empty value does not mean the adapter in OUT
@@ -382,32 +373,26 @@ def test_an_unsafe_output_path_is_refused(checkpoint: Built, start: Start, tmp_p
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_base_with_a_changed_side_file_of_the_same_size_is_refused(
-    name: str, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    path = tmp_path / "out" / name
+def test_a_base_with_a_changed_side_file_of_the_same_size_is_refused(name: str, out: Path, tmp_path: Path) -> None:
+    path = out / name
     content = path.read_bytes()
     path.write_bytes(content.replace(b"\n", b" ", 1) if b"\n" in content else content[:-1] + b" ")
     with pytest.raises(CheckpointError, match=f"{name} was changed"):
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+        merge(str(out), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_with_a_flipped_bit_is_not_merged_until_it_is_restored(
-    checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    merge(str(tmp_path / "out"), str(tmp_path / "uninterrupted"))
-    path = tmp_path / "out" / "model-00002-of-00010.safetensors"
+def test_a_base_with_a_flipped_bit_is_not_merged_until_it_is_restored(out: Path, tmp_path: Path) -> None:
+    merge(str(out), str(tmp_path / "uninterrupted"))
+    path = out / "model-00002-of-00010.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="is not the file that milora-init wrote") as caught:
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+        merge(str(out), str(tmp_path / "merged"))
     assert "milora-init verify" in caught.value.hint
     assert not (tmp_path / "merged" / "config.json").exists()
     path.write_bytes(content)
-    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    merge(str(out), str(tmp_path / "merged"))
     assert model_files(tmp_path / "merged") == model_files(tmp_path / "uninterrupted")
 
 
@@ -422,10 +407,9 @@ def name_a_file(out: Path, name: str, content: bytes) -> None:
 @pytest.mark.parametrize("name", ["../mine", "a/../../mine", "{home}/mine", "..\\mine", "./tokenizer.json", ".bashrc",
                                   ".git/config"])  # fmt: skip
 def test_a_manifest_with_an_outside_or_hidden_path_is_refused_by_every_command(
-    name: str, checkpoint: Built, start: Start, tmp_path: Path
+    name: str, out: Path, tmp_path: Path
 ) -> None:
-    start(checkpoint("llama"))
-    out, name = tmp_path / "out", name.format(home=tmp_path)
+    name = name.format(home=tmp_path)
     (tmp_path / "mine").write_bytes(b"mine")
     name_a_file(out, name, b"mine")
     before = contents(tmp_path)
@@ -439,27 +423,22 @@ def test_a_manifest_with_an_outside_or_hidden_path_is_refused_by_every_command(
 @pytest.mark.parametrize(
     "name", ["adapter_config.json", "model.safetensors", "lora/more.safetensors", "README.md", MERGED, "x.bin"]
 )
-def test_a_manifest_with_an_unexpected_file_is_not_merged(
-    name: str, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    (tmp_path / "out" / name).write_bytes(b"theirs")
-    name_a_file(tmp_path / "out", name, b"theirs")
+def test_a_manifest_with_an_unexpected_file_is_not_merged(name: str, out: Path, tmp_path: Path) -> None:
+    (out / name).write_bytes(b"theirs")
+    name_a_file(out, name, b"theirs")
     if name == "model.safetensors":  # it would be read as the weights
-        (tmp_path / "out" / name).rename(tmp_path / "out" / "more.safetensors")
-        name_a_file(tmp_path / "out", "more.safetensors", b"theirs")
+        (out / name).rename(out / "more.safetensors")
+        name_a_file(out, "more.safetensors", b"theirs")
     with pytest.raises(CheckpointError) as caught:
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+        merge(str(out), str(tmp_path / "merged"))
     assert caught.value.hint
     assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "lora", "lora/adapter_config.json", "shard"])
 def test_a_link_out_of_the_pair_is_refused_by_merge_and_push_and_named_by_verify(
-    name: str, checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start(checkpoint("llama"))
-    out = tmp_path / "out"
     name = next(out.glob("*.safetensors")).name if name == "shard" else name
     (out / name).rename(tmp_path / "elsewhere")
     (out / name).symlink_to(tmp_path / "elsewhere")
@@ -473,14 +452,13 @@ def test_a_link_out_of_the_pair_is_refused_by_merge_and_push_and_named_by_verify
     assert any(d.where.startswith(name) and "leads out of" in d.what and d.hint for d in verdict.differences)
 
 
-def test_a_pair_in_the_cache_of_the_hub_is_merged(checkpoint: Built, start: Start, tmp_path: Path) -> None:
-    start(checkpoint("llama"))
-    merge(str(tmp_path / "out"), str(tmp_path / "uninterrupted"))
+def test_a_pair_in_the_cache_of_the_hub_is_merged(out: Path, tmp_path: Path) -> None:
+    merge(str(out), str(tmp_path / "uninterrupted"))
     repository = tmp_path / "models--me--pair"
     snapshot = repository / "snapshots" / "0123"
     (repository / "blobs").mkdir(parents=True)
-    for number, path in enumerate(path for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()):
-        link = snapshot / path.relative_to(tmp_path / "out")
+    for number, path in enumerate(path for path in sorted(out.rglob("*")) if path.is_file()):
+        link = snapshot / path.relative_to(out)
         link.parent.mkdir(parents=True, exist_ok=True)
         path.rename(repository / "blobs" / str(number))
         link.symlink_to(os.path.relpath(repository / "blobs" / str(number), link.parent))
@@ -491,10 +469,9 @@ def test_a_pair_in_the_cache_of_the_hub_is_merged(checkpoint: Built, start: Star
 
 
 def test_a_changed_file_of_an_interrupted_merge_is_written_again(
-    checkpoint: Built, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start(checkpoint("llama"))
-    out, merged, real = tmp_path / "out", tmp_path / "merged", ShardWriter.finish
+    merged, real = tmp_path / "merged", ShardWriter.finish
     merge(str(out), str(tmp_path / "uninterrupted"))
     made: list[str] = []
 
@@ -516,15 +493,12 @@ def test_a_changed_file_of_an_interrupted_merge_is_written_again(
 
 
 @pytest.mark.parametrize("name", ["../mine", "/mine", ""])
-def test_a_merge_record_with_an_outside_path_is_refused(
-    name: str, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+def test_a_merge_record_with_an_outside_path_is_refused(name: str, out: Path, tmp_path: Path) -> None:
+    merge(str(out), str(tmp_path / "merged"))
     (tmp_path / "mine").write_bytes(b"mine")
     record = json.loads((tmp_path / "merged" / MERGED).read_text())
     tiny_models.edit_json(tmp_path / "merged" / MERGED, files={**record["files"], name: 4})
     before = contents(tmp_path)
     with pytest.raises(OutputError, match="is not a record that this version reads"):
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"), overwrite=True)
+        merge(str(out), str(tmp_path / "merged"), overwrite=True)
     assert contents(tmp_path) == before

@@ -101,15 +101,12 @@ def test_shards_are_split_again_and_the_index_names_every_tensor(
     assert verify(tmp_path / "merged", model=source).ok
 
 
-def test_a_damaged_shard_of_the_base_is_refused_also_when_shards_are_split(
-    checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    path = sorted((tmp_path / "out").glob("model-*.safetensors"))[-1]
+def test_a_damaged_shard_of_the_base_is_refused_also_when_shards_are_split(out: Path, tmp_path: Path) -> None:
+    path = sorted(out.glob("model-*.safetensors"))[-1]
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(Exception, match="is not the file that milora-init wrote"):
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"), shard_size="1GB")
+        merge(str(out), str(tmp_path / "merged"), shard_size="1GB")
     assert not (tmp_path / "merged" / "config.json").exists()
 
 
@@ -150,24 +147,18 @@ def test_generation_config_chat_template_and_processor_are_kept(own: Built, star
         ({"tokenizer": "absent"}, "--tokenizer absent: no tokenizer there"),
     ],
 )
-def test_a_wrong_option_is_refused(
-    options: dict[str, Any], message: str, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
+def test_a_wrong_option_is_refused(options: dict[str, Any], message: str, out: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        merge(str(tmp_path / "out"), str(tmp_path / "merged"), **options)
+        merge(str(out), str(tmp_path / "merged"), **options)
     assert message in caught.value.message
     assert caught.value.hint
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_command_takes_these_options(
-    checkpoint: Built, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start(checkpoint("llama"))
+def test_the_command_takes_these_options(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "merge",
-        str(tmp_path / "out"),
+        str(out),
         "--out",
         str(tmp_path / "merged"),
         "--dtype",

@@ -27,6 +27,7 @@ from milora_init.records import read_merged
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
+TrainedWith = Callable[[str], tuple[Path, Path]]
 LLAMA = FAMILIES["llama"]
 
 
@@ -36,6 +37,28 @@ def trained_output(name: str, folder: Path, method: str, **options: Any) -> tupl
     source, out, _ = initialize_family(name, folder, options.pop("dtype", "float32"), method=method, alpha=8, **options)
     trained = train_model(family, load_on_original(family, source, out, trainable=True), folder / "trained")
     return family, source, out, trained
+
+
+@pytest.fixture(scope="module")
+def trained_with(tmp_path_factory: pytest.TempPathFactory) -> TrainedWith:
+    """trained_with(method) is an output of one model, and an adapter that was trained from it; tests change neither."""
+    folder, made = tmp_path_factory.mktemp("methods"), dict[str, tuple[Path, Path]]()
+    source = architectures.save(folder / "source", LLAMA, "float32")
+
+    def get(method: str) -> tuple[Path, Path]:
+        if method not in made:
+            out, trained = folder / method, folder / f"{method}-trained"
+            options = InitOptions(
+                model=str(source), out=str(out), method=method, target=LLAMA.targets, rank=4, device=("cpu",)
+            )
+            if initialize(options).method.writes_base:
+                train(LLAMA, out, trained)
+            else:
+                train_model(LLAMA, load_on_original(LLAMA, source, out, trainable=True), trained)
+            made[method] = out, trained
+        return made[method]
+
+    return get
 
 
 @pytest.mark.parametrize(
@@ -104,8 +127,8 @@ def test_a_pickled_original_is_merged_into_safetensors(
     assert (tmp_path / "merged" / "model.safetensors.index.json").exists() == (shards > 1)
 
 
-def test_a_rank_cut_is_the_best_one_of_each_module(tmp_path: Path) -> None:
-    _, _, out, trained = trained_output("llama", tmp_path, "rlmo")
+def test_a_rank_cut_is_the_best_one_of_each_module(trained_with: TrainedWith, tmp_path: Path) -> None:
+    out, trained = trained_with("rlmo")
     converted = api.convert(out, trained, tmp_path / "plain", rank=2)
     lora, cut = read_lora(trained), read_lora(tmp_path / "plain")
     before, after = tensors(trained), tensors(tmp_path / "plain")
@@ -118,8 +141,8 @@ def test_a_rank_cut_is_the_best_one_of_each_module(tmp_path: Path) -> None:
         assert module.lost == pytest.approx(float(s[2:].norm() / s.norm()), rel=1e-4, abs=1e-6)
 
 
-def test_an_interrupted_or_repeated_merge_is_that_of_one_request(tmp_path: Path) -> None:
-    _, _, out, trained = trained_output("llama", tmp_path, "rlmo")
+def test_a_second_merge_into_one_folder_must_be_the_same_request(trained_with: TrainedWith, tmp_path: Path) -> None:
+    out, trained = trained_with("rlmo")
     api.merge(out, tmp_path / "merged", adapter=trained, progress=False)
     with pytest.raises(OutputError, match="another request"):
         api.merge(out, tmp_path / "merged", progress=False)
@@ -150,28 +173,6 @@ def test_an_original_that_was_moved_is_named_with_model(own: Built, start: Start
     api.merge(tmp_path / "out", tmp_path / "merged", model=tmp_path / "moved", progress=False)
 
 
-@pytest.fixture(scope="module")
-def trained_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """trained_with(method) is an output of one model, and an adapter that was trained from it; tests change neither."""
-    folder, made = tmp_path_factory.mktemp("methods"), dict[str, tuple[Path, Path]]()
-    source = architectures.save(folder / "source", LLAMA, "float32")
-
-    def get(method: str) -> tuple[Path, Path]:
-        if method not in made:
-            out, trained = folder / method, folder / f"{method}-trained"
-            options = InitOptions(
-                model=str(source), out=str(out), method=method, target=LLAMA.targets, rank=4, device=("cpu",)
-            )
-            if initialize(options).method.writes_base:
-                train(LLAMA, out, trained)
-            else:
-                train_model(LLAMA, load_on_original(LLAMA, source, out, trainable=True), trained)
-            made[method] = out, trained
-        return made[method]
-
-    return get
-
-
 @pytest.mark.parametrize(
     ("made", "other"),
     [
@@ -180,7 +181,7 @@ def trained_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tu
     ],
 )  # fmt: skip
 def test_an_adapter_of_another_method_is_refused(
-    made: str, other: str, trained_with: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    made: str, other: str, trained_with: TrainedWith, tmp_path: Path
 ) -> None:
     """Also where its config names a path that is not here, so that only the factors tell."""
     out = trained_with(made)[0]
@@ -200,7 +201,7 @@ def test_an_adapter_of_another_method_is_refused(
 
 @pytest.mark.parametrize("words", [["merge", "--out", "merged"], ["report"]])
 def test_a_recorded_folder_that_is_not_there_is_asked_for_and_not_looked_for_on_the_hub(
-    words: list[str], trained_with: Callable[[str], tuple[Path, Path]], tmp_path: Path,
+    words: list[str], trained_with: TrainedWith, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Of a model that was given by a relative path, seen from another folder."""
@@ -216,8 +217,8 @@ def test_a_recorded_folder_that_is_not_there_is_asked_for_and_not_looked_for_on_
     assert run([words[0], "out", "--adapter", str(trained), "--model", source["model"], *words[1:]]) == 0
 
 
-def test_the_record_names_no_residual(tmp_path: Path) -> None:
-    _, _, out, trained = trained_output("llama", tmp_path, "mica")
+def test_the_record_names_no_residual(trained_with: TrainedWith, tmp_path: Path) -> None:
+    out, trained = trained_with("mica")
     converted = api.convert(out, trained, tmp_path / "plain")
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True  # PEFT freezes no B of a plain LoRA

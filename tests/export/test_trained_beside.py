@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES, Family
 from support.family_training import initialize_family
+from support.marks import wide
 from support.tiny_models import edit_json, tensors
 from support.trained_beside import load, outputs, train, with_settings
 from tokenizers import Tokenizer, models
@@ -102,9 +103,9 @@ def settings_of(name: str, what: str) -> dict[str, Any]:
     ("name", "what"),
     [
         ("llama", "both"), ("llama", "tokens of both"), ("llama", "a module"), ("llama", "DoRA"),
-        ("tied llama", "head"), ("tied llama", "embeddings"), ("tied llama", "both, kept tied"),
-        ("tied llama", "tokens"), ("tied llama", "tokens of both"),
-        ("gpt2", "both"), ("gpt2", "DoRA"), ("mixtral", "both"), ("qwen3_moe", "head"), ("llava", "both"),
+        ("tied llama", "head"), wide("tied llama", "embeddings"), ("tied llama", "both, kept tied"),
+        wide("tied llama", "tokens"), ("tied llama", "tokens of both"),
+        ("gpt2", "both"), wide("gpt2", "DoRA"), ("mixtral", "both"), wide("qwen3_moe", "head"), ("llava", "both"),
         ("gemma3", "tokens of embeddings"),
     ],
 )  # fmt: skip

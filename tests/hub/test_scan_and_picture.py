@@ -30,9 +30,8 @@ def test_a_model_on_the_hub_is_scanned_at_one_commit(hub: Hub, milora: Command, 
 
 
 def test_a_picture_is_pushed_beside_the_card(
-    hub: Hub, milora: Command, checkpoint: Built, start: Start, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, milora: Command, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start(checkpoint("llama"))
     assert milora("push", "out", "me/plain").returncode == 0
     assert PICTURE not in hub.repositories["me/plain"].files
     assert PICTURE not in ModelCard(hub.repositories["me/plain"].files["README.md"].decode()).text

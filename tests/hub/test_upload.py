@@ -18,7 +18,6 @@ from support.hub_server import Command, Hub, client, fetched
 from support.training import load, logits
 
 from milora_init import InitOptions, initialize
-from milora_init.cli.main import run
 from milora_init.manifest import Manifest
 from milora_init.verification.verify import verify
 
@@ -71,10 +70,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
         assert part in card.text, part
 
 
-def test_a_push_that_was_cut_off_sends_only_what_is_missing_the_next_time(
-    hub: Hub, milora: Command, checkpoint: Built, start: Start
-) -> None:
-    start(checkpoint("llama"))
+def test_a_push_that_was_cut_off_sends_only_what_is_missing_the_next_time(hub: Hub, milora: Command, out: Path) -> None:
     hub.fault = lambda method, _: 400 if method == "PUT" and len(hub.stored) >= 6 else None
     first = milora("push", "out", "me/tiny")
     assert first.returncode == 1
@@ -94,9 +90,8 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing_the_next_time(
 
 
 def test_a_repository_of_something_else_is_written_to_only_when_it_is_said(
-    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
+    hub: Hub, milora: Command, checkpoint: Built, out: Path, tmp_path: Path
 ) -> None:
-    start(checkpoint("llama"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"somebody's")
@@ -214,19 +209,15 @@ def test_a_push_of_shards_that_was_cut_off_goes_on(
     ],
 )
 def test_what_cannot_be_pushed_is_named(
-    arguments: tuple[str, ...], message: str, status: int, milora: Command, checkpoint: Built, start: Start
+    arguments: tuple[str, ...], message: str, status: int, milora: Command, out: Path
 ) -> None:
-    start(checkpoint("llama"))
     done = milora(*arguments)
     assert done.returncode == status
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_token_that_may_write_nothing_is_made(
-    hub: Hub, milora: Command, checkpoint: Built, start: Start
-) -> None:
-    start(checkpoint("llama"))
+def test_without_a_token_that_may_write_nothing_is_made(hub: Hub, milora: Command, out: Path) -> None:
     done = milora("push", "out", "me/x", HF_TOKEN="hf_wrongwrongwrong")
     assert done.returncode == 1
     assert "hf auth login" in done.stderr
@@ -234,22 +225,16 @@ def test_without_a_token_that_may_write_nothing_is_made(
     assert not hub.repositories
 
 
-def test_a_folder_that_was_changed_since_is_not_pushed(
-    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    (tmp_path / "out" / "model-00002-of-00010.safetensors").unlink()
+def test_a_folder_that_was_changed_since_is_not_pushed(hub: Hub, milora: Command, out: Path) -> None:
+    (out / "model-00002-of-00010.safetensors").unlink()
     done = milora("push", "out", "me/x")
     assert done.returncode == 1
     assert "model-00002-of-00010.safetensors was changed or removed" in done.stderr
     assert not hub.repositories
 
 
-def test_a_file_whose_bytes_were_changed_is_not_pushed(
-    hub: Hub, milora: Command, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
-    path = tmp_path / "out" / "model-00002-of-00010.safetensors"
+def test_a_file_whose_bytes_were_changed_is_not_pushed(hub: Hub, milora: Command, out: Path) -> None:
+    path = out / "model-00002-of-00010.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -261,9 +246,8 @@ def test_a_file_whose_bytes_were_changed_is_not_pushed(
 
 @pytest.mark.parametrize("repo", ["mine", "/mine", "me/", "me/mine/too"])
 def test_a_repository_without_an_owner_is_a_usage_error_and_nothing_is_made(
-    repo: str, hub: Hub, milora: Command, checkpoint: Built, start: Start
+    repo: str, hub: Hub, milora: Command, out: Path
 ) -> None:
-    start(checkpoint("llama"))
     for done in (milora("push", "out", repo), milora(*INIT, "--push-to-hub", repo)):
         assert done.returncode == 2
         assert "name it org/name" in done.stderr
@@ -354,8 +338,13 @@ def test_python_pushes_what_it_was_told_to_push(
 
 
 def tell_whether_bars_are_drawn(*words: str) -> None:
+    """Run the command line in a process that has not imported huggingface_hub yet."""
+    fork_server.forget("huggingface_hub", "milora_init")
+    from milora_init.cli.main import run
+
     sys.stderr.isatty = lambda: "--terminal" in words  # type: ignore[method-assign]
     status = run([word for word in words if word != "--terminal"])
+
     print("bars", not are_progress_bars_disabled(), file=sys.stderr)
     sys.exit(status)
 
@@ -364,20 +353,14 @@ def tell_whether_bars_are_drawn(*words: str) -> None:
     ("words", "bars"),
     [(["-q", "--terminal"], False), (["--json", "--terminal"], False), ([], False), (["--terminal"], True)],
 )
-def test_a_push_shows_bars_to_people_only(
-    words: list[str], bars: bool, hub: Hub, checkpoint: Built, start: Start, tmp_path: Path
-) -> None:
-    start(checkpoint("llama"))
+def test_a_push_shows_bars_to_people_only(words: list[str], bars: bool, hub: Hub, out: Path, tmp_path: Path) -> None:
     push = client(hub, tmp_path, tell_whether_bars_are_drawn)
     done = push("push", "out", "me/bars", *words, HF_HUB_DISABLE_PROGRESS_BARS=None)
     assert done.returncode == 0, done.stderr
     assert done.stderr.endswith(f"bars {bars}\n")
 
 
-def test_a_push_that_fails_does_not_speak_of_downloads(
-    hub: Hub, milora: Command, checkpoint: Built, start: Start
-) -> None:
-    start(checkpoint("llama"))
+def test_a_push_that_fails_does_not_speak_of_downloads(hub: Hub, milora: Command, out: Path) -> None:
     for environment in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
         done = milora("push", "out", "me/x", **environment)
         assert done.returncode == 1

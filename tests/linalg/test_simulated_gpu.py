@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import matrices, reference, simulated_cuda
-from support.matrices import wide
+from support.marks import wide
 from support.triplets import certified, check_component, check_properties, check_values
 
 from milora_init.linalg.split import Split, split
@@ -34,8 +34,7 @@ def split_on_gpu(W: torch.Tensor, r: int, dtype: torch.dtype, mode: Mode = "min"
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-@pytest.mark.parametrize("shape", [(540, 540), (530, 1000), wide((1000, 530))], ids=str)
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize(("name", "shape"), matrices.with_shapes(HARD, (540, 540), (530, 1000), (1000, 530)), ids=str)
 def test_every_spectrum_is_solved_as_on_a_cpu(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = HARD[name](*shape), 10
     t = solve_on_gpu(W, r, mode)
@@ -100,7 +99,7 @@ def test_the_same_weight_gives_the_same_bytes_twice() -> None:
     ("shape", "launches", "waits", "gigabytes", "float64_gflop"),
     [
         ((2048, 2048), 400, 12, 3.0, 9),
-        ((5632, 2048), 500, 12, 5.7, 17),
+        wide((5632, 2048), 500, 12, 5.7, 17),
         pytest.param((4096, 4096), 400, 12, 10, 30, marks=pytest.mark.slow),
         pytest.param((11008, 4096), 500, 12, 20, 65, marks=pytest.mark.slow),
     ],

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import matrices
-from support.matrices import wide
+from support.marks import wide
 from support.triplets import certified, check_component, check_properties, check_values, component
 from torch import Tensor
 
@@ -105,13 +105,13 @@ def test_signs_are_deterministic_and_the_input_is_unchanged() -> None:
     assert torch.allclose(a.U, -b.U, atol=1e-10)
 
 
-KRYLOV_SHAPES = [(600, 600), wide((606, 600)), (560, 1700), wide((2600, 520))]
 KRYLOV_NAMES = ["gaussian", "language_model_like", "flat", "power_law", "steep", "float16_near_overflow"]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-@pytest.mark.parametrize("shape", KRYLOV_SHAPES, ids=str)
-@pytest.mark.parametrize("name", KRYLOV_NAMES)
+@pytest.mark.parametrize(
+    ("name", "shape"), matrices.with_shapes(KRYLOV_NAMES, (600, 600), (560, 1700), (606, 600), (2600, 520)), ids=str
+)
 def test_the_krylov_solver_agrees_with_the_full_svd(name: str, shape: tuple[int, int], mode: Mode) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
     t = singular_triplets(W, r, mode=mode, arithmetic=KRYLOV)
@@ -163,8 +163,13 @@ def test_a_lapack_failure_falls_back_or_is_a_clear_error(failing: list[str], mon
     check_component(W, t, 8, "min")
 
 
-@pytest.mark.parametrize("shape", [(600, 600), (560, 1700), wide((1700, 560))], ids=str)
-@pytest.mark.parametrize("name", ["gaussian", "language_model_like", "subnormal", "huge"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    matrices.with_shapes(
+        ["gaussian", "language_model_like", "subnormal", "huge"], (600, 600), (560, 1700), (1700, 560)
+    ),
+    ids=str,
+)
 def test_mixed_precision_works_with_the_arithmetic_of_a_cpu(name: str, shape: tuple[int, int]) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
     t = singular_triplets(W, r, arithmetic=replace(KRYLOV, mixed_precision="both"))
@@ -211,8 +216,13 @@ def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkey
     check_component(W, t, 8, "min")
 
 
-@pytest.mark.parametrize("shape", [(600, 560), (2600, 520), wide((520, 2600))], ids=str)
-@pytest.mark.parametrize("name", ["gaussian", "language_model_like", "power_law", "subnormal", "huge"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    matrices.with_shapes(
+        ["gaussian", "language_model_like", "power_law", "subnormal", "huge"], (600, 560), (2600, 520), (520, 2600)
+    ),
+    ids=str,
+)
 def test_the_largest_triplets_are_found_in_float32_first(name: str, shape: tuple[int, int]) -> None:
     W, r = matrices.DISTINCT[name](*shape), 24
     t = singular_triplets(W, r, mode="max", arithmetic=KRYLOV)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
 from support.family_training import initialize_family
 from support.family_training import train as train_family
+from support.marks import wide
 from support.runs import initialize
 from support.tiny_models import edit_json
 from support.training import train
@@ -158,7 +159,7 @@ def test_factors_with_the_same_product_are_accepted(
     assert rejected_modules(pair, changed(pair, tmp_path / "changed", change)) == {}
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("mode", ["min", wide("max")])
 def test_an_adapter_after_long_training_is_accepted(
     mode: Mode, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support import architectures
 from support.families import FAMILIES
+from support.marks import wide
 
 from milora_init.errors import PlanError
 from milora_init.model import meta_model
@@ -27,7 +28,7 @@ def plan(folder: Path, out: Path | str = "out", **options: Any) -> Plan:
     return make_plan(InitOptions(model=str(folder), out=str(out), **{"rank": 4, **options}), folder)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rslora", [wide(False), True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_our_rules_expect_the_same_tensors_and_scales_as_peft(name: str, rslora: bool, tmp_path: Path) -> None:
     made = plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -18,11 +19,13 @@ from support import fork_server
 from support.interruptions import shards
 from support.tiny_models import contents
 
+from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, MiloraError, OutputError
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
 from milora_init.run.initialize import run_plan
+from milora_init.run.journal import Entry, Head, Journal
 from milora_init.run.progress import Progress
 
 Built = Callable[..., Path]
@@ -44,53 +47,49 @@ def require_unfinished(out: Path) -> None:
     assert not [name for name in left if name.endswith(".partial")]
 
 
-# A disk that is full after the first file of the output, and has space again for the second attempt.
-FULL_DISK = """
-import os, sys
-from pathlib import Path
-from milora_init.cli.main import run
-from milora_init.run.journal import Entry, Journal
+CLONE_NEWNS, CLONE_NEWUSER, NO_MOUNT = 0x20000, 0x10000000, 77
 
-disk, source = Path(sys.argv[1]), sys.argv[2]
-arguments = ["-m", source, "-o", str(disk / "out"), "-r", "4", "--device", "cpu", "-q"]
 
-def append(self, line, real=Journal.append):
-    real(self, line)
-    if isinstance(line, Entry) and not (disk / "filler").exists():
-        with (disk / "filler").open("wb", buffering=0) as filler:
-            try:
-                while filler.write(bytes(512)):
-                    pass
-            except OSError as error:
-                print(f"full: {error.strerror}", flush=True)
+def run_on_a_disk_that_is_full_once(disk: Path, *words: str) -> None:
+    """Run on a small tmpfs that only this process sees, full after the first file; then again with space; and copy."""
+    user, group = os.getuid(), os.getgid()
+    if ctypes.CDLL(None).unshare(CLONE_NEWNS | CLONE_NEWUSER):
+        sys.exit(NO_MOUNT)
+    for name, content in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(content)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=False).returncode:
+        sys.exit(NO_MOUNT)
+    whole = Journal.append
 
-Journal.append, whole = append, Journal.append
-print("status", run(arguments))
-left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
-print("left", *left)
-(disk / "filler").unlink()
-Journal.append = whole
-print("status", run(arguments))
-(disk / "out").rename(disk / "done")
-os.system(f"cp -r {disk}/done {sys.argv[3]}")
-"""
+    def append(self: Journal, line: Head | Entry) -> None:
+        whole(self, line)
+        if isinstance(line, Entry) and not (disk / "filler").exists():
+            with (disk / "filler").open("wb", buffering=0) as filler:
+                try:
+                    while filler.write(bytes(512)):
+                        pass
+                except OSError as error:
+                    print(f"full: {error.strerror}", flush=True)
+
+    arguments = [*words, "-o", str(disk / "out")]
+    Journal.append = append  # type: ignore[method-assign]
+    print("status", run(arguments))
+    print("left", *sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file()))
+    (disk / "filler").unlink()
+    Journal.append = whole  # type: ignore[method-assign]
+    print("status", run(arguments))
+    shutil.copytree(disk / "out", disk.with_name("copy"))
 
 
 def test_a_full_disk_is_an_error_and_the_run_is_resumed_once_there_is_space(
-    start: Start, checkpoint: Built, tmp_path: Path
+    checkpoint: Built, finished: Built, tmp_path: Path
 ) -> None:
     """A real ENOSPC: a small tmpfs in the mount namespace of the tested process."""
-    source, disk, copy = checkpoint("llama"), tmp_path / "disk", tmp_path / "copy"
+    source, disk = checkpoint("llama"), tmp_path / "disk"
     disk.mkdir()
-    mount = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
-    script = 'mount -t tmpfs -o size=256k tmpfs "$1"; shift; exec "$@"'
-    if (
-        not shutil.which("unshare")
-        or subprocess.run([*mount, script, "sh", str(disk), "true"], capture_output=True, check=False).returncode
-    ):
+    done = fork_server.run(run_on_a_disk_that_is_full_once, disk, "-m", str(source), "-r", "4", "--device", "cpu", "-q")
+    if done.returncode == NO_MOUNT:
         pytest.skip("this platform does not allow a private mount")
-    command = [sys.executable, "-c", FULL_DISK, str(disk), str(source), str(copy)]
-    done = subprocess.run([*mount, script, "sh", str(disk), *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     full, first, left, second = done.stdout.splitlines()
     assert full == f"full: {os.strerror(errno.ENOSPC)}"
@@ -98,8 +97,7 @@ def test_a_full_disk_is_an_error_and_the_run_is_resumed_once_there_is_space(
     assert f"{os.strerror(errno.ENOSPC)}\n\nhint: free some space" in done.stderr
     assert f"out/{shards(source)[0]}" in left.split()
     assert not [n for n in left.split() if n.endswith((".partial", MANIFEST, "/config.json", ".index.json"))]
-    start(source, out=str(tmp_path / "uninterrupted"))
-    assert weights(copy) == weights(tmp_path / "uninterrupted")
+    assert weights(tmp_path / "copy") == weights(finished())
 
 
 def milora_with_small_files(largest_bytes: int, *arguments: str) -> None:
@@ -107,7 +105,9 @@ def milora_with_small_files(largest_bytes: int, *arguments: str) -> None:
     fork_server.command_line(*arguments)
 
 
-def test_a_file_size_limit_is_an_error_and_the_run_is_resumed(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_file_size_limit_is_an_error_and_the_run_is_resumed(
+    start: Start, checkpoint: Built, finished: Built, tmp_path: Path
+) -> None:
     """RLIMIT_FSIZE makes the kernel refuse the write; this needs no mount."""
     source, out = checkpoint("llama"), tmp_path / "out"
     largest = max((source / name).stat().st_size for name in shards(source))
@@ -118,8 +118,7 @@ def test_a_file_size_limit_is_an_error_and_the_run_is_resumed(start: Start, chec
     assert f"{os.strerror(errno.EFBIG)}\n\nhint: free some space, or choose another --out\n" in done.stderr
     require_unfinished(out)
     start(source)
-    start(source, out=str(tmp_path / "uninterrupted"))
-    assert weights(out) == weights(tmp_path / "uninterrupted")
+    assert weights(out) == weights(finished())
 
 
 def rewrite(path: Path) -> None:
@@ -185,7 +184,7 @@ def test_a_shard_that_changes_between_the_plan_and_the_run_is_named(
     ("when", "at"), [(CallAfterFirstTensor, 0), (CallAfterFirstShard, 1), (CallAfterFirstShard, 3)]
 )
 def test_a_shard_that_changes_during_the_run_is_named_and_the_run_is_resumed_once_it_is_restored(
-    when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, tmp_path: Path
+    when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, finished: Built, tmp_path: Path
 ) -> None:
     source = own("llama")
     shard = source / shards(source)[at]
@@ -197,8 +196,7 @@ def test_a_shard_that_changes_during_the_run_is_named_and_the_run_is_resumed_onc
     assert (tmp_path / "out" / WORK_FOLDER).exists() == (when is CallAfterFirstShard)
     shard.write_bytes(content)
     start(source)
-    start(source, out=str(tmp_path / "uninterrupted"))
-    assert weights(tmp_path / "out") == weights(tmp_path / "uninterrupted")
+    assert weights(tmp_path / "out") == weights(finished())
 
 
 def test_a_side_file_deleted_during_the_run_is_named(own: Built, start: Start, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support import architectures, reference
 from support.families import FAMILIES
-from support.family_training import initialize_family, load, load_on_original, model_output
+from support.family_training import initialize_family, load, load_on_original, model_output, pattern_options
 from support.interruptions import InterruptAt, InterruptedRunError, ShardLog
 from support.tiny_models import TARGETS, contents, edit_inputs, tensors, zero_rows
 from support.training import TOKENS
@@ -31,6 +31,7 @@ from milora_init.report import loading_lines, run_fields
 
 Built = Callable[..., Path]
 Start = Callable[..., Manifest]
+Made = Callable[[str, str], tuple[Path, Path, Manifest]]
 ADAPTER_ONLY = ("rlmo", "rlpo", "mica")
 FILES = {"adapter_config.json", "adapter_model.safetensors", MANIFEST}
 MODELS = ("llama", "gpt2", "mixtral", "gemma3")
@@ -50,6 +51,25 @@ def factors_of(weights: dict[str, Tensor], module: str) -> tuple[Tensor, Tensor]
 def subspace_error(X: Tensor, truth: Tensor) -> float:
     """The sine of the largest angle between the column spaces of X and of truth, both orthonormal (k, r)."""
     return float(torch.linalg.matrix_norm(X - truth @ (truth.T @ X), 2))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """made(name, method) is a family's source, its output with alpha 8, and the manifest; tests change neither."""
+    done: dict[tuple[str, str], tuple[Path, Path, Manifest]] = {}
+
+    def get(name: str, method: str) -> tuple[Path, Path, Manifest]:
+        if (name, method) not in done:
+            options: dict[str, Any] = {"target": ("q_proj", "v_proj")} if method == "mica" and has_experts(name) else {}
+            folder = tmp_path_factory.mktemp(f"{name}-{method}-")
+            done[name, method] = initialize_family(name, folder, "float32", method=method, alpha=8, **options)
+        return done[name, method]
+
+    return get
+
+
+def has_experts(name: str) -> bool:
+    return any("experts" in target for target in FAMILIES[name].targets)
 
 
 @pytest.mark.parametrize("method", ADAPTER_ONLY)
@@ -83,30 +103,30 @@ def test_only_an_adapter_is_written_with_the_vectors_of_the_method(
 
 @pytest.mark.parametrize("method", ["rlmo", "mica"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_output_at_step_0_is_that_of_the_original_to_the_bit(method: str, name: str, tmp_path: Path) -> None:
+def test_the_output_at_step_0_is_that_of_the_original_to_the_bit(method: str, name: str, made: Made) -> None:
     family = FAMILIES[name]
-    experts = any("experts" in target for target in family.targets)
-    options: dict[str, Any] = {"target": ("q_proj", "v_proj")} if method == "mica" and experts else {}
-    source, out, manifest = initialize_family(name, tmp_path, "float32", method=method, alpha=8, **options)
-    assert any(record.expert for record in manifest.weights) == (experts and method != "mica")
+    source, out, manifest = made(name, method)
+    assert any(record.expert for record in manifest.weights) == (has_experts(name) and method != "mica")
     expected = model_output(family, load(family, source))
     assert torch.equal(model_output(family, load_on_original(family, source, out)), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3"])
-@pytest.mark.parametrize("options", [{}, {"alpha": 8, "rslora": True, "rank_pattern": {"TARGET": 3}}])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("patterns", [False, True])
 def test_orthonormal_factors_and_their_base_compute_the_original(
-    name: str, options: dict[str, Any], tmp_path: Path
+    name: str, patterns: bool, made: Made, tmp_path: Path
 ) -> None:
     family = FAMILIES[name]
-    if "rank_pattern" in options:
-        options = {**options, "rank_pattern": {family.targets[-1]: 3}, "alpha_pattern": {family.targets[0]: 5}}
-    source, out, manifest = initialize_family(name, tmp_path, "float32", method="olora-tail", **options)
+    if patterns:
+        options = pattern_options(family)
+        source, out, manifest = initialize_family(name, tmp_path, "float32", method="olora-tail", **options)
+    else:
+        source, out, manifest = made(name, "olora-tail")
     expected = model_output(family, load(family, source))
-    made = model_output(family, load(family, out, out / "lora"))
+    together = model_output(family, load(family, out, out / "lora"))
     alone = model_output(family, load(family, out))
     scale = float(expected.abs().max())
-    assert float((made - expected).abs().max()) <= 1e-4 * scale
+    assert float((together - expected).abs().max()) <= 1e-4 * scale
     assert float((alone - expected).abs().max()) > 1e-2 * scale
     weights = load_file(out / "lora" / "adapter_model.safetensors")
     for record in (record for record in manifest.weights if record.expert is None):
@@ -135,13 +155,11 @@ def test_orthonormal_factors_are_the_vectors_of_float64_and_the_base_is_rounded_
 @pytest.mark.parametrize(("method", "moved"), [("rlmo", {"B"}), ("mica", {"A"}), ("olora-tail", {"A", "B"})])
 @pytest.mark.parametrize("name", MODELS)
 def test_one_training_step_moves_what_the_method_says_and_nothing_else(
-    method: str, moved: set[str], name: str, tmp_path: Path
+    method: str, moved: set[str], name: str, made: Made
 ) -> None:
     """With B = 0 the gradient of A is zero at step 0, so plain SGD moves B alone; mica freezes B."""
     family = FAMILIES[name]
-    experts = any("experts" in target for target in family.targets)
-    options: dict[str, Any] = {"target": ("q_proj", "v_proj")} if method == "mica" and experts else {}
-    source, out, manifest = initialize_family(name, tmp_path, "float32", method=method, **options)
+    source, out, manifest = made(name, method)
     has_base = manifest.method.writes_base
     model = (
         load(family, out, out / "lora", trainable=True)
@@ -307,12 +325,12 @@ def test_verify_sees_an_adapter_of_other_factors(start: Start, checkpoint: Built
         api.merge(out, tmp_path / "merged", progress=False)
 
 
-@pytest.mark.parametrize(("made", "claimed"), [("olora-tail", "milora"), ("milora", "olora-tail")])
+@pytest.mark.parametrize(("method", "claimed"), [("olora-tail", "milora"), ("milora", "olora-tail")])
 def test_verify_sees_a_manifest_that_claims_other_factors(
-    made: str, claimed: str, start: Start, checkpoint: Built, tmp_path: Path
+    method: str, claimed: str, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
-    start(source, method=made, dropout=0.0)
+    start(source, method=method, dropout=0.0)
     edit_inputs(out / MANIFEST, method=claimed)
     assert api.verify(out, model=source, all_components=True).code == "damaged"
 

@@ -116,15 +116,14 @@ def test_a_finished_output_is_unchanged(start: Start, checkpoint: Built, tmp_pat
     ],
 )
 def test_another_request_is_refused_and_the_difference_named(
-    options: dict[str, Any], difference: str, start: Start, checkpoint: Built, tmp_path: Path
+    options: dict[str, Any], difference: str, start: Start, checkpoint: Built, out: Path
 ) -> None:
-    start(checkpoint("llama"))
-    before = states(tmp_path / "out")
+    before = states(out)
     with pytest.raises(OutputError, match="the output of another request") as caught:
         start(checkpoint("llama"), **options)
     assert difference in caught.value.message
     assert "--overwrite" in caught.value.hint
-    assert states(tmp_path / "out") == before
+    assert states(out) == before
 
 
 def test_another_source_is_refused_in_an_unfinished_output(start: Start, checkpoint: Built, tmp_path: Path) -> None:
@@ -162,10 +161,8 @@ def test_a_finished_output_with_a_missing_file_is_refused(start: Start, checkpoi
 
 
 def test_overwrite_removes_only_the_files_of_the_earlier_output(
-    start: Start, checkpoint: Built, tmp_path: Path
+    start: Start, checkpoint: Built, out: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    start(checkpoint("llama"))
     (out / "lora" / "trained.txt").write_bytes(b"mine")
     (out / "runs").mkdir()
     (out / "runs" / "log").write_bytes(b"mine")
@@ -187,12 +184,11 @@ def test_overwrite_of_an_unfinished_output_starts_again(start: Start, checkpoint
 
 
 def test_overwrite_removes_nothing_outside_the_output_whatever_its_manifest_lists(
-    start: Start, checkpoint: Built, tmp_path: Path
+    start: Start, checkpoint: Built, out: Path, tmp_path: Path
 ) -> None:
-    start(checkpoint("llama"))
     mine = tmp_path / "mine"
     mine.write_bytes(b"mine")
-    path = tmp_path / "out" / MANIFEST
+    path = out / MANIFEST
     content = json.loads(path.read_text())
     for name in ("../mine", str(mine)):
         path.write_text(json.dumps(content | {"files": content["files"] | {name: 4}}))
@@ -201,14 +197,13 @@ def test_overwrite_removes_nothing_outside_the_output_whatever_its_manifest_list
     assert mine.read_bytes() == b"mine"
 
 
-def test_a_refused_overwrite_deletes_nothing(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+def test_a_refused_overwrite_deletes_nothing(start: Start, checkpoint: Built, out: Path) -> None:
     """transformers would load another model.safetensors instead of our index. The earlier output must be kept."""
-    start(checkpoint("llama"))
-    (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")
-    before = states(tmp_path / "out")
+    (out / "model.safetensors").write_bytes(b"mine")
+    before = states(out)
     with pytest.raises(OutputError, match=r"already holds model\.safetensors"):
         start(checkpoint("llama"), rank=3, overwrite=True)
-    assert states(tmp_path / "out") == before
+    assert states(out) == before
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", b"{", b'{"format": 99}', b"\xff"])
@@ -313,10 +308,8 @@ class CallAfterFirstShard(Progress):
     ],
 )
 def test_a_second_run_at_the_same_time_is_refused_and_does_not_disturb_the_first(
-    options: dict[str, Any], message: str, start: Start, checkpoint: Built, tmp_path: Path
+    options: dict[str, Any], message: str, start: Start, checkpoint: Built, finished: Built, tmp_path: Path
 ) -> None:
-    start(checkpoint("llama"), out=str(tmp_path / "uninterrupted"))
-
     def second() -> None:
         before = states(tmp_path / "out")
         with pytest.raises(OutputError, match=message) as caught:
@@ -328,7 +321,7 @@ def test_a_second_run_at_the_same_time_is_refused_and_does_not_disturb_the_first
     start(checkpoint("llama"), progress=CallAfterFirstShard(second))
     assert len(refused) == 1
     assert "--out" in refused[0]
-    uninterrupted, out = contents(tmp_path / "uninterrupted"), contents(tmp_path / "out")
+    uninterrupted, out = contents(finished()), contents(tmp_path / "out")
     assert uninterrupted.keys() == out.keys()
     own = {MANIFEST, "lora/adapter_config.json"}  # the manifest holds times, and both hold the folder's path
     assert {n: c for n, c in out.items() if n not in own} == {n: c for n, c in uninterrupted.items() if n not in own}
@@ -404,32 +397,31 @@ def test_work_files_of_a_run_killed_after_its_manifest_are_removed(
 @pytest.mark.parametrize(
     "name", [WORK_FOLDER, f"{WORK_FOLDER}/journal.jsonl", f"{WORK_FOLDER}/lock", f"{WORK_FOLDER}/source"]
 )
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("before", [False, True])
 def test_a_link_instead_of_the_journal_is_refused_and_its_target_is_unchanged(
-    name: str, finished: bool, start: Start, checkpoint: Built, tmp_path: Path
+    name: str, before: bool, request: pytest.FixtureRequest, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:
     """`--overwrite` empties the journal's folder; through a link it would empty another folder."""
     out, home = tmp_path / "out", tmp_path / "home"
-    if finished:
-        start(checkpoint("llama"))
+    if before:
+        request.getfixturevalue("out")
     (home / "deep").mkdir(parents=True)
     (home / "notes.txt").write_bytes(b"mine")
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).symlink_to(home)
-    before = states(tmp_path)
+    found = states(tmp_path)
     with pytest.raises(OutputError, match=f"{re.escape(name)} is a link") as caught:
         start(checkpoint("llama"), rank=3, overwrite=True)
     assert caught.value.hint
-    assert states(tmp_path) == before
+    assert states(tmp_path) == found
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_adapter_folder_that_is_a_link_out_is_neither_written_nor_cleared(
-    overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
+    overwrite: bool, start: Start, checkpoint: Built, out: Path, tmp_path: Path
 ) -> None:
-    start(checkpoint("llama"))
-    (tmp_path / "out" / "lora").rename(tmp_path / "elsewhere")
-    (tmp_path / "out" / "lora").symlink_to(tmp_path / "elsewhere")
+    (out / "lora").rename(tmp_path / "elsewhere")
+    (out / "lora").symlink_to(tmp_path / "elsewhere")
     before = states(tmp_path)
     with pytest.raises(OutputError, match=r"'lora/adapter_config\.json' leads out of"):
         start(checkpoint("llama"), overwrite=overwrite)

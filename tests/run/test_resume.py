@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.interruptions import InterruptAt, InterruptedRunError, ShardLog, interrupt_after_two_shards, shards
+from support.runs import initialize
 from support.tiny_models import contents
 
 from milora_init.errors import OutputError
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, read_manifest
+from milora_init.options import InitOptions
 from milora_init.run import initialize as initializing
 from milora_init.run.journal import Entry, Head, Journal
 
@@ -29,16 +31,24 @@ def weights_and_adapter(out: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(out).items() if name != MANIFEST}
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Manifest]:
+    """The files of a run in one go with random components in `out`, and its manifest."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    source = str(checkpoint("llama", "bfloat16"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # the adapter's config then names the folder that the tests resume into
+        made = initialize(InitOptions(model=source, out="out", rank=4, mode="random", device=("cpu",)))
+    return weights_and_adapter(folder / "out"), made
+
+
 @pytest.mark.parametrize("when", ["inside", "after"])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_run(
-    at: int, when: str, start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("uninterrupted", "resumed"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "uninterrupted")
-    uninterrupted = start(checkpoint("llama", "bfloat16"), out="out", mode="random")
-    monkeypatch.chdir(tmp_path / "resumed")
+    at: int, when: str, start: Start, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: tuple[dict[str, bytes], Manifest],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InterruptedRunError):
         start(checkpoint("llama", "bfloat16"), out="out", mode="random", progress=InterruptAt(at, when=when))
     assert not (Path("out") / "config.json").exists()
@@ -48,8 +58,9 @@ def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_run(
     done = at + 1 if when == "after" else at
     assert len(log.made) == len(shards(checkpoint("llama", "bfloat16"))) - done
     assert (log.done_bytes > 0) == (done > 0)
-    assert weights_and_adapter(tmp_path / "resumed" / "out") == weights_and_adapter(tmp_path / "uninterrupted" / "out")
-    assert [record.module for record in resumed.weights] == [record.module for record in uninterrupted.weights]
+    files, manifest = uninterrupted
+    assert weights_and_adapter(Path("out")) == files
+    assert [record.module for record in resumed.weights] == [record.module for record in manifest.weights]
 
 
 def test_a_run_that_fails_before_its_first_shard_leaves_nothing(
@@ -182,10 +193,9 @@ class RewriteLog(ShardLog):
 
 @pytest.mark.parametrize("part", [False, True])
 def test_a_shard_whose_bytes_or_factors_changed_is_written_again(
-    part: bool, start: Start, checkpoint: Built, tmp_path: Path
+    part: bool, start: Start, checkpoint: Built, finished: Built, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
-    start(source, out=str(tmp_path / "uninterrupted"))
     interrupt_after_two_shards(start, source, out)
     shard = next(name for name in shards(source) if (out / WORK_FOLDER / f"{name}.adapter").exists())
     damage(out / WORK_FOLDER / f"{shard}.adapter" if part else out / shard)
@@ -194,7 +204,7 @@ def test_a_shard_whose_bytes_or_factors_changed_is_written_again(
     assert seen.again == [shard]
     assert seen.made == [shard, *shards(source)[2:]]
     own = "lora/adapter_config.json"
-    uninterrupted, resumed = (weights_and_adapter(folder) for folder in (tmp_path / "uninterrupted", out))
+    uninterrupted, resumed = (weights_and_adapter(folder) for folder in (finished(), out))
     assert {n: c for n, c in resumed.items() if n != own} == {n: c for n, c in uninterrupted.items() if n != own}
 
 

@@ -60,7 +60,7 @@ def milora_that_solves_for_minutes(solving: Connection, *arguments: str) -> None
     ("number", "status", "message"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_a_signal_during_a_long_solve_ends_the_run_at_once_and_it_is_resumed(
-    number: signal.Signals, status: int, message: str, start: Start, checkpoint: Built, tmp_path: Path
+    number: signal.Signals, status: int, message: str, start: Start, checkpoint: Built, finished: Built, tmp_path: Path
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
     command = ["-m", str(source), "-o", str(out), "-r", "4", "--device", "cpu"]
@@ -80,10 +80,8 @@ def test_a_signal_during_a_long_solve_ends_the_run_at_once_and_it_is_resumed(
     assert f"{WORK_FOLDER}/journal.jsonl" in left
     assert not [name for name in left if name.endswith(".partial") or name in (MANIFEST, "config.json")]
     start(source)
-    start(source, out=str(tmp_path / "uninterrupted"))
     own = (MANIFEST, "lora/adapter_config.json")  # the manifest holds times, and both hold the folder's path
     resumed, uninterrupted = (
-        {name: content for name, content in contents(folder).items() if name not in own}
-        for folder in (out, tmp_path / "uninterrupted")
+        {name: content for name, content in contents(folder).items() if name not in own} for folder in (out, finished())
     )
     assert resumed == uninterrupted

@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 from support import simulated_cuda
+from support.runs import initialize
 from support.tiny_models import TARGETS, contents
 
 from milora_init.errors import SolveError
 from milora_init.manifest import MANIFEST, Manifest
+from milora_init.options import InitOptions
 from milora_init.verification.verify import verify
 
 NAMES = ("q_proj", "k_proj", "up_proj")
@@ -45,19 +47,34 @@ def on_gpus(start: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.
             machine.fault, machine.may_pin = fault, may_pin
             given = {"target": NAMES, "rank": 8, **options}
             manifest = start(model, out="out", device=("cuda",), **given)
-        made = contents(Path("out"))
-        del made[MANIFEST]  # it holds seconds
-        return manifest, made, machine
+        return manifest, files(Path("out")), machine
 
     return run
 
 
-def test_any_number_of_devices_makes_the_same_bytes_and_a_pair(model: Path, on_gpus: Callable[..., Any]) -> None:
-    alone, bytes_alone, _ = on_gpus(model, 1)
+def files(out: Path) -> dict[str, bytes]:
+    """All files but for the manifest, which holds seconds."""
+    return {name: content for name, content in contents(out).items() if name != MANIFEST}
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest and the files of a run on one GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("alone"))  # the adapter's config names the folder `out`
+        with simulated_cuda.machine(1, patch):
+            made = initialize(InitOptions(model=str(model), out="out", target=NAMES, rank=8, device=("cuda",)))
+        return made, files(Path("out"))
+
+
+def test_any_number_of_devices_makes_the_same_bytes_and_a_pair(
+    model: Path, alone: Any, on_gpus: Callable[..., Any]
+) -> None:
+    made_alone, bytes_alone = alone
     together, bytes_together, machine = on_gpus(model, 2)
     _, bytes_again, _ = on_gpus(model, 2)
     assert bytes_alone == bytes_together == bytes_again
-    assert {record.device for record in alone.weights} == {"cuda:0"}
+    assert {record.device for record in made_alone.weights} == {"cuda:0"}
     assert {record.device for record in together.weights} == {"cuda:0", "cuda:1"}
     assert Counter(record.certificate.path for record in together.weights) == {"mixed": 4, "eigh": 2}
     assert verify("out", model=str(model), all_components=True).ok
@@ -99,13 +116,15 @@ MEMORY = [
 
 
 @pytest.mark.parametrize("error", MEMORY, ids=["torch", "cusolver", "cuda"])
-def test_a_device_out_of_memory_is_tried_again(error: RuntimeError, model: Path, on_gpus: Callable[..., Any]) -> None:
+def test_a_device_out_of_memory_is_tried_again(
+    error: RuntimeError, model: Path, alone: Any, on_gpus: Callable[..., Any]
+) -> None:
     fault = Failing("linalg_cholesky_ex", error)
     manifest, made, machine = on_gpus(model, 2, fault=fault)
     assert fault.left == 0
     assert machine.caches_emptied == 1
     assert {record.device for record in manifest.weights} == {"cuda:0", "cuda:1"}
-    assert made == on_gpus(model, 2)[1]
+    assert made == alone[1]
 
 
 def test_a_weight_that_does_not_fit_a_device_is_solved_on_the_cpu(model: Path, on_gpus: Callable[..., Any]) -> None:
@@ -118,16 +137,18 @@ def test_a_weight_that_does_not_fit_a_device_is_solved_on_the_cpu(model: Path, o
     assert verify("out", model=str(model), all_components=True).ok
 
 
-def test_an_upload_without_memory_waits_for_the_lock(model: Path, on_gpus: Callable[..., Any]) -> None:
+def test_an_upload_without_memory_waits_for_the_lock(model: Path, alone: Any, on_gpus: Callable[..., Any]) -> None:
     _, made, machine = on_gpus(model, 1, fault=Failing("to", MEMORY[0]))
     assert machine.caches_emptied == 0
-    assert made == on_gpus(model, 1)[1]
+    assert made == alone[1]
 
 
-def test_without_page_locked_memory_the_bytes_are_the_same(model: Path, on_gpus: Callable[..., Any]) -> None:
+def test_without_page_locked_memory_the_bytes_are_the_same(
+    model: Path, alone: Any, on_gpus: Callable[..., Any]
+) -> None:
     _, made, machine = on_gpus(model, 1, may_pin=False)
     assert machine.pinned == 0
-    assert made == on_gpus(model, 1)[1]
+    assert made == alone[1]
 
 
 LIBRARIES = [
@@ -140,7 +161,7 @@ LIBRARIES = [
 def test_a_failure_of_a_library_is_the_next_algorithm(
     error: RuntimeError, model: Path, on_gpus: Callable[..., Any]
 ) -> None:
-    manifest, _, _ = on_gpus(model, 1, fault=Failing("linalg_cholesky_ex", error))
+    manifest, _, _ = on_gpus(model, 1, fault=Failing("linalg_cholesky_ex", error), target=("q_proj",))
     (fallen,) = [record for record in manifest.weights if record.certificate.path == "lanczos"]
     assert fallen.certificate.reason.startswith(str(error).partition("\n")[0])
     assert verify("out", model=str(model), all_components=True).ok
@@ -151,5 +172,5 @@ def test_a_device_that_fails_altogether_is_an_error_that_names_it(model: Path, o
     with pytest.raises(
         SolveError, match=r"cuda:0 failed: CUDA error: an illegal memory access was encountered$"
     ) as caught:
-        on_gpus(model, 1, fault=Failing("linalg_cholesky_ex", error, times=10**6))
+        on_gpus(model, 1, fault=Failing("linalg_cholesky_ex", error, times=10**6), target=("q_proj",))
     assert "--device cpu" in caught.value.hint

@@ -51,17 +51,17 @@ def model_output(family: Family, model: Any) -> Tensor:
 
 
 def train(family: Family, out: Path, to: Path) -> Path:
-    """Train the pair in `out` with 20 steps of AdamW and save the adapter in `to`."""
+    """Train the pair in `out` with a few steps of AdamW and save the adapter in `to`."""
     return train_model(family, load(family, out, out / "lora", trainable=True), to)
 
 
 def train_model(family: Family, model: Any, to: Path) -> Path:
-    """Train the adapter of a model with 20 steps of AdamW and save it in `to`."""
+    """Train the adapter of a model with a few steps of AdamW and save it in `to`."""
     torch.manual_seed(0)
     target_output = torch.randn_like(model_output(family, model))
     model.train()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
-    for _ in range(20):
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=4e-3)
+    for _ in range(10):
         (model(**architectures.model_inputs(family))[0] - target_output).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()

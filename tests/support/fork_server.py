@@ -3,13 +3,13 @@
 The server is the one of the standard library (`multiprocessing`, start method "forkserver"). Each pytest worker has
 one: the first test that needs it starts it, and it ends with the worker. It has one thread: OMP_NUM_THREADS is 1.
 
-Two packages read the environment when they are imported, so every fork imports them again: huggingface_hub and
-milora_init. The server itself does not import milora_init.
+huggingface_hub reads the environment when it is imported, so every fork computes its constants again.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -25,7 +25,6 @@ from types import TracebackType
 from typing import Any, TextIO
 
 NULL = Path(os.devnull)
-READ_THE_ENVIRONMENT = ("huggingface_hub", "milora_init")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -33,7 +32,8 @@ _context.set_forkserver_preload(
         "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2", "safetensors.torch",
         "transformers.models.auto.tokenization_auto", "transformers.models.bloom.modeling_bloom", "httpx", "pytest",
         "rich.console", "rich.progress", "rich.table", "tokenizers", "typer.rich_utils", "yaml", "peft",
-        "fsspec.compression", "typer._adapters", "support.warm_up",
+        "fsspec.compression", "typer._adapters", "milora_init.export.convert", "milora_init.export.merge",
+        "milora_init.hub.upload", "milora_init.run.initialize", "milora_init.verification.verify", "support.warm_up",
     ]
 )  # fmt: skip
 
@@ -124,9 +124,10 @@ class Fork:
 
 @functools.cache
 def _ensure_server() -> None:
-    """Start the server. It imports `support.warm_up` from the folder of the tests."""
+    """Start the server. It imports `support.warm_up` and `milora_init` from the tree of this file."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), before)))
+    tests, root, *_ = Path(__file__).parents[1:]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(tests), str(root), before)))
     try:
         forkserver.ensure_running()
     finally:
@@ -152,10 +153,18 @@ def milora(*arguments: object, **options: Any) -> Done:
 
 def command_line(*arguments: str) -> None:
     """Do what the installed command `milora-init` does."""
-    from milora_init.cli.main import main
+    from milora_init.cli import init, main
 
+    init.STARTED = time.monotonic()
     sys.argv = ["milora-init", *arguments]
-    main()
+    main.main()
+
+
+def forget(*packages: str) -> None:
+    """Called in a fork: the next import of these packages is the first one, as in a newly started process."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in packages:
+            del sys.modules[name]
 
 
 def _child(
@@ -175,10 +184,20 @@ def _child(
     # A test run started in the background ignores SIGINT, and the fork would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     time.tzset()
-    for name in list(sys.modules):
-        if name.partition(".")[0] in READ_THE_ENVIRONMENT:
-            del sys.modules[name]
+    _compute_constants_of_the_hub()
     pickle.loads(function)(*arguments)
+
+
+def _compute_constants_of_the_hub() -> None:
+    """Compute the constants of huggingface_hub from the environment again, also where a module has copies of them."""
+    constants = importlib.import_module("huggingface_hub.constants")
+    before = {name: value for name, value in vars(constants).items() if name.isupper()}
+    importlib.reload(constants)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("huggingface_hub."):
+            for constant, value in before.items():
+                if vars(module).get(constant, ...) is value:
+                    setattr(module, constant, getattr(constants, constant))
 
 
 def _connect(number: int, file: str | None) -> None:

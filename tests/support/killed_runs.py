@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from milora_init.export.merge import merge
 from milora_init.manifest import MANIFEST, WORK_FOLDER, read_manifest
 from milora_init.options import InitOptions
@@ -27,6 +29,7 @@ from milora_init.plan.plan import make_plan
 from milora_init.records import MERGED
 from milora_init.run.initialize import run_plan
 from milora_init.run.journal import Entry, Head, Journal
+from support.remembered import remember
 from support.tiny_models import contents
 
 # Audit events that Python raises before it opens a file or changes a name in the file system.
@@ -215,6 +218,7 @@ def main(source: Path, folder: Path, wanted: Sequence[str]) -> None:
         folder: The folder of `KilledRuns`.
         wanted: Some of journal, steps:STRIDE, overwrites:STRIDE, moments:COUNT, merges:STRIDE, merge-moments:COUNT.
     """
+    remember(pytest.MonkeyPatch())
     options = InitOptions(model=str(source), out="out", rank=4, device=("cpu",), mode="random")
     plan, earlier, overwriting = (
         make_plan(o, source) for o in (options, replace(options, rank=3), replace(options, overwrite=True))

@@ -5,19 +5,16 @@ Every generator is seeded: the same arguments give the same matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
+from support.marks import wide
+
 F64 = torch.float64
-
-
-def wide(shape: tuple[int, int]) -> Any:  # pytest's type of a parameter with a mark is private
-    """A further shape of a test that has others; `make test-wide` runs it."""
-    return pytest.param(shape, marks=pytest.mark.wide)
+Shape = tuple[int, int]
 
 
 def gaussian(m: int, n: int, *, seed: int = 0) -> Tensor:
@@ -153,3 +150,11 @@ AMBIGUOUS: dict[str, Callable[[int, int], Tensor]] = {
     "duplicated_rows": duplicated_rows,
     "orthogonal": orthogonal,
 }
+
+
+def with_shapes(names: Iterable[str], shape: Shape, other: Shape, *further: Shape) -> list[Any]:
+    """Cases (name, shape): every spectrum in one shape, a language model's in another; all further ones are wide."""
+    names, like = tuple(names), "language_model_like"
+    rest = [wide(name, other) for name in names if name != like]
+    all_further = [wide(name, one) for one in further for name in names]
+    return [*((name, shape) for name in names), (like, other), *rest, *all_further]

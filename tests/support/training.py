@@ -25,7 +25,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-def train(out: Path, to: Path, steps: int = 20) -> Path:
+def train(out: Path, to: Path, steps: int = 8) -> Path:
     """Train the pair in `out` with AdamW; save the adapter in `to`."""
     torch.manual_seed(0)
     model = load(out, out / "lora", trainable=True).train()

@@ -16,7 +16,6 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
 from support import fork_server
-from support.runs import initialize
 from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_inputs, edit_json, tensors
 
 from milora_init.api import merge
@@ -27,7 +26,6 @@ from milora_init.errors import PlanError, UsageError
 from milora_init.export.convert import convert
 from milora_init.lora.compatibility import UNTRAINED
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
-from milora_init.options import InitOptions
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.verification.verdict import TEXTS, Code, Verdict
 from milora_init.verification.verify import verify
@@ -47,29 +45,6 @@ model = get_peft_model(base, config)
 state = get_peft_model_state_dict(model) | load_peft_weights("./svd_init", subfolder="lora")
 set_peft_model_state_dict(model, state)
 """
-
-
-@pytest.fixture(scope="module")
-def pristine(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """pristine(**options) is an output made from the tiny llama; tests must not write into it."""
-    built: dict[str, Path] = {}
-
-    def get(kind: str = "llama", source: Path | None = None, **options: Any) -> Path:
-        key = json.dumps([kind, str(source), options])
-        if key not in built:
-            out = tmp_path_factory.mktemp("pristine-") / "out"
-            given: dict[str, Any] = {"rank": 4, "device": ("cpu",), "target": TARGETS[kind], **options}
-            initialize(InitOptions(model=str(source or checkpoint(kind)), out=str(out), **given))
-            built[key] = out
-        return built[key]
-
-    return get
-
-
-@pytest.fixture
-def out(pristine: Built, tmp_path: Path) -> Path:
-    """A copy of an output in another folder; base_model_name_or_path still names the first one."""
-    return Path(shutil.copytree(pristine(), tmp_path / "out"))
 
 
 def flip(path: Path, name: str, *, bit: int = 1) -> None:
@@ -203,8 +178,8 @@ def test_a_flipped_bit_in_the_adapter_is_found(out: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"mode": "random", "seed": 1}, {"mode": "max"}])
-def test_the_adapter_of_another_run_is_a_replaced_adapter(options: dict[str, Any], out: Path, pristine: Built) -> None:
-    other = pristine(**options)
+def test_the_adapter_of_another_run_is_a_replaced_adapter(options: dict[str, Any], out: Path, finished: Built) -> None:
+    other = finished(**options)
     shutil.copy(other / "lora/adapter_model.safetensors", out / "lora")
     require(verify(str(out)), "replaced_adapter", "lora/adapter_model.safetensors")
 
@@ -312,9 +287,9 @@ def test_a_missing_source_and_all_without_a_source_are_errors(out: Path, tmp_pat
         verify(str(out), all_components=True)
 
 
-def test_a_component_of_another_mode_is_found(pristine: Built, tmp_path: Path, checkpoint: Built) -> None:
+def test_a_component_of_another_mode_is_found(finished: Built, tmp_path: Path, checkpoint: Built) -> None:
     """A consistent pair of the largest components, whose manifest claims the smallest."""
-    out = Path(shutil.copytree(pristine(mode="max"), tmp_path / "out"))
+    out = Path(shutil.copytree(finished(mode="max"), tmp_path / "out"))
     edit_inputs(out / MANIFEST, mode="min", method="milora")
     assert verify(str(out)).ok
     sampled = verify(str(out), model=str(checkpoint("llama")))
@@ -324,9 +299,9 @@ def test_a_component_of_another_mode_is_found(pristine: Built, tmp_path: Path, c
 
 
 @pytest.fixture(scope="module")
-def trained(pristine: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter after ten large steps from pristine(), saved by PEFT."""
-    base = pristine()
+def trained(finished: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter after ten large steps from finished(), saved by PEFT."""
+    base = finished()
     model: Any = PeftModel.from_pretrained(
         getattr(transformers, KINDS["llama"][0]).from_pretrained(base), str(base), subfolder="lora", is_trainable=True
     )
@@ -341,35 +316,35 @@ def trained(pristine: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_trained_adapter_belongs_to_the_base_it_was_trained_on(trained: Path, pristine: Built) -> None:
-    verdict = verify(str(pristine()), adapter=str(trained))
+def test_a_trained_adapter_belongs_to_the_base_it_was_trained_on(trained: Path, finished: Built) -> None:
+    verdict = verify(str(finished()), adapter=str(trained))
     assert verdict.differences == ()
     assert verdict.code == "trained_pair"
 
 
-def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, pristine: Built) -> None:
-    other = pristine(mode="max")
+def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, finished: Built) -> None:
+    other = finished(mode="max")
     verdict = verify(str(other), adapter=str(trained))
     require(verdict, "foreign_adapter", "unrelated to the initial adapter", "base_model_name_or_path")
 
 
-def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: Built) -> None:
-    require(verify(str(pristine(rank=2)), adapter=str(trained)), "foreign_adapter", "r is 4", "and 19 more")
+def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, finished: Built) -> None:
+    require(verify(str(finished(rank=2)), adapter=str(trained)), "foreign_adapter", "r is 4", "and 19 more")
 
 
 def test_an_unreadable_trained_adapter_is_a_misfit_and_not_foreign(
-    trained: Path, pristine: Built, tmp_path: Path
+    trained: Path, finished: Built, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    require(verify(str(pristine()), adapter=str(folder)), "adapter_misfit", str(path))
+    require(verify(str(finished()), adapter=str(folder)), "adapter_misfit", str(path))
     path.unlink()
-    require(verify(str(pristine()), adapter=str(folder)), "adapter_misfit", f"{path}: missing")
+    require(verify(str(finished()), adapter=str(folder)), "adapter_misfit", f"{path}: missing")
 
 
-def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
-    other = pristine(target=("q_proj", "o_proj"))
+def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, finished: Built) -> None:
+    other = finished(target=("q_proj", "o_proj"))
     verdict = verify(str(other), adapter=str(trained))
     require(verdict, "foreign_adapter", "target_modules", "o_proj", "not adapted in this output, and 15 more")
 
@@ -414,21 +389,21 @@ def test_an_adapter_config_without_its_patterns_is_a_difference(
 
 
 def test_the_hint_for_a_trained_adapter_that_does_not_fit_is_to_train_again(
-    trained: Path, pristine: Built, tmp_path: Path
+    trained: Path, finished: Built, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "trained"))
     edit_json(folder / "adapter_config.json", lora_bias=True, lora_alpha=99)
-    verdict = verify(str(pristine()), adapter=str(folder))
+    verdict = verify(str(finished()), adapter=str(folder))
     require(verdict, "adapter_misfit", "lora_bias", "lora_alpha is 99")
     assert {d.hint for d in verdict.differences} == {"train again from the initial adapter, with its config unchanged"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_new_head_in_the_adapter_is_a_note(
-    kind: str, pristine: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, finished: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT saves `modules_to_save` with the adapter: classifier and score, of which the model has only score."""
-    (tmp_path / "svd_init").symlink_to(pristine(kind))
+    (tmp_path / "svd_init").symlink_to(finished(kind, target=TARGETS[kind]))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(NEW_HEAD, names)
@@ -441,9 +416,9 @@ def test_a_new_head_in_the_adapter_is_a_note(
 
 
 def test_the_original_with_a_named_adapter_is_recognized_without_a_manifest(
-    trained: Path, checkpoint: Built, pristine: Built, tmp_path: Path
+    trained: Path, checkpoint: Built, finished: Built, tmp_path: Path
 ) -> None:
-    assert verify(str(checkpoint("llama")), adapter=str(pristine() / "lora")).code == "original_with_adapter"
+    assert verify(str(checkpoint("llama")), adapter=str(finished() / "lora")).code == "original_with_adapter"
 
 
 def print_statuses(commands: list[list[str]]) -> None:
@@ -483,9 +458,9 @@ def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
 
 @pytest.mark.parametrize("saved_again", [False, True])
 def test_an_adapter_that_was_not_trained_is_named_in_the_same_words_by_every_command(
-    saved_again: bool, pristine: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved_again: bool, finished: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, adapter = pristine(), tmp_path / "adapter"
+    out, adapter = finished(), tmp_path / "adapter"
     shutil.copytree(out / "lora", adapter)
     if saved_again:
         weights = adapter / "adapter_model.safetensors"
@@ -505,7 +480,7 @@ def test_an_adapter_that_was_not_trained_is_named_in_the_same_words_by_every_com
     assert not (tmp_path / "plain").exists()
 
 
-def test_the_adapter_inside_a_pair_is_told_from_a_foreign_folder(pristine: Built) -> None:
+def test_the_adapter_inside_a_pair_is_told_from_a_foreign_folder(finished: Built) -> None:
     with pytest.raises(UsageError, match="is a part of a pair") as caught:
-        verify(str(pristine() / "lora"))
-    assert caught.value.hint == f"milora-init verify {pristine()}"
+        verify(str(finished() / "lora"))
+    assert caught.value.hint == f"milora-init verify {finished()}"
