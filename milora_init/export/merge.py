@@ -242,7 +242,7 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
         def submit(name: str, shard: ShardWriter[None]) -> list[Future[None]]:
             """Give a shard's weights to the solver pool; hash its sources meanwhile."""
             merged = [
-                shard.submit(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
+                shard.submit_other(solvers, merge_weight.run, _merge_job(plan, tensor, shard))
                 for tensor in _merged(plan, name)
             ]
             # The original model was compared with its recorded hashes when it was opened.

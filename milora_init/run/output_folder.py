@@ -300,8 +300,7 @@ class OutputFolder(Generic[Record]):
         for folder in {self._path_of(name).parent for name in result.files}:
             with writing(folder):
                 sync_folder(folder)
-        records = tuple(record for record in result.records if record)
-        entry = Entry(result.shard, result.files, records, result.hashes)
+        entry = Entry(result.shard, result.files, result.records, result.hashes)
         self._own.append(entry)
         return entry
 

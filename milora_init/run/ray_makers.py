@@ -156,7 +156,7 @@ def make_file(job: ShardJob, request: Request, header: Header, threads: int) -> 
             files,
             open_shard=lambda job: shard_job.shard_writer(job, request.attempts / uuid.uuid4().hex),
             submit=partial(shard_job.submit, solvers),
-            count=shard_job.count,
+            count=partial(shard_job.count, on_gpus=solvers.on_gpus),
         ) as makers,
     ):
         ((_, result),) = makers.run([job])

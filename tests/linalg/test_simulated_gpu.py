@@ -8,8 +8,8 @@ from support import matrices, reference, simulated_cuda
 from support.matrices import wide
 from support.triplets import certified, check_component, check_properties, check_values
 
-from milora_init.linalg.split import Split, split
-from milora_init.linalg.svd import Triplets, singular_triplets
+from milora_init.linalg.split import Split, split, split_batch
+from milora_init.linalg.svd import Triplets, singular_triplets, triplets_of_batch
 from milora_init.methods import MODES, Mode
 
 HARD = {**matrices.DISTINCT, **matrices.AMBIGUOUS}
@@ -118,6 +118,60 @@ def test_the_cost_of_a_weight_is_bounded(
     assert counts.waits.total() <= waits
     assert counts.bytes_touched <= gigabytes * 1e9
     assert counts.flops["float64"] <= float64_gflop * 1e9
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(("shape", "count"), [((520, 1040), 3), pytest.param((768, 2048), 8, marks=pytest.mark.slow)])
+def test_a_batch_of_equal_weights_costs_little_more_than_one(shape: tuple[int, int], count: int, mode: Mode) -> None:
+    weights = [matrices.moderate_head(*shape, seed=seed) for seed in range(count)]
+    with simulated_cuda.simulated() as of_one:
+        alone = split(weights[0].to(GPU), 16, mode=mode, dtype=torch.bfloat16)
+    with simulated_cuda.simulated() as of_batch:
+        W = torch.stack([W.to(GPU) for W in weights])
+        made = split_batch(W, 16, scale=1.0, mode=mode, factors="balanced", dtype=torch.bfloat16)
+    assert of_batch.launches.total() <= 1.5 * of_one.launches.total()
+    assert of_batch.waits.total() <= of_one.waits.total() + 4  # all get as many corrections as the one with most
+    assert made[0] is not None
+    assert made[0].rounding.leak == pytest.approx(alone.rounding.leak, rel=1e-3)
+    for W, part in zip(weights, made, strict=True):
+        assert part is not None
+        assert certified(part.triplets) <= 5e-8
+        exact = W.double() - on_host(part.B).double() @ on_host(part.A).double()
+        error = (exact - on_host(part.residual).double()).abs()
+        assert bool((error <= 1.001 * reference.ulp(exact, torch.bfloat16) / 2).all())
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("shape", [(540, 540), (530, 900), wide((900, 530))], ids=str)
+def test_a_batch_solves_each_weight_or_leaves_it_to_be_solved_alone(shape: tuple[int, int], mode: Mode) -> None:
+    names = [
+        "gaussian",
+        "steep",
+        "zero",
+        "outlier",
+        "language_model_like",
+        "clustered",
+        "dead_rows_and_columns",
+        "huge",
+    ]
+    weights = [HARD[name](*shape) for name in names]
+    weights.append(torch.full(shape, torch.nan, dtype=torch.float64))
+    with simulated_cuda.simulated():
+        found = triplets_of_batch(torch.stack(weights).to(GPU), 10, mode=mode)
+    solved = dict(zip(names, found, strict=False))
+    assert found[-1] is None
+    assert solved["huge"] is None
+    assert solved["gaussian"] is not None
+    assert solved["language_model_like"] is not None
+    for name, W in zip(names, weights, strict=False):
+        t = solved[name]
+        if t is None:
+            continue
+        t = Triplets(on_host(t.U), on_host(t.s), on_host(t.V), t.s_max, t.certificate)
+        check_properties(W, t, 10)
+        check_values(W, t, 10, mode)
+        if name in matrices.DISTINCT:
+            check_component(W, t, 10, mode)
 
 
 def test_an_operation_on_two_devices_raises() -> None:
