@@ -6,7 +6,8 @@ result, after a Rayleigh-Ritz step in float64, is the truth for the component er
 each of cuSOLVER's drivers gesvd and gesvdj too.
 
 With --simulate no time is measured: the solver runs on a simulated GPU, which counts kernel launches, waits, bytes and
-operations. The milliseconds printed with the counts are estimates from data sheets, not measurements.
+operations. Small weights of one shape are counted as a GPU solves them, in batches. The milliseconds printed with the
+counts are estimates from data sheets, not measurements.
 
 The weights are synthetic, in bfloat16, with a Gaussian bulk and a power-law head, like the spectra of trained weights.
 
@@ -19,6 +20,7 @@ The weights are synthetic, in bfloat16, with a Gaussian bulk and a power-law hea
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import platform
@@ -32,8 +34,8 @@ import torch
 from torch import Tensor
 
 from milora_init.linalg.arithmetic import arithmetic_of
-from milora_init.linalg.cost import uses_krylov
-from milora_init.linalg.split import split
+from milora_init.linalg.cost import uses_krylov, weights_at_once
+from milora_init.linalg.split import Split, split, split_batch
 from milora_init.linalg.svd import Triplets, singular_triplets
 from milora_init.methods import Mode
 
@@ -43,6 +45,7 @@ MODELS: dict[str, dict[tuple[int, int], int]] = {
     "llama-2-7b": {(4096, 4096): 3, (11008, 4096): 1, (4096, 11008): 1},
     "llama-3-8b": {(4096, 4096): 1, (1024, 4096): 2, (14336, 4096): 1, (4096, 14336): 1},
     "qwen2.5-72b": {(8192, 29568): 1},
+    "qwen3-30b-a3b": {(768, 2048): 256, (2048, 768): 128},
 }
 PRINCIPAL_ONLY = ("svd_lowrank niter=16", "milora-init tol=1e-3")
 CUDA_ONLY = ("gesvd float32", "gesvdj float32")
@@ -78,9 +81,9 @@ class Row:
     fell_back: bool  # whether our solver's first algorithm was given up
 
 
-def weight(m: int, n: int, *, device: torch.device) -> Tensor:
+def weight(m: int, n: int, *, device: torch.device, seed: int = 0) -> Tensor:
     """A seeded (m, n) bfloat16 weight: bulk of standard deviation 0.02, head of q/8 power-law directions."""
-    generator = torch.Generator().manual_seed(m * 100_003 + n)
+    generator = torch.Generator().manual_seed(m * 100_003 + n + seed * 10**10)
     k = min(m, n) // 8
 
     def normal(*size: int) -> Tensor:
@@ -287,37 +290,42 @@ def simulate(args: argparse.Namespace) -> list[dict[str, object]]:
     from support import simulated_cuda
 
     rows: list[dict[str, object]] = []
-    for model in args.model:
-        for shape in MODELS[model]:
-            W = weight(*shape, device=torch.device("cpu"))
-            for mode in args.mode:
-                for r in args.rank:
-                    with simulated_cuda.simulated() as counts:
-                        made = split(W.to("cuda:0"), r, mode=mode, dtype=torch.bfloat16)
-                    certificate = made.triplets.certificate
-                    print(f"{model} {shape[0]} x {shape[1]} r={r} {mode} {certificate.path}: {counts}")
-                    estimates = {}
-                    for gpu, (float64, float32, bandwidth) in GPUS.items():
-                        arithmetic = counts.flops["float64"] / float64 + counts.flops["float32"] / float32
-                        traffic = counts.bytes_touched / bandwidth
-                        parts = arithmetic / REACHED, traffic / REACHED, counts.launches.total() * LAUNCH_S
-                        estimates[gpu] = dict(zip(("arithmetic_s", "traffic_s", "launches_s"), parts, strict=True))
-                        text = " / ".join(f"{1e3 * part:.1f}" for part in parts)
-                        print(f"    {gpu:9} estimate in ms, arithmetic / traffic / launches: {text}", flush=True)
-                    rows.append(
-                        {
-                            "model": model,
-                            "shape": shape,
-                            "r": r,
-                            "mode": mode,
-                            "path": certificate.path,
-                            "launches": counts.launches.total(),
-                            "waits": counts.waits.total(),
-                            "bytes_touched": counts.bytes_touched,
-                            "flops": dict(counts.flops),
-                            "estimates": estimates,
-                        }
-                    )
+    cases = itertools.product(args.model, args.mode, args.rank)
+    for (model, mode, r), shape in ((case, shape) for case in cases for shape in MODELS[case[0]]):
+        together = min(MODELS[model][shape], weights_at_once(max(shape), min(shape), r, mode))
+        weights = [weight(*shape, device=torch.device("cpu"), seed=seed) for seed in range(together)]
+        with simulated_cuda.simulated() as counts:
+            if together == 1:
+                made: list[Split | None] = [split(weights[0].to("cuda:0"), r, mode=mode, dtype=torch.bfloat16)]
+            else:
+                W = torch.stack([W.to("cuda:0") for W in weights])
+                made = split_batch(W, r, scale=1.0, mode=mode, factors="balanced", dtype=torch.bfloat16)
+        paths = [part.triplets.certificate.path if part else "alone" for part in made]
+        what = f"{together} of {shape[0]} x {shape[1]}" if together > 1 else f"{shape[0]} x {shape[1]}"
+        print(f"{model} {what} r={r} {mode} {', '.join(sorted(set(paths)))}: {counts}")
+        estimates = {}
+        for gpu, (float64, float32, bandwidth) in GPUS.items():
+            arithmetic = counts.flops["float64"] / float64 + counts.flops["float32"] / float32
+            traffic = counts.bytes_touched / bandwidth
+            parts = arithmetic / REACHED, traffic / REACHED, counts.launches.total() * LAUNCH_S
+            estimates[gpu] = dict(zip(("arithmetic_s", "traffic_s", "launches_s"), parts, strict=True))
+            text = " / ".join(f"{1e3 * part:.1f}" for part in parts)
+            print(f"    {gpu:9} estimate in ms, arithmetic / traffic / launches: {text}", flush=True)
+        rows.append(
+            {
+                "model": model,
+                "shape": shape,
+                "weights": together,
+                "r": r,
+                "mode": mode,
+                "paths": paths,
+                "launches": counts.launches.total(),
+                "waits": counts.waits.total(),
+                "bytes_touched": counts.bytes_touched,
+                "flops": dict(counts.flops),
+                "estimates": estimates,
+            }
+        )
     return rows
 
 

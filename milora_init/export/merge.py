@@ -302,12 +302,12 @@ def _submit_tensor(plan: MergePlan, tensor: str, shard: ShardWriter[None], solve
     task, modules = plan.tasks[tensor], plan.adapter.modules
     source = locate(plan.base, task.source) if task.source else None
     if isinstance(source, QuantisedSource) and not task.weights and not task.new:
-        return shard.submit(solvers, dense.run, dense.DenseJob(source, shard.target(tensor)))
+        return shard.submit_other(solvers, dense.run, dense.DenseJob(source, shard.target(tensor)))
     weights = tuple(
         MergedWeight(record, modules[record.key].scale, modules[record.key].magnitude) for record in task.weights
     )
     job = MergeJob(source, shard.target(tensor), weights, task.new, plan.adapter.weights)
-    return shard.submit(solvers, merge_weight.run, job)
+    return shard.submit_other(solvers, merge_weight.run, job)
 
 
 def _require_source(plan: MergePlan, name: str, found: str) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from milora_init.methods import Mode
 
+MOST_AT_ONCE = 8  # weights of one batch
+_SMALL = 2048  # rows or columns, whichever are fewer: a larger weight keeps a GPU busy alone
+_BATCH_ENTRIES = 1 << 25  # 256 MiB in float64
 _FLOAT64_BYTES = 8
 _WORKSPACE_BYTES = 64 << 20
 
@@ -24,6 +27,17 @@ def uses_krylov(p: int, q: int, r: int, mode: Mode, *, gpu: bool = False) -> boo
     if gpu:
         return q >= 512
     return q >= 350 + 5 * r + (300 if 4 * p > 5 * q else 0)
+
+
+def weights_at_once(p: int, q: int, r: int, mode: Mode) -> int:
+    """How many equal weights a GPU solves in one batch; 1 where each is solved alone.
+
+    A small weight takes hundreds of calls that are shorter than their start. It depends on sizes alone, so that the
+    same weights are always solved together: alone, a weight may get other last bits.
+    """
+    if q > _SMALL or not uses_krylov(p, q, r, mode, gpu=True):
+        return 1
+    return max(1, min(MOST_AT_ONCE, _BATCH_ENTRIES // (p * q)))
 
 
 def solve_flops(p: int, q: int, r: int, mode: Mode) -> int:

@@ -23,8 +23,8 @@ before it is applied: a product with A would leave rounding errors of the size o
 Cost. For the smallest p q^2 and q^3 / 3 operations in float32, for the largest 4 p q for each product; in float64
 4 p q for each column of the basis, of which there are r to 4 r.
 
-A batch. All weights get as many products, Chebyshev steps and corrections as the one that needs most. One that fails
-does not end the others. What is not finite stays within its own weight.
+A batch. All weights get as many products and Chebyshev steps as the one that needs most; each is certified when it is
+ready. One that fails does not end the others. What is not finite stays within its own weight.
 
 Failure. `NotConverged` where float32 does not resolve the wanted end: the first unwanted eigenvalue of G must be well
 above eps * ||G||. That shows in the corrections, too, which then do not converge. The certificate (certificate.py) is
@@ -283,8 +283,8 @@ def extreme_triplets(X: BlockedMatrix, r: int, tolerance: float, *, largest: boo
         if largest:
             theta, Y = theta.flip(-1), Y.flip(-1)
         last = end.eigenvalue_of(theta[:, r - 1 : r]).squeeze(1)
-        missed = torch.linalg.matrix_norm(probe, ord=2) >= last
-        items.require(~missed, "an independent block found what the subspace had missed")
+        complete = torch.linalg.matrix_norm(probe, ord=2) < last
+        items.require(complete, "an independent block found what the subspace had missed")
 
         scaled = torch.stack([Y[..., : r + 1], Y[..., : r + 1] * theta[:, None, : r + 1]]).to(device)
         residual = plus_product(gram_image @ scaled[0], V, scaled[1], -1).to(torch.float32)
@@ -299,13 +299,11 @@ def extreme_triplets(X: BlockedMatrix, r: int, tolerance: float, *, largest: boo
         items.require(helps | (error <= tolerance), left)
 
         ready = [item for item in items.open if float(error[item]) <= tolerance]
-        # All that are left are certified at once. Meanwhile a correction does no harm to those that need none.
-        if ready and (len(ready) == len(items.open) or corrections == _MOST_CORRECTIONS):
+        if ready:
             how = f"r = {r} of q = {q}, {space.products} float32 steps of {width}, {corrections} corrections"
             how += f", {len(X.stored)} equal weights at once" if len(X.stored) > 1 else ""
-            for item, found in zip(
-                ready, _certified(X, end, image, V, scaled[0, ..., :r], estimate, ready, how), strict=True
-            ):
+            solutions = _certified(X, end, image, V, scaled[0, ..., :r], estimate, ready, how)
+            for item, found in zip(ready, solutions, strict=True):
                 if is_accepted(*found, tolerance):
                     items.end(item, found)
             items.require(helps, left)

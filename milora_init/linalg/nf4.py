@@ -20,18 +20,18 @@ VALUES = (
 
 
 def nf4(W: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
-    """W (m, n), in float32, after a round trip through NF4 without double quantisation.
+    """W (..., m, n), in float32, after a round trip through NF4 without double quantisation.
 
     Args:
-        W: The weight.
+        W: The weight, or a batch of weights.
         scale_dtype: The scales are rounded to it. With the dtype that the result is stored in, the stored result keeps
             its scales, and another round trip changes nothing.
     """
-    entries = W.reshape(-1)
-    padding = -entries.numel() % BLOCK
-    blocks = torch.nn.functional.pad(entries, (0, padding)).view(-1, BLOCK)
-    scale = blocks.abs().amax(dim=1, keepdim=True).to(scale_dtype).to(W.dtype)
+    entries = W.flatten(-2)
+    count = entries.shape[-1]
+    blocks = torch.nn.functional.pad(entries, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scale = blocks.abs().amax(dim=-1, keepdim=True).to(scale_dtype).to(W.dtype)
     values = torch.tensor(VALUES, dtype=W.dtype, device=W.device)
     unit = blocks / torch.where(scale == 0, 1, scale)
     nearest = torch.bucketize(unit, (values[1:] + values[:-1]) / 2)
-    return (values[nearest] * scale).view(-1)[: entries.numel()].view(W.shape)
+    return (values[nearest] * scale).flatten(-2)[..., :count].reshape(W.shape)

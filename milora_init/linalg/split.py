@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from milora_init.accuracy import Rounding as Rounding
-from milora_init.linalg.arithmetic import DeviceArithmetic, arithmetic_of
+from milora_init.linalg.arithmetic import DeviceArithmetic, add_product, arithmetic_of
 from milora_init.linalg.nf4 import nf4
 from milora_init.linalg.rounding import round_once
-from milora_init.linalg.svd import Triplets, singular_triplets
+from milora_init.linalg.svd import Triplets, singular_triplets, triplets_of_batch
 from milora_init.methods import Factors, Mode
 
 _CANDIDATES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -92,16 +92,81 @@ def split(  # noqa: PLR0913  the parameters of the method
     if nf4_rounds:
         return _split_for_nf4(W, r, nf4_rounds, scale=scale, mode=mode, dtype=dtype, seed=seed, arithmetic=arithmetic)
     triplets = singular_triplets(W, r, mode=mode, seed=seed, arithmetic=arithmetic)
-    B, A = _factors(triplets, scale, factors)
+    (made,) = _parts(W, [triplets], scale, factors, dtype, arithmetic)
+    if made is None:
+        raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
+    return made
+
+
+def split_batch(  # noqa: PLR0913
+    W: Tensor,
+    r: int,
+    *,
+    scale: float,
+    mode: Mode,
+    factors: Factors,
+    dtype: torch.dtype,
+    arithmetic: DeviceArithmetic | None = None,
+) -> list[Split | None]:
+    """Factor r singular triplets out of each of a batch of weights W (b, m, n), by the calls that one weight takes.
+
+    Args: as those of `split`.
+
+    Returns:
+        For each weight its parts; None for one that `split` has to solve, or to refuse.
+
+    Raises:
+        torch.OutOfMemoryError: The device's memory is too small.
+    """
+    arithmetic = arithmetic or arithmetic_of(W.device)
+    found = triplets_of_batch(W, r, mode=mode, arithmetic=arithmetic)
+    solved = {item: triplets for item, triplets in enumerate(found) if triplets is not None}
+    made: list[Split | None] = [None] * len(found)
+    if solved:
+        W = W if len(solved) == len(found) else W[list(solved)]
+        parts = _parts(W, list(solved.values()), scale, factors, dtype, arithmetic)
+        for item, part in zip(solved, parts, strict=True):
+            made[item] = part
+    return made
+
+
+def _parts(
+    W: Tensor,
+    triplets: list[Triplets],
+    scale: float,
+    factors: Factors,
+    dtype: torch.dtype,
+    arithmetic: DeviceArithmetic,
+) -> list[Split | None]:
+    """The parts of W (m, n), or of each of a batch (b, m, n), with its triplets; None where the residual overflows."""
+    batch = W.ndim == 3
+    U, s, V = (
+        torch.stack(parts) if batch else parts[0] for parts in zip(*((t.U, t.s, t.V) for t in triplets), strict=True)
+    )
+    B, A = _factors(U, s, V, scale, factors)
+    made: list[Split | None] = []
     if factors in ("right", "left"):
-        norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
-        component = float(triplets.s.norm()) / norm if norm else 0.0
-        return Split(
-            W, B, A, triplets, component**2, Rounding(0.0, 0.0, 0.0, dict.fromkeys((*_CANDIDATES, "nf4"), 0.0))
-        )
-    residual, rounding, norm = _residual(W, B, A, scale, dtype, arithmetic)
-    own = rounding.component if factors == "balanced" else _norm_ratio(float(triplets.s.square().sum()), norm**2)
-    return Split(residual, B, A, triplets, own**2, rounding)
+        norms = torch.linalg.vector_norm(W, dim=(-2, -1), dtype=torch.float64).view(-1).tolist()
+        for t, norm, one_W, one_B, one_A in zip(triplets, norms, *_each(W, B, A), strict=True):
+            component = float(t.s.norm()) / norm if norm else 0.0
+            nothing = Rounding(0.0, 0.0, 0.0, dict.fromkeys((*_CANDIDATES, "nf4"), 0.0))
+            made.append(Split(one_W, one_B, one_A, t, component**2, nothing))
+        return made
+    residual, roundings = _residual(W, B, A, scale, dtype, arithmetic)
+    s2 = s.square().sum(dim=-1).view(-1).tolist() if factors != "balanced" else [None] * len(triplets)
+    for t, rounding, one_s2, *parts in zip(triplets, roundings, s2, *_each(residual, B, A), strict=True):
+        if rounding is None:
+            made.append(None)
+            continue
+        figures, W2 = rounding
+        own = figures.component if one_s2 is None else _norm_ratio(one_s2, W2)
+        made.append(Split(*parts, t, own**2, figures))
+    return made
+
+
+def _each(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The matrices of each tensor: (m, n) is one, (b, m, n) are several."""
+    return [tensor.unbind() if tensor.ndim == 3 else (tensor,) for tensor in tensors]
 
 
 def _split_for_nf4(  # noqa: PLR0913
@@ -123,11 +188,12 @@ def _split_for_nf4(  # noqa: PLR0913
     kind = torch.promote_types(W.dtype, torch.float32)
     rest = W
     for _ in range(rounds):
-        B, A = _factors(singular_triplets(rest, r, mode=mode, seed=seed, arithmetic=arithmetic), scale, "balanced")
+        triplets = singular_triplets(rest, r, mode=mode, seed=seed, arithmetic=arithmetic)
+        B, A = _factors(triplets.U, triplets.s, triplets.V, scale, "balanced")
         Q = nf4(W.to(kind) - scale * (B.to(kind) @ A.to(kind)), dtype).to(dtype)
         rest = W.to(kind) - Q.to(kind)
     triplets = singular_triplets(rest, r, mode=mode, seed=seed, arithmetic=arithmetic)
-    B, A = _factors(triplets, scale, "balanced")
+    B, A = _factors(triplets.U, triplets.s, triplets.V, scale, "balanced")
     if not bool(Q.isfinite().all()):
         raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
     D = scale * (B.to(kind) @ A.to(kind))
@@ -137,13 +203,12 @@ def _split_for_nf4(  # noqa: PLR0913
     return Split(Q, B, A, triplets, component**2, Rounding(component, error, leak, {"nf4": leak}))
 
 
-def _factors(triplets: Triplets, scale: float, factors: Factors) -> tuple[Tensor, Tensor]:
-    """B (m, r) and A (r, n) in float32."""
-    U, Vh = triplets.U, triplets.V.mT
+def _factors(U: Tensor, s: Tensor, V: Tensor, scale: float, factors: Factors) -> tuple[Tensor, Tensor]:
+    """B (..., m, r) and A (..., r, n) in float32, of U (..., m, r), s (..., r) and V (..., n, r)."""
     if factors == "balanced":
-        root = (triplets.s / scale).sqrt()
-        return (U * root).float(), (root[:, None] * Vh).float()
-    B, A = U.float(), Vh.float().contiguous()
+        root = (s / scale).sqrt()
+        return (U * root.unsqueeze(-2)).float(), (root.unsqueeze(-1) * V.mT).float()
+    B, A = U.float(), V.mT.float().contiguous()
     if factors == "right":
         return torch.zeros_like(B), A
     return (B, torch.zeros_like(A)) if factors == "left" else (B, A)
@@ -151,13 +216,16 @@ def _factors(triplets: Triplets, scale: float, factors: Factors) -> tuple[Tensor
 
 def _residual(
     W: Tensor, B: Tensor, A: Tensor, scale: float, dtype: torch.dtype, arithmetic: DeviceArithmetic
-) -> tuple[Tensor, Rounding, float]:
-    """W - scale * B @ A (m, n) in dtype, for W (m, n), B (m, r), A (r, n); the figures of its rounding; ||W||."""
-    m, n = W.shape
+) -> tuple[Tensor, list[tuple[Rounding, float] | None]]:
+    """W - scale * B @ A (..., m, n) in dtype, for W (..., m, n), B (..., m, r) and A (..., r, n).
+
+    And for each matrix the figures of its rounding and ||W||^2; None where the residual overflows.
+    """
+    m, n = W.shape[-2:]
     exact = B.device  # W's, or the CPU where W's has no float64
     B64, A64 = B.to(torch.float64), scale * A.to(torch.float64)
-    residual = torch.empty(m, n, dtype=dtype, device=W.device)
-    rows = max(1, arithmetic.residual_block_bytes // (8 * n))
+    residual = torch.empty(W.shape, dtype=dtype, device=W.device)
+    rows = max(1, arithmetic.residual_block_bytes // (8 * n * math.prod(W.shape[:-2])))
     step = _SAMPLE if m * n > _SMALL else 1
     others = {name: candidate for name, candidate in _CANDIDATES.items() if candidate != dtype}
     # For each block the norms of W and E, and over the sample those of D and of each other candidate's E. They stay on
@@ -166,23 +234,35 @@ def _residual(
     in_nf4: list[Tensor] = []  # the norms of E and D of the first rows, if the residual were quantised to NF4
     for top in range(0, m, rows):
         block = slice(top, top + rows)
-        R = W[block].to(exact, torch.float64, copy=True)
-        norms.append(torch.linalg.vector_norm(R))
-        R.addmm_(B64[block], A64, alpha=-1)
+        R = W[..., block, :].to(exact, torch.float64, copy=True)
+        norms.append(_norm(R))
+        add_product(R, B64[..., block, :], A64, -1)
         stored = round_once(R, dtype, search=arithmetic.search_ties)
-        residual[block] = stored
-        norms.append(torch.linalg.vector_norm(R - stored.to(exact)))
-        sample = R[::step]
-        norms.append(torch.linalg.vector_norm(B64[block][::step] @ A64))
+        residual[..., block, :] = stored
+        norms.append(_norm(R - stored.to(exact)))
+        sample = R[..., ::step, :]
+        norms.append(_norm(B64[..., block, :][..., ::step, :] @ A64))
         if top == 0:
-            in_nf4 = [torch.linalg.vector_norm(sample.float() - nf4(sample.float())).to(torch.float64), norms[-1]]
-        norms += [torch.linalg.vector_norm(sample - sample.to(candidate)) for candidate in others.values()]
-    product = ((B64.mT @ B64) * (A64 @ A64.mT)).sum()  # ||B A||^2 = tr(B^T B A A^T)
-    D2, nf4_E, nf4_D, *of_blocks = torch.stack([product, *in_nf4, *norms]).tolist()
+            in_nf4 = [_norm(sample.float() - nf4(sample.float())).to(torch.float64), norms[-1]]
+        norms += [_norm(sample - sample.to(candidate)) for candidate in others.values()]
+    product = ((B64.mT @ B64) * (A64 @ A64.mT)).sum(dim=(-2, -1))  # ||B A||^2 = tr(B^T B A A^T)
+    figures = torch.stack([product, *in_nf4, *norms]).view(3 + len(norms), -1).mT.tolist()
+    return residual, [_rounding(own, list(others)) for own in figures]
+
+
+def _norm(R: Tensor) -> Tensor:
+    """The Frobenius norm of each matrix."""
+    norm: Tensor = torch.linalg.vector_norm(R, dim=(-2, -1))
+    return norm
+
+
+def _rounding(figures: list[float], others: list[str]) -> tuple[Rounding, float] | None:
+    """Of one matrix the figures of its rounding and ||W||^2, from what `_residual` measures; None if it overflows."""
+    D2, nf4_E, nf4_D, *of_blocks = figures
     sums = torch.tensor(of_blocks, dtype=torch.float64).view(-1, 3 + len(others)).square().sum(dim=0)
     W2, E2, sampled_D2, *sampled_E2 = sums.tolist()
     if not math.isfinite(E2):
-        raise ValueError(f"its residual overflows {str(dtype).removeprefix('torch.')}")
+        return None
     leak = _norm_ratio(E2, D2)
     leaks = {
         name: _norm_ratio(e2, sampled_D2) if math.isfinite(e2) else None
@@ -194,7 +274,7 @@ def _residual(
         leak=leak,
         leak_if={name: leaks.get(name, leak) for name in _CANDIDATES} | {"nf4": _norm_ratio(nf4_E**2, nf4_D**2)},
     )
-    return residual, rounding, W2**0.5
+    return rounding, W2
 
 
 def _norm_ratio(squared: float, squared_whole: float) -> float:

@@ -128,11 +128,50 @@ def singular_triplets(
     wanted = wanted_indices(q, r, mode, seed).to(X.stored.device)
 
     solution, certificate = _solve(X, wanted, mode, seed, tolerance)
-    wide = W.shape[0] < W.shape[1]
-    U, V = (solution.right, solution.left) if wide else (solution.left, solution.right)
-    sign = _signs(V)
+    left, right = _signed(solution.left, solution.right, wide=W.shape[0] < W.shape[1])
     unit = math.ldexp(1.0, X.exponent)
-    return Triplets(U * sign, solution.s * unit, V * sign, solution.s_max * unit, certificate)
+    return Triplets(left, solution.s * unit, right, solution.s_max * unit, certificate)
+
+
+def triplets_of_batch(
+    W: Tensor, r: int, *, mode: Mode, tolerance: float = TOLERANCE, arithmetic: DeviceArithmetic | None = None
+) -> list[Triplets | None]:
+    """The triplets of each of a batch of weights W (b, m, n), all found by the calls that one weight takes.
+
+    Only the first algorithm of a GPU does this.
+
+    Returns:
+        For each weight its triplets, as `singular_triplets` describes them. None for a weight that has to be solved
+        alone: its entries need scaling, or are not finite, or mixed precision does not solve it.
+
+    Raises:
+        torch.OutOfMemoryError: The device's memory is too small.
+    """
+    arithmetic = arithmetic or arithmetic_of(W.device)
+    (b, m, n), q = W.shape, min(W.shape[1:])
+    found: list[Triplets | None] = [None] * b
+    if arithmetic.mixed_precision != "both" or not uses_krylov(max(m, n), q, r, mode, gpu=True):
+        return found
+    largest = torch.stack([W.amin(dim=(1, 2)).neg(), W.amax(dim=(1, 2))]).amax(dim=0).tolist()
+    usable = [item for item, entry in enumerate(largest) if math.isfinite(entry) and _exponent(entry) == 0]
+    if not usable:
+        return found
+    W = W if len(usable) == b else W[usable]
+    X = BlockedMatrix(W.mT if m < n else W, 0, arithmetic)
+    try:
+        with library_failures():
+            results = extreme_triplets(X, r, tolerance, largest=mode == "max")
+    except (NotConverged, LibraryFailure):
+        return found
+    solved = {
+        item: result for item, result in zip(usable, results, strict=True) if not isinstance(result, NotConverged)
+    }
+    if solved:
+        sides = zip(*((solution.left, solution.right) for solution, _ in solved.values()), strict=True)
+        U, V = _signed(*(torch.stack(vectors) for vectors in sides), wide=m < n)
+        for number, (item, (solution, certificate)) in enumerate(solved.items()):
+            found[item] = Triplets(U[number], solution.s, V[number], solution.s_max, certificate)
+    return found
 
 
 def readable(W: Tensor, arithmetic: DeviceArithmetic | None = None) -> BlockedMatrix:
@@ -148,12 +187,16 @@ def readable(W: Tensor, arithmetic: DeviceArithmetic | None = None) -> BlockedMa
     low, high = torch.stack(torch.aminmax(W)).tolist()
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError(f"W of shape {tuple(W.shape)} has NaN or Inf entries")
-    # A power of two brings the entries near 1, exactly, so that no square over- or underflows, in float32 neither.
-    # Those of a language model are near enough as they are.
-    exponent = math.frexp(max(-low, high))[1]
-    if abs(exponent) <= _UNSCALED_EXPONENT:
-        exponent = 0
-    return BlockedMatrix(W.mT if W.shape[0] < W.shape[1] else W, exponent, arithmetic)
+    return BlockedMatrix(W.mT if W.shape[0] < W.shape[1] else W, _exponent(max(-low, high)), arithmetic)
+
+
+def _exponent(largest: float) -> int:
+    """Of the power of two that brings entries up to `largest` near 1, exactly; 0 where they are near enough.
+
+    So no square over- or underflows, not even in float32. The entries of a language model are near enough.
+    """
+    exponent = math.frexp(largest)[1]
+    return 0 if abs(exponent) <= _UNSCALED_EXPONENT else exponent
 
 
 def wanted_indices(q: int, r: int, mode: Mode, seed: int) -> Tensor:
@@ -391,11 +434,14 @@ def _orthogonal_to_range(
     return left
 
 
-def _signs(V: Tensor) -> Tensor:
-    """The factors (r,) of +-1 that make the entry of largest magnitude in each column of V (n, r) positive.
+def _signed(left: Tensor, right: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
+    """U and V (..., k, r) of W from the singular vectors of X, which is W's transpose if W is wide, with their signs.
 
-    Entries within 1e-6 of the largest count as equal and the first one decides, so that the last bit does not.
+    In each column of V the entry of largest magnitude is positive. Entries within 1e-6 of the largest count as equal
+    and the first one decides, so that the last bit does not.
     """
+    U, V = (right, left) if wide else (left, right)
     size = V.abs()
-    first = (size >= (1 - 1e-6) * size.amax(dim=0)).to(torch.uint8).argmax(dim=0)
-    return torch.where(V.gather(0, first.unsqueeze(0)).squeeze(0) < 0, -1.0, 1.0).to(V.dtype)
+    first = (size >= (1 - 1e-6) * size.amax(dim=-2, keepdim=True)).to(torch.uint8).argmax(dim=-2, keepdim=True)
+    sign = torch.where(V.gather(-2, first) < 0, -1.0, 1.0).to(V.dtype)
+    return U * sign, V * sign

@@ -297,7 +297,7 @@ def _makers(
             files,
             open_shard=lambda job: shard_job.shard_writer(job, out.attempt()),
             submit=partial(shard_job.submit, solvers),
-            count=shard_job.count,
+            count=partial(shard_job.count, on_gpus=solvers.on_gpus),
             fetch=prefetcher.take,
             most_files=LOW_DISK_FILES if options.low_disk or (plan.absent and not plan.writes_base) else None,
             progress=progress,

@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from milora_init.linalg.cost import MOST_AT_ONCE
 from milora_init.run.pool import FilePool, SolverPool
 from milora_init.run.progress import Progress, ShardResult
 from milora_init.run.shard import ShardWriter
@@ -28,7 +29,7 @@ Record = TypeVar("Record")
 Made = TypeVar("Made", covariant=True)
 
 _FILES_OF_A_SHARD = 3  # its source, the shard, its part of the adapter
-_FILES_OF_A_THREAD = 4  # a weight's source, residual, A and B
+_FILES_OF_A_WEIGHT = 4  # its source, residual, A and B
 _OTHER_FILES = 64
 
 
@@ -89,7 +90,8 @@ class LocalMakers(Generic[Job, Record]):
         self._solvers, self._pool = solvers, files
         self._open, self._submit, self._count, self._fetch = open_shard, submit, count, fetch
         self._most_files = self.MOST_FILES if most_files is None else most_files
-        self._most_open = _most_open_files(solvers.threads, solvers.wanted_jobs + 2)
+        weights = solvers.threads * (MOST_AT_ONCE if solvers.on_gpus else 1)
+        self._most_open = _most_open_files(weights, solvers.wanted_jobs + 2)
         self._progress = progress or Progress()
         self._events: queue.SimpleQueue[tuple[_File[Job, Record], Future[Any]]] = queue.SimpleQueue()
         self._writers: set[ShardWriter[Record]] = set()  # those that are open
@@ -173,16 +175,16 @@ class LocalMakers(Generic[Job, Record]):
 _COPIED = object()
 
 
-def _most_open_files(threads: int, wanted: int) -> int:
-    """How many shards may be open at a time while this number of threads solve; at most `wanted`.
+def _most_open_files(weights: int, wanted: int) -> int:
+    """How many shards may be open at a time while so many weights are being solved; at most `wanted`.
 
     Raises this process's limit on open files where it is too low for that.
     """
-    of_threads = _OTHER_FILES + _FILES_OF_A_THREAD * threads
-    needed = of_threads + _FILES_OF_A_SHARD * wanted
+    of_weights = _OTHER_FILES + _FILES_OF_A_WEIGHT * weights
+    needed = of_weights + _FILES_OF_A_SHARD * wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
     soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, (soft - of_threads) // _FILES_OF_A_SHARD)
+    return max(1, (soft - of_weights) // _FILES_OF_A_SHARD)

@@ -294,9 +294,8 @@ class OutputFolder(Generic[Record]):
         for folder in {path.parent for path in paths}:
             with writing(folder):
                 sync_folder(folder)
-        records = tuple(record for record in result.records if record)
         pushed = result.hashes[result.shard] if result.uploaded else None
-        entry = Entry(result.shard, result.files, records, result.hashes, pushed)
+        entry = Entry(result.shard, result.files, result.records, result.hashes, pushed)
         self._own.append(entry)
         return entry
 

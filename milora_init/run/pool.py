@@ -44,6 +44,7 @@ class SolverPool:
 
     Attributes:
         wanted_jobs: With so many jobs submitted and not finished, no device waits for one.
+        on_gpus: Whether every device is a GPU.
     """
 
     THREADS_PER_DEVICE = 2
@@ -63,6 +64,7 @@ class SolverPool:
         self._progress = progress or Progress()
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(1)  # also for torch threads that start from here on
+        self.on_gpus = all(device.type == "cuda" for device in devices)
         self.threads = len(devices) * threads_per_device
         self.wanted_jobs = self.threads + len(devices)
         self._changed = threading.Condition()

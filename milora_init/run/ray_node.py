@@ -216,7 +216,7 @@ def make_in(attempt: Path, job: ShardJob, *, on_gpu: bool, threads: int) -> Shar
             files,
             open_shard=lambda job: shard_job.shard_writer(job, attempt),
             submit=partial(shard_job.submit, solvers),
-            count=shard_job.count,
+            count=partial(shard_job.count, on_gpus=solvers.on_gpus),
         ) as makers,
     ):
         ((_, result),) = makers.run([job])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -73,7 +73,7 @@ class ShardWriter(Generic[Result]):
         self._part = self._writers.get(adapter_part[0]) if adapter_part else None
         self._targets: dict[str, WriteTarget] = {}
         self._part_targets: dict[str, WriteTarget] = {}
-        self._results: list[Future[Result]] = []
+        self._results: list[Future[Sequence[Result]]] = []
         self._others: list[Future[None]] = []
 
     def __enter__(self) -> ShardWriter[Result]:
@@ -112,8 +112,8 @@ class ShardWriter(Generic[Result]):
         self._part_targets[tensor] = self._part.target(tensor)
         return self._part_targets[tensor]
 
-    def submit(self, pool: SolverPool, task: SolverTask[Job, Result], job: Job) -> Future[Result]:
-        """Give a job to the pool. It writes to targets of this shard."""
+    def submit(self, pool: SolverPool, task: SolverTask[Job, Sequence[Result]], job: Job) -> Future[Sequence[Result]]:
+        """Give a job to the pool. It writes to targets of this shard, and returns a result for each of its weights."""
         self._results.append(pool.submit(task, job))
         return self._results[-1]
 
@@ -152,7 +152,7 @@ class ShardWriter(Generic[Result]):
             CancelledError: `cancelled` was set.
             Exception: What a task raised.
         """
-        records = tuple(future.result() for future in self._results)
+        records = tuple(record for future in self._results for record in future.result())
         for other in self._others:
             other.result()
         for writer, targets in ((self._shard, self._targets), (self._part, self._part_targets)):

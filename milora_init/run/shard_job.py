@@ -26,10 +26,11 @@ def shard_writer(job: ShardJob, attempt: Path) -> ShardWriter[WeightRecord]:
 
 def submit(solvers: SolverPool, job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[Future[Any]]:
     """Give the weights to split to the solver pool, then the tensors to dequantise; return their futures."""
-    weights = [shard.submit(solvers, weight.run, weight_job) for weight_job in weight.weight_jobs(job, shard)]
+    jobs = weight.weight_jobs(job, shard, on_gpus=solvers.on_gpus)
+    weights = [shard.submit(solvers, weight.run, batch) for batch in jobs]
     return weights + [shard.submit_other(solvers, dense.run, dense_job) for dense_job in dense.jobs(job, shard)]
 
 
-def count(job: ShardJob) -> int:
+def count(job: ShardJob, *, on_gpus: bool = False) -> int:
     """The number of futures that `submit` returns."""
-    return len(job.splits) + len(dense.tensors(job))
+    return len(weight.batches(job, on_gpus=on_gpus)) + len(dense.tensors(job))

@@ -1,14 +1,17 @@
-"""Split one weight: read it, solve, and write residual and factors.
+"""Split a weight, or a batch of equal ones: read it, solve, and write residual and factors.
 
 A WeightJob holds paths and numbers and no tensors, and its result is a record. So the same job runs on a thread of
 this process, on a GPU, or on another machine that sees the same disk.
+
+A GPU solves small weights of one shape in batches, such as the experts of a layer. Which ones are together depends on
+the file and the request alone: so they are together again in a run that is resumed, and on any number of GPUs.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -20,7 +23,8 @@ from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource
 from milora_init.checkpoint.writer import WriteTarget
 from milora_init.errors import SolveError
-from milora_init.linalg.split import Split, split
+from milora_init.linalg.cost import weights_at_once
+from milora_init.linalg.split import Split, split, split_batch
 from milora_init.manifest import WeightRecord
 from milora_init.methods import Factors, Mode
 from milora_init.plan.output_files import ShardJob
@@ -46,68 +50,94 @@ class WeightJob:
     nf4_rounds: int = 0
 
 
-def weight_jobs(job: ShardJob, shard: ShardWriter[WeightRecord]) -> list[WeightJob]:
-    """One job for each weight of a shard, the largest first, so that no long one is left for the end."""
-    jobs = []
-    for plan in sorted(job.splits, key=lambda plan: -math.prod(plan.weight.shape)):
+def batches(job: ShardJob, *, on_gpus: bool) -> list[list[WeightPlan]]:
+    """The weights of a shard as they are solved together, the largest first, so that no long one is left for the end.
+
+    A CPU solves each alone.
+    """
+    ordered = sorted(job.splits, key=lambda plan: -math.prod(plan.weight.shape))
+    if not on_gpus or job.nf4_rounds:
+        return [[plan] for plan in ordered]
+    equal: dict[Hashable, list[WeightPlan]] = {}
+    for plan in ordered:
         weight = plan.weight
-        source = locate(weight.tensor, job, shard)
-        residual = shard.target(weight.tensor) if job.header else None
-        jobs.append(
-            WeightJob(
-                plan=plan,
-                source=source if weight.row is None else source.at(weight.row),
-                residual=residual if weight.row is None or residual is None else residual.at(weight.row),
-                A=shard.part_target(part_key(weight.module, "A")),
-                B=shard.part_target(part_key(weight.module, "B")),
-                mode=job.mode,
-                factors=job.factors,
-                nf4_rounds=job.nf4_rounds,
-            )
-        )
-    return jobs
+        alike = (weight.shape, weight.transposed, plan.source_dtype, plan.dtype, plan.rank, plan.scale)
+        equal.setdefault(alike, []).append(plan)
+    found = []
+    for plans in equal.values():
+        q, p = sorted(plans[0].weight.shape)
+        count = weights_at_once(p, q, plans[0].rank, job.mode)
+        found += [plans[start : start + count] for start in range(0, len(plans), count)]
+    return found
 
 
-def run(job: WeightJob, device: torch.device, device_lock: DeviceLock, progress: Progress) -> WeightRecord:
-    """Do a job on a device: a task of the `SolverPool`.
+def weight_jobs(
+    job: ShardJob, shard: ShardWriter[WeightRecord], *, on_gpus: bool = False
+) -> list[tuple[WeightJob, ...]]:
+    """The jobs of each batch of a shard."""
+    return [tuple(_weight_job(plan, job, shard) for plan in plans) for plans in batches(job, on_gpus=on_gpus)]
+
+
+def _weight_job(plan: WeightPlan, job: ShardJob, shard: ShardWriter[WeightRecord]) -> WeightJob:
+    weight = plan.weight
+    source = locate(weight.tensor, job, shard)
+    residual = shard.target(weight.tensor) if job.header else None
+    return WeightJob(
+        plan=plan,
+        source=source if weight.row is None else source.at(weight.row),
+        residual=residual if weight.row is None or residual is None else residual.at(weight.row),
+        A=shard.part_target(part_key(weight.module, "A")),
+        B=shard.part_target(part_key(weight.module, "B")),
+        mode=job.mode,
+        factors=job.factors,
+        nf4_rounds=job.nf4_rounds,
+    )
+
+
+def run(
+    jobs: tuple[WeightJob, ...], device: torch.device, device_lock: DeviceLock, progress: Progress
+) -> tuple[WeightRecord, ...]:
+    """Do the jobs of a batch on a device: a task of the `SolverPool`.
 
     Reading, writing, and copying to and from the device happen without the lock, solving with it. So while one thread
-    solves, another one reads the next weight or writes the last one.
+    solves, another one reads the next weights or writes the last ones.
 
     Raises:
-        CheckpointError: The weight cannot be read.
-        SolveError: It cannot be split, its residual does not fit the dtype, or the GPU failed.
+        CheckpointError: A weight cannot be read.
+        SolveError: One cannot be split, its residual does not fit the dtype, or the GPU failed.
         OutputError: The result cannot be written.
     """
-    with gpu_errors(job.source, device), ExitStack() as files:
-        write_residual = files.enter_context(job.residual.opened()) if job.residual else None
-        write_A, write_B = files.enter_context(job.A.opened()), files.enter_context(job.B.opened())
+    with gpu_errors(jobs[0].source, device), ExitStack() as files:
+        targets = [
+            [target and files.enter_context(target.opened()) for target in (job.residual, job.A, job.B)] for job in jobs
+        ]
         read_started = time.monotonic()
-        pinned = device.type == "cuda"
-        W = read_weight(job.source, pinned=pinned)
-        # If the GPU is full now, W is copied after the lock is taken, when the other thread's weight has left the GPU.
-        with suppress(torch.OutOfMemoryError):
-            W = W.to(device, non_blocking=pinned)
+        weights = [_read_to_device(job.source, device) for job in jobs]
         read_ended = time.monotonic()
         with device_lock:
-            progress.solving(job.plan.weight.module, str(device))
+            for job in jobs:
+                progress.solving(job.plan.weight.module, str(device))
             solve_started = time.monotonic()
-            result, solved_on = _split_or_retry(job, W, device)
+            results = _solve(jobs, weights, device)
             solve_ended = time.monotonic()
-        del W
-        if write_residual:
-            write_residual(_on_cpu(result.residual.mT if job.plan.weight.transposed else result.residual))
-        write_A(_on_cpu(result.A))
-        write_B(_on_cpu(result.B))
+        for job, (result, _), (write_residual, write_A, write_B) in zip(jobs, results, targets, strict=True):
+            if write_residual:
+                write_residual(_on_cpu(result.residual.mT if job.plan.weight.transposed else result.residual))
+            assert write_A is not None
+            assert write_B is not None
+            write_A(_on_cpu(result.A))
+            write_B(_on_cpu(result.B))
     written = time.monotonic()
-    seconds = {
+    times = {
         "read_s": read_ended - read_started,
         "elapsed_s": solve_ended - solve_started,
         "write_s": written - solve_ended,
     }
-    record = _record(job, result, solved_on, seconds)
-    progress.tensor(job.source.name, job.source.size_bytes)
-    return record
+    seconds = {name: value / len(jobs) for name, value in times.items()}
+    records = [_record(job, result, where, seconds) for job, (result, where) in zip(jobs, results, strict=True)]
+    for job in jobs:
+        progress.tensor(job.source.name, job.source.size_bytes)
+    return tuple(records)
 
 
 @contextmanager
@@ -134,6 +164,18 @@ def read_weight(source: TensorSource | QuantisedSource, *, pinned: bool) -> torc
     return source.read()
 
 
+def _read_to_device(source: TensorSource | QuantisedSource, device: torch.device) -> torch.Tensor:
+    """The weight on the device; or on the CPU, if the GPU is full.
+
+    Then it is copied after the lock is taken, when the other thread's weights have left the GPU.
+    """
+    pinned = device.type == "cuda"
+    W = read_weight(source, pinned=pinned)
+    with suppress(torch.OutOfMemoryError):
+        return W.to(device, non_blocking=pinned)
+    return W
+
+
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU. From a GPU it is copied into page-locked memory, which is several times as fast."""
     if not tensor.is_cuda:
@@ -143,6 +185,40 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     except RuntimeError:  # page-locked memory is limited
         return tensor.cpu()
     return buffer.copy_(tensor)
+
+
+def _solve(jobs: Sequence[WeightJob], weights: list[torch.Tensor], device: torch.device) -> list[tuple[Split, str]]:
+    """The parts of each weight, and the device that they were computed on, in words. The list of weights is emptied.
+
+    Those that the batch does not solve are solved one by one.
+    """
+    together = _split_together(jobs, weights, device) if len(jobs) > 1 else [None]
+    results = []
+    for job, made in zip(jobs, together, strict=True):
+        W = weights.pop(0)
+        results.append((made, str(device)) if made else _split_or_retry(job, W, device))
+    return results
+
+
+def _split_together(
+    jobs: Sequence[WeightJob], weights: Sequence[torch.Tensor], device: torch.device
+) -> list[Split | None]:
+    """The parts of equal weights, None for one that has to be solved alone: all, if the GPU has no memory for them."""
+    plan = jobs[0].plan
+    for _ in range(2):
+        try:
+            W = torch.stack([W.to(device) for W in weights])
+            return split_batch(
+                W.mT if plan.weight.transposed else W,
+                plan.rank,
+                scale=plan.scale,
+                mode=jobs[0].mode,
+                factors=jobs[0].factors,
+                dtype=TORCH_DTYPES[plan.dtype],
+            )
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return [None] * len(jobs)
 
 
 def _split_or_retry(job: WeightJob, W: torch.Tensor, device: torch.device) -> tuple[Split, str]:

@@ -8,8 +8,8 @@ from support import matrices, reference, simulated_cuda
 from support.marks import wide
 from support.triplets import certified, check_component, check_properties, check_values
 
-from milora_init.linalg.split import Split, split
-from milora_init.linalg.svd import Triplets, singular_triplets
+from milora_init.linalg.split import Split, split, split_batch
+from milora_init.linalg.svd import Triplets, singular_triplets, triplets_of_batch
 from milora_init.methods import MODES, Mode
 
 HARD = {**matrices.DISTINCT, **matrices.AMBIGUOUS}
@@ -96,20 +96,22 @@ def test_the_same_weight_gives_the_same_bytes_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "launches", "waits", "gigabytes", "float64_gflop"),
+    ("name", "shape", "launches", "waits", "gigabytes", "float64_gflop"),
     [
-        ((2048, 2048), 400, 12, 3.0, 9),
-        wide((5632, 2048), 500, 12, 5.7, 17),
-        pytest.param((4096, 4096), 400, 12, 10, 30, marks=pytest.mark.slow),
-        pytest.param((11008, 4096), 500, 12, 20, 65, marks=pytest.mark.slow),
+        ("moderate_head", (2048, 2048), 400, 12, 3.1, 9),
+        ("language_model_like", (1024, 1024), 400, 12, 1.2, 4),
+        wide("moderate_head", (5632, 2048), 500, 12, 5.7, 17),
+        pytest.param("moderate_head", (4096, 4096), 360, 12, 10, 25, marks=pytest.mark.slow),
+        pytest.param("moderate_head", (11008, 4096), 410, 12, 20, 55, marks=pytest.mark.slow),
+        pytest.param("language_model_like", (4096, 4096), 410, 12, 11.5, 30, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_the_cost_of_a_weight_is_bounded(
-    shape: tuple[int, int], launches: int, waits: int, gigabytes: float, float64_gflop: float
+    name: str, shape: tuple[int, int], launches: int, waits: int, gigabytes: float, float64_gflop: float
 ) -> None:
     """With float64 only and the block sizes of a CPU, 2048 x 2048 took 1031 launches, 23 waits, 6.3 GB, 26 GFLOP."""
-    W = matrices.moderate_head(*shape)
+    W = getattr(matrices, name)(*shape)
     with simulated_cuda.simulated() as counts:
         made = split(W.to(GPU), 64, dtype=torch.bfloat16)
     assert made.triplets.certificate.path == "mixed", made.triplets.certificate.reason
@@ -117,6 +119,67 @@ def test_the_cost_of_a_weight_is_bounded(
     assert counts.waits.total() <= waits
     assert counts.bytes_touched <= gigabytes * 1e9
     assert counts.flops["float64"] <= float64_gflop * 1e9
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(("shape", "count"), [((520, 1040), 3), pytest.param((768, 2048), 8, marks=pytest.mark.slow)])
+def test_a_batch_of_equal_weights_costs_little_more_than_one(shape: tuple[int, int], count: int, mode: Mode) -> None:
+    weights = [matrices.moderate_head(*shape, seed=seed) for seed in range(count)]
+    with simulated_cuda.simulated() as of_one:
+        alone = split(weights[0].to(GPU), 16, mode=mode, dtype=torch.bfloat16)
+    with simulated_cuda.simulated() as of_batch:
+        W = torch.stack([W.to(GPU) for W in weights])
+        made = split_batch(W, 16, scale=1.0, mode=mode, factors="balanced", dtype=torch.bfloat16)
+    assert of_batch.launches.total() <= 1.5 * of_one.launches.total()
+    assert of_batch.waits.total() <= of_one.waits.total() + 4  # all get as many corrections as the one with most
+    assert made[0] is not None
+    assert made[0].rounding.leak == pytest.approx(alone.rounding.leak, rel=1e-3)
+    for W, part in zip(weights, made, strict=True):
+        assert part is not None
+        assert certified(part.triplets) <= 5e-8
+        exact = W.double() - on_host(part.B).double() @ on_host(part.A).double()
+        error = (exact - on_host(part.residual).double()).abs()
+        assert bool((error <= 1.001 * reference.ulp(exact, torch.bfloat16) / 2).all())
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [
+        ((530, 900), "min"),
+        pytest.param((540, 540), "min", marks=pytest.mark.wide),
+        pytest.param((900, 530), "max", marks=pytest.mark.wide),
+    ],
+    ids=str,
+)
+def test_a_batch_solves_each_weight_or_leaves_it_to_be_solved_alone(shape: tuple[int, int], mode: Mode) -> None:
+    names = [
+        "gaussian",
+        "steep",
+        "zero",
+        "outlier",
+        "language_model_like",
+        "clustered",
+        "dead_rows_and_columns",
+        "huge",
+    ]
+    weights = [HARD[name](*shape) for name in names]
+    weights.append(torch.full(shape, torch.nan, dtype=torch.float64))
+    with simulated_cuda.simulated():
+        found = triplets_of_batch(torch.stack(weights).to(GPU), 10, mode=mode)
+    solved = dict(zip(names, found, strict=False))
+    assert found[-1] is None
+    assert solved["huge"] is None
+    assert solved["gaussian"] is not None
+    assert solved["language_model_like"] is not None
+    for name, W in zip(names, weights, strict=False):
+        t = solved[name]
+        if t is None:
+            continue
+        t = Triplets(on_host(t.U), on_host(t.s), on_host(t.V), t.s_max, t.certificate)
+        check_properties(W, t, 10)
+        check_values(W, t, 10, mode)
+        if name in matrices.DISTINCT:
+            check_component(W, t, 10, mode)
 
 
 def test_an_operation_on_two_devices_raises() -> None:

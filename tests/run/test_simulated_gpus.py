@@ -88,6 +88,25 @@ def test_any_number_of_devices_makes_the_same_bytes_and_a_pair(
     assert machine.pinned == 2 * entries + factors
 
 
+def test_equal_weights_of_a_file_are_solved_in_batches(
+    model: Path, on_gpus: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches of two, alone without memory for a batch; and the batches are those of the file on any devices."""
+    source = tmp_path / "one-file"
+    transformers.LlamaForCausalLM.from_pretrained(model).save_pretrained(source)
+    manifest, made, _ = on_gpus(source, 1)
+    together = [r for r in manifest.weights if "2 equal weights at once" in r.certificate.reason]
+    assert {r.module.rpartition(".")[2] for r in together} == {"q_proj", "up_proj"}
+    assert len(together) == 4
+    assert verify("out", model=str(source), all_components=True).ok
+    assert made == on_gpus(source, 2)[1]
+
+    alone, _, machine = on_gpus(source, 1, fault=Failing("amin", MEMORY[0], times=4))
+    assert machine.caches_emptied == 4
+    assert not [r for r in alone.weights if "at once" in r.certificate.reason]
+    assert {r.device for r in alone.weights} == {"cuda:0"}
+
+
 def test_transposed_weights(checkpoint: Callable[..., Path], on_gpus: Callable[..., Any]) -> None:
     source = checkpoint("gpt2", "bfloat16")
     manifest, made, _ = on_gpus(source, 2, target=TARGETS["gpt2"])

@@ -267,13 +267,13 @@ def _flops(name: str, t: list[torch.Tensor]) -> float:
     if name in ("addmm", "addmm_", "baddbmm", "baddbmm_"):
         return 2.0 * t[1].numel() * t[2].shape[-1]
     if name in ("linalg_cholesky_ex", "linalg_cholesky"):
-        return t[0].shape[-1] ** 3 / 3
+        return t[0].numel() * t[0].shape[-1] / 3
     if name in ("cholesky_inverse", "linalg_inv_ex", "linalg_inv"):
-        return 2 * t[0].shape[-1] ** 3 / 3
+        return 2 * t[0].numel() * t[0].shape[-1] / 3
     if name in ("linalg_solve_triangular", "cholesky_solve"):
         return float(t[0].shape[-1] * t[1].numel())
     if name in ("linalg_qr", "linalg_svd", "svd", "qr"):
         return 4.0 * t[0].numel() * min(t[0].shape[-2:])
     if name in ("linalg_eigh", "linalg_eigvalsh"):
-        return 9.0 * t[0].shape[-1] ** 3
+        return 9.0 * t[0].numel() * t[0].shape[-1]
     return 0.0
