@@ -145,7 +145,7 @@ def run(
         measured = measured_targets(options, folder, remote, progress=receiver)
         plan = make_plan(options, folder, remote, measured=measured)
         manifest, status, pushed = carry_out(plan, progress=receiver, overwrite_repository=replace)
-    out = manifest.out if options.low_disk and options.push_to_hub else options.out
+    out = manifest.out if manifest.out == options.push_to_hub else options.out  # nothing may be kept here
     return InitResult(out, status, manifest, pushed)
 
 

@@ -113,8 +113,6 @@ def explain(error: BaseException) -> tuple[str, str] | None:
         return f"{error.object!a} has characters that {error.encoding} does not have", "set LC_ALL=C.UTF-8"
     if "embedded null" in text:
         return "a path contains a NUL character", "name another path"
-    if "home directory" in text:  # of Path.expanduser
-        return "a path begins with ~ and no such user is known", "write the path without ~"
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,20 @@ from milora_init.untrusted import path_inside, plain_names
 
 MANIFEST = "milora_init.json"
 WORK_FOLDER = ".milora-init"
+_OF_PART = re.compile(r"part-(\d+)-of-(\d+)\..+")  # a name in the work folder
 FORMAT = 1
 MOST_MANIFEST_BYTES = 1 << 29  # a record has about 1,300 bytes, and the largest models have 10^5 weights
+
+
+def part_name(part: tuple[int, int], name: str) -> str:
+    """The name of a part's own file or folder in the work folder; the part is its number and their count."""
+    return f"part-{part[0]}-of-{part[1]}.{name}"
+
+
+def parts_begun(names: Iterable[str]) -> list[tuple[int, int]]:
+    """Number and count of the parts that have one of these names in the work folder, in order."""
+    found = {(int(match[1]), int(match[2])) for match in map(_OF_PART.fullmatch, names) if match}
+    return sorted(found, key=lambda part: (part[1], part[0]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,8 @@ class InitOptions:
         overwrite: Replace an earlier output of milora-init, finished or not.
         part: `I/N`: make the I-th of N parts of the output's files (from 1) and stop; the same request without `part`
             finishes. `auto` takes both numbers from torchrun, a Slurm array or SkyPilot.
-        ray: Address of a Ray cluster, or `auto`, whose nodes make the files; they must see the model and the output.
+        ray: Address of a Ray cluster, or `auto`, whose nodes make the files. They must see the model and the output,
+            unless the model is on the Hub and `push_to_hub` is given.
 
     Raises:
         UsageError: A value out of its range.
@@ -200,9 +201,6 @@ class InitOptions:
         self._set("part", f"{int(number)}/{int(count)}")
         why = "other parts may be writing to the same folder"
         _require(not self.overwrite, f"overwrite and part exclude each other: {why}", "remove the old output first")
-        uploads = self.low_disk and self.push_to_hub is not None
-        hint = "drop --low-disk, or run without --part"
-        _require(not uploads, f"low_disk with push_to_hub removes files, but {why}", hint)
 
     def _check_targets(self) -> None:
         _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")
@@ -392,6 +390,14 @@ def clean_token(token: str | None) -> str | None:
     ok = token is None or (token.isascii() and token.isprintable() and " " not in token)
     _require(ok, "the Hub token has characters that no token has", "check HF_TOKEN or --token, or run `hf auth login`")
     return token
+
+
+def local_path(given: str) -> Path:
+    """The path that a user gave, whose `~` is a home directory. Raises UsageError if that user is not known."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{given}: ~ names a user that is not known", hint="write the path without ~") from None
 
 
 def require_repository(repo: str) -> None:

@@ -29,7 +29,7 @@ from milora_init.json_fields import (
     sha256_text,
     text,
 )
-from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, read_manifest
+from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, parts_begun, read_manifest
 from milora_init.result import Result
 from milora_init.serving import FORMS, serving_command
 
@@ -268,6 +268,24 @@ def record_name(output: Output) -> str:
     return MANIFEST if isinstance(output, Manifest) else MERGED if isinstance(output, MergeResult) else CONVERTED
 
 
+def unfinished_output(folder: Path) -> tuple[str, str] | None:
+    """Which parts of an unfinished output were begun, as text that may be empty, and what finishes it.
+
+    None for a folder that no run is writing.
+    """
+    work = folder / WORK_FOLDER
+    if not work.is_dir():
+        return None
+    parts = parts_begun(path.name for path in work.iterdir())
+    if not parts:
+        return "", "run the command that writes it again: it resumes"
+    begun = ", ".join(f"{number}/{count}" for number, count in parts)
+    return (
+        f", begun with --part {begun}",
+        "when all parts have ended, run the same command without --part: it makes what is missing, and finishes",
+    )
+
+
 def require_output(folder: Path, given: str) -> Output:
     """The record of the finished output in a folder.
 
@@ -281,9 +299,9 @@ def require_output(folder: Path, given: str) -> Output:
     output = read_output(folder)
     if output is not None:
         return output
-    if (folder / WORK_FOLDER).is_dir():
-        hint = "run the command that writes it again: it resumes"
-        raise OutputError(f"{given} is an unfinished output of milora-init", hint=hint)
+    if unfinished := unfinished_output(folder):
+        what, hint = unfinished
+        raise OutputError(f"{given} is an unfinished output of milora-init{what}", hint=hint)
     raise OutputError(
         f"{given} has no {MANIFEST}: it is no finished output of milora-init", hint="name the --out of a finished run"
     )
@@ -295,4 +313,4 @@ def require_pair(folder: Path, given: str) -> Manifest:
     if isinstance(output, Manifest):
         return output
     what = "a merged model" if isinstance(output, MergeResult) else "a converted adapter"
-    raise OutputError(f"{given} is {what}, not a pair", hint=f"name the pair that it was made of: {output.pair}")
+    raise OutputError(f"{given} is {what}, not a pair", hint=f"name what it was made of: {output.pair}")

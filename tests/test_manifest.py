@@ -218,7 +218,7 @@ def test_a_wrong_transposed_field_is_found(kind: str, checkpoint: Built, tmp_pat
     ("field", "value", "says"),
     [
         ("tensor", "model.norm.weight", "has tensor model.norm.weight by the manifest"),
-        ("tensor", "nothing", "is stored in nothing by the manifest, but the base has no such tensor"),
+        ("tensor", "nothing", "is stored in nothing by the manifest, but the model has no such tensor"),
         ("dtype", "float16", "is float16"),
         ("shape", [64, 32], "[64, 32] by the manifest"),
     ],

@@ -63,6 +63,10 @@ class RemoteFiles:
     absent: Mapping[str, Header]
     read: Callable[[str, int, int], bytes] = _not_connected
 
+    def of(self, headers: Mapping[str, Header]) -> RemoteFiles:
+        """What another machine must know to fetch these files, which it may not have; not connected."""
+        return RemoteFiles(self.model, self.commit, {name: self.hashes[name] for name in headers}, headers)
+
 
 @dataclass(frozen=True)
 class Checkpoint:

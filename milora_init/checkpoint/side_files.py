@@ -85,6 +85,12 @@ _VOCABULARIES = frozenset({"vocab.txt", "merges.txt"})
 _OWN_NAMES = frozenset({"config.json", "adapter_config.json", "milora_init.json", "milora_merge.json", "lora"})
 
 
+def brings_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, or makes transformers or PEFT load others than those of the output."""
+    is_weights = Path(name).suffix.lower() in WEIGHT_SUFFIXES
+    return is_weights or name.endswith(".index.json") or name == "adapter_config.json"
+
+
 def would_be_loaded(name: str) -> bool:
     """Whether transformers or PEFT could load a file of this name, beside the weights, as a part of the model."""
     suffix = Path(name).suffix.lower()

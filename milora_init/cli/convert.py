@@ -10,6 +10,8 @@ from milora_init.cli import output
 from milora_init.cli.params import CacheDir, Json, Model, Overwrite, Pair, Quiet, Token, Verbose
 from milora_init.cli.streams import may_be_lost
 
+_READER = "Reader"
+
 
 def convert(
     pair: Pair,
@@ -32,14 +34,18 @@ def convert(
         ),
     ] = None,
     for_: Annotated[
-        str, typer.Option("--for", metavar="NAME", help="What reads the adapter: peft, vllm or sglang.")
+        str,
+        typer.Option(
+            "--for", metavar="NAME", help="What reads the adapter: peft, vllm or sglang.", rich_help_panel=_READER
+        ),
     ] = "peft",
     text_only: Annotated[
         bool | None,
         typer.Option(
             "--text-only/--no-text-only",
-            help="Module names of AutoModelForCausalLM's text-only class, or of the class in config.json.",
+            help="Module names of the text-only class, or of the class in config.json.",
             show_default=False,
+            rich_help_panel=_READER,
         ),
     ] = None,
     dry_run: Annotated[

@@ -99,7 +99,7 @@ def init(
         bool | None,
         typer.Option(
             "--text-only",
-            help="Adapt the text model that AutoModelForCausalLM builds of a multimodal model.",
+            help="Of a multimodal model: adapt the text-only class.",
             rich_help_panel=_LORA,
         ),
     ] = None,
@@ -156,7 +156,8 @@ def init(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Make the files on a Ray cluster: auto, or HOST:PORT. Its nodes must see the model and --out.",
+            help="Make the files on a Ray cluster: auto, or HOST:PORT. Its nodes must see the model and --out, unless "
+            "both are on the Hub.",
             show_default=False,
             rich_help_panel=_RUN,
         ),

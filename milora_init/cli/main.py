@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from inspect import cleandoc
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -44,13 +45,15 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Command(TyperCommand):
-    """A command that also accepts other spellings of its options, and whose help shows no type for flags."""
+    """A command that also accepts other spellings of its options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for parameter in self.params:
-            if getattr(parameter, "is_flag", False):
-                parameter.metavar = ""
+        # The terminal breaks the lines of a paragraph, not the source.
+        self.help = "\n\n".join(" ".join(part.split("\n")) for part in cleandoc(self.help or "").split("\n\n"))
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_type_of_flags(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, current_spelling(ctx.info_name or "", args))
@@ -58,6 +61,9 @@ class _Command(TyperCommand):
 
 class _Commands(TyperGroup):
     """The commands. Words that start with none of them are for `init`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_type_of_flags(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, with_command(args))
@@ -67,6 +73,14 @@ class _Commands(TyperGroup):
         command = self.get_command(ctx, DEFAULT_COMMAND)
         options = command.shell_complete(ctx, incomplete) if command and incomplete.startswith("-") else []
         return [*super().shell_complete(ctx, incomplete), *options]
+
+
+def _without_type_of_flags(parameters: list[Any]) -> list[Any]:
+    """The parameters, of which the flags, --help among them, show no type."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
 def with_command(words: list[str]) -> list[str]:

@@ -9,9 +9,10 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -41,6 +42,9 @@ _SCAN_LEGEND = {
     "init": "estimate of init's time",
     "spectrum": "singular values from the largest to the smallest, mean of the weights, logarithmic",
 }
+_COLUMNS_OF_WORDS = ("module", "shape", "recipe", "target")
+_SPARE_OF_RECIPES = ("dropout", "alpha", "method")
+_LEAST_WRAPPED = 26  # characters of a column whose cells have several lines
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_DIFFERENCES = 20  # of a verdict; the rest is counted
 _LEGEND = {  # what the columns of the summary mean
@@ -157,7 +161,7 @@ def print_exceeded(exceeded: Exceeded) -> None:
     """Print the error for a limit that is exceeded."""
     name, value = exceeded.name, exceeded.value
     message = f"the {name} of {exceeded.module} is {value:.2g}, above --fail-on {name}={exceeded.limit:g}"
-    hint = "choose another --dtype, or a higher limit; the output is complete and unchanged"
+    hint = "choose another --dtype, or a higher limit; the output itself is complete"
     print_error(message, hint)
     annotate(message, hint)
 
@@ -177,20 +181,20 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     console.print(
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
-    console.print(f"method    {method.formulas}; trained: {method.trained} ({method.source})")
-    console.print(f"for       {method.use}. Reported by others: {method.reported}")
-    for name, count in plan.formats.items():
-        console.print(f"stored    {count} tensors as {name}")
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
-    console.print(f"base      {written} (model {size(plan.source_bytes)})")
-    for base, size_bytes in plan.base_sizes.items():
-        if base != plan.options.base:
-            console.print(f"          {size(size_bytes)} with --base {base}")
-    console.print(f"adapter   {size(plan.adapter_bytes)}")
-    console.print(f"memory    about {size(memory_bytes)}")
-    if download:
-        console.print(f"download  {size(download)}")
-    console.print(f"time      about {duration(estimate_s)} for solving, on this machine; copying comes on top")
+    fields = [
+        ("method", f"{method.formulas}; trained: {method.trained} ({method.source})"),
+        ("for", f"{method.use}. Reported by others: {method.reported}"),
+        *(("stored", f"{count} tensors as {name}") for name, count in plan.formats.items()),
+        ("base", f"{written} (model {size(plan.source_bytes)})"),
+        *(("", f"{size(n)} with --base {base}") for base, n in plan.base_sizes.items() if base != plan.options.base),
+        ("adapter", size(plan.adapter_bytes)),
+        ("memory", f"about {size(memory_bytes)}"),
+        *([("download", size(download))] if download else []),
+        ("time", f"about {duration(estimate_s)} for solving, on this machine; copying comes on top"),
+    ]
+    for name, text in fields:
+        _print_field(console, name, text)
     if plan.options.part is not None:
         console.print(f"part {plan.options.part}: {len(plan.own_jobs)} of the {len(plan.jobs)} files")
     for job in plan.jobs if plan.options.part is None else plan.own_jobs:
@@ -254,8 +258,8 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
         console.print(f"serve it with: {converted.serve}")
 
 
-def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str) -> None:
-    """Print what a training did to the weights: a row for each kind of module."""
+def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str, warnings: Sequence[str]) -> None:
+    """Print what a training did to the weights: a row for each kind of module. A warning says if there was none."""
     console = _stdout()
     columns = ("module", "weights", "moved", "smallest", "between", "largest", "intruders")
     rows = [
@@ -275,7 +279,9 @@ def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str) -> 
         "directions of the trained weight that are similar to none of the original."
     )
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
-    console.print(f"{adapter}: trained on {pair}")
+    if not warnings:
+        console.print(f"{adapter}: trained from {pair}")
+    print_warnings(warnings)
 
 
 def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool = False) -> None:
@@ -369,7 +375,8 @@ def print_scan(result: ScanResult, *, verbose: bool = False) -> None:
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     console.print(
         f"{result.model}: {count_weights(result.weights)} scanned in {duration(result.elapsed_s)}; init at rank {rank} "
-        f"would take about {duration(result.init_s)} of one core or GPU"
+        f"would take about {duration(result.init_s)} of one core or GPU",
+        soft_wrap=not console.is_terminal,
     )
     for note in result.notes:
         _print_sentence(Text("note:", "bold"), note)
@@ -408,9 +415,11 @@ def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:
         console.print(f"compared: {verdict.compared}")
     console = stderr_console()
     shown = verdict.differences if verbose else verdict.differences[:_MOST_DIFFERENCES]
-    for difference in shown:
-        console.print(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
-        console.print(Text("   hint:", "bold cyan"), difference.hint)
+    for hint, of_hint in groupby(shown, lambda difference: difference.hint):
+        for difference in of_hint:
+            console.print(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
+        if hint:
+            console.print(Text("   hint:", "bold cyan"), hint)
     if more := len(verdict.differences) - len(shown):
         console.print(f"and {more} more: --verbose or --json lists them all")
     for note in verdict.notes:
@@ -419,7 +428,7 @@ def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:
 
 def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> None:
     """Print the table of the recipes."""
-    console = _stdout()
+    console = _stdout(100)
     rows = [
         (
             f"{name} (default)" if name == default else name,
@@ -432,7 +441,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
         for name, recipe in recipes.items()
         for method in [method_of_inputs(recipe)]
     ]
-    _print_table(console, ("recipe", "target", "rank", "alpha", "method", "dropout"), rows, wrapped="target")
+    _print_table(console, ("recipe", "target", "rank", "alpha", "method", "dropout"), rows, _SPARE_OF_RECIPES, "target")
 
 
 def _short_targets(targets: Sequence[str]) -> list[str]:
@@ -459,6 +468,18 @@ def _print_sentence(label: Text, text: str) -> None:
     console.print(label, text, soft_wrap=not console.is_terminal)
 
 
+def _print_field(console: Console, name: str, text: str) -> None:
+    """Print a name and its text on a line; on a terminal that is narrower the text gets more lines in its column."""
+    if not console.is_terminal:
+        console.print(f"{name:10}{text}")
+        return
+    grid = Table.grid()
+    grid.add_column(width=10)
+    grid.add_column(overflow="fold")
+    grid.add_row(name, text)
+    console.print(grid)
+
+
 def _print_table(
     console: Console,
     columns: Sequence[str],
@@ -468,27 +489,32 @@ def _print_table(
 ) -> list[str]:
     """Print a table; return the columns that it has.
 
-    If the terminal is too narrow, columns of `spare` are left out, the first ones first, and the column `wrapped` gets
-    more lines.
+    If the terminal is too narrow, the column `wrapped` gets more lines, down to _LEAST_WRAPPED characters, and columns
+    of `spare` are left out, the first ones first.
     """
     kept = list(columns)
+    widest = max(
+        (len(cell) for row in rows for name, cell in zip(columns, row, strict=True) if name == wrapped), default=0
+    )
+    wrappable = max(0, widest - _LEAST_WRAPPED)
     for column in [*spare, None]:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for number, name in enumerate(kept):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=name != wrapped)
+        for name in kept:
+            justify: JustifyMethod = "left" if name in _COLUMNS_OF_WORDS else "right"
+            table.add_column(name, justify=justify, no_wrap=name != wrapped, overflow="fold")
         for row in rows:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
         unbounded = console.options.update(max_width=1000)  # in its own width everything fits, cut off
-        if column is None or Measurement.get(console, unbounded, table).maximum <= console.width:
+        if column is None or Measurement.get(console, unbounded, table).maximum - wrappable <= console.width:
             break
         kept.remove(column)
     console.print(table)
     return kept
 
 
-def _stdout() -> Console:
-    # Without a terminal there is no width to keep to, and a name that is cut off is lost.
-    return _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+def _stdout(width: int = 200) -> Console:
+    """A console on stdout; `width` holds where that is no terminal, for a name that is cut off is lost there."""
+    return _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else width)
 
 
 def stderr_console(quiet: bool = False) -> Console:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rich.console import Console, OverflowMethod
@@ -43,8 +44,13 @@ class _Text(ProgressColumn):
 
 
 def _is_interactive(console: Console) -> bool:
-    """Whether a bar can be redrawn: on a terminal, and in a notebook. FORCE_COLOR makes no terminal of a file."""
-    return console.is_jupyter or (console.is_terminal and console.file.isatty())
+    """Whether a bar can be redrawn: on a terminal, and in a notebook that has ipywidgets, which rich draws it with.
+
+    FORCE_COLOR makes no terminal of a file.
+    """
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None
+    return console.is_terminal and console.file.isatty()
 
 
 @contextmanager

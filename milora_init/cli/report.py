@@ -100,16 +100,16 @@ def _report_training(
 
     with waiting("measuring", quiet=quiet or as_json):
         from milora_init.export.merge import plan_of
-        from milora_init.export.movement import measure, movement_json, movement_plot
+        from milora_init.export.movement import groups, measure, movement_json, movement_plot
+        from milora_init.lora.compatibility import UNTRAINED
 
         plan, folder = plan_of(pair, adapter, model=model, cache_dir=cache_dir, token=token)
         weights = measure(plan, folder)
+    warnings = [f"{adapter} {UNTRAINED}"] if plan.untrained else []
     if write_plot:
         write_plot(movement_plot(weights, f"{adapter} on {pair}"))
     if as_json:
-        output.json_output.give(movement_json(plan.manifest, adapter, weights))
+        output.json_output.give(movement_json(plan.manifest, adapter, weights, warnings))
     elif not quiet:
-        from milora_init.export.movement import groups
-
-        output.print_movement(groups(weights), pair=pair, adapter=adapter)
+        output.print_movement(groups(weights), pair=pair, adapter=adapter, warnings=warnings)
         output.print_written(None, plot)

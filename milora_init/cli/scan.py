@@ -39,7 +39,7 @@ def scan(
         typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N. Repeatable. (default: auto)"),
     ] = None,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Scan the text model that AutoModelForCausalLM builds.")
+        bool, typer.Option("--text-only", help="Of a multimodal model: scan the text-only class.")
     ] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -36,9 +36,11 @@ from milora_init.errors import MiloraError, OutputError, PlanError, UsageError
 from milora_init.export.other_class import OtherNames, names_in_other_class
 from milora_init.export.plain_layout import MERGE_INSTEAD, PlainModule, cut, padded, plain_modules
 from milora_init.export.trained_parameters import trained_parameters, unchanged_copies
-from milora_init.hub.pair import is_hub_id, locate_adapter, locate_pair
+from milora_init.hub.pair import locate_adapter, locate_pair
+from milora_init.hub.source import is_hub_id
 from milora_init.linalg.low_rank import product_svd
 from milora_init.lora.compatibility import (
+    UNTRAINED,
     have_equal_factors,
     require_initial_adapter,
     require_same_modules,
@@ -63,6 +65,7 @@ from milora_init.manifest import (
     fingerprint,
     read_manifest,
 )
+from milora_init.options import local_path
 from milora_init.plan.finished import another_request, require_intact
 from milora_init.records import (
     CONVERTED,
@@ -111,12 +114,14 @@ def convert(  # noqa: PLR0913  the options of the command
     )
     initial, manifest = _initial_adapter(located, pair)
     trained = locate_adapter(adapter, cache_dir=cache_dir, token=token)
-    before, after = _read_adapters(initial, trained, manifest, pair)
+    before, after = _read_adapters(initial, trained, manifest, pair=pair, adapter=adapter)
     if model is None and manifest is None:
         raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")
     source = manifest.source if manifest else {"model": None, "revision": None, "architecture": ""}
     revision = source["revision"] if model in (None, source["model"]) else None
-    from_hub = revision is not None or (model not in (None, source["model"]) and is_hub_id(str(model)))
+    from_hub = revision is not None or (
+        model not in (None, source["model"]) and is_hub_id(str(model)) and not local_path(str(model)).exists()
+    )
     model = model or str(source["model"])
     times = 2 if manifest is None or manifest.method.writes_base else 1  # an adapter of the original is plain already
     base_folder = initial.parent if manifest and manifest.method.writes_base else None
@@ -127,7 +132,7 @@ def convert(  # noqa: PLR0913  the options of the command
         modules = [_renamed(module, names) for module in modules]
     _require_cut(modules, rank, energy)
     compress = rank is not None or energy is not None
-    target = Path(out).expanduser()
+    target = local_path(out)
     for folder in (initial, after.path):
         require_outside(target, folder, "./plain")
     patterns = before.config.get("rank_pattern") or before.config.get("alpha_pattern")
@@ -295,22 +300,21 @@ def _initial_adapter(folder: Path, pair: str) -> tuple[Path, Manifest | None]:
 
 
 def _read_adapters(
-    initial: Path, adapter: Path, manifest: Manifest | None, pair: str
+    initial: Path, trained: Path, manifest: Manifest | None, *, pair: str, adapter: str
 ) -> tuple[LoraAdapter, LoraAdapter]:
-    """The initial and the trained adapter.
+    """The initial and the trained adapter; `pair` and `adapter` are what the user named them.
 
     Raises:
         CheckpointError: An adapter that cannot be read.
         PlanError: The two do not belong together, or the trained one is not trained.
     """
     records = manifest.weights if manifest else ()
-    before, after = read_lora(initial, records), read_lora(adapter, records)
+    before, after = read_lora(initial, records), read_lora(trained, records)
     if manifest:
-        require_initial_adapter(before, manifest)
+        require_initial_adapter(before, manifest, pair)
     require_same_modules(before, after, manifest)
     if have_equal_factors(before.weights, after.weights):
-        hint = "name the folder that the trainer saved"
-        raise PlanError(f"{adapter} holds the initial factors of {pair}: it was not trained", hint=hint)
+        raise PlanError(f"{adapter} {UNTRAINED}", hint="name the folder that the trainer saved")
     if manifest:
         require_trained_on(after, manifest, before.weights)
     else:
@@ -533,8 +537,8 @@ def _other_names(
     option = "--text-only" if text_only else "--no-text-only"
     if manifest is None or folder is None:
         raise UsageError(
-            f"{option} needs a pair: its {MANIFEST} and config.json say which names there are",
-            hint=f"name the pair, or drop {option}",
+            f"{option} needs a residual base: {MANIFEST} and its config.json say which names there are",
+            hint=f"drop {option}" if manifest else f"name the pair, or drop {option}",
         )
     names = names_in_other_class(folder, manifest, text_only=text_only)
     if names and copied:

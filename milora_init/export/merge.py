@@ -30,16 +30,17 @@ from milora_init.export.merge_plan import MergeOptions, MergePlan, plan_merge
 from milora_init.export.merge_weight import MergedWeight, MergeJob
 from milora_init.hub.pair import locate_adapter, locate_pair
 from milora_init.hub.source import fetch_original
+from milora_init.lora.compatibility import UNTRAINED
 from milora_init.lora.folder import adapter_files, adapter_folder
 from milora_init.manifest import Manifest
-from milora_init.options import OUTPUT_DTYPES, InitOptions
+from milora_init.options import OUTPUT_DTYPES, InitOptions, local_path
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
 from milora_init.run import dense
 from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
 from milora_init.run.pool import FilePool, SolverPool, weights_at_once
 from milora_init.run.shard import ShardWriter
-from milora_init.verification.tensors import count_bit_equal
+from milora_init.verification.tensors import count_bit_equal, model_hint
 
 _SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)B", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -105,7 +106,7 @@ def merge(  # noqa: PLR0913  the options of the command
         asked = InitOptions(model=name, out=out, revision=revision, cache_dir=cache_dir, token=token)
         original = _open_original(manifest, asked)
     plan = plan_merge(located, trained, options=options, given=pair, original=original)
-    folder = OutputFolder(Path(out).expanduser(), MERGED, read_merged)
+    folder = OutputFolder(local_path(out), MERGED, read_merged)
     _require_own_folder(folder.path, plan)
     if finished := folder.prepare(plan):
         merged = replace(finished, unchanged=True)
@@ -162,7 +163,7 @@ def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     if not original.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
             f"{options.model} is not what this output was made from: another model, or another commit",
-            hint=f"name the model it was made from: --model {manifest.source['model']}",
+            hint=model_hint(manifest),
         )
     return original
 
@@ -220,7 +221,7 @@ def _result(  # noqa: PLR0913  the fields of the record
         tensors={name: task.weights[0].dtype for name, task in plan.tasks.items() if task.weights},
         changed=plan.changed,
         retrained=tuple(plan.trained.tensors),
-        notices=tuple(plan.notices),
+        notices=(*([f"{adapter} {UNTRAINED}"] if plan.untrained else []), *plan.notices),
         source_files=manifest.inputs["source"],
         fingerprint=plan.fingerprint,
         inputs=plan.inputs,
@@ -312,7 +313,7 @@ def _submit_tensor(plan: MergePlan, tensor: str, shard: ShardWriter[None], solve
 def _require_source(plan: MergePlan, name: str, found: str) -> None:
     """Raise CheckpointError for a shard of the base whose SHA-256 is not the recorded one."""
     if found != plan.manifest.hashes.get(name):
-        hint = f"milora-init verify {plan.source}"
+        hint = f"milora-init verify {plan.given}"
         raise CheckpointError(f"{plan.source / name} is not the file that milora-init wrote", hint=hint)
 
 

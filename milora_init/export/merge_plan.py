@@ -21,7 +21,13 @@ from milora_init.checkpoint.side_files import travels
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.export.tokenizer import Tokenizer, choose_tokenizer, is_tokenizer_file
 from milora_init.export.trained_parameters import NewTensor, TrainedParameters, trained_parameters
-from milora_init.lora.compatibility import require_initial_adapter, require_same_modules, require_trained_on
+from milora_init.lora.compatibility import (
+    OTHER_OUTPUT_HINT,
+    is_untrained,
+    require_initial_adapter,
+    require_same_modules,
+    require_trained_on,
+)
 from milora_init.lora.folder import LoraAdapter, adapter_files, adapter_folder, expected_tensors, read_lora
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, fingerprint, require_inside
 from milora_init.model.adaptable import read_structure
@@ -76,6 +82,7 @@ class MergePlan:
     Attributes:
         base: The residual base, or the original model where the method writes no base; its headers read.
         manifest: Of the pair.
+        given: The pair as the user named it.
         adapter: The adapter, its header read.
         tasks: The tensors that are no copies, by their name in the output.
         headers: Of each shard of the output, by its name.
@@ -86,11 +93,13 @@ class MergePlan:
         index: Content of the index; None for a model of one file.
         trained: What was trained beside the factors.
         notices: What the user should know before the model is used.
+        untrained: Whether the adapter that was given holds the initial factors alone.
         options: How it is written.
     """
 
     base: Checkpoint
     manifest: Manifest
+    given: str
     adapter: LoraAdapter
     tasks: Mapping[str, TensorTask]
     headers: Mapping[str, Header]
@@ -101,6 +110,7 @@ class MergePlan:
     index: bytes | None
     trained: TrainedParameters
     notices: Sequence[str] = ()
+    untrained: bool = False
     options: MergeOptions = field(default_factory=MergeOptions)
 
     @property
@@ -182,13 +192,14 @@ def plan_merge(
         given: The pair as the user wrote it.
         original: The original model, where the method writes no base.
     """
-    manifest = require_pair(pair, given or str(pair))
+    given = given or str(pair)
+    manifest = require_pair(pair, given)
     config_name, weights_name = adapter_files(manifest.method)
     require_inside(pair, (*manifest.files, config_name, weights_name))
     checkpoint = open_model(pair) if original is None or manifest.method.writes_base else original
-    _require_intact(pair, manifest, checkpoint)
+    _require_intact(pair, given, manifest, checkpoint)
     initial = read_lora(adapter_folder(pair, manifest.method), manifest.weights)
-    require_initial_adapter(initial, manifest)
+    require_initial_adapter(initial, manifest, given)
     lora = read_lora(adapter, manifest.weights) if adapter else initial
     if lora.path.resolve() != initial.path.resolve():
         require_same_modules(initial, lora, manifest)
@@ -203,6 +214,7 @@ def plan_merge(
     return MergePlan(
         base=checkpoint,
         manifest=manifest,
+        given=given,
         adapter=lora,
         tasks=layout.tasks,
         headers=layout.headers,
@@ -213,11 +225,12 @@ def plan_merge(
         index=layout.index(),
         trained=trained,
         notices=notices,
+        untrained=adapter is not None and is_untrained(initial.weights, lora.weights),
         options=options,
     )
 
 
-def _require_intact(pair: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+def _require_intact(pair: Path, given: str, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Check all files of a pair except the shards, which are hashed when they are read. Raises CheckpointError."""
     own = adapter_files(manifest.method)
     for name, size_bytes in manifest.files.items():
@@ -227,7 +240,7 @@ def _require_intact(pair: Path, manifest: Manifest, checkpoint: Checkpoint) -> N
         if intact and name not in checkpoint.headers:
             intact = sha256(pair / name) == manifest.hashes.get(name)
         if not intact:
-            raise CheckpointError(f"{pair}: {name} was changed or removed", hint=f"milora-init verify {pair}")
+            raise CheckpointError(f"{given}: {name} was changed or removed", hint=f"milora-init verify {given}")
     structure = None
     if any(record.transposed for record in manifest.weights):  # a square shape does not show whether it is transposed
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -240,18 +253,18 @@ def _require_intact(pair: Path, manifest: Manifest, checkpoint: Checkpoint) -> N
 def _require_fit(adapter: LoraAdapter, manifest: Manifest) -> None:
     """Raise PlanError for an adapter whose factors are not those of the base's weights."""
     expected = expected_tensors(manifest.weights)
-    hint = "name the base that this adapter was trained on"
     found = {name for factors in adapter.modules.values() for name in (factors.A, factors.B)}
     if differing := expected.keys() ^ found:
         raise PlanError(
-            f"{adapter.path} and {manifest.out} differ in {len(differing)} tensors, {min(differing)} first", hint=hint
+            f"{adapter.path} and {manifest.out} differ in {len(differing)} tensors, {min(differing)} first",
+            hint=OTHER_OUTPUT_HINT,
         )
     for name, shape in expected.items():
         if adapter.header.tensors[name].shape != shape:
-            shapes = f"{list(adapter.header.tensors[name].shape)} in {adapter.path}, {list(shape)} at this base"
-            raise PlanError(f"{name} is {shapes}", hint=hint)
+            shapes = f"{list(adapter.header.tensors[name].shape)} in {adapter.path}, {list(shape)} in this output"
+            raise PlanError(f"{name} is {shapes}", hint=OTHER_OUTPUT_HINT)
     if bool(adapter.config.get("fan_in_fan_out")) != bool(manifest.adapter["fan_in_fan_out"]):
-        raise PlanError(f"{adapter.path}: fan_in_fan_out is not what the base was made with", hint=hint)
+        raise PlanError(f"{adapter.path}: fan_in_fan_out is not what this output was made with", hint=OTHER_OUTPUT_HINT)
 
 
 class _Layout:

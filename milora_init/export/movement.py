@@ -144,7 +144,9 @@ def movement_plot(weights: Sequence[MovedWeight], title: str) -> bytes:
     return plots.png(figure)
 
 
-def movement_json(manifest: Manifest, adapter: str, weights: Sequence[MovedWeight]) -> dict[str, Any]:
+def movement_json(
+    manifest: Manifest, adapter: str, weights: Sequence[MovedWeight], warnings: Sequence[str] = ()
+) -> dict[str, Any]:
     """The object that `report --adapter --json` prints."""
     return envelope(
         "report",
@@ -152,6 +154,7 @@ def movement_json(manifest: Manifest, adapter: str, weights: Sequence[MovedWeigh
         out=manifest.out,
         fingerprint=manifest.fingerprint,
         source=manifest.source,
+        warnings=warnings,
         adapter=adapter,
         movement=[{"module": weight.module, "rank": weight.rank, **asdict(weight.moved)} for weight in weights],
         movement_groups=[asdict(group) for group in groups(weights)],

@@ -10,6 +10,7 @@ from typing import Any
 
 from milora_init.checkpoint.files import source_file
 from milora_init.errors import MiloraError, PlanError, UsageError
+from milora_init.options import local_path
 from milora_init.untrusted import read_text
 
 # The files that tokenizers of transformers are saved in, chat templates among them.
@@ -94,7 +95,7 @@ def choose_tokenizer(
     """
     chosen = None
     if given is not None:
-        folder = Path(given).expanduser()
+        folder = local_path(given)
         chosen = find_tokenizer(folder) if folder.is_dir() else None
         if chosen is None:
             raise UsageError(f"--tokenizer {given}: no tokenizer there", hint="name the folder that the trainer saved")
@@ -108,7 +109,7 @@ def choose_tokenizer(
         own = find_tokenizer(base)
     tokenizer = chosen or own
     highest = tokenizer.highest_id() if tokenizer else None
-    where = "of the base" if chosen is None else "in the adapter's folder" if given is None else "of --tokenizer"
+    where = "of the model" if chosen is None else "in the adapter's folder" if given is None else "of --tokenizer"
     if highest is None:
         return chosen, [f"the vocabulary has {after} rows, formerly {before}; the tokenizer {where} was not checked"]
     if highest >= after:

@@ -36,7 +36,7 @@ from milora_init.model import meta_model
 from milora_init.model.meta_model import ParameterSource
 
 _PEFT_INSTEAD = "merge with PEFT's merge_and_unload instead"
-_SAME_TRAINING = "give the folder that the trainer saved, with the pair that it was trained on"
+_SAME_TRAINING = "give the folder that the trainer saved, with the output that it was trained from"
 _HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",

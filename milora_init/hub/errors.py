@@ -6,6 +6,8 @@ one sentence about the model and one command that helps.
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +15,9 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub
 
 from milora_init.errors import HubError, explain, remedy
+
+_NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how hf_xet, which is written in Rust, ends such a message
 
 
 @contextmanager
@@ -76,18 +81,35 @@ def _from_foreign_exception(error: Exception, model: str, *, pushing: bool) -> H
     Returns:
         None for our own exceptions, and for those that `milora_init.errors.explain` explains.
     """
-    if isinstance(error, OSError):
+    if type(error).__module__.startswith("milora_init"):
+        return None
+    if of_file := _error_of_a_file(error):
         hint = "run the same command again" if pushing else "name another --cache-dir; finished downloads are kept"
-        return HubError(f"{model}: {error}", hint=remedy(error, hint))
+        return HubError(f"{model}: {_one_line(error)[:300]}", hint=remedy(of_file, hint))
+    if isinstance(error, PermissionError):  # hf_xet's XetAuthenticationError
+        return _request_error(model, 401, error)
     if isinstance(error, KeyError | TypeError | AttributeError):  # huggingface_hub does not check the Hub's answers
         return HubError(
             f"the Hub's answer about {model} is incomplete: {type(error).__name__}: {error}",
             hint="if HF_ENDPOINT names a mirror, try again without it",
         )
-    if type(error).__module__.startswith("milora_init") or explain(error):
+    if not isinstance(error, OSError) and explain(error):
         return None
     # No list of classes: huggingface_hub passes on the exceptions of its HTTP library, and versions use different ones.
     return _request_error(model, None, error)
+
+
+def _error_of_a_file(error: Exception) -> OSError | None:
+    """The operating system's error about a file of this machine; None for an error of another kind.
+
+    An OSError can also come from the network. hf_xet raises them for its own network errors, and those have no number.
+    """
+    found = _OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(found[1]) if found else None
+    if number is None or number in _NETWORK or type(error).__module__ in ("socket", "ssl"):  # with numbers of their own
+        return None
+    of_number = OSError(number, str(error))  # of the subclass that belongs to the number
+    return None if isinstance(of_number, ConnectionError | TimeoutError) else of_number
 
 
 def _request_error(model: str, status: int | None, error: Exception) -> HubError:

@@ -23,8 +23,8 @@ from milora_init.spectra import ScanResult
 from milora_init.untrusted import printable
 
 PICTURE = "milora_init.png"
-_PICTURE = f"""
-![Heat maps by layer and module: energy, leak, step-0 error, and time to solve]({PICTURE})
+_PICTURE = """
+![Heat maps by layer and module: {}]({})
 """
 _METHODS = {
     "milora": "[MiLoRA](https://arxiv.org/abs/2406.09044): the minor singular components",
@@ -113,7 +113,7 @@ For DPO or GRPO the reference model is the original, not this base with its adap
 the base. *step-0 error*: the distance of base and component from the weight, relative to the weight. *certified*: a
 proven bound of the component's relative error. `milora_init.json` has the figures of every weight, and the SHA-256 of
 every file; `milora-init verify` reads them.
-{_PICTURE if picture else ""}
+{_PICTURE.format("energy, leak, step-0 error, and time to solve", PICTURE) if picture else ""}
 {"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
 ## After training
 
@@ -125,13 +125,14 @@ for the original model.
 {_CITATION}"""
 
 
-def adapter_card(manifest: Manifest, repo: str, branch: str | None = None) -> str:
+def adapter_card(manifest: Manifest, repo: str, branch: str | None = None, *, picture: bool = False) -> str:
     """The card's text of an adapter of an original model, for the branch of the repository that it is written for.
 
     Args:
         manifest: The manifest as it is published, see `hub.upload`.
         repo: Id of the repository.
         branch: Its branch; None for `main`.
+        picture: Show the file PICTURE, which lies beside the card.
     """
     source, method = manifest.source, manifest.method
     commit = f" at commit {_code(source['revision'])}" if source["revision"] else ""
@@ -172,7 +173,7 @@ computes. PEFT trains {method.trained}.
 *energy*: the share of these triplets in the weight's squared norm. *certified*: a proven bound of the relative error of
 U S V^T. `milora_init.json` has the figures of every weight, and the SHA-256 of every file; `milora-init verify` reads
 them.
-
+{_PICTURE.format("energy, and time to solve", PICTURE) if picture else ""}
 {"".join(f"- {_escape(text)}{chr(10)}" for text in [*warnings(manifest), *notes(manifest)])}
 ## After training
 
@@ -283,8 +284,10 @@ def converted_card(record: ConvertResult, config: Mapping[str, Any], repo: str) 
     of_commit = f", revision={_quoted(record.revision)}" if record.revision else ""
     local = "" if record.from_hub else f"\nReplace {_code(record.model)} by the place of the original model.\n"
     how = "the adapter was trained on a residual base, and residual + s B A = W + s [B, -B0] [A; A0]."
+    not_on_base = " Do not load it on a residual base."
     if record.inputs.get("base") == ORIGINAL_MODEL:
         how = "the adapter was trained on the original model, and copied" + (", cut to a rank." if record.cut else ".")
+        not_on_base = ""
     load = f"""## Load it
 
 ```python
@@ -305,7 +308,7 @@ model = PeftModel.from_pretrained(base, {_quoted(repo)})
 
 A LoRA adapter for {name}: {rank} in {len(record.modules)} modules.{lost}
 
-It is a plain LoRA of the original model. Do not load it on a residual base.
+It is a plain LoRA of the original model.{not_on_base}
 
 {load}
 {notices}{local}

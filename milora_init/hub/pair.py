@@ -17,12 +17,13 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
+from milora_init.hub.source import is_hub_id
 from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from milora_init.manifest import Manifest
-from milora_init.options import clean_token
+from milora_init.options import clean_token, local_path
 from milora_init.records import CONVERTED, MERGED, RECORDS, Output, require_output, require_pair
 
-_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+_REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 _NO_FOLDER = "name a folder that milora-init wrote, or its Hub id: org/name"
 _TRAINED = "name the folder that the trainer saved"
 
@@ -122,9 +123,9 @@ def locate_adapter(given: str, *, cache_dir: str | None = None, token: str | Non
         no_adapter = OutputError(f"{given} has no {CONFIG_FILE}: it is no adapter", hint=_TRAINED)
         folder = found.fetch_first([CONFIG_FILE], no_adapter)
         found.fetch(folder, [WEIGHTS_FILE, CONVERTED])
-    for record, what in ((MERGED, "a merged model"), (CONVERTED, "a converted adapter, which is for the original")):
+    for record, what in ((MERGED, "a merged model"), (CONVERTED, "a converted adapter")):
         if (folder / record).is_file():
-            raise PlanError(f"{given} is {what}, not an adapter that was trained on a pair", hint=_TRAINED)
+            raise PlanError(f"{given} is {what}, not the adapter that a trainer saved", hint=_TRAINED)
     return folder
 
 
@@ -138,19 +139,14 @@ def _find(
 ) -> Path | _Repository:
     if not given:  # such as an unset variable of a shell
         raise UsageError(f"{name} is empty", hint="name a folder")
-    folder = Path(given).expanduser()
+    folder = local_path(given)
     if folder.is_dir():
         return folder
-    parts = _HUB_ID.fullmatch(given)
-    if parts is None or folder.exists():
+    repo, at, revision = given.partition("@")
+    is_repository = "/" in repo and is_hub_id(repo) and (not at or _REVISION.fullmatch(revision))
+    if folder.exists() or not is_repository:
         raise UsageError(f"{given}: no such folder", hint=hint)
-    return _Repository(parts[1], parts[2], cache_dir, token)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `org/name`, and no such folder is here."""
-    parts = _HUB_ID.fullmatch(name)
-    return parts is not None and parts[2] is None and not Path(name).exists()
+    return _Repository(repo, revision or None, cache_dir, token)
 
 
 def _fetch_record(repository: _Repository, given: str) -> Path:

@@ -83,13 +83,14 @@ def _of_pair(manifest: Manifest, repo: str, branch: str | None) -> Publication:
     published = as_published(manifest, repo, branch)
     config_name = adapter_files(manifest.method)[0]
     contents = {config_name: _json(published.adapter, indent=2), MANIFEST: _json(published.to_json(), indent=1)}
+    if picture := _picture(published):
+        contents[PICTURE] = picture
     if manifest.method.writes_base:
-        if picture := _picture(published):
-            contents[PICTURE] = picture
         text = card_text(published, repo, picture=PICTURE in contents)
         message = "A residual base and its adapter, by milora-init"
     else:
-        text, message = adapter_card(published, repo, branch), "A LoRA adapter before training, by milora-init"
+        text = adapter_card(published, repo, branch, picture=PICTURE in contents)
+        message = "A LoRA adapter before training, by milora-init"
     source = manifest.source
     return Publication(
         MANIFEST, published, contents, card_data(manifest), text, str(source["model"]), source["revision"], message

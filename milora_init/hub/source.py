@@ -12,7 +12,14 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
@@ -32,10 +39,11 @@ from milora_init.hub.download import download, download_tensors
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.ranges import read_range
 from milora_init.manifest import Manifest
-from milora_init.options import InitOptions
+from milora_init.options import InitOptions, local_path
 from milora_init.untrusted import read_text, relative_name
 
 _FIRST_READ_BYTES = 100_000  # most headers are shorter, so one request is enough
+_HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -54,8 +62,8 @@ def locate_model(options: InitOptions) -> tuple[Path, RemoteFiles | None]:
         UsageError: A revision is given for a local folder.
         HubError, CheckpointError: See `open_snapshot`.
     """
-    folder = Path(options.model).expanduser()
-    if folder.exists() or not _is_hub_id(options.model):
+    folder = local_path(options.model)
+    if folder.exists() or not is_hub_id(options.model):
         if options.revision:
             raise UsageError(
                 f"{options.model} is a local folder, which has no --revision {options.revision}",
@@ -76,10 +84,21 @@ def fetch_model(options: InitOptions) -> Path:
 def fetch_original(manifest: Manifest, options: InitOptions) -> Path:
     """Return the folder of the model that an output was made from, with all weight files.
 
-    For the model that the manifest names, the default revision is the recorded commit.
+    For the model that the manifest names, the default revision is the recorded commit. A recorded folder is not looked
+    for on the Hub.
+
+    Raises:
+        UsageError: The recorded folder is not there.
+        HubError, CheckpointError: See `locate_model`.
     """
-    if options.model == manifest.source["model"] and options.revision is None:
-        options = dataclasses.replace(options, revision=manifest.source["revision"])
+    source = manifest.source
+    if options.model == source["model"] and options.revision is None:
+        if source["revision"] is None and not local_path(options.model).is_dir():
+            raise UsageError(
+                f"the original model was the folder {options.model}, which is not there",
+                hint="name its place: --model DIR",
+            )
+        options = dataclasses.replace(options, revision=source["revision"])
     return fetch_model(options)
 
 
@@ -95,8 +114,31 @@ def fetch_tensors(options: InitOptions, remote: RemoteFiles | None, name: str, p
     return download_tensors(remote, name, part, token=options.token, into=into)
 
 
-def _is_hub_id(model: str) -> bool:
-    return not model.startswith((".", "/", "~")) and model.count("/") <= 1 and "\\" not in model
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, `org/name` or `name`. A folder of that name goes first."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def connected(remote: RemoteFiles, token: str | None) -> RemoteFiles:
+    """The files with a `read` for this machine."""
+
+    def read(name: str, start: int, stop: int) -> bytes:
+        with hub_errors(remote.model, remote.commit):
+            url = hf_hub_url(remote.model, name, revision=remote.commit)
+            return b"".join(read_range(url, start, stop, token=token, description=f"{name} of {remote.model}"))
+
+    return dataclasses.replace(remote, read=read)
+
+
+def is_cached(options: InitOptions, remote: RemoteFiles, name: str) -> bool:
+    """Whether a weight file of a model on the Hub is in this machine's cache."""
+    found = try_to_load_from_cache(remote.model, name, cache_dir=options.cache_dir, revision=remote.commit)
+    return isinstance(found, str)
+
+
+def with_token(options: InitOptions) -> InitOptions:
+    """The options with the token that this machine would use, for another machine."""
+    return dataclasses.replace(options, token=options.token or get_token())
 
 
 def open_snapshot(
@@ -157,12 +199,7 @@ def open_snapshot(
             headers[name] = _read_remote_header(model, name, commit, token, info.size)
         hashes |= {name: _cached_hash(folder / name) for name in files if name not in hashes}
 
-    def read(name: str, start: int, stop: int) -> bytes:
-        with hub_errors(model, revision):
-            url = hf_hub_url(model, name, revision=commit)
-            return b"".join(read_range(url, start, stop, token=token, description=f"{name} of {model}"))
-
-    return folder, RemoteFiles(model, commit, hashes, headers, read)
+    return folder, connected(RemoteFiles(model, commit, hashes, headers), token)
 
 
 def _weight_files(folder: Path, api: HfApi, model: str) -> list[str]:

@@ -6,24 +6,29 @@ repository as the base, unless it has none; the local file keeps the local path.
 
 To save disk space, shards can be pushed one by one while the run continues. Then each shard is a commit, and
 config.json comes last: without it, transformers does not load the repository.
+
+The content of a shard can also be uploaded from another machine than the one that makes the commit, which needs only
+its size and its SHA-256.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, metadata_load
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
-from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
+from milora_init.checkpoint.side_files import brings_weights
 from milora_init.envelope import Status, envelope
-from milora_init.errors import OutputError, PlanError, UsageError
+from milora_init.errors import HubError, OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.model_card import PICTURE
 from milora_init.hub.publication import Publication, as_published, publication
@@ -37,7 +42,7 @@ from milora_init.manifest import (
     require_manifest,
 )
 from milora_init.methods import recorded_method
-from milora_init.options import clean_token, require_repository
+from milora_init.options import clean_token, local_path, require_repository
 from milora_init.records import MERGED, RECORDS, Output, record_name, require_output
 from milora_init.result import Result
 
@@ -47,6 +52,8 @@ _COMPLETION_FILES = (
 )  # fmt: skip
 _UNFINISHED = "unfinished-by-milora-init"  # a file in a repository while its shards are pushed one by one
 _SOURCE_CARD_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_MOST_OBJECTS = 256  # of one request, as in huggingface_hub
 _Operation = CommitOperationAdd | CommitOperationDelete
 
 
@@ -58,8 +65,7 @@ class Published(Result):
         repo: Id of the repository.
         url: Its address.
         commit: The commit that contains the output.
-        files: Number of files that the push wrote or deleted, unchanged ones included. Shards that were pushed before
-            do not count.
+        files: Number of files that the push wrote or deleted, unchanged ones included.
         unchanged: Whether the repository had the same output before.
     """
 
@@ -99,7 +105,8 @@ class Repository:
     ) -> None:
         require_repository(repo)
         self.repo, self._private, self._revision = repo, private, revision
-        self._api = HfApi(token=clean_token(token))
+        self._token = clean_token(token)
+        self._api = HfApi(token=self._token)
         self.published: Published | None = None
 
     def prepare(self, kind: str, model: str, *, overwrite: bool = False) -> None:
@@ -159,7 +166,7 @@ class Repository:
         Args:
             folder: The folder of the output.
             output: Its record.
-            pushed_before: Files of the output that `push_shard` pushed. They need not be in the folder.
+            pushed_before: Files of the output that `push_shard` or `upload` sent. They need not be in the folder.
 
         Raises:
             HubError: A request failed. The same call again uploads only what is missing.
@@ -171,6 +178,7 @@ class Repository:
             names = [name for name in output.files if name not in generated and name not in pushed_before]
             require_inside(folder, names)
             additions = [CommitOperationAdd(name, content) for name, content in generated.items()]
+            additions += [_uploaded(name, output.files[name], output.hashes[name]) for name in pushed_before]
             for name in names:
                 addition = CommitOperationAdd(name, folder / name)
                 if addition.upload_info.sha256.hex() != output.hashes.get(name):
@@ -198,31 +206,59 @@ class Repository:
             )
             self._commit([mark, *map(CommitOperationDelete, completion_files)], "Begin an output of milora-init")
 
-    def push_shard(self, path: Path, name: str) -> str:
-        """Push one finished weight file as a commit of its own. Return its SHA-256."""
-        digest = sha256(path)
+    def push_shard(self, path: Path, name: str) -> None:
+        """Push one finished weight file as a commit of its own."""
         with hub_errors(self.repo, self._revision, pushing=True):
             self._commit([CommitOperationAdd(name, path)], f"{name}, by milora-init")
-        return digest
 
     def upload(self, path: Path, name: str) -> None:
-        """Upload the content of a finished weight file. `push` commits it, and need not upload it again then."""
-        with hub_errors(self.repo, self._revision, pushing=True):
-            self._api.preupload_lfs_files(self.repo, [CommitOperationAdd(name, path)], revision=self._revision)
+        """Upload the content of a finished weight file. `push` commits it, and need not upload it again then.
 
-    def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
-        """Return the names of those weight files that are in the repository with this SHA-256.
+        Nothing is uploaded of a file that the repository keeps as a small one; see `upload_alone`.
+        """
+        self._upload(CommitOperationAdd(name, path))
+
+    def upload_alone(self, path: Path, name: str) -> None:
+        """Upload as `upload`. The file may be removed from the disk then.
+
+        Raises:
+            HubError: A request failed, or the repository keeps the file as a small one, which only a commit sends.
+        """
+        addition = CommitOperationAdd(name, path)
+        self._upload(addition)
+        if not addition._is_uploaded:
+            raise HubError(
+                f"{self.repo} does not keep {name} as a large file, by its SHA-256",
+                hint="look at its .gitattributes and .gitignore, or choose another repository",
+            )
+
+    def _upload(self, addition: CommitOperationAdd) -> None:
+        with hub_errors(self.repo, self._revision, pushing=True):
+            self._api.preupload_lfs_files(self.repo, [addition], revision=self._revision)
+
+    def pushed_shards(self, shards: Mapping[str, tuple[int, str]]) -> set[str]:
+        """Return the names of those weight files whose content the repository has, committed or not.
 
         Args:
-            hashes: SHA-256 of each file, by name.
+            shards: Size and SHA-256 of each file, by name.
         """
-        if not hashes:
-            return set()
+        shards = {name: shard for name, shard in shards.items() if _SHA256.fullmatch(shard[1])}
         with hub_errors(self.repo, self._revision, pushing=True):
-            infos = self._api.get_paths_info(self.repo, list(hashes), revision=self._revision)
-            return {
-                info.path for info in infos if getattr(getattr(info, "lfs", None), "sha256", "") == hashes[info.path]
-            }
+            infos = self._api.get_paths_info(self.repo, list(shards), revision=self._revision) if shards else ()
+            digests = {info.path: info.lfs.sha256 for info in infos if isinstance(info, RepoFile) and info.lfs}
+            committed = {name for name in shards if digests.get(name) == shards[name][1]}
+            rest = {name: shard for name, shard in shards.items() if name not in committed}
+            stored = set(self._stored(_uploaded(name, *shard).upload_info for name, shard in rest.items()))
+        return committed | {name for name, (_, digest) in rest.items() if digest in stored}
+
+    def _stored(self, contents: Iterable[UploadInfo]) -> Iterator[str]:
+        """The SHA-256 of those contents that the Hub need not be sent: it then names no action for an upload."""
+        waiting = iter(contents)
+        while batch := list(itertools.islice(waiting, _MOST_OBJECTS)):
+            objects, *_ = post_lfs_batch_info(
+                batch, self._token, "model", self.repo, revision=self._revision, endpoint=self._api.endpoint
+            )  # fmt: skip
+            yield from (item["oid"] for item in objects if not item.get("actions") and not item.get("error"))
 
     def _list_files(self) -> set[str]:
         return set(self._api.list_repo_files(self.repo, revision=self._revision))
@@ -245,7 +281,7 @@ class Repository:
         }
         earlier_output.add(PICTURE)
         others = self._list_files().difference(kept)
-        return [name for name in sorted(others) if name in earlier_output or _would_be_loaded(name)]
+        return [name for name in sorted(others) if name in earlier_output or ("/" not in name and brings_weights(name))]
 
     def _commit(self, operations: Sequence[_Operation], message: str) -> str:
         """Create a commit and return its id. A commit with the record ends what `mark_unfinished` began."""
@@ -283,8 +319,8 @@ class Repository:
 
     def _source_card_fields(self, model: str, revision: str | None) -> dict[str, Any]:
         """Return the licence and the language from the card of the original model; empty if it has none."""
-        path: Path | str = Path(model).expanduser() / "README.md"
         try:
+            path: Path | str = local_path(model) / "README.md"
             if revision is not None:
                 path = self._api.hf_hub_download(model, "README.md", revision=revision)
             data = (metadata_load(path) or {}) if Path(path).is_file() else {}  # reading a pipe would wait for ever
@@ -312,7 +348,7 @@ def push(
     """
     if not folder:  # such as an unset variable of a shell
         raise UsageError("PAIR is empty", hint="name a folder")
-    out = Path(folder).expanduser()
+    out = local_path(folder)
     if not out.is_dir():
         raise UsageError(f"{folder}: no such folder", hint="name a folder that milora-init wrote")
     output = require_output(out, folder)
@@ -345,15 +381,16 @@ def _model_name(record: Mapping[str, Any]) -> str:
     return model if on_hub else Path(model).name
 
 
+def _uploaded(name: str, size_bytes: int, digest: str) -> CommitOperationAdd:
+    """The addition of a large file whose content was uploaded before, perhaps from another machine."""
+    addition = CommitOperationAdd(name, b"")
+    addition.upload_info = UploadInfo(sha256=bytes.fromhex(digest), size=size_bytes, sample=b"")
+    addition._upload_mode, addition._is_uploaded = "lfs", True  # as `preupload_lfs_files` leaves it
+    return addition
+
+
 def _git_hash(addition: CommitOperationAdd) -> str:
     """Return the hash that git gives to a file's content."""
     with addition.as_file() as file:
         content = file.read()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _would_be_loaded(name: str) -> bool:
-    """Whether transformers or PEFT could load a file of this name instead of the output's files."""
-    if "/" in name:
-        return False
-    return Path(name).suffix in WEIGHT_SUFFIXES or name.endswith((".index.json", "adapter_config.json"))

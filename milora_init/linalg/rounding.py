@@ -1,9 +1,9 @@
 """One rounding to a short dtype: the nearest value, from float64 or from a sum of two terms.
 
 torch converts float64 to bfloat16 or float16 by way of float32, and so rounds twice: the first rounding can end in the
-middle of two short values, and the second then goes to the farther one. A middle ends in twelve zero bits at least. So
-everything is converted by way of float32, fast, and the few entries that end so are rounded again: to odd, which is
-never a middle.
+middle of two short values, and the second then goes to the farther one. The last 16 bits of a middle are 0x8000 for
+bfloat16, and the last 12 are zero for float16. So everything is converted by way of float32, fast, and the few entries
+that end so are rounded again: to odd, which is never a middle.
 
 Source: S. Boldo and G. Melquiond (2008), https://doi.org/10.1109/TC.2007.70819.
 """
@@ -40,9 +40,11 @@ def add_once(R: Tensor, P: Tensor, dtype: torch.dtype) -> Tensor:
 def _to_16_bits(nearest: Tensor, exact: Callable[[tuple[Tensor, ...]], Tensor], dtype: torch.dtype) -> Tensor:
     """The values of dtype (m, n) nearest to those that `nearest` has in float32, and `exact(indices)` in float64."""
     stored = nearest.to(dtype)
-    low = nearest.view(torch.int32) & 0xFFF
-    columns = low.amin(0).eq(0).nonzero().squeeze(1)  # few of a block's: only these are looked at entry by entry
-    rows, which = low[:, columns].eq(0).nonzero(as_tuple=True)
+    bits = nearest.view(torch.int32)
+    # The last bits alone, such that those of a middle are the least integer of all.
+    last, middle = (bits << 16, -1 << 31) if dtype == torch.bfloat16 else (bits & 0xFFF, 0)
+    columns = last.amin(0).eq(middle).nonzero().squeeze(1)  # few: only these are looked at entry by entry
+    rows, which = last[:, columns].eq(middle).nonzero(as_tuple=True)
     suspects = rows, columns[which]
     stored[suspects] = _round_to_odd(exact(suspects)).to(dtype)
     return stored

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_init.checkpoint.header import Header
+from milora_init.checkpoint.header import Header, read_header
 from milora_init.errors import MiloraError, PlanError
 from milora_init.lora.folder import CONFIG_FILE, AdaptedWeight, LoraAdapter, adapter_files, open_factors
 from milora_init.lora.tensor_layout import initial_block, lora_key, parse_lora_key
 from milora_init.manifest import Manifest, read_manifest
+from milora_init.options import local_path
 
 # Limits of `modules_not_trained_from`.
 _MIN_COSINE = 0.5
@@ -31,7 +32,8 @@ _MOST_ROUNDING = 2**-7  # of a frozen factor that was stored in bfloat16
 _MOST_SPREAD = 3  # of the shares of the initial directions: up to 1.5 after 20 steps of AdamW at 1e-2, width 32
 _MOST_SKEW = 0.05  # of factors that came out of a residual base, after a short training
 _MAX_NAMES = 3  # in one message
-OTHER_BASE_HINT = "give the base that it was trained on"
+OTHER_OUTPUT_HINT = "give the output of milora-init that it was trained from"
+UNTRAINED = "holds the initial factors: it was not trained, or saved before its first step"
 
 
 def explain_other_class(initial: Set[str], trained: Set[str], manifest: Manifest | None) -> tuple[str, str] | None:
@@ -51,16 +53,18 @@ def explain_other_class(initial: Set[str], trained: Set[str], manifest: Manifest
     trained_name, initial_name = renamed
     source, inputs = (manifest.source, manifest.inputs) if manifest else ({}, {})
     other_class, own_class, auto = source.get("other_class"), source.get("architecture"), "AutoModelForCausalLM"
+    model = "base" if manifest is None or manifest.method.writes_base else "original model"
     if inputs.get("text_only"):
         cls = f" ({other_class})" if other_class else ""
-        hint = f"load the base with {auto} and train again; or make the pair without --text-only"
+        hint = f"load the {model} with {auto} and train again; or initialise without --text-only"
     else:
         cls = f" ({other_class}, which {auto} builds)" if other_class else ""
-        hint = f"load the base {f'as a {own_class}' if own_class else 'with the class it was made for'} and train again"
-        hint += f"; or make the pair with --text-only, for {auto}" if other_class and own_class else ""
+        made_for = f"as a {own_class}" if own_class else "with the class it was made for"
+        hint = f"load the {model} {made_for} and train again"
+        hint += f"; or initialise with --text-only, for {auto}" if other_class and own_class else ""
     problem = (
-        f"was trained on another class{cls}: its module {trained_name} is {initial_name} in this base, so PEFT did not "
-        "load the initial adapter"
+        f"was trained on another class{cls}: its module {trained_name} is {initial_name} in this output, so PEFT did "
+        "not load the initial adapter"
     )
     return problem, hint
 
@@ -101,13 +105,9 @@ def require_same_modules(initial: LoraAdapter, trained: LoraAdapter, manifest: M
         manifest: The manifest of the base, if there is one, for a better error message.
 
     Raises:
-        PlanError: The adapters differ, or are the same folder.
+        PlanError: The adapters differ.
     """
-    if initial.path.resolve() == trained.path.resolve():
-        raise PlanError(
-            f"{trained.path} is both the initial and the trained adapter", hint="give two different folders"
-        )
-    hint = f"give the adapter that was trained from {initial.path}, with the config and the tensors that PEFT saved"
+    hint = "give the adapter that was trained from this output, with the config and the tensors that PEFT saved"
     if found := explain_other_class(initial.modules.keys(), trained.modules.keys(), manifest):
         raise PlanError(f"{trained.path} {found[0]}", hint=found[1])
     if differing := initial.modules.keys() ^ trained.modules.keys():
@@ -131,15 +131,20 @@ def require_same_modules(initial: LoraAdapter, trained: LoraAdapter, manifest: M
                 )
 
 
-def require_initial_adapter(lora: LoraAdapter, manifest: Manifest) -> None:
-    """Check that an adapter is the initial adapter of a base: it has the same SHA-256 and the same scales.
+def require_initial_adapter(lora: LoraAdapter, manifest: Manifest, given: str) -> None:
+    """Check that an adapter is the initial adapter of an output: it has the same SHA-256 and the same scales.
+
+    Args:
+        lora: The adapter.
+        manifest: Of the output.
+        given: The output as the user named it.
 
     Raises:
         PlanError: It is another adapter, or was changed.
     """
     if lora.digest != manifest.hashes.get(adapter_files(manifest.method)[1]):
         raise PlanError(
-            f"{lora.weights} is not the adapter that its base was made with: it was replaced, or trained in place",
+            f"{lora.weights} is not the adapter that milora-init wrote: it was replaced, or trained in place",
             hint="restore the initial adapter; milora-init with the same options and another --out makes it again",
         )
     for record in manifest.weights:
@@ -147,8 +152,8 @@ def require_initial_adapter(lora: LoraAdapter, manifest: Manifest) -> None:
         if abs(scale - record.scale) > 1e-9 * record.scale:
             raise PlanError(
                 f"{lora.path / CONFIG_FILE} scales {record.module} by {scale:g}, "
-                f"but its base was made with scale {record.scale:g}",
-                hint=f"milora-init verify {lora.path.parent} shows the values to set",
+                f"but the output was made with scale {record.scale:g}",
+                hint=f"milora-init verify {given} shows the values to set",
             )
 
 
@@ -158,7 +163,7 @@ def other_base_in_config(config: Mapping[str, Any], manifest: Manifest) -> str:
     other = None
     if isinstance(path, str) and path:
         with suppress(MiloraError, OSError, ValueError):  # the path is not a readable output of milora-init here
-            other = read_manifest(Path(path).expanduser())
+            other = read_manifest(local_path(path))
     return str(path) if other and other.fingerprint != manifest.fingerprint else ""
 
 
@@ -182,13 +187,13 @@ def require_trained_on(lora: LoraAdapter, manifest: Manifest, initial: Path) -> 
         initial: The weights file of the initial adapter.
 
     Raises:
-        PlanError: The adapter's config names another residual base, or a module was not trained from the initial one.
+        PlanError: The adapter's config names another output, or a module was not trained from the initial one.
         CheckpointError: A file cannot be read.
     """
     if problem := other_method_in_config(lora.config, manifest):
-        raise PlanError(f"{lora.path}: {problem}", hint=OTHER_BASE_HINT)
+        raise PlanError(f"{lora.path}: {problem}", hint=OTHER_OUTPUT_HINT)
     if other := other_base_in_config(lora.config, manifest):
-        raise PlanError(f"{lora.path} was trained on {other}, another residual base", hint=OTHER_BASE_HINT)
+        raise PlanError(f"{lora.path} was trained on {other}, another output of milora-init", hint=OTHER_OUTPUT_HINT)
     require_trained_from(initial, lora.weights, manifest.weights)
 
 
@@ -200,7 +205,7 @@ def require_trained_from(initial: Path, trained: Path, weights: Sequence[Adapted
         CheckpointError: A file cannot be read.
     """
     if found := modules_not_trained_from(initial, trained, weights):
-        raise PlanError(f"{trained}: {summarise_modules(found)}", hint=OTHER_BASE_HINT)
+        raise PlanError(f"{trained}: {summarise_modules(found)}", hint=OTHER_OUTPUT_HINT)
 
 
 def have_equal_factors(one: Path, other: Path) -> bool:
@@ -224,11 +229,25 @@ def have_equal_factors(one: Path, other: Path) -> bool:
         )
 
 
+def is_untrained(initial: Path, adapter: Path) -> bool:
+    """Whether a weights file holds the initial factors and nothing beside them.
+
+    Args:
+        initial: The weights file of the initial adapter.
+        adapter: The weights file.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    beside = read_header(adapter).tensors.keys() - read_header(initial).tensors.keys()
+    return not beside and have_equal_factors(initial, adapter)
+
+
 def summarise_modules(reasons: Mapping[str, str]) -> str:
     """Describe the result of `modules_not_trained_from` in one line."""
     first = ", ".join(f"{module} ({reason})" for module, reason in list(reasons.items())[:_MAX_NAMES])
     more = f", and {len(reasons) - _MAX_NAMES} more" if len(reasons) > _MAX_NAMES else ""
-    return f"unrelated to the adapter that this base was made with, in {len(reasons)} of its weights: {first}{more}"
+    return f"unrelated to the initial adapter of this output, in {len(reasons)} of its weights: {first}{more}"
 
 
 def modules_not_trained_from(initial: Path, trained: Path, weights: Sequence[AdaptedWeight] = ()) -> dict[str, str]:

@@ -210,7 +210,7 @@ def read_lora(path: Path, records: Iterable[WeightRecord] = ()) -> LoraAdapter:
     if len(fused) != len({expert.parameter for expert in experts.values()}):
         raise PlanError(
             f"{path / CONFIG_FILE}: {fused[0] if fused else min(experts)} is a parameter of experts; "
-            f"only the manifest of the base says which experts these factors belong to",
+            f"only the manifest says which experts these factors belong to",
             hint="keep the adapter in the folder that milora-init wrote, together with milora_init.json",
         )
     rank_of = _pattern_lookup(config, "rank_pattern", "r", path)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from milora_init.errors import OutputError, UsageError, remedy
+from milora_init.options import local_path
 from milora_init.pictures.style import GENERATOR
 from milora_init.untrusted import plain_file
 
@@ -29,7 +30,7 @@ def prepared(path: str | os.PathLike[str] | None, option: str) -> Callable[[byte
     """
     if path is None:
         return None
-    target = Path(path).expanduser()
+    target = local_path(os.fspath(path))
     if target.suffix.lower() not in _SUFFIXES[option]:
         ending = _SUFFIXES[option][0]
         raise UsageError(f"{option} {path} does not end in {ending}", hint=f"name a file such as scan{ending}")

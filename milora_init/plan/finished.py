@@ -19,7 +19,7 @@ from milora_init.checkpoint.side_files import side_files
 from milora_init.errors import MiloraError, OutputError
 from milora_init.manifest import WORK_FOLDER, Manifest, read_manifest
 from milora_init.methods import recorded_method
-from milora_init.options import InitOptions
+from milora_init.options import InitOptions, local_path
 from milora_init.untrusted import path_inside
 
 
@@ -34,7 +34,7 @@ def finished_output(options: InitOptions, folder: Path, remote: RemoteFiles | No
     Raises:
         OutputError: The folder holds the output of another request, or a file of it has another size.
     """
-    out = Path(options.out).expanduser()
+    out = local_path(options.out)
     if options.overwrite or options.push_to_hub or (out / WORK_FOLDER).exists():
         return None
     try:

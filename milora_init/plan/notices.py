@@ -39,16 +39,17 @@ def plan_notices(
 
 
 def _class_notices(options: InitOptions, checkpoint: Checkpoint, structure: ModelStructure) -> list[str]:
-    """Name the class that the pair must be loaded with, if AutoModelForCausalLM builds another one."""
+    """Name the class that the model must be loaded as, if AutoModelForCausalLM builds another one."""
     if not structure.other_class:
         return []
+    model = "base" if options.effective_method.writes_base else "model"
     if options.text_only:
         return [
-            f"load the base with AutoModelForCausalLM, which builds a {structure.architecture}: in a "
+            f"load the {model} with AutoModelForCausalLM, which builds a {structure.architecture}: in a "
             f"{structure.other_class} the modules have other names, and PEFT would not load the adapter's tensors"
         ]
     return [
-        f"load the base as a {structure.architecture}: AutoModelForCausalLM builds a {structure.other_class}, in "
+        f"load the {model} as a {structure.architecture}: AutoModelForCausalLM builds a {structure.other_class}, in "
         f"which the modules have other names, and PEFT would not load the adapter's tensors"
         + ("; --text-only makes an adapter for that class" if "text_config" in checkpoint.config else "")
     ]

@@ -29,10 +29,10 @@ from milora_init.errors import CheckpointError, PlanError
 from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, adapter_files
 from milora_init.lora.tensor_layout import adapter_header
-from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, fingerprint
+from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, WORK_FOLDER, fingerprint
 from milora_init.methods import METHODS
 from milora_init.model.adaptable import ModelStructure, read_structure
-from milora_init.options import InitOptions
+from milora_init.options import InitOptions, local_path
 from milora_init.plan.finished import copied_side_files, option_inputs
 from milora_init.plan.notices import plan_notices
 from milora_init.plan.output_files import ShardJob, config_with_dtype, plain_config, plan_index, plan_shard
@@ -122,6 +122,15 @@ class Plan:
         return self.options.effective_method.writes_base
 
     @property
+    def nodes_may_upload(self) -> bool:
+        """Whether the nodes of a Ray cluster can fetch, make and upload the shards: model and output are on the Hub.
+
+        A node then need not see the output folder.
+        """
+        on_hub = self.checkpoint.remote is not None and self.options.push_to_hub is not None
+        return self.options.ray is not None and on_hub and self.writes_base
+
+    @property
     def adapter_files(self) -> tuple[str, str]:
         """The adapter's config and weights, by the path relative to the output."""
         return adapter_files(self.options.effective_method)
@@ -164,7 +173,7 @@ class Plan:
     @property
     def out(self) -> Path:
         """The folder of the output."""
-        return Path(self.options.out).expanduser()
+        return local_path(self.options.out)
 
     @property
     def overwrite(self) -> bool:
@@ -176,16 +185,19 @@ class Plan:
         """The disk space that the run needs at its peak."""
         download = sorted(self.downloads.values())
         shards = sorted(job.base_bytes for job in self.own_jobs)
-        low_disk = self.options.low_disk
+        low_disk, on_nodes = self.options.low_disk, self.options.ray is not None
         # Without low_disk, downloads go into the Hub's cache: `hub.download.require_cache_space` checks its disk. With
         # low_disk, a download is removed when its shard is finished, and a shard when it is uploaded.
         # Without a base, single tensors are downloaded into the work folder, and removed in the same way.
-        download_bytes = sum(download[-_LOW_DISK_SHARDS:]) if low_disk or not self.writes_base else 0
+        # The nodes of a Ray cluster download to their own disks, and may upload the shards from there: `RayMakers`
+        # checks these disks, and this one if it is to have the shards.
+        download_bytes = sum(download[-_LOW_DISK_SHARDS:]) if not on_nodes and (low_disk or not self.writes_base) else 0
         base_bytes = sum(shards[-_LOW_DISK_SHARDS:] if low_disk and self.options.push_to_hub else shards)
+        if self.nodes_may_upload:
+            base_bytes = 0
         side_bytes = sum(stamp(self.source / name)[0] for name in self.side_files)
         if self.options.part is not None:
-            factors = sum(4 * w.rank * sum(w.weight.shape) for job in self.own_jobs for w in job.splits)
-            return download_bytes + base_bytes + factors
+            return download_bytes + base_bytes + sum(map(self.factor_bytes, self.own_jobs))
         # The adapter counts twice: as one part for each shard, and as the final file that is assembled from the parts.
         return download_bytes + base_bytes + 2 * self.adapter_bytes + side_bytes
 
@@ -219,6 +231,10 @@ class Plan:
         if self.writes_base:
             return source.data_bytes
         return sum((job.quantised.get(name) or source.tensors[name]).size_bytes for name in job.weights)
+
+    def factor_bytes(self, job: ShardJob) -> int:
+        """Size of the factors of a job's weights, in float32."""
+        return sum(4 * w.rank * sum(w.weight.shape) for w in job.splits)
 
     @property
     def base_bytes(self) -> int:
@@ -351,10 +367,15 @@ def make_plan(
 def _refuse_our_own_output(folder: Path) -> None:
     """Raise CheckpointError if the folder is an output of this program, whose components are taken out already.
 
-    The hint names the original model if the manifest does.
+    It may be unfinished, or hold the files of some parts only. The hint names the original model if the manifest does.
     """
     found = next((name for name in (MANIFEST, LORA_CONFIG) if os.path.lexists(folder / name)), None)
     if found is None:
+        if (folder / WORK_FOLDER).is_dir():
+            raise CheckpointError(
+                f"{folder} is an unfinished output of milora-init, not a model",
+                hint="name the original model; to finish this output, run its command again, without --part",
+            )
         return
     try:
         manifest = json.loads(read_text(folder / MANIFEST, most_bytes=MOST_MANIFEST_BYTES))

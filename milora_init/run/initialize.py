@@ -10,7 +10,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,26 +52,19 @@ Status = Literal["done", "unchanged"]
 
 
 class ShardUploader(Protocol):
-    """Uploads finished shards while others are made, where the disk cannot hold all; see `hub.upload.Repository`."""
+    """Uploads an output whose shards are not all on this disk; see `hub.upload.Repository`."""
 
     def mark_unfinished(self) -> None:
         """Mark the repository as unfinished, before the first `push_shard`; a resumed run does it again."""
 
-    def pushed_shards(self, hashes: Mapping[str, str]) -> set[str]:
-        """Of these files, with their SHA-256, the names of those that are uploaded already."""
+    def pushed_shards(self, shards: Mapping[str, tuple[int, str]]) -> set[str]:
+        """Of these files, with their size and SHA-256, the names of those that are uploaded already."""
 
-    def push_shard(self, path: Path, name: str) -> str:
-        """Upload a file of weights; returns its SHA-256. The file may be removed from the disk then."""
+    def push_shard(self, path: Path, name: str) -> None:
+        """Upload a file of weights. It may be removed from the disk then."""
 
     def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str]) -> object:
         """Upload all other files: the output is finished."""
-
-
-class ShardPreuploader(Protocol):
-    """Uploads the content of finished shards for a later commit; see `hub.upload.Repository`."""
-
-    def upload(self, path: Path, name: str) -> None:
-        """Upload a file that the last push will commit."""
 
 
 def carry_out(
@@ -92,27 +85,34 @@ def carry_out(
 
     repository = Repository(options.push_to_hub, private=options.private, token=options.token)
     repository.prepare(*_kind_and_model(plan), overwrite=overwrite_repository)
-    if not options.low_disk:
-        manifest, status = run_plan(plan, progress=progress)
-        if progress:
-            progress.pushing(options.push_to_hub)
-        return manifest, status, repository.push(plan.out, manifest)
-    if repository.manifest_fingerprint() == plan.fingerprint:
+    keeps_nothing = options.low_disk or (plan.nodes_may_upload and not plan.out.exists())
+    if keeps_nothing and repository.manifest_fingerprint() == plan.fingerprint:
         return repository.manifest(), "unchanged", None
-    manifest, _ = run_plan(plan, progress=progress, uploader=repository)
-    return repository.published_manifest(manifest), "done", repository.published
+    uploader = repository if options.low_disk or plan.nodes_may_upload else None
+    manifest, status = run_plan(plan, progress=progress, uploader=uploader)
+    if repository.published:
+        return repository.published_manifest(manifest), status, repository.published
+    if progress:
+        progress.pushing(options.push_to_hub)
+    return manifest, status, repository.push(plan.out, manifest)
 
 
 def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_repository: bool = False) -> PartResult:
     """Make the files of the part that the options name; see `api.initialize_part`. Raises as `run_plan`."""
     options = plan.options
     assert options.part is not None
-    repository = None
+    unchanged = PartResult(options.out, "unchanged", options.part, plan.fingerprint, (), len(plan.jobs), len(plan.jobs))
+    upload, pushed_shards = None, None
     if options.push_to_hub:
         from milora_init.hub.upload import Repository
 
         repository = Repository(options.push_to_hub, private=options.private, token=options.token)
         repository.prepare(*_kind_and_model(plan), overwrite=overwrite_repository)
+        upload = repository.upload
+        if options.low_disk:
+            if repository.manifest_fingerprint() == plan.fingerprint:
+                return unchanged
+            upload, pushed_shards = repository.upload_alone, repository.pushed_shards
     progress = progress or Progress()
     started = time.monotonic() if progress.started is None else progress.started
     resolve_devices(options.device)  # a wrong one is refused before anything is written
@@ -120,16 +120,16 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
     _require_same_output_kind(plan, out)
     own = {job.target for job in plan.own_jobs}
     if out.prepare(plan):
-        return PartResult(options.out, "unchanged", options.part, plan.fingerprint, (), len(plan.jobs), len(plan.jobs))
+        return unchanged
     try:
         with FilePool() as files:
-            entries = out.finished_shards(files, among=own)
+            entries = out.finished_shards(files, pushed_shards, among=own)
             todo = [job for job in plan.own_jobs if job.target not in entries]
             require_loadable(plan)
             _report_plan_and_remade_shards(plan, todo, out, progress)
             todo = with_parts(todo, plan.checkpoint, out.attempts)
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
-                made = _Committer(plan, out, progress, None, prefetcher, started, repository).run(makers, todo)
+                made = _Committer(plan, out, progress, upload, prefetcher, started).run(makers, todo)
         finished = len(out.entries())
     except BaseException:
         out.abandon()
@@ -141,7 +141,13 @@ def carry_out_part(plan: Plan, *, progress: Progress | None = None, overwrite_re
 def run_plan(
     plan: Plan, *, progress: Progress | None = None, uploader: ShardUploader | None = None
 ) -> tuple[Manifest, Status]:
-    """Carry out a plan. With an uploader, the output is uploaded, and nothing of it is kept here.
+    """Carry out a plan.
+
+    Args:
+        plan: The plan.
+        progress: Receives the events.
+        uploader: With low_disk, shards are uploaded one by one and removed. Nodes of a Ray cluster may upload what they
+            make. In both cases the whole output is uploaded then, and nothing of it is kept here.
 
     Returns:
         The manifest, and `unchanged` if the same request was finished before.
@@ -156,31 +162,30 @@ def run_plan(
     out = OutputFolder(plan.out, MANIFEST, read_manifest)
     _require_same_output_kind(plan, out)
     if finished := out.prepare(plan):
-        if uploader:
-            uploader.push(out.path, finished, pushed_before=())
         return finished, "unchanged"
+    through = uploader if plan.options.low_disk else None  # every shard goes there, and none stays here
     try:
         with FilePool() as files:
             entries = out.finished_shards(files, uploader.pushed_shards if uploader else None)
             peft_version = require_loadable(plan)
             todo = [job for job in plan.jobs if job.target not in entries]
             _report_plan_and_remade_shards(plan, todo, out, progress)
-            todo = with_parts(todo, plan.checkpoint, out.attempts)
-            if uploader:
-                uploader.mark_unfinished()
+            if plan.options.ray is None:  # its nodes fetch for themselves
+                todo = with_parts(todo, plan.checkpoint, out.attempts)
+            if through:
+                through.mark_unfinished()
             with _makers(plan, todo, out, files, progress) as (makers, prefetcher):
-                entries |= _Committer(plan, out, progress, uploader, prefetcher, started).run(makers, todo)
+                upload = through.push_shard if through else None
+                entries |= _Committer(plan, out, progress, upload, prefetcher, started).run(makers, todo)
         manifest = _assemble(plan, out, entries, peft_version, started)
-        if uploader:
-            uploader.push(
-                out.path,
-                manifest,
-                pushed_before=[name for name, entry in entries.items() if entry.pushed is not None],
-            )
+        pushed = [name for name, entry in entries.items() if entry.pushed is not None]
+        keeps_nothing = through is not None or bool(pushed)
+        if uploader and keeps_nothing:
+            uploader.push(out.path, manifest, pushed_before=pushed)
     except BaseException:
         out.abandon()
         raise
-    if uploader:
+    if keeps_nothing:
         out.discard(plan.files)
     else:
         out.finish(manifest.to_json())
@@ -234,10 +239,9 @@ class _Committer:
     plan: Plan
     out: OutputFolder[Manifest]
     progress: Progress
-    uploader: ShardUploader | None
+    upload: Callable[[Path, str], None] | None
     prefetcher: Prefetcher | None
     started: float
-    preuploader: ShardPreuploader | None = None
 
     def run(self, makers: Makers[ShardJob, WeightRecord], todo: Sequence[ShardJob]) -> dict[str, Entry]:
         """Let the shards of these jobs be made; return their entries of the journal by the shard's name."""
@@ -260,14 +264,13 @@ class _Committer:
         path = self.out.path / entry.shard
         if self.prefetcher:
             self.prefetcher.release(job)
-        if self.uploader:
-            entry = dataclasses.replace(entry, pushed=self.uploader.push_shard(path, entry.shard))
-            self.out.journal.append(entry)
-            path.unlink()
+        if not self.plan.writes_base or entry.pushed is not None:
             return entry
-        if self.preuploader and self.plan.writes_base:
-            self.preuploader.upload(path, entry.shard)
-        if self.plan.writes_base and self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
+        if self.upload:
+            self.upload(path, entry.shard)
+            if self.plan.options.low_disk:
+                return self.out.remove_pushed(entry)
+        if self.plan.source_bytes + self.plan.base_bytes > memory_bytes():
             drop_from_page_cache(path)
         return entry
 
@@ -281,7 +284,7 @@ def _makers(
     if options.ray is not None:
         from milora_init.run.ray_makers import RayMakers
 
-        with RayMakers(options.ray, plan, out.attempts, progress) as on_nodes:
+        with RayMakers(options.ray, plan, todo, out.attempts, progress) as on_nodes:
             yield on_nodes, None
         return
     devices, threads_per_device = solver_devices(plan)

@@ -53,7 +53,7 @@ class Entry:
         files: Size in bytes of each file that was written for it, by the path relative to the folder.
         records: One for each of its weights that was split.
         hashes: SHA-256 of each of `files`.
-        pushed: SHA-256 with which the shard was uploaded; None if it was not.
+        pushed: SHA-256 with which the shard was uploaded; None if it was not. It is not in the folder then.
     """
 
     shard: str

@@ -25,7 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from milora_init.checkpoint.side_files import would_be_loaded
 from milora_init.checkpoint.writer import partial_of, sync_folder, writing
 from milora_init.errors import OutputError
-from milora_init.manifest import WORK_FOLDER, WeightRecord
+from milora_init.manifest import WORK_FOLDER, WeightRecord, part_name
 from milora_init.plan.finished import another_request, require_intact
 from milora_init.records import RECORDS
 from milora_init.run.journal import Entry, Head, Journal
@@ -35,7 +35,6 @@ from milora_init.untrusted import path_inside
 
 _LOCK = "lock"
 _JOURNAL = "journal.jsonl"
-_PART = "part-"
 
 
 class OutputPlan(Protocol):
@@ -118,11 +117,6 @@ def require_no_other_output(out: Path, own_record: str) -> None:
             raise OutputError(f"--out {out} holds another output of milora-init: {name}", hint="choose another --out")
 
 
-def _of_part(part: tuple[int, int], name: str) -> str:
-    """The name of a part's own file or folder in the work folder."""
-    return f"{_PART}{part[0]}-of-{part[1]}.{name}"
-
-
 class OutputFolder(Generic[Record]):
     """One output folder.
 
@@ -146,8 +140,8 @@ class OutputFolder(Generic[Record]):
         self.work = path / WORK_FOLDER
         self.journal = Journal(self.work / _JOURNAL, out=path)  # of the whole output; its head says what that is
         self._part = part
-        self._own = self.journal if part is None else Journal(self.work / _of_part(part, _JOURNAL), out=path)
-        self.attempts = self.work / ("attempts" if part is None else _of_part(part, "attempts"))
+        self._own = self.journal if part is None else Journal(self.work / part_name(part, _JOURNAL), out=path)
+        self.attempts = self.work / ("attempts" if part is None else part_name(part, "attempts"))
         self._locks: list[int] = []
         self._has_part = False  # whether the part is locked by this object
 
@@ -247,7 +241,7 @@ class OutputFolder(Generic[Record]):
                 os.close(self._locks.pop())
         self._take_lock(own, shared=True)
         busy = f"part {number}/{count} of {self.path} is being made by another process"
-        self._take_lock(_of_part((number, count), _LOCK), busy=busy)
+        self._take_lock(part_name((number, count), _LOCK), busy=busy)
         self._has_part = True
 
     @contextmanager
@@ -263,7 +257,7 @@ class OutputFolder(Generic[Record]):
 
     def _journals(self) -> list[Journal]:
         """The journal of the output, then those of the parts. Raises OutputError for one of another request."""
-        paths = sorted(self.work.glob(f"{_PART}*.{_JOURNAL}"))
+        paths = sorted(self.work.glob(f"part-*.{_JOURNAL}"))
         head, _ = self.journal.read()
         journals = [Journal(path, out=self.path) for path in paths]
         for journal in journals:
@@ -291,24 +285,32 @@ class OutputFolder(Generic[Record]):
         Only the process that holds the lock of the folder calls this, and only for an attempt that it has waited for.
         """
         made = self.attempts / result.attempt
-        for name in result.files:
-            path = self._path_of(name)
+        paths = [self._path_of(name) for name in result.files if not (result.uploaded and name == result.shard)]
+        for path in paths:
             with writing(path):
                 (made / path.name).replace(path)
         with writing(made):
             made.rmdir()
-        for folder in {self._path_of(name).parent for name in result.files}:
+        for folder in {path.parent for path in paths}:
             with writing(folder):
                 sync_folder(folder)
         records = tuple(record for record in result.records if record)
-        entry = Entry(result.shard, result.files, records, result.hashes)
+        pushed = result.hashes[result.shard] if result.uploaded else None
+        entry = Entry(result.shard, result.files, records, result.hashes, pushed)
         self._own.append(entry)
         return entry
+
+    def remove_pushed(self, entry: Entry) -> Entry:
+        """Record that a shard was uploaded, and remove it from the disk; return its new entry."""
+        pushed = replace(entry, pushed=entry.hashes[entry.shard])
+        self._own.append(pushed)
+        self._path_of(entry.shard).unlink()
+        return pushed
 
     def finished_shards(
         self,
         files: FilePool,
-        uploaded: Callable[[Mapping[str, str]], set[str]] | None = None,
+        uploaded: Callable[[Mapping[str, tuple[int, str]]], set[str]] | None = None,
         *,
         among: Container[str] | None = None,
     ) -> dict[str, Entry]:
@@ -316,12 +318,12 @@ class OutputFolder(Generic[Record]):
 
         Args:
             files: Hashes the files.
-            uploaded: Given the SHA-256 of shards that were uploaded, returns the names of those that are still where
-                this run uploads to. None if it uploads nothing.
+            uploaded: Given size and SHA-256 of shards that were uploaded, returns the names of those that are still
+                where this run uploads to. None if all shards are to be on the disk.
             among: Look at these shards only; None for all.
         """
         entries = {name: entry for name, entry in self.entries().items() if among is None or name in among}
-        pushed = {name: entry.pushed for name, entry in entries.items() if entry.pushed is not None}
+        pushed = {name: (e.files.get(name, 0), e.pushed) for name, e in entries.items() if e.pushed is not None}
         elsewhere = uploaded(pushed) if uploaded else set()
         for name in pushed.keys() - elsewhere:  # uploaded to another repository, for example
             entries[name] = replace(entries[name], pushed=None)

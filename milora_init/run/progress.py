@@ -24,6 +24,7 @@ class ShardResult(Generic[Record]):
         records: What each of its weights returned; for a run, the record of the weight.
         hashes: SHA-256 of each of `files`.
         attempt: Name of the folder that holds the files until they get their final names.
+        uploaded: Whether the shard itself was uploaded by its maker, and is not in that folder.
     """
 
     shard: str
@@ -31,6 +32,7 @@ class ShardResult(Generic[Record]):
     records: tuple[Record, ...]
     hashes: dict[str, str]
     attempt: str
+    uploaded: bool = False
 
 
 class Progress:

@@ -1,10 +1,12 @@
 """Make the files of an output on the nodes of a Ray cluster (https://docs.ray.io), one task for each file.
 
-Every node must see the model and the output folder at the same paths, and have the same milora_init and torch: `check`
-is called on every node before the first file is made, and again by each task, because nodes may join later. A task
-makes its file in the folder of its attempt, with the code of a single machine, and returns sizes, hashes and records.
-The driver alone gives names and writes the journal. So a task that Ray has started twice, or that ends after the
-driver, changes nothing.
+Every node must have the same milora_init and torch, and must see the model and the output folder at the same paths:
+`check` is called on every node before the first file is made, and again by each task, because nodes may join later. A
+model on the Hub is fetched by each node. If the output goes to the Hub too, nodes need not see its folder: they upload
+what they make. See `ray_node`.
+
+A task returns sizes, hashes and records. The driver alone gives names and writes the journal. So a task that Ray has
+started twice, or that ends after the driver, changes nothing.
 
 A task that is lost with its worker or its node is started again by Ray. An error of a task ends the run.
 """
@@ -14,153 +16,34 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from milora_init import __version__
-from milora_init.checkpoint.files import Stamp, stamp
-from milora_init.checkpoint.folder import RemoteFiles
-from milora_init.checkpoint.header import Header, read_header
-from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError, SolveError, UsageError
-from milora_init.hub.source import fetch_file
+from milora_init.checkpoint.folder import Checkpoint
+from milora_init.checkpoint.hashing import sha256
+from milora_init.checkpoint.writer import writing
+from milora_init.errors import MiloraError, OutputError, PlanError, SolveError, UsageError, explain
+from milora_init.hub.source import with_token
 from milora_init.manifest import WeightRecord
-from milora_init.options import InitOptions
 from milora_init.plan.output_files import ShardJob
 from milora_init.plan.plan import PROCESS_BYTES, Plan
 from milora_init.run import shard_job
-from milora_init.run.makers import LocalMakers
-from milora_init.run.pool import FilePool, SolverPool
+from milora_init.run.adapter_file import part_name
 from milora_init.run.progress import Progress, ShardResult
+from milora_init.run.ray_node import PROBE, Node, Request, Versions, check, make_file
 
 RETRIES = 4  # of a task whose worker or node is lost
 IN_FLIGHT = 2  # tasks for each that can run at a time: a node that is free finds the next one
 _ANSWER_S = 20  # in which a cluster must answer at all
 _PROBE_S = 300  # in which every node must have answered
 _POLL_S = 10  # how often the driver looks for new nodes while no task ends
-_PROBE = "probe"  # a file in the attempts' folder, by which a node shows that it sees the same folder
-
-
-@dataclass(frozen=True)
-class Versions:
-    """What must be the same on all nodes: it decides the bytes of the output."""
-
-    milora_init: str
-    torch: str
-
-    @classmethod
-    def here(cls) -> Versions:
-        return cls(__version__, torch.__version__)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What every task needs besides its job.
-
-    Attributes:
-        attempts: The folder for the folders of the attempts.
-        token: Content of the file `probe` in it.
-        versions: Of the driver.
-        on_gpu: Whether a task has a GPU.
-        options: The options of the run, for the download of a file.
-        remote: What the Hub knows of the model; None for a local one.
-    """
-
-    attempts: Path
-    token: str
-    versions: Versions
-    on_gpu: bool
-    options: InitOptions
-    remote: RemoteFiles | None
-
-
-@dataclass(frozen=True)
-class Node:
-    """What a node has, as its probe found it."""
-
-    name: str
-    free_bytes: int
-    gpus: int
-
-
-def check(request: Request, sources: Mapping[Path, Stamp | None]) -> Node:
-    """Check that this node can make files of the output. Runs on the node.
-
-    Args:
-        request: Of the run.
-        sources: Files of the model with their stamps; None for one that is on the Hub.
-
-    Raises:
-        PlanError: Another version of milora_init or torch.
-        OutputError: The node does not see the output folder, or another one at its path.
-        CheckpointError: The node does not see a file of the model, or another version of it.
-    """
-    here, name = Versions.here(), platform.node()
-    if here != request.versions:
-        raise PlanError(
-            f"node {name} has milora_init {here.milora_init} with torch {here.torch}, this machine "
-            f"{request.versions.milora_init} with torch {request.versions.torch}",
-            hint="install the same versions on all nodes: other ones may write other bytes",
-        )
-    hint = "mount the same file system at the same path on all nodes, or use --part on each of them"
-    try:
-        token = (request.attempts / _PROBE).read_text()
-    except OSError as error:
-        raise OutputError(f"node {name} does not see {request.attempts}: {error.strerror}", hint=hint) from error
-    if token != request.token:
-        raise OutputError(f"node {name} sees another folder as {request.attempts}", hint=hint)
-    for path, planned in sources.items():
-        if planned is None:
-            continue
-        if not path.exists():
-            raise CheckpointError(f"node {name} does not see {path}", hint=hint)
-        if stamp(path) != planned:
-            raise CheckpointError(f"node {name} sees another version of {path}", hint=hint)
-    return Node(name, shutil.disk_usage(request.attempts).free, torch.cuda.device_count() if request.on_gpu else 0)
-
-
-def make_file(job: ShardJob, request: Request, header: Header, threads: int) -> ShardResult[WeightRecord]:
-    """Make the file of a job in the folder of a new attempt. Runs on a node.
-
-    Args:
-        job: The file.
-        request: Of the run.
-        header: Of the source, as planned.
-        threads: How many weights the CPU solves at a time, if there is no GPU.
-
-    Raises:
-        MiloraError: As `check`, `weight.run` and `download`.
-    """
-    check(request, job.stamps)
-    if job.stamp is None:
-        path = fetch_file(request.options, request.remote, job.source.name, None)
-        if read_header(path).raw != header.raw:
-            raise CheckpointError(f"{path} is not the file whose header was planned with", hint="run it again")
-        job = dataclasses.replace(job, source=path, stamp=stamp(path))
-    devices = (torch.device("cuda", 0),) if request.on_gpu else (torch.device("cpu"),) * threads
-    with (
-        FilePool() as files,
-        SolverPool(devices, threads_per_device=2 if request.on_gpu else 1) as solvers,
-        LocalMakers(
-            solvers,
-            files,
-            open_shard=lambda job: shard_job.shard_writer(job, request.attempts / uuid.uuid4().hex),
-            submit=partial(shard_job.submit, solvers),
-            count=shard_job.count,
-        ) as makers,
-    ):
-        ((_, result),) = makers.run([job])
-    return result
 
 
 class RayMakers:
@@ -169,6 +52,7 @@ class RayMakers:
     Args:
         address: Of the cluster: `auto`, `HOST:PORT`, or as ray.init takes it.
         plan: The run.
+        jobs: Those of its jobs that are to be done.
         attempts: The folder for the folders of the attempts.
         progress: Receives the tensors of each finished file.
 
@@ -177,16 +61,17 @@ class RayMakers:
         PlanError, OutputError, CheckpointError: A node cannot make files of this output; see `check`.
     """
 
-    def __init__(self, address: str, plan: Plan, attempts: Path, progress: Progress) -> None:
+    def __init__(self, address: str, plan: Plan, jobs: Sequence[ShardJob], attempts: Path, progress: Progress) -> None:
         self._address, self._plan, self._progress = address, plan, progress
-        remote = plan.checkpoint.remote
+        cache = plan.options.cache_dir
+        self._jobs = [_for_nodes(job, on_hub=plan.checkpoint.remote is not None) for job in jobs]
         self._request = Request(
             attempts=attempts.absolute(),
             token=uuid.uuid4().hex,
             versions=Versions.here(),
             on_gpu=False,
-            options=dataclasses.replace(plan.options, out=str(plan.out.absolute())),
-            remote=dataclasses.replace(remote, absent={}) if remote else None,
+            shared=not _needs_no_folder(plan),
+            options=with_token(dataclasses.replace(plan.options, cache_dir=cache and str(Path(cache).absolute()))),
         )
 
     def __enter__(self) -> RayMakers:
@@ -199,7 +84,7 @@ class RayMakers:
             on_gpu = has_gpus and "cpu" not in names
             self._request = dataclasses.replace(self._request, on_gpu=on_gpu)
             self._request.attempts.mkdir(parents=True, exist_ok=True)
-            (self._request.attempts / _PROBE).write_text(self._request.token)
+            (self._request.attempts / PROBE).write_text(self._request.token)
             self._probe()
         except BaseException:
             self._ray.shutdown()
@@ -208,70 +93,140 @@ class RayMakers:
 
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()  # Ray ends the tasks of a driver that has left
-        (self._request.attempts / _PROBE).unlink(missing_ok=True)
+        (self._request.attempts / PROBE).unlink(missing_ok=True)
 
     def run(self, jobs: Iterable[ShardJob]) -> Iterator[tuple[ShardJob, ShardResult[WeightRecord]]]:
         """See `Makers`. The costliest files are begun first; each is yielded when it is finished."""
-        ordered = sorted(jobs, key=self._plan.cost, reverse=True)
-        workers = [node for node in self._nodes() if _cpus(node) >= 1]
-        smallest = min(workers, key=_cpus, default=None)
-        if smallest is None:
-            raise UsageError(f"no node of the Ray cluster at {self._address} has a CPU for tasks")
-        for job, result in flow(self._ray, ordered, partial(self._start, smallest["Resources"])):
+        wanted = {job.target: job for job in jobs}
+        ordered = sorted((job for job in self._jobs if job.target in wanted), key=self._plan.cost, reverse=True)
+        smallest = self._smallest_node()
+        for job, (result, part) in flow(self._ray, ordered, partial(self._start, smallest)):
             self._report(job)
-            yield job, result
+            if not self._request.shared:
+                self._receive(result, part)
+            yield wanted[job.target], result
 
     def _start(self, smallest: Mapping[str, float], job: ShardJob) -> Any:
         """Start the task of a job; return its reference. It fits on the smallest node."""
-        plan, request = self._plan, self._request
-        threads = max(1, min(shard_job.count(job), int(smallest["CPU"])))
-        on_gpu = request.on_gpu and bool(job.splits)
+        plan = self._plan
+        request = dataclasses.replace(self._request, on_gpu=self._request.on_gpu and bool(job.splits))
+        threads = self._threads(smallest, job)
         needed = sorted(map(plan.memory_bytes, job.splits), reverse=True)
         most = int(smallest.get("memory", 0))
-        while not on_gpu and threads > 1 and most and PROCESS_BYTES + sum(needed[:threads]) > most // 2:
+        while not request.on_gpu and threads > 1 and most and PROCESS_BYTES + sum(needed[:threads]) > most // 2:
             threads -= 1
-        if request.remote:
-            name = job.source.name
-            hashes = {name: request.remote.hashes[name]} if name in request.remote.hashes else {}
-            request = dataclasses.replace(request, remote=dataclasses.replace(request.remote, hashes=hashes))
         task = self._ray.remote(make_file).options(
-            num_cpus=1 if on_gpu else threads,
-            num_gpus=1 if on_gpu else 0,
-            memory=min(most, PROCESS_BYTES + sum(needed[: 2 if on_gpu else threads])) or None,
+            num_cpus=1 if request.on_gpu else threads,
+            num_gpus=1 if request.on_gpu else 0,
+            memory=min(most, PROCESS_BYTES + sum(needed[: 2 if request.on_gpu else threads])) or None,
             max_retries=RETRIES,
             name=job.target,
         )
-        header = plan.checkpoint.headers[job.source.name]
-        return task.remote(job, dataclasses.replace(request, on_gpu=on_gpu), header, threads)
+        return task.remote(job, request, _files_of(job, plan.checkpoint), threads)
+
+    def _threads(self, smallest: Mapping[str, float], job: ShardJob) -> int:
+        """How many weights of a job are solved at a time on CPUs, where there is enough memory."""
+        return max(1, min(shard_job.count(job), int(smallest["CPU"])))
+
+    def _receive(self, result: ShardResult[WeightRecord], content: bytes | None) -> None:
+        """Write the part of the adapter that a node has sent to where `OutputFolder.commit` looks for it."""
+        folder = self._request.attempts / result.attempt
+        name = part_name(result.shard)
+        path = folder / Path(name).name
+        with writing(path):
+            folder.mkdir(parents=True)
+            if content is not None:
+                path.write_bytes(content)
+        if content is not None and sha256(path) != result.hashes[name]:
+            raise OutputError(f"{path} is not what the node has sent", hint="run the same command again")
 
     def _probe(self) -> None:
-        """Call `check` on every node. Raises what it raises, and OutputError for a node that does not answer."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        """Call `check` on every node that can run tasks, and decide whether they share the output folder.
 
-        sources = {path: planned for job in self._plan.jobs for path, planned in job.stamps.items()}
-        task = self._ray.remote(check)
+        Raises:
+            PlanError, OutputError, CheckpointError: What it raises; and for a node that does not answer, or whose disk
+                is too small.
+        """
+        remote = self._plan.checkpoint.remote and self._plan.checkpoint.remote.of({})
+        stamps = [(path, planned) for job in self._jobs for path, planned in job.stamps.items()]
+        sources = {path: planned for path, planned in stamps if planned is not None}
+        names = [job.source.name for job in self._jobs if job.stamp is None]
+        task, on_node = self._ray.remote(check), self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         probes = {
             task.options(
                 num_cpus=0,
                 max_retries=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            ).remote(self._request, sources): node
-            for node in self._nodes()
+                scheduling_strategy=on_node(node["NodeID"], soft=False),
+            ).remote(self._request, sources, remote, names): node
+            for node in self._workers()
         }
         _, late = self._ray.wait(list(probes), num_returns=len(probes), timeout=_PROBE_S)
         if late:
             name = probes[late[0]]["NodeManagerHostname"]
             raise OutputError(f"node {name} of the Ray cluster has not answered in {_PROBE_S} s", hint="ray status")
+        found: list[tuple[Node, Mapping[str, float]]] = []
         for probe, node in probes.items():
             name = node["NodeManagerHostname"]
             try:
-                _result(self._ray, probe, f"the probe of node {name}")
+                found.append((_result(self._ray, probe, f"the probe of node {name}"), node["Resources"]))
             except self._ray.exceptions.RayTaskError as error:  # it cannot even be called there
                 reason = str(error.cause).strip().partition("\n")[0]
                 raise PlanError(
                     f"node {name} cannot run milora_init {__version__}: {reason}",
                     hint="install the same versions of milora_init and torch on all nodes",
                 ) from error
+        shared = all(node.output_bytes is not None for node, _ in found)
+        self._request = dataclasses.replace(self._request, shared=shared)
+        self._require_disks(found)
+
+    def _require_disks(self, nodes: Iterable[tuple[Node, Mapping[str, float]]]) -> None:
+        """Compare what is free with what the files need. Raises OutputError.
+
+        A node's own disk has the sources that it fetches, and the files if it does not see the output folder; as many
+        at a time as it has places for the largest tasks.
+        """
+        plan, request, smallest = self._plan, self._request, self._smallest_node()
+        fetched = {job.target: 0 if job.stamp is not None else self._fetched_bytes(job) for job in self._jobs}
+        made = {job.target: job.base_bytes + plan.factor_bytes(job) for job in self._jobs}
+        threads = max((self._threads(smallest, job) for job in self._jobs), default=1)
+        for node, resources in nodes:
+            own = [
+                (0 if job.source.name in node.cached else fetched[job.target])
+                + (0 if request.shared else made[job.target])
+                for job in self._jobs
+            ]
+            places = resources.get("GPU", 0) if request.on_gpu else resources["CPU"] // threads
+            needed = sum(sorted(own, reverse=True)[: int(places)])
+            if needed > node.own_bytes:
+                raise OutputError(
+                    f"node {node.name} needs {needed / 1e6:,.1f} MB for the files that it makes at a time, its "
+                    f"temporary folder has {node.own_bytes / 1e6:,.1f} MB free",
+                    hint="set TMPDIR to a folder on a larger disk where Ray is started on that node",
+                )
+            needed = sum(made.values()) if request.shared else 0
+            if node.output_bytes is not None and needed > node.output_bytes:
+                raise OutputError(
+                    f"--out {plan.out} needs {needed / 1e6:,.1f} MB, its disk has {node.output_bytes / 1e6:,.1f} MB "
+                    f"free on node {node.name}",
+                    hint="free some space, or choose an --out on another disk",
+                )
+
+    def _fetched_bytes(self, job: ShardJob) -> int:
+        """How much a node downloads for a job."""
+        header = self._plan.checkpoint.headers[job.source.name]
+        return (header if self._plan.writes_base else job.source_part(header)).file_bytes
+
+    def _smallest_node(self) -> Mapping[str, float]:
+        """The resources of the node with the fewest CPUs of those that can run tasks."""
+        resources: Iterable[Mapping[str, float]] = (node["Resources"] for node in self._workers())
+        return min(resources, key=lambda resources: resources["CPU"])
+
+    def _workers(self) -> list[dict[str, Any]]:
+        """The nodes that can run tasks. Raises UsageError where there is none."""
+        found = [node for node in self._nodes() if node["Resources"].get("CPU", 0) >= 1]
+        if not found:
+            raise UsageError(f"no node of the Ray cluster at {self._address} has a CPU for tasks")
+        return found
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
@@ -283,6 +238,28 @@ class RayMakers:
             split = job.weights.get(name, ())
             for _ in split or (() if job.header is None else (None,)):
                 self._progress.tensor(name, info.size_bytes // max(1, len(split)))
+
+
+def _needs_no_folder(plan: Plan) -> bool:
+    """Whether nodes can do without the output folder: they fetch from the Hub, and upload or have only factors."""
+    return plan.nodes_may_upload or (plan.checkpoint.remote is not None and not plan.writes_base)
+
+
+def _for_nodes(job: ShardJob, *, on_hub: bool) -> ShardJob:
+    """The job as a node can read it: with absolute paths; of a model on the Hub, without what is on this disk."""
+    if on_hub:
+        return dataclasses.replace(job, stamp=None, companions={})
+    elsewhere = {n: dataclasses.replace(place, path=place.path.absolute()) for n, place in job.elsewhere.items()}
+    companions = {path.absolute(): planned for path, planned in job.companions.items()}
+    return dataclasses.replace(job, source=job.source.absolute(), elsewhere=elsewhere, companions=companions)
+
+
+def _files_of(job: ShardJob, checkpoint: Checkpoint) -> Checkpoint:
+    """What a node must know of a model on the Hub to read what a job reads."""
+    names = {job.source.name, *(checkpoint.file_of[name] for name in job.elsewhere)}
+    headers = {name: checkpoint.headers[name] for name in names}
+    remote = checkpoint.remote and checkpoint.remote.of(headers)
+    return Checkpoint(checkpoint.folder, headers, {}, None, checkpoint.is_pickle, remote)
 
 
 def flow(ray: Any, jobs: Iterable[Any], start: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
@@ -320,6 +297,8 @@ def _result(ray: Any, reference: Any, what: str) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, MiloraError):
             raise error.cause from None
+        if isinstance(error.cause, OSError | MemoryError) and (explained := explain(error.cause)):
+            raise SolveError(f"{what} on a node of the Ray cluster: {explained[0]}", hint=explained[1]) from error
         raise
     except ray.exceptions.RayError as error:
         reason = str(error).strip().partition("\n")[0]
@@ -327,10 +306,6 @@ def _result(ray: Any, reference: Any, what: str) -> Any:
             f"{what} was lost on the Ray cluster {RETRIES + 1} times: {reason}",
             hint="look at the memory of the nodes (`ray status`); the same command resumes the run",
         ) from error
-
-
-def _cpus(node: Mapping[str, Any]) -> float:
-    return float(node["Resources"].get("CPU", 0))
 
 
 def connect(address: str) -> Any:

@@ -15,9 +15,10 @@ from torch import Tensor
 from milora_init.checkpoint.header import TensorInfo, read_header
 from milora_init.errors import CheckpointError, MiloraError, PlanError
 from milora_init.lora.compatibility import (
-    OTHER_BASE_HINT,
+    OTHER_OUTPUT_HINT,
+    UNTRAINED,
     explain_other_class,
-    have_equal_factors,
+    is_untrained,
     modules_not_trained_from,
     other_base_in_config,
     summarise_modules,
@@ -46,7 +47,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MOST_NAMES = 3  # in one message
 _MOST_MODULES = 20  # with a finding of their own
 # An edit of the config would not help: the factors were trained for the function that it describes.
-_TRAIN_AGAIN = "train again from this base's lora/, without a change to it"
+_TRAIN_AGAIN = "train again from the initial adapter, with its config unchanged"
 _KEPT = "trained beside the factors, and kept by merge and convert"
 
 
@@ -70,11 +71,11 @@ def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | N
             if trained is not None and key in _BESIDE_FACTORS:
                 findings.append(note(name, f"{key} is {config.get(key)!r}: {_KEPT}"))
                 continue
-            what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
+            what = f"{key} is {config.get(key)!r}, this output was made with {wanted[key]!r}"
             findings.append(Finding(name, what, _set_field(key, wanted[key]) if trained is None else _TRAIN_AGAIN))
     for key in _PATTERNS:
         if (config.get(key) or {}) != (wanted[key] or {}):
-            what = f"{key} is {config.get(key)!r}, this base was made with {wanted[key]!r}"
+            what = f"{key} is {config.get(key)!r}, this output was made with {wanted[key]!r}"
             findings.append(Finding(name, what, _set_field(key, wanted[key])))
     for key in (*EXTRA_WEIGHT_KEYS, *UNSUPPORTED_KEYS):
         if config.get(key) and config[key] != wanted.get(key):
@@ -104,13 +105,13 @@ def _check_targets(
             named = resolve_target_modules(config.get("target_modules"), modules)
             if differing := sorted(named ^ resolve_target_modules(wanted["target_modules"], modules)):
                 first = f"{'hits' if differing[0] in named else 'misses'} {differing[0]}"
-                what = f"target_modules {first}; {len(differing)} modules differ from those of this base"
+                what = f"target_modules {first}; {len(differing)} modules differ from those of this output"
                 findings.append(Finding(name, what, hint))
         except ValueError as error:
             findings.append(Finding(name, f"target_modules: {error}", hint))
     parameters = wanted.get("target_parameters", [])
     if set(config.get("target_parameters") or ()) != set(parameters):
-        what = f"target_parameters is {config.get('target_parameters')!r}, this base was made with {parameters!r}"
+        what = f"target_parameters is {config.get('target_parameters')!r}, this output was made with {parameters!r}"
         findings.append(Finding(name, what, _set_field("target_parameters", parameters)))
     return findings
 
@@ -167,7 +168,7 @@ def check_adapter_header(
     if extra:
         more = f" and {len(extra) - _MOST_NAMES} more" if len(extra) > _MOST_NAMES else ""
         findings.append(note(str(path), f"{', '.join(extra[:_MOST_NAMES])}{more}: {_KEPT}"))
-    hint = "name the base that this adapter was made for"
+    hint = OTHER_OUTPUT_HINT if trained else KEEP_A_COPY
 
     def add(keys: list[str], what: str) -> None:
         more = f", and {len(keys) - 1} more like it" if keys[1:] else ""
@@ -178,7 +179,7 @@ def check_adapter_header(
     if unexpected:
         parsed = parse_lora_key(unexpected[0])
         of = (
-            f"{parsed[0]}, which is not adapted in this base"
+            f"{parsed[0]}, which is not adapted in this output"
             if parsed
             else "no module: its name is not one that PEFT gives a factor"
         )
@@ -236,18 +237,31 @@ def _has_other_singular_values(B: Tensor, A: Tensor, record: WeightRecord, facto
     return not all(abs(error) <= tolerance for error in errors)
 
 
-def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *, compare_values: bool) -> list[Finding]:
-    """A trained adapter must fit the base of a pair, and must have been trained from the pair's initial adapter.
+def check_trained_adapter(
+    pair: Pair, folder: Path, modules: Collection[str], *, compare_values: bool
+) -> tuple[list[Finding], bool]:
+    """A trained adapter must fit an output, and must have been trained from its initial adapter.
 
     Args:
-        pair: The folder.
+        pair: The folder of the output.
         folder: The trained adapter.
         modules: Names of all modules of the model.
         compare_values: Compare its factors with the initial ones, which must be readable.
 
+    Returns:
+        The findings, and whether it is trained: not, if it holds the initial factors alone, which is a note.
+
     Raises:
         CheckpointError: An initial adapter that cannot be read.
     """
+    findings = _check_trained(pair, folder, modules, compare_values=compare_values)
+    weights, untrained = folder / WEIGHTS_FILE, False
+    with suppress(MiloraError):  # what cannot be read is a finding already
+        untrained = compare_values and weights.is_file() and is_untrained(pair.weights, weights)
+    return ([note(str(weights), UNTRAINED)] if untrained else []) + findings, not untrained
+
+
+def _check_trained(pair: Pair, folder: Path, modules: Collection[str], *, compare_values: bool) -> list[Finding]:
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     if missing := [path for path in (config, weights) if not path.is_file()]:
         hint = "name a folder that save_pretrained wrote"
@@ -274,26 +288,12 @@ def check_trained_adapter(pair: Pair, folder: Path, modules: Collection[str], *,
             findings.append(Finding(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
         foreign = foreign or len(unrelated) > len(records) / 2
         if unrelated:
-            findings.append(Finding(str(weights), summarise_modules(unrelated), OTHER_BASE_HINT))
+            findings.append(Finding(str(weights), summarise_modules(unrelated), OTHER_OUTPUT_HINT))
             listed = list(unrelated.items())[:_MOST_MODULES]
-            findings += [Finding(module, f"unrelated: {why}", OTHER_BASE_HINT) for module, why in listed]
+            findings += [Finding(module, f"unrelated: {why}", OTHER_OUTPUT_HINT) for module, why in listed]
     if foreign:  # the hints of the checks would only make it look as if it were of this base
-        return [replace(f, hint=OTHER_BASE_HINT, problem="foreign_adapter") if f.problem else f for f in findings]
+        return [replace(f, hint=OTHER_OUTPUT_HINT, problem="foreign_adapter") if f.problem else f for f in findings]
     return [replace(f, problem="adapter_misfit") if f.problem else f for f in findings]
-
-
-def find_untrained(pair: Pair, folder: Path) -> list[Finding]:
-    """A note, if an adapter holds the initial factors of the pair and nothing beside them.
-
-    The adapter of the pair must be readable.
-    """
-    weights = folder / WEIGHTS_FILE
-    with suppress(MiloraError):  # what cannot be read is a finding of `check_trained_adapter`
-        beside = weights.is_file() and read_header(weights).tensors.keys() - read_header(pair.weights).tensors.keys()
-        if weights.is_file() and not beside and have_equal_factors(pair.weights, weights):
-            what = "the initial factors: this adapter was not trained, or saved before its first step"
-            return [Finding(str(weights), what, "name the folder that the trainer saved", None)]
-    return []
 
 
 def _most_factors_differ(path: Path, records: Sequence[WeightRecord]) -> bool:

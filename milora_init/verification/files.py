@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from milora_init.checkpoint.folder import SAFETENSORS_INDEX, Checkpoint
+from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import torch_name
-from milora_init.checkpoint.side_files import WEIGHT_SUFFIXES
-from milora_init.lora.folder import CONFIG_FILE, LORA_FOLDER, adapter_files
+from milora_init.checkpoint.side_files import brings_weights
+from milora_init.lora.folder import LORA_FOLDER, adapter_files
 from milora_init.manifest import Manifest
 from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.untrusted import path_inside
 from milora_init.verification.verdict import Finding, Problem
 
-MAKE_AGAIN = "make the pair again with the same options and --overwrite, or download it again"
+MAKE_AGAIN = "make it again with the same options and --overwrite, or download it again"
 # The file may be hours of training.
 KEEP_A_COPY = (
     "if you trained in place, copy this file first; to get the initial adapter again, run milora-init with the same "
@@ -65,7 +65,7 @@ def check_files(pair: Pair) -> list[Finding]:
         try:
             path_inside(pair.folder, name)
         except ValueError as error:
-            what, hint = str(error), "replace the link by the file itself, or download the pair again"
+            what, hint = str(error), "replace the link by the file itself, or download it again"
         else:
             if not present:
                 what = "missing"
@@ -99,8 +99,7 @@ def check_stray_files(folder: Path, files: Collection[str], what_it_is: str = "p
         name = path.relative_to(folder).as_posix()
         if name in files or not path.is_file():
             continue
-        is_weights = path.suffix.lower() in WEIGHT_SUFFIXES
-        if is_weights or path.name == CONFIG_FILE or path.name.endswith(SAFETENSORS_INDEX):
+        if brings_weights(path.name):
             what = f"not a file of this {what_it_is}, and could be loaded instead of one"
             findings.append(Finding(name, what, f"move {name} out of the folder"))
     return findings
@@ -128,7 +127,7 @@ def check_weight_records(base: Checkpoint, manifest: Manifest, structure: ModelS
         manifest: Its manifest.
         structure: The model's modules; None where the model cannot be built.
     """
-    hint = "replace milora_init.json by the one of the run that made this pair"
+    hint = "replace milora_init.json by the one of the run that made this output"
     model: Mapping[str, Adaptable] = {}
     if structure:
         model = {w.module: w for w in (*structure.adaptable.values(), *chain(*structure.experts.values()))}
@@ -137,7 +136,7 @@ def check_weight_records(base: Checkpoint, manifest: Manifest, structure: ModelS
         info = base.tensors.get(record.tensor)
         stored = record.shape[::-1] if record.transposed else record.shape
         if info is None:
-            what = f"is stored in {record.tensor} by the manifest, but the base has no such tensor"
+            what = f"is stored in {record.tensor} by the manifest, but the model has no such tensor"
             findings.append(Finding(record.module, what, hint))
             continue
         matrix = info.shape if record.row is None else info.shape[1:]

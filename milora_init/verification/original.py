@@ -23,13 +23,10 @@ from milora_init.verification.adapter import (
     check_adapter_header,
     check_initial_factors,
     check_trained_adapter,
-    find_untrained,
 )
-from milora_init.verification.files import Pair, check_files, check_stray_files
-from milora_init.verification.tensors import EPS32, read_row, spread
+from milora_init.verification.files import MAKE_AGAIN, Pair, check_files, check_stray_files
+from milora_init.verification.tensors import EPS32, model_hint, read_row, spread
 from milora_init.verification.verdict import Finding, Verdict, verdict_code
-
-_MAKE_AGAIN = "make the adapter again with the same options and --overwrite"
 
 
 def verify_adapter(
@@ -60,26 +57,31 @@ def verify_adapter(
         findings += [*header_findings, *check_adapter_config(output, modules)]
         if readable and changed:
             findings += check_initial_factors(output)
+    is_trained = False
     if trained is not None:
-        untrained = find_untrained(output, trained) if readable else []
-        findings += untrained
-        findings += check_trained_adapter(output, trained, modules, compare_values=readable)
+        of_adapter, is_trained = check_trained_adapter(output, trained, modules, compare_values=readable)
+        findings += of_adapter
         checked["adapter"] = given_adapter
     if original is not None and readable:
         model = open_model(fetch_original(manifest, original))
-        findings += compare_directions(output.weights, model, manifest, all_components=all_components)
+        findings += compare_directions(
+            output.weights, model, manifest, given=original.model, all_components=all_components
+        )
         checked |= {"model": original.model, "components": "all" if all_components else "sample"}
-    code = verdict_code(findings, trained=trained is not None and not untrained, has_base=False)
+    code = verdict_code(findings, trained=is_trained, has_base=False)
     return Verdict(output.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
 
 
-def compare_directions(adapter: Path, model: Checkpoint, manifest: Manifest, *, all_components: bool) -> list[Finding]:
+def compare_directions(
+    adapter: Path, model: Checkpoint, manifest: Manifest, *, given: str, all_components: bool
+) -> list[Finding]:
     """The directions in an initial adapter must be those of the original model's weights, computed again.
 
     Args:
         adapter: The file of the initial adapter's weights.
         model: The original model.
         manifest: Of the output.
+        given: The original model as the user named it.
         all_components: Compare all weights, not a sample of three.
 
     Raises:
@@ -87,8 +89,7 @@ def compare_directions(adapter: Path, model: Checkpoint, manifest: Manifest, *, 
     """
     if not model.has_weights(manifest.inputs["source"]):
         what = "not the files that the adapter was made from: another model, or another commit"
-        hint = f"name the model it was made from: --model {manifest.source['model']}"
-        return [Finding(str(model.folder), what, hint, "other_model")]
+        return [Finding(given, what, model_hint(manifest), "other_model")]
     return list(_compare(adapter, model, manifest, all_components=all_components))
 
 
@@ -99,26 +100,26 @@ def _compare(adapter: Path, model: Checkpoint, manifest: Manifest, *, all_compon
     with open_factors(adapter) as factors:
         for record in (record for record in manifest.weights if record.module in chosen):
             if record.tensor not in model.tensors:
-                yield Finding(record.module, f"the original model has no tensor {record.tensor}", _MAKE_AGAIN)
+                yield Finding(record.module, f"the original model has no tensor {record.tensor}", MAKE_AGAIN)
                 continue
             W = read_row(locate(model, record.tensor), record.row)
             W = W.mT if record.transposed else W
             if tuple(W.shape) != record.shape:
                 what = f"is {list(record.shape)} by the manifest, {list(W.shape)} in the model"
-                yield Finding(record.module, what, _MAKE_AGAIN)
+                yield Finding(record.module, what, MAKE_AGAIN)
                 continue
             B, A = initial_block(*factors.read(record), record.rank, record.expert)
             kept, zero = (B, A) if left else (A.mT, B)
             if bool(zero.any()):
                 yield Finding(
-                    record.module, f"its {'A' if left else 'B'} must be zero before training, and is not", _MAKE_AGAIN
+                    record.module, f"its {'A' if left else 'B'} must be zero before training, and is not", MAKE_AGAIN
                 )
                 continue
             error, allowed = direction_error(W.mT if left else W, kept.double(), record, manifest)
             if not error <= allowed:
                 mode = manifest.inputs["mode"]
                 what = f"its directions are off the `{mode}` singular directions of the weight by {error:.1e}"
-                yield Finding(record.module, what, f"the adapter is not of this model: {_MAKE_AGAIN}")
+                yield Finding(record.module, what, f"the adapter is not of this model: {MAKE_AGAIN}")
 
 
 def direction_error(W: Tensor, kept: Tensor, record: WeightRecord, manifest: Manifest) -> tuple[float, float]:

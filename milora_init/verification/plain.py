@@ -98,7 +98,7 @@ def _compare_with_original(
     if not model.has_weights(output.source_files):
         what = "not the files that it was made from: another model, or another commit"
         hint = f"name the model that it was made from: --model {output.model}"
-        return [Finding(str(model.folder), what, hint, "other_model")], "other_model"
+        return [Finding(original.model, what, hint, "other_model")], "other_model"
     if isinstance(output, ConvertResult):
         return [], code
     merged = open_checkpoint(folder)

@@ -44,7 +44,7 @@ Place = TensorSource | QuantisedSource
 
 
 def compare_with_model(
-    base: Checkpoint, adapter: Path, model: Checkpoint, manifest: Manifest, *, all_components: bool
+    base: Checkpoint, adapter: Path, model: Checkpoint, manifest: Manifest, *, given: str, all_components: bool
 ) -> list[Finding]:
     """Every tensor of a pair must follow from the original model.
 
@@ -56,32 +56,38 @@ def compare_with_model(
         adapter: The file of the initial adapter's weights.
         model: The original model.
         manifest: Of the pair.
+        given: The original model as the user named it.
         all_components: Compute all components again, not a sample of three.
 
     Raises:
         CheckpointError: A file that cannot be read.
     """
-    hint = f"name the model it was made from: --model {manifest.source['model']}"
-    found = _compare(base, adapter, model, manifest, hint, all_components=all_components)
+    found = _compare(base, adapter, model, manifest, given=given, all_components=all_components)
     if model.has_weights(manifest.inputs["source"]):
         return list(found)
     what = "not the files that the pair was made from: another model, or another commit"
     # Of another model every tensor would differ: only the first difference is computed.
     first = [replace(finding, problem="other_model") for finding in islice(found, 1)]
-    return [Finding(str(model.folder), what, hint, "other_model"), *first]
+    return [Finding(given, what, model_hint(manifest), "other_model"), *first]
+
+
+def model_hint(manifest: Manifest) -> str:
+    """The hint where another model than the original was given."""
+    return f"name the model that it was made from: --model {manifest.source['model']}"
 
 
 def _compare(
-    base: Checkpoint, adapter: Path, model: Checkpoint, manifest: Manifest, model_hint: str, *, all_components: bool
+    base: Checkpoint, adapter: Path, model: Checkpoint, manifest: Manifest, *, given: str, all_components: bool
 ) -> Iterator[Finding]:
+    hint = model_hint(manifest)
     side_files = {"config.json": manifest.inputs["source"]["config.json"], **manifest.inputs["side_files"]}
     for name, recorded in side_files.items():
         path = model.folder / name  # read_manifest has checked that the name stays inside the folder
         if not path.is_file() or sha256(path) != recorded:
-            yield Finding(str(path), "not the file that the output was made from", model_hint)
+            yield Finding(f"{given}/{name}", "not the file that the output was made from", hint)
     for name in sorted(base.tensors.keys() ^ model.tensors.keys()):
         where = "the original model" if name in base.tensors else "the residual base"
-        yield Finding(name, f"{where} has no such tensor", model_hint)
+        yield Finding(name, f"{where} has no such tensor", hint)
     records: dict[str, list[WeightRecord]] = {}
     for record in manifest.weights:
         records.setdefault(record.tensor, []).append(record)
@@ -93,7 +99,7 @@ def _compare(
             original, residual = locate(model, name), locate(base, name)
             if original.shape != residual.shape:
                 what = f"{list(original.shape)} in the original model, {list(residual.shape)} in the residual base"
-                yield Finding(name, what, model_hint)
+                yield Finding(name, what, hint)
                 continue
             if name not in records and not _same_values(original, residual):
                 yield Finding(name, "not adapted, but its bytes are not the original model's", _MAKE_AGAIN)

@@ -23,7 +23,6 @@ from milora_init.verification.adapter import (
     check_adapter_header,
     check_initial_factors,
     check_trained_adapter,
-    find_untrained,
 )
 from milora_init.verification.files import (
     MAKE_AGAIN,
@@ -137,17 +136,19 @@ def _verify(
     if readable and not of_original and any(finding.where == pair.adapter_files[1] for finding in file_findings):
         findings += check_initial_factors(pair)
 
+    trained = False
     if adapter is not None:
-        untrained = find_untrained(pair, adapter) if readable else []
-        findings += untrained
-        findings += check_trained_adapter(pair, adapter, modules, compare_values=readable)
+        of_adapter, trained = check_trained_adapter(pair, adapter, modules, compare_values=readable)
+        findings += of_adapter
         checked["adapter"] = given_adapter
     if original is not None and base is not None and readable:
         model = open_model(fetch_original(manifest, original))
-        findings += compare_with_model(base, pair.weights, model, manifest, all_components=all_components)
+        findings += compare_with_model(
+            base, pair.weights, model, manifest, given=original.model, all_components=all_components
+        )
         components = "all" if all_components else "sample"
         checked |= {"model": original.model, "tensors": len(base.tensors), "components": components}
-    code = verdict_code(findings, trained=adapter is not None and not untrained)
+    code = verdict_code(findings, trained=trained)
     return Verdict(pair.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
 
 

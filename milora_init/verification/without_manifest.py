@@ -20,9 +20,9 @@ from milora_init.checkpoint.folder import Checkpoint, open_checkpoint
 from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import MiloraError
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LoraAdapter, read_lora
-from milora_init.manifest import MANIFEST, WORK_FOLDER
+from milora_init.manifest import MANIFEST
 from milora_init.model.adaptable import ModelStructure, read_structure
-from milora_init.records import MERGED
+from milora_init.records import MERGED, unfinished_output
 from milora_init.verification.verdict import Finding, Verdict, note
 
 _CLOSE = 0.3  # training turns the directions a little, and rounding leaves a part of the component in the residual
@@ -40,9 +40,9 @@ def verify_without_manifest(given: str, folder: Path, adapter: Path | None, *, t
         trust_remote_code: Run the code in the folder if its config.json names it.
     """
     checked = {"files": 0}
-    if (folder / WORK_FOLDER).is_dir():
+    if unfinished := unfinished_output(folder):
         what = f"neither {MANIFEST} nor {MERGED}: the record is written last, so this run has not finished"
-        missing = Finding(given, what, "run the same command again: it resumes")
+        missing = Finding(given, what + unfinished[0], unfinished[1])
         return Verdict(given, "unfinished", (missing,), checked)
     hint = "if milora-init made this folder, copy milora_init.json from where it was made"
     missing = Finding(MANIFEST, "missing: nothing says what was written", hint)

@@ -127,6 +127,14 @@ def test_every_command_has_examples_in_its_help_and_a_hint_to_it_in_its_errors(c
     assert f"hint: milora-init {command} --help" in error
 
 
+@pytest.mark.parametrize("command", ["--help", *COMMANDS])
+def test_no_name_is_cut_off_in_a_help_of_60_columns(command: str, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    _, text, _ = said(command, "--help")
+    assert max(map(len, text.splitlines())) <= 60
+    assert "…" not in text
+
+
 def test_the_module_runs_as_the_command_does() -> None:
     done = subprocess.run([sys.executable, "-m", "milora_init", "-V"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("milora-init ")
@@ -284,7 +292,8 @@ def test_a_report_shows_a_finished_run_again(checkpoint: Built, start: Start, tm
 def test_recipes_are_listed_and_printed_as_their_files_are(said: Said) -> None:
     status, text, _ = said("recipes")
     assert status == 0
-    assert [line.split()[0] for line in text.splitlines()[1:]] == recipe_names()
+    assert [line.split()[0] for line in text.splitlines()[1:] if line[0] != " "] == recipe_names()
+    assert max(map(len, text.splitlines())) <= 100
     assert "llm-adapters (default)" in text
     for name in recipe_names():
         assert said("recipes", name) == (0, recipe_text(name), "")
@@ -314,6 +323,7 @@ def test_fail_on_gives_status_1_and_keeps_the_output(
     found, _, error = said(source, "-o", tmp_path / "out", *ON_THE_CPU, "--fail-on", limit)
     assert found == status
     assert (f"--fail-on {limit.partition('=')[0]}=" in error) == bool(status)
+    assert ("the output itself is complete" in error) == bool(status)
     found, text, _ = said(source, "-o", tmp_path / "out", *ON_THE_CPU, "--fail-on", limit, "--json")
     assert found == status
     name, _, value = limit.partition("=")

@@ -528,8 +528,19 @@ def test_a_nul_character_behind_a_verb_is_one_too(words: list[str], capsys: pyte
     require_error(raw(capsys, *words), 2, "NUL")
 
 
-def test_a_home_of_nobody_is_named(cli: Cli) -> None:
-    require_error(cli("~no-such-user/model"), 1, "begins with ~")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["~no-such-user/x", "-o", "o"], ["MODEL", "-o", "~no-such-user/x"], ["verify", "~no-such-user/x"],
+        ["merge", "MODEL", "--adapter", "~no-such-user/x", "--out", "o"], ["push", "~no-such-user/x", "me/x"],
+        ["scan", "m", "--html", "~no-such-user/x.html"],
+    ],
+)  # fmt: skip
+def test_a_home_of_nobody_is_a_usage_error(
+    words: list[str], checkpoint: Built, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = raw(capsys, *(str(checkpoint("llama")) if word == "MODEL" else word for word in words))
+    require_error(said, 2, "~ names a user that is not known")
 
 
 def test_an_interruption_speaks_of_the_command_and_not_of_a_word(

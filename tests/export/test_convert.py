@@ -75,7 +75,7 @@ def test_an_adapter_with_patterns_is_converted(rslora: bool, checkpoint: Built, 
     with_patterns(out / "lora")
     trained = train(out, tmp_path / "trained")
     initial = shutil.copytree(out / "lora", tmp_path / "initial")  # the manifest records another adapter
-    with pytest.raises(PlanError, match="is not the adapter that its base was made with"):
+    with pytest.raises(PlanError, match="is not the adapter that milora-init wrote"):
         convert(out / "lora", trained, tmp_path / "plain")
     convert(initial, trained, tmp_path / "plain", model=str(source))
 
@@ -164,7 +164,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MiloraError], str]] = {
     "extra key": (_add, PlanError, "lm_head.weight"),
     "another rank": (lambda t: edit(t, r=8), CheckpointError, "rank 8"),
     "another alpha": (lambda t: edit(t, lora_alpha=99), PlanError, "scale"),
-    "another base": (_another, PlanError, "unrelated to the adapter that this base was made with"),
+    "another base": (_another, PlanError, "unrelated to the initial adapter of this output"),
     "DoRA": (lambda t: edit(t, use_dora=True), CheckpointError, "lora_magnitude_vector"),
     "a bias of the factors": (lambda t: edit(t, lora_bias=True), PlanError, "lora_bias"),
     "modules_to_save": (lambda t: edit(t, modules_to_save=["lm_head"]), CheckpointError, "modules_to_save"),

@@ -147,7 +147,7 @@ def test_an_adapter_of_a_similar_base_is_recognized_by_the_base_in_its_config(tm
         lambda: merge(str(out), str(tmp_path / "merged"), adapter=str(trained)),
         lambda: convert(out / "lora", trained, tmp_path / "plain"),
     ):
-        with pytest.raises(PlanError, match="another residual base"):
+        with pytest.raises(PlanError, match="another output of milora-init"):
             export()
     assert not {"merged", "plain"} & {path.name for path in tmp_path.iterdir()}
 
@@ -156,6 +156,6 @@ def test_an_expert_adapter_without_its_manifest_is_refused_with_the_reason(tmp_p
     _, out, _ = initialize_family("mixtral", tmp_path, "float32")
     trained = train(FAMILIES["mixtral"], out, tmp_path / "trained")
     (out / "lora").rename(tmp_path / "initial")
-    with pytest.raises(MiloraError, match="only the manifest of the base says which experts"):
+    with pytest.raises(MiloraError, match="only the manifest says which experts"):
         convert(tmp_path / "initial", trained, tmp_path / "plain", model="original")
     assert not (tmp_path / "plain").exists()

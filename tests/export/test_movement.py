@@ -97,7 +97,7 @@ def test_the_command_prints_a_table_json_and_a_picture(
     assert run([*words, "--plot", "moved.png"]) == 0
     said = capsys.readouterr().out
     assert "smallest" in said
-    assert "trained: trained on out" in said
+    assert "trained: trained from out" in said
     assert (tmp_path / "moved.png").read_bytes().startswith(b"\x89PNG")
     assert run([*words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

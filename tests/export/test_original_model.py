@@ -18,9 +18,10 @@ from support.runs import initialize
 from support.tiny_models import contents, edit_json, tensors
 
 from milora_init import api
+from milora_init.cli.main import run
 from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError
 from milora_init.lora.folder import read_lora
-from milora_init.manifest import Manifest
+from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import InitOptions
 from milora_init.records import read_merged
 
@@ -144,7 +145,7 @@ def test_an_original_that_was_moved_is_named_with_model(own: Built, start: Start
     source = own("llama")
     start(source, method="rlmo")
     source.rename(tmp_path / "moved")
-    with pytest.raises(MiloraError, match="own: no such folder"):
+    with pytest.raises(MiloraError, match=r"the original model was the folder .*own, which is not there"):
         api.merge(tmp_path / "out", tmp_path / "merged", progress=False)
     api.merge(tmp_path / "out", tmp_path / "merged", model=tmp_path / "moved", progress=False)
 
@@ -187,13 +188,32 @@ def test_an_adapter_of_another_method_is_refused(
     for path in ("as saved", "/nowhere/model"):
         if path != "as saved":
             edit_json(trained / "adapter_config.json", base_model_name_or_path=path)
-        with pytest.raises(PlanError):
+        with pytest.raises(PlanError) as caught:
             api.merge(out, tmp_path / "merged", adapter=trained, progress=False)
+        assert "base" not in caught.value.hint
         with pytest.raises(PlanError):
             api.convert(out, trained, tmp_path / "plain")
     assert not api.verify(out, adapter=trained).ok
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("words", [["merge", "--out", "merged"], ["report"]])
+def test_a_recorded_folder_that_is_not_there_is_asked_for_and_not_looked_for_on_the_hub(
+    words: list[str], trained_with: Callable[[str], tuple[Path, Path]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Of a model that was given by a relative path, seen from another folder."""
+    monkeypatch.chdir(tmp_path)
+    made, trained = trained_with("rlmo")
+    shutil.copytree(made, "out")
+    source = json.loads(Path("out", MANIFEST).read_text())["source"]
+    edit_json(Path("out", MANIFEST), source={**source, "model": "models/mine"})
+    assert run([words[0], "out", "--adapter", str(trained), *words[1:]]) == 2
+    said = capsys.readouterr().err
+    assert "the original model was the folder models/mine, which is not there" in said
+    assert "hint: name its place: --model DIR" in said
+    assert run([words[0], "out", "--adapter", str(trained), "--model", source["model"], *words[1:]]) == 0
 
 
 def test_the_record_names_no_residual(tmp_path: Path) -> None:

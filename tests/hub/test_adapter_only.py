@@ -14,8 +14,8 @@ from support.families import FAMILIES
 from support.family_training import initialize_family, load, load_on_original, model_output, train_model
 from support.hub_server import Command, Hub, fetched
 
-from milora_init.hub.model_card import adapter_card
-from milora_init.hub.publication import as_published
+from milora_init.hub.model_card import PICTURE, adapter_card
+from milora_init.hub.publication import as_published, publication
 from milora_init.manifest import require_manifest
 
 Built = Callable[..., Path]
@@ -81,6 +81,13 @@ def test_a_local_model_is_named_without_its_folder(hub: Hub, milora: Command, ma
     of_branch = adapter_card(published, "me/adapter", "tried")
     assert 'from_pretrained(base, "me/adapter", revision="tried", is_trainable=True)' in of_branch
     assert published.adapter.get("revision") is None  # PEFT would look for the model at it
+
+
+def test_a_picture_goes_with_the_card(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MILORA_PICTURE")
+    pushed = publication(made / "out", require_manifest(made / "out"), "me/adapter", None)
+    assert pushed.contents[PICTURE].startswith(b"\x89PNG")
+    assert f"![Heat maps by layer and module: energy, and time to solve]({PICTURE})" in pushed.card_text
 
 
 def test_a_changed_file_is_not_pushed(hub: Hub, milora: Command, made: Path, tmp_path: Path) -> None:

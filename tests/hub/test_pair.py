@@ -202,6 +202,14 @@ def test_a_file_that_the_repository_lacks_is_a_damaged_output(hub: Hub, milora: 
     assert "model-00003-of-00010.safetensors: missing" in done.stderr
 
 
+def test_a_hint_names_the_repository_and_not_a_folder_of_the_cache(hub: Hub, milora: Command) -> None:
+    repository = hub.repositories["me/out"]
+    repository.commit({**repository.files, "config.json": repository.files["config.json"] + b" "})
+    done = milora(*words("merge", "me/out"))
+    assert done.returncode == 1
+    assert "error: me/out: config.json was changed or removed\n\nhint: milora-init verify me/out\n" in done.stderr
+
+
 def test_a_private_repository_needs_a_token(hub: Hub, milora: Command) -> None:
     hub.repositories["me/out"].private = True
     assert milora("report", "me/out").returncode == 0

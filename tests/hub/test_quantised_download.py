@@ -14,14 +14,9 @@ from support.tiny_models import contents
 INIT = ("--model", "tiny/fp8", "--out", "out", "--rank", "4", "--device", "cpu")
 
 
-def apart(name: str) -> str:
-    """Codes in the first file, their scales and all else in the second."""
-    return f"model-0000{1 if 'proj.weight' in name and 'scale' not in name else 2}-of-00002.safetensors"
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantised.save_fp8(tmp_path_factory.mktemp("fp8") / "model", files=apart)
+    return quantised.save_fp8(tmp_path_factory.mktemp("fp8") / "model", files=quantised.codes_apart)
 
 
 @pytest.fixture

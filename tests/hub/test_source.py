@@ -12,7 +12,7 @@ from support.tiny_models import contents
 
 from milora_init.checkpoint.folder import open_checkpoint
 from milora_init.errors import CheckpointError, HubError
-from milora_init.hub.source import open_snapshot
+from milora_init.hub.source import is_hub_id, open_snapshot
 from milora_init.manifest import Manifest
 
 Built = Callable[..., Path]
@@ -57,6 +57,17 @@ def test_a_revision_that_is_not_in_the_cache_is_an_error(checkpoint: Built, tmp_
     cached(checkpoint("llama"), tmp_path)
     with pytest.raises(HubError, match="tiny/llama"):
         get(tmp_path, revision="another")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("gpt2", True), ("org/name", True), ("org/name-7B_v0.1", True), ("a/b/c", False), ("no such model", False),
+        ("./name", False), ("/name", False), ("~/name", False), ("org/..", False), ("org/", False), ("", False),
+    ],
+)  # fmt: skip
+def test_what_has_the_form_of_a_hub_id(name: str, answer: bool) -> None:
+    assert is_hub_id(name) == answer
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "no such model", "tiny/..", "-x/-y"])

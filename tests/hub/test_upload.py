@@ -362,12 +362,13 @@ def test_a_push_that_fails_does_not_speak_of_downloads(
             assert word not in done.stderr, word
 
 
+@pytest.mark.parametrize("low_disk", [False, pytest.param(True, marks=pytest.mark.wide)])
 def test_parts_upload_their_files_and_the_last_command_commits_once(
-    hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
+    low_disk: bool, hub: Hub, milora: Command, checkpoint: Built, tmp_path: Path
 ) -> None:
-    """Each part fetches the files that it needs from the Hub, and no other ones."""
+    """Each part fetches the files that it needs from the Hub, and no other ones. With --low-disk it keeps no shard."""
     hub.publish("tiny/llama", checkpoint("llama"))
-    words = [*INIT, "--push-to-hub", "me/parts", "--quiet"]
+    words = [*INIT, "--push-to-hub", "me/parts", "--quiet", *(["--low-disk"] if low_disk else [])]
     shards = {name for name in hub.repositories["tiny/llama"].files if name.endswith(".safetensors")}
     assert milora(*INIT, "--dry-run").returncode == 0
     headers = {name: hub.served[f"tiny/llama/{name}"] for name in shards}
@@ -385,8 +386,11 @@ def test_parts_upload_their_files_and_the_last_command_commits_once(
     assert not shards & repository.files.keys()
     uploaded = dict(hub.uploads)
     assert len(uploaded) == len(shards)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == (0 if low_disk else len(shards))
     done = milora(*words)
     assert done.returncode == 0, done.stderr
-    assert len(repository.commits) == commits + 1
+    assert len(repository.commits) == commits + 1 + low_disk  # the repository is marked as unfinished first
+    assert (tmp_path / "out").exists() != low_disk
+    assert verify(str(fetched(hub, "me/parts", tmp_path / "there")), model=str(checkpoint("llama"))).ok
     assert shards < repository.files.keys()
     assert {digest: hub.uploads[digest] for digest in uploaded} == uploaded  # none was sent again

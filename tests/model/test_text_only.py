@@ -292,6 +292,6 @@ def test_the_other_class_needs_a_pair_that_has_one(made: Made, tmp_path: Path, s
     with pytest.raises(PlanError, match="not a text-only class"):
         convert(tmp_path / "out", trained, tmp_path / "plain", text_only=True)
     (tmp_path / "out" / "lora").rename(tmp_path / "lora")
-    with pytest.raises(UsageError, match="--text-only needs a pair"):
+    with pytest.raises(UsageError, match="--text-only needs a residual base"):
         convert(tmp_path / "lora", trained, tmp_path / "plain", model="me/model", text_only=True)
     assert not (tmp_path / "plain").exists()

@@ -17,7 +17,7 @@ from support.interruptions import ShardLog, shards
 from support.tiny_models import contents
 
 from milora_init import api
-from milora_init.errors import OutputError, UsageError
+from milora_init.errors import CheckpointError, OutputError, UsageError
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
 from milora_init.options import InitOptions
 from milora_init.plan.plan import make_plan
@@ -133,6 +133,9 @@ def test_a_part_that_was_killed_leaves_its_attempt_to_itself_alone(checkpoint: B
     source, out = checkpoint("llama"), tmp_path / "out"
     first = make(source, out, "1/2")
     assert (first.finished, first.of) == (len(first.made), len(shards(source)))
+    with pytest.raises(CheckpointError, match="is an unfinished output of milora-init, not a model") as caught:
+        api.scan(out, progress=False)
+    assert "run its command again, without --part" in caught.value.hint
     attempts = {part: out / WORK_FOLDER / f"part-{part}-of-2.attempts" / "0123" for part in (1, 2)}
     for attempt in attempts.values():
         attempt.mkdir(parents=True)
@@ -203,12 +206,10 @@ def test_a_part_that_is_none_is_refused(part: Any) -> None:
         InitOptions(model="m", out="o", part=part)
 
 
-def test_a_part_does_not_overwrite_nor_remove() -> None:
+def test_a_part_does_not_overwrite() -> None:
     plain = InitOptions(model="m", out="o", part="1/4")
     with pytest.raises(UsageError, match="overwrite and part exclude each other"):
         replace(plain, overwrite=True)
-    with pytest.raises(UsageError, match="low_disk with push_to_hub removes files"):
-        replace(plain, low_disk=True, push_to_hub="me/model")
     with pytest.raises(UsageError, match="not a part"):
         api.initialize(plain)
     with pytest.raises(UsageError, match="no part is given"):
@@ -261,6 +262,12 @@ def test_the_command_line_prints_what_a_part_has_made(checkpoint: Built, tmp_pat
     again = json.loads(fork_server.milora(*arguments(source, "1/2"), "--json", cwd=tmp_path).stdout)
     assert (again["status"], again["part"], again["made"]) == ("part", "1/2", [])
     assert (again["finished_files"], again["of_files"]) == (count, len(shards(source)))
+    (found,) = api.verify(tmp_path / "out").differences
+    assert found.what.endswith("this run has not finished, begun with --part 1/2")
+    assert "run the same command without --part" in found.hint
+    with pytest.raises(OutputError, match="is an unfinished output of milora-init, begun with --part 1/2") as caught:
+        api.merge(tmp_path / "out", tmp_path / "merged", progress=False)
+    assert caught.value.hint == found.hint
     wrong = fork_server.milora(*words, "--fail-on", "leak=0.1", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "--fail-on needs all weights" in wrong.stderr

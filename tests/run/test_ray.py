@@ -1,8 +1,8 @@
-"""`--ray`: the nodes of a cluster make the bytes of one machine, whatever is lost meanwhile."""
+"""`--ray` with a real Ray: the nodes of a cluster make the bytes of one machine, whatever is lost meanwhile."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import signal
 import threading
@@ -15,93 +15,21 @@ import pytest
 import torch
 from support import fork_server
 from support.fork_server import Fork
+from support.hub_server import Hub, environment
 from support.interruptions import shards
 from support.tiny_models import contents
 
 from milora_init import api
-from milora_init.checkpoint.files import stamp
-from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanError, SolveError, UsageError
-from milora_init.manifest import MANIFEST, WORK_FOLDER
+from milora_init.errors import MiloraError, PlanError, SolveError, UsageError
+from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest
 from milora_init.options import InitOptions
-from milora_init.run import ray_makers
+from milora_init.run import ray_makers, ray_node
 from milora_init.run.progress import Progress
-from milora_init.run.ray_makers import Request, Versions, check
 
 Built = Callable[..., Path]
+Start = Callable[..., Manifest]
 TIMEOUT_S = 90
 ROOT = Path(__file__).parents[2]
-
-
-def request(folder: Path) -> Request:
-    """The request of a run whose probe file is in a folder."""
-    (folder / "probe").write_text("token")
-    return Request(folder, "token", Versions.here(), False, InitOptions(model="m", out="o"), None)
-
-
-def test_a_node_that_sees_everything_is_accepted(tmp_path: Path) -> None:
-    node = check(request(tmp_path), {tmp_path / "probe": stamp(tmp_path / "probe"), tmp_path / "on the Hub": None})
-    assert node.free_bytes > 0
-
-
-@pytest.mark.parametrize("field", ["milora_init", "torch"])
-def test_a_node_with_another_version_is_refused(field: str, tmp_path: Path) -> None:
-    other = dataclasses.replace(Versions.here(), **{field: "0.0.1"})
-    with pytest.raises(PlanError, match=rf"node .* has milora_init .* this machine .*{'0.0.1'}") as caught:
-        check(dataclasses.replace(request(tmp_path), versions=other), {})
-    assert "install the same versions" in caught.value.hint
-
-
-def test_a_node_that_does_not_see_the_output_or_sees_another_one_is_refused(tmp_path: Path) -> None:
-    asked = request(tmp_path)
-    (tmp_path / "probe").write_text("of another machine")
-    with pytest.raises(OutputError, match="sees another folder as"):
-        check(asked, {})
-    (tmp_path / "probe").unlink()
-    with pytest.raises(OutputError, match="does not see") as caught:
-        check(asked, {})
-    assert "mount the same file system" in caught.value.hint
-
-
-def test_a_node_that_does_not_see_the_model_or_sees_another_version_is_refused(tmp_path: Path) -> None:
-    asked, source = request(tmp_path), tmp_path / "model.safetensors"
-    source.write_bytes(b"new")
-    size_bytes, modified = stamp(source)
-    with pytest.raises(CheckpointError, match="sees another version of"):
-        check(asked, {source: (size_bytes, modified - 1)})
-    source.unlink()
-    with pytest.raises(CheckpointError, match=r"does not see .*model\.safetensors"):
-        check(asked, {source: (size_bytes, modified)})
-
-
-def test_ray_is_alone(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="ray and part exclude each other"):
-        InitOptions(model="m", out="o", ray="auto", part="1/2")
-    with pytest.raises(UsageError, match="low_disk and ray exclude each other"):
-        InitOptions(model="m", out="o", ray="auto", low_disk=True)
-    with pytest.raises(UsageError, match="--ray is empty"):
-        InitOptions(model="m", out="o", ray="")
-
-
-def test_flow_keeps_a_bounded_number_of_tasks_in_flight() -> None:
-    """With a stand-in for Ray whose tasks end in the reverse order."""
-
-    class FakeRay:
-        most, running = 0, 0
-
-        def cluster_resources(self) -> dict[str, float]:
-            return {"CPU": 3.0}
-
-        def wait(self, references: list[int], **_: Any) -> tuple[list[int], list[int]]:
-            self.most = max(self.most, len(references))
-            return references[-1:], references[:-1]
-
-        def get(self, reference: int) -> int:
-            return -reference
-
-    fake = FakeRay()
-    found = list(ray_makers.flow(fake, range(20), lambda job: job))
-    assert sorted(found) == [(job, -job) for job in range(20)]
-    assert fake.most == ray_makers.IN_FLIGHT * 3
 
 
 class TestCluster:
@@ -111,8 +39,17 @@ class TestCluster:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def cluster(cls) -> Iterator[Any]:
+    def hub(cls) -> Iterator[Hub]:
+        with Hub() as server:
+            yield server
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def cluster(cls, hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment(hub, tmp_path_factory.mktemp("nodes")).items():
+                patch.setenv(name, value)
+            patch.delenv("HF_TOKEN")  # that of the command is sent
             patch.setenv("PYTHONPATH", str(ROOT))
             patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
             patch.setenv("RAY_health_check_period_ms", "500")
@@ -151,7 +88,7 @@ class TestCluster:
         self, cluster: Any, checkpoint: Built, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A zombie: the first attempt of each file ends too, and nobody waits for it."""
-        real = ray_makers.make_file
+        real = ray_node.make_file
 
         def twice(*arguments: Any) -> Any:
             real(*arguments)
@@ -177,22 +114,10 @@ class TestCluster:
         source, flags = checkpoint("llama"), tmp_path / "flags"
         flags.mkdir()
         worker_victim, node_victim = shards(source)[2], shards(source)[5]
-        real = ray_makers.make_file
-
-        def hanging(job: Any, *rest: Any) -> Any:
-            import ray
-
-            flag = flags / job.target
-            if job.target in (worker_victim, node_victim) and not flag.exists():
-                flag.with_suffix(".new").write_text(f"{os.getpid()} {ray.get_runtime_context().get_node_id()}")
-                flag.with_suffix(".new").rename(flag)
-                time.sleep(TIMEOUT_S)
-            return real(job, *rest)
 
         def kill() -> None:
-            pid, _ = wait_for_text(flags / worker_victim).split()
-            os.kill(int(pid), signal.SIGKILL)
-            _worker, node_id = wait_for_text(flags / node_victim).split()
+            os.kill(int(wait_for(flags / worker_victim)["pid"]), signal.SIGKILL)
+            node_id = wait_for(flags / node_victim)["node"]
             killed.append(next(node for node in cluster.worker_nodes if node.node_id == node_id))
             cluster.remove_node(killed[0], allow_graceful=False)
 
@@ -205,7 +130,7 @@ class TestCluster:
                     cluster.add_node(num_cpus=1)  # a node that joins during the run is used
 
         killed: list[Any] = []
-        monkeypatch.setattr(ray_makers, "make_file", hanging)
+        monkeypatch.setattr(ray_makers, "make_file", hang_once(flags, worker_victim, node_victim))
         killer = threading.Thread(target=kill)
         killer.start()
         self.start(cluster, source, tmp_path / "out", AddNode())
@@ -217,13 +142,20 @@ class TestCluster:
         self, cluster: Any, checkpoint: Built, whole: Any, tmp_path: Path
     ) -> None:
         source, journal = checkpoint("llama"), tmp_path / "out" / WORK_FOLDER / "journal.jsonl"
-        words = ["-m", str(source), "-o", str(tmp_path / "out"), "-r", "4", "--device", "cpu", "--ray", cluster.address]
+        words = [
+            "-m",
+            os.path.relpath(source, tmp_path),
+            "-o",
+            "out",
+            "-r",
+            "4",
+            "--device",
+            "cpu",
+            "--ray",
+            cluster.address,
+        ]
         with Fork(fork_server.command_line, *words, cwd=tmp_path) as driver:
-            deadline = time.monotonic() + TIMEOUT_S
-            while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
-                assert time.monotonic() < deadline, driver.stderr
-                assert driver.returncode is None, driver.stderr
-                time.sleep(0.01)
+            wait_for_entry(journal, "", driver)
             driver.kill()
             driver.wait(TIMEOUT_S)
         done = fork_server.milora(*words, cwd=tmp_path, timeout=TIMEOUT_S)
@@ -238,7 +170,7 @@ class TestCluster:
     ) -> None:
         source, calls = checkpoint("llama"), tmp_path / "calls"
         calls.mkdir()
-        victim, real = shards(source)[4], ray_makers.make_file
+        victim, real = shards(source)[4], ray_node.make_file
 
         def failing(job: Any, *rest: Any) -> Any:
             if job.target == victim:
@@ -264,6 +196,39 @@ class TestCluster:
         assert isinstance(caught.value, MiloraError)
         assert not (tmp_path / "out").exists()
 
+    def test_nodes_that_do_not_see_the_output_upload_it_whatever_is_lost_meanwhile(
+        self, cluster: Any, hub: Hub, checkpoint: Built, start: Start, tmp_path: Path
+    ) -> None:
+        """A worker is killed, then the command; an upload is lost before it is started again."""
+        source, out, flags = checkpoint("llama"), tmp_path / "out", tmp_path / "flags"
+        journal = out / WORK_FOLDER / "journal.jsonl"
+        flags.mkdir()
+        hub.publish("tiny/llama", source)
+        words = ["-m", "tiny/llama", "-o", "/proc/self/cwd/out", "-r", "4", "--device", "cpu", "--ray", cluster.address]
+        words += ["--push-to-hub", "me/out"]
+        home = {**environment(hub, tmp_path / "home"), "HF_TOKEN": hub.token}
+        victim = shards(source)[0]
+        with Fork(hang_once_and_run, str(flags), victim, *words, cwd=tmp_path, environment=home) as driver:
+            lost = wait_for(flags / victim)
+            os.kill(lost["pid"], signal.SIGKILL)
+            wait_for_entry(journal, victim, driver)
+            driver.kill()
+            driver.wait(TIMEOUT_S)
+        assert not Path(lost["in"]).exists()  # what the killed worker has left
+        entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+        assert not list(out.glob("*.safetensors"))  # the shards are on the Hub alone
+        sent, gone = dict(hub.uploads), hub.stored.pop(entries[0]["pushed"])
+        done = fork_server.milora(*words, cwd=tmp_path, environment=home, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done.stderr
+        again = {digest: hub.uploads[digest] - sent[digest] for digest in (entry["pushed"] for entry in entries)}
+        assert again == {entry["pushed"]: len(gone) if entry is entries[0] else 0 for entry in entries}
+        assert len(hub.repositories["me/out"].commits) == 2  # the empty repository, and the output
+        assert not out.exists()
+        start(source)
+        own = {MANIFEST, "lora/adapter_config.json"}  # they name the source and the folder
+        expected = {name: content for name, content in contents(out).items() if name not in own}
+        assert {name: hub.repositories["me/out"].files[name] for name in expected} == expected
+
     def test_no_cluster_is_one_clear_error(
         self, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -276,9 +241,45 @@ class TestCluster:
         assert not (tmp_path / "out").exists()
 
 
-def wait_for_text(path: Path) -> str:
+def hang_once(flags: Path, *victims: str) -> Callable[..., Any]:
+    """A `make_file` whose first attempt at each of these files writes to a file who it is, and hangs."""
+
+    def make_file(job: Any, *rest: Any) -> Any:
+        import ray
+
+        flag, node = flags / job.target, ray.get_runtime_context().get_node_id()
+
+        def hang(attempt: Path, *_: Any, **__: Any) -> None:
+            flag.with_suffix(".new").write_text(
+                json.dumps({"pid": os.getpid(), "node": node, "in": str(attempt.parent)})
+            )
+            flag.with_suffix(".new").rename(flag)
+            time.sleep(TIMEOUT_S)
+
+        if job.target in victims and not flag.exists():
+            ray_node.make_in = hang  # type: ignore[assignment]
+        return ray_node.make_file(job, *rest)
+
+    return make_file
+
+
+def hang_once_and_run(flags: str, victim: str, *words: str) -> None:
+    pytest.MonkeyPatch().setattr(ray_makers, "make_file", hang_once(Path(flags), victim))
+    fork_server.command_line(*words)
+
+
+def wait_for(path: Path) -> Any:
     deadline = time.monotonic() + TIMEOUT_S
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path}"
         time.sleep(0.02)
-    return path.read_text()
+    return json.loads(path.read_text())
+
+
+def wait_for_entry(journal: Path, shard: str, driver: Fork) -> None:
+    """Wait until the journal has an entry of this shard."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (journal.exists() and any(shard in line for line in journal.read_text().split("\n")[1:-1])):
+        assert time.monotonic() < deadline, driver.stderr
+        assert driver.returncode is None, driver.stderr
+        time.sleep(0.01)

@@ -280,20 +280,25 @@ def _error(status: int, code: str = "") -> Response:
     return status, headers, json.dumps({"error": code or str(status)}).encode()
 
 
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a process that uses this Hub, with a token for it, and has its cache in a folder."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_ETAG_TIMEOUT": "5",
+        "HF_TOKEN": hub.token,
+    }
+
+
 def client(hub: Hub, folder: Path, function: Callable[..., object] = fork_server.command_line) -> Command:
     """run(*arguments, **environment) runs milora-init in `folder`, with this Hub and a Hub cache in that folder."""
 
     def run(*arguments: str, **changes: str | None) -> Done:
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(folder / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_ETAG_TIMEOUT": "5",
-            "HF_TOKEN": hub.token,
-            **changes,
-        }
-        return fork_server.run(function, *arguments, environment=environment, cwd=folder)
+        return fork_server.run(
+            function, *arguments, environment={**environment(hub, folder / "home"), **changes}, cwd=folder
+        )
 
     return run
 

@@ -179,6 +179,11 @@ def is_projection(name: str) -> bool:
     return "proj" in name and name.endswith(".weight")
 
 
+def codes_apart(name: str) -> str:
+    """Codes in the first of two files, their scales and all else in the second."""
+    return f"model-0000{1 if 'proj.weight' in name and 'scale' not in name else 2}-of-00002.safetensors"
+
+
 def save_fp8(folder: Path, kind: str = "llama", *, block: int = 32, files: Callable[[str], str] | None = None) -> Path:
     """FP8 in blocks, as DeepSeek, Qwen and MiniMax publish it."""
     config = {"quant_method": "fp8", "weight_block_size": [block, block], "activation_scheme": "dynamic"}

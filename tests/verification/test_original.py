@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def test_what_was_changed_is_found(
     assert verdict.code == code
     assert not verdict.ok
     assert all(finding.hint for finding in verdict.differences)
+    assert not any(re.search(r"\b(base|pair)\b", f"{found.what} {found.hint}") for found in verdict.findings)
 
 
 def test_other_directions_with_a_right_record_are_found_with_the_model(

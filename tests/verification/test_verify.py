@@ -19,11 +19,13 @@ from support import fork_server
 from support.runs import initialize
 from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_inputs, edit_json, tensors
 
+from milora_init.api import merge
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import read_header
 from milora_init.cli.main import run
 from milora_init.errors import PlanError, UsageError
 from milora_init.export.convert import convert
+from milora_init.lora.compatibility import UNTRAINED
 from milora_init.manifest import MANIFEST, Manifest, WeightRecord, read_manifest
 from milora_init.options import InitOptions
 from milora_init.run.progress import Progress, ShardResult
@@ -348,7 +350,7 @@ def test_a_trained_adapter_belongs_to_the_base_it_was_trained_on(trained: Path, 
 def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, pristine: Built) -> None:
     other = pristine(mode="max")
     verdict = verify(str(other), adapter=str(trained))
-    require(verdict, "foreign_adapter", "unrelated to the adapter", "base_model_name_or_path")
+    require(verdict, "foreign_adapter", "unrelated to the initial adapter", "base_model_name_or_path")
 
 
 def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, pristine: Built) -> None:
@@ -369,7 +371,7 @@ def test_an_unreadable_trained_adapter_is_a_misfit_and_not_foreign(
 def test_a_trained_adapter_of_other_targets_is_foreign(trained: Path, pristine: Built) -> None:
     other = pristine(target=("q_proj", "o_proj"))
     verdict = verify(str(other), adapter=str(trained))
-    require(verdict, "foreign_adapter", "target_modules", "o_proj", "not adapted in this base, and 15 more")
+    require(verdict, "foreign_adapter", "target_modules", "o_proj", "not adapted in this output, and 15 more")
 
 
 def test_the_verify_command_prints_the_verdict_and_sets_the_exit_status(
@@ -385,7 +387,7 @@ def test_the_verify_command_prints_the_verdict_and_sets_the_exit_status(
     assert run(["verify", str(out)]) == 1
     captured = capsys.readouterr()
     assert captured.out == f"{out}: {TEXTS['residual_alone']}\n"
-    assert captured.err.count("differs: ") == captured.err.count("hint: ") == 2
+    assert (captured.err.count("differs: "), captured.err.count("hint: ")) == (2, 1)  # both have the same hint
     assert run(["verify", str(out), "--json"]) == 1
     content = json.loads(capsys.readouterr().out)
     assert list(content) == [
@@ -418,7 +420,7 @@ def test_the_hint_for_a_trained_adapter_that_does_not_fit_is_to_train_again(
     edit_json(folder / "adapter_config.json", lora_bias=True, lora_alpha=99)
     verdict = verify(str(pristine()), adapter=str(folder))
     require(verdict, "adapter_misfit", "lora_bias", "lora_alpha is 99")
-    assert {d.hint for d in verdict.differences} == {"train again from this base's lora/, without a change to it"}
+    assert {d.hint for d in verdict.differences} == {"train again from the initial adapter, with its config unchanged"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -480,7 +482,9 @@ def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
 
 
 @pytest.mark.parametrize("saved_again", [False, True])
-def test_an_adapter_that_was_not_trained_is_named(saved_again: bool, pristine: Built, tmp_path: Path) -> None:
+def test_an_adapter_that_was_not_trained_is_named_in_the_same_words_by_every_command(
+    saved_again: bool, pristine: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, adapter = pristine(), tmp_path / "adapter"
     shutil.copytree(out / "lora", adapter)
     if saved_again:
@@ -489,7 +493,13 @@ def test_an_adapter_that_was_not_trained_is_named(saved_again: bool, pristine: B
         assert weights.read_bytes() != (out / "lora" / weights.name).read_bytes()
     verdict = verify(str(out), adapter=str(adapter))
     assert (verdict.ok, verdict.code) == (True, "pair")
-    assert any("this adapter was not trained" in note for note in verdict.notes)
+    assert any(note.endswith(UNTRAINED) for note in verdict.notes)
+    assert merge(out, tmp_path / "merged", adapter=adapter, progress=False).notices == (f"{adapter} {UNTRAINED}",)
+    capsys.readouterr()
+    assert run(["report", str(out), "--adapter", str(adapter)]) == 0
+    said = capsys.readouterr()
+    assert f"warning: {adapter} {UNTRAINED}" in said.err
+    assert "trained from" not in said.out
     with pytest.raises(PlanError, match="holds the initial factors"):
         convert(str(out), str(adapter), str(tmp_path / "plain"))
     assert not (tmp_path / "plain").exists()
