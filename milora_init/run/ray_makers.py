@@ -148,8 +148,8 @@ class RayMakers:
                 is too small.
         """
         remote = self._plan.checkpoint.remote and self._plan.checkpoint.remote.of({})
-        planned = {path: known for job in self._jobs for path, known in job.stamps.items()}
-        sources = {path: known for path, known in planned.items() if known is not None}
+        stamps = [(path, planned) for job in self._jobs for path, planned in job.stamps.items()]
+        sources = {path: planned for path, planned in stamps if planned is not None}
         names = [job.source.name for job in self._jobs if job.stamp is None]
         task, on_node = self._ray.remote(check), self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         probes = {
@@ -248,9 +248,10 @@ def _needs_no_folder(plan: Plan) -> bool:
 def _for_nodes(job: ShardJob, *, on_hub: bool) -> ShardJob:
     """The job as a node can read it: with absolute paths; of a model on the Hub, without what is on this disk."""
     if on_hub:
-        return dataclasses.replace(job, stamp=None)
+        return dataclasses.replace(job, stamp=None, companions={})
     elsewhere = {n: dataclasses.replace(place, path=place.path.absolute()) for n, place in job.elsewhere.items()}
-    return dataclasses.replace(job, source=job.source.absolute(), elsewhere=elsewhere)
+    companions = {path.absolute(): planned for path, planned in job.companions.items()}
+    return dataclasses.replace(job, source=job.source.absolute(), elsewhere=elsewhere, companions=companions)
 
 
 def _files_of(job: ShardJob, checkpoint: Checkpoint) -> Checkpoint:

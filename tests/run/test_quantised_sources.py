@@ -22,7 +22,7 @@ from milora_init import api
 from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import open_checkpoint, open_model
 from milora_init.checkpoint.header import read_header
-from milora_init.errors import CheckpointError, UsageError
+from milora_init.errors import CheckpointError, SolveError, UsageError
 from milora_init.export.merge import merge, plan_of
 from milora_init.export.movement import measure
 from milora_init.lora.folder import open_factors, read_lora
@@ -346,6 +346,24 @@ def test_a_merge_is_dense_and_has_the_plain_config(start: Start, sources: Mappin
         assert result.bit_equal is not None
         assert result.bit_equal > (0.99 if dtype == "float32" else 0.5) * result.entries
         assert api.verify(merged, model=sources["fp8"]).ok
+
+
+def test_a_value_beyond_the_dtype_of_the_base_ends_the_run(
+    start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """A float32 product may be finite where its bfloat16 is not."""
+    source, name = shutil.copytree(sources["fp8"], tmp_path / "source"), "model.layers.1.mlp.down_proj.weight"
+    for path in source.glob("*.safetensors"):
+        stored = load_file(path)
+        if name in stored:
+            stored[name][:1] = 448.0
+        if f"{name}_scale_inv" in stored:
+            stored[f"{name}_scale_inv"][:1] = 3.395e38 / 448
+        save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(SolveError, match=f"{name} overflows bfloat16") as caught:
+        start(source, target=("q_proj",))
+    assert caught.value.hint == "--dtype float32"
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_the_memory_is_that_of_one_weight(start: Start, sources: Mapping[str, Path]) -> None:
