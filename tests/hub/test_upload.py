@@ -161,7 +161,7 @@ def test_from_hub_to_hub_a_model_larger_than_the_disk(
 def die_before_the_folder_is_removed(*words: str) -> None:
     from milora_init.run.output_folder import OutputFolder
 
-    OutputFolder.discard = lambda *_: os._exit(9)  # type: ignore[method-assign, assignment]
+    OutputFolder.discard = lambda *_: os._exit(9)  # type: ignore[method-assign]
     fork_server.command_line(*words)
 
 
