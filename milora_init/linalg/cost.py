@@ -19,14 +19,19 @@ _WORKSPACE_BYTES = 64 << 20
 def uses_krylov(p: int, q: int, r: int, mode: Mode, *, gpu: bool = False) -> bool:
     """Whether r triplets of q are sought in a Krylov space first, and not among all eigenvectors.
 
-    On a CPU, where both were measured (torch 2.13 with MKL, one thread, q from 256 to 2048, r from 8 to 128), the
-    crossing depends on r and on whether the weight is square: the spectrum of a rectangular one takes more steps.
+    On a CPU, where both were measured (torch 2.13 with MKL, one thread, q from 512 to 1408, r from 16 to 128, with a
+    moderate and a strong head), the crossing depends on r and on whether the weight is square: at the small end the
+    spectrum of a rectangular one takes more steps. At the large end the strength of the head decides as much: the
+    limits are between the two.
     """
     if mode not in ("min", "max") or r > q // 8:
         return False
     if gpu:
         return q >= 512
-    return q >= 350 + 5 * r + (300 if 4 * p > 5 * q else 0)
+    rectangular = 4 * p > 5 * q
+    if mode == "max":
+        return q >= 370 + 7 * r + 150 * rectangular
+    return q >= (750 + 4.5 * r if rectangular else 350 + 6 * r)
 
 
 def weights_at_once(p: int, q: int, r: int, mode: Mode) -> int:

@@ -22,7 +22,6 @@ from milora_init.linalg.blocked_matrix import Operator
 from milora_init.linalg.certificate import NotConverged
 from milora_init.linalg.lanczos import PROBE_COLUMNS, complement_projection
 
-_GUARD = 64  # columns beyond the wanted ones
 _FIRST_STEPS = 3
 _AMPLIFICATION = 1e9  # of the wanted part over the unwanted one: the columns next to the wanted ones are then good too
 _SPREAD = 1e5  # the most by which a polynomial may differ over the wanted part: float32 has seven digits
@@ -35,7 +34,7 @@ class FilteredSpace:
     """A space that contains the wanted eigenvectors of each operator (q, q) of a batch, nearly.
 
     Attributes:
-        vectors: (..., q, r + 64), an orthonormal basis in float64; NaN for an operator that is not finite.
+        vectors: (..., q, k) with k > r, an orthonormal basis in float64; NaN for an operator that is not finite.
         probe: The operators projected on a block of the complement, (..., b, b).
         products: How often the operators were applied.
     """
@@ -54,7 +53,7 @@ def filtered_space(
     device: torch.device,
     batch: Sequence[int] = (),
 ) -> FilteredSpace:
-    """A space of the r largest eigenpairs of the operators `apply` (..., q, q), and 64 more.
+    """A space of the r largest eigenpairs of the operators `apply` (..., q, q), and of some more.
 
     Args:
         apply: On a float32 block (..., q, b) on `device`.
@@ -67,7 +66,7 @@ def filtered_space(
     Raises:
         NotConverged: No operator is finite.
     """
-    columns = r + _GUARD
+    columns = r + 64 + r // 2  # the more beyond the wanted ones, the fewer products and corrections
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(q, columns + PROBE_COLUMNS, generator=generator).to(device)
     start = start.expand(*batch, *start.shape)

@@ -29,9 +29,10 @@ def nf4(W: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """
     entries = W.flatten(-2)
     count = entries.shape[-1]
-    blocks = torch.nn.functional.pad(entries, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = torch.nn.functional.pad(entries, (0, -count % BLOCK)).view(*entries.shape[:-1], -1, BLOCK)
     scale = blocks.abs().amax(dim=-1, keepdim=True).to(scale_dtype).to(W.dtype)
     values = torch.tensor(VALUES, dtype=W.dtype, device=W.device)
     unit = blocks / torch.where(scale == 0, 1, scale)
     nearest = torch.bucketize(unit, (values[1:] + values[:-1]) / 2)
-    return (values[nearest] * scale).flatten(-2)[..., :count].reshape(W.shape)
+    rounded: Tensor = (values[nearest] * scale).flatten(-2)[..., :count].reshape(W.shape)
+    return rounded

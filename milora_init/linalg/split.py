@@ -154,13 +154,13 @@ def _parts(
         return made
     residual, roundings = _residual(W, B, A, scale, dtype, arithmetic)
     s2 = s.square().sum(dim=-1).view(-1).tolist() if factors != "balanced" else [None] * len(triplets)
-    for t, rounding, one_s2, *parts in zip(triplets, roundings, s2, *_each(residual, B, A), strict=True):
+    for t, rounding, one_s2, R, one_B, one_A in zip(triplets, roundings, s2, *_each(residual, B, A), strict=True):
         if rounding is None:
             made.append(None)
             continue
         figures, W2 = rounding
         own = figures.component if one_s2 is None else _norm_ratio(one_s2, W2)
-        made.append(Split(*parts, t, own**2, figures))
+        made.append(Split(R, one_B, one_A, t, own**2, figures))
     return made
 
 

@@ -295,7 +295,8 @@ class OutputFolder(Generic[Record]):
             with writing(folder):
                 sync_folder(folder)
         pushed = result.hashes[result.shard] if result.uploaded else None
-        entry = Entry(result.shard, result.files, result.records, result.hashes, pushed)
+        records = tuple(record for record in result.records if record)
+        entry = Entry(result.shard, result.files, records, result.hashes, pushed)
         self._own.append(entry)
         return entry
 

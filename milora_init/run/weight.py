@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -34,6 +34,8 @@ from milora_init.run.dense import locate
 from milora_init.run.pool import DeviceLock
 from milora_init.run.progress import Progress
 from milora_init.run.shard import ShardWriter
+
+Write = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,7 @@ def run(
         OutputError: The result cannot be written.
     """
     with gpu_errors(jobs[0].source, device), ExitStack() as files:
-        targets = [
-            [target and files.enter_context(target.opened()) for target in (job.residual, job.A, job.B)] for job in jobs
-        ]
+        writers = [_writers(job, files) for job in jobs]
         read_started = time.monotonic()
         weights = [_read_to_device(job.source, device) for job in jobs]
         read_ended = time.monotonic()
@@ -120,11 +120,9 @@ def run(
             solve_started = time.monotonic()
             results = _solve(jobs, weights, device)
             solve_ended = time.monotonic()
-        for job, (result, _), (write_residual, write_A, write_B) in zip(jobs, results, targets, strict=True):
+        for job, (result, _), (write_residual, write_A, write_B) in zip(jobs, results, writers, strict=True):
             if write_residual:
                 write_residual(_on_cpu(result.residual.mT if job.plan.weight.transposed else result.residual))
-            assert write_A is not None
-            assert write_B is not None
             write_A(_on_cpu(result.A))
             write_B(_on_cpu(result.B))
     written = time.monotonic()
@@ -138,6 +136,12 @@ def run(
     for job in jobs:
         progress.tensor(job.source.name, job.source.size_bytes)
     return tuple(records)
+
+
+def _writers(job: WeightJob, files: ExitStack) -> tuple[Write | None, Write, Write]:
+    """The functions that write the residual, if there is one, A and B."""
+    residual = files.enter_context(job.residual.opened()) if job.residual else None
+    return residual, files.enter_context(job.A.opened()), files.enter_context(job.B.opened())
 
 
 @contextmanager

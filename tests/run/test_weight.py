@@ -61,7 +61,7 @@ class Files:
     def run(self, job: WeightJob | None = None) -> WeightRecord:
         """Run the job and finish the files."""
         with self.base, self.factors:
-            record = run(job or self.job, CPU, nullcontext(), Progress())
+            (record,) = run((job or self.job,), CPU, nullcontext(), Progress())
             self.base.mark_written(TENSOR)
             for factor in "AB":
                 self.factors.mark_written(part_key(MODULE, factor))
@@ -168,7 +168,7 @@ def test_a_weight_that_does_not_fit_with_another_one_is_copied_again_under_the_l
     refused: list[torch.Size] = []
     with files.base, files.factors:
         monkeypatch.setattr(torch.Tensor, "to", to)
-        assert run(files.job, CPU, Lock(), Progress()).device == "cpu"
+        assert run((files.job,), CPU, Lock(), Progress())[0].device == "cpu"
     assert refused == [SHAPE]
 
 
