@@ -98,7 +98,7 @@ def _compare(
         records.setdefault(record.tensor, []).append(record)
     modules = [record.module for record in manifest.weights]
     solved_again = set(modules if all_components else spread(modules))
-    yield from _compare_kept_scales(base, model, hint)
+    yield from _compare_kept_scales(base, model, _MAKE_AGAIN)
     with open_factors(adapter) as factors:
         for name in (name for name in base.tensors if name in model.tensors):
             original, residual = locate(model, name), locate(base, name)
