@@ -86,7 +86,10 @@ def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | N
             findings.append(Finding(name, what, f"remove {key}" if trained is None else _TRAIN_AGAIN))
     findings += _check_targets(name, config, wanted, modules)
     path = config.get("base_model_name_or_path")
-    findings += (_check_base_path if pair.manifest.method.writes_base else _check_model_path)(name, path, pair)
+    if not pair.manifest.method.writes_base:
+        findings += _check_model_path(name, path, pair)
+    else:
+        findings += _check_base_path(name, path, pair, trained=trained is not None)
     return findings
 
 
@@ -116,8 +119,11 @@ def _check_targets(
     return findings
 
 
-def _check_base_path(name: str, path: object, pair: Pair) -> list[Finding]:
-    """base_model_name_or_path must be this folder, the recorded one, or a repository on the Hub."""
+def _check_base_path(name: str, path: object, pair: Pair, *, trained: bool) -> list[Finding]:
+    """base_model_name_or_path must be this folder, the recorded one, or a repository on the Hub.
+
+    A trained adapter may name another place, where its base was during the training: its factors tell the base.
+    """
     key = "base_model_name_or_path"
     recorded, original = pair.manifest.adapter[key], pair.manifest.source["model"]
     hint = _set_field(key, pair.given)
@@ -131,6 +137,8 @@ def _check_base_path(name: str, path: object, pair: Pair) -> list[Finding]:
         return [note(name, f"{key} is {path}, where the pair was made, not this folder; to load it from here, {hint}")]
     if isinstance(path, str) and _HUB_ID.fullmatch(path) and not Path(path).exists():
         return [note(name, f"{key} is {path}, a repository on the Hub, as `milora-init push` writes it")]
+    if trained and isinstance(path, str) and path and not other_base_in_config({key: path}, pair.manifest):
+        return [note(name, f"{key} is {path}, not {pair.given}: the factors tell what it was trained from")]
     return [Finding(name, f"{key} is {path!r}, not this base", hint)]
 
 
