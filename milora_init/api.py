@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from milora_init.errors import UsageError
@@ -135,18 +136,19 @@ def run(
 
     folder, remote = locate_model(options)
     if finished := finished_output(options, folder, remote):
-        return InitResult(options.out, "unchanged", finished)
+        return InitResult(options.out, "unchanged", replace(finished, out=options.out))  # it may have been moved
     from milora_init.plan.plan import make_plan
     from milora_init.run.initialize import carry_out
     from milora_init.run.scan import measured_targets
 
-    replace = options.overwrite if overwrite_repository is None else overwrite_repository
+    if overwrite_repository is None:
+        overwrite_repository = options.overwrite
     with _receiver(progress) as receiver:
         measured = measured_targets(options, folder, remote, progress=receiver)
         plan = make_plan(options, folder, remote, measured=measured)
-        manifest, status, pushed = carry_out(plan, progress=receiver, overwrite_repository=replace)
+        manifest, status, pushed = carry_out(plan, progress=receiver, overwrite_repository=overwrite_repository)
     out = manifest.out if manifest.out == options.push_to_hub else options.out  # nothing may be kept here
-    return InitResult(out, status, manifest, pushed)
+    return InitResult(out, status, replace(manifest, out=out), pushed)
 
 
 def scan(  # noqa: PLR0913  the options of the command

@@ -182,7 +182,7 @@ def convert(  # noqa: PLR0913  the options of the command
             return replace(result, modules=tuple(_module_result(updates, module, compress) for module in modules),
                            files=_planned_sizes(modules, copied, config), dry_run=True)  # fmt: skip
         if finished := _finished(target, inputs, overwrite=overwrite):
-            return finished
+            return replace(finished, out=out)  # the folder may have been moved
 
         def write(folder: Path) -> ConvertResult:
             written = _write_weights(updates, modules, copied, folder / WEIGHTS_FILE, compress=compress)

@@ -109,7 +109,7 @@ def merge(  # noqa: PLR0913  the options of the command
     folder = OutputFolder(local_path(out), MERGED, read_merged)
     _require_own_folder(folder.path, plan)
     if finished := folder.prepare(plan):
-        merged = replace(finished, unchanged=True)
+        merged = replace(finished, out=out, unchanged=True)  # the folder may have been moved
     else:
         try:
             hashes = _write_files(plan, folder, progress)
