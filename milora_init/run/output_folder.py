@@ -223,7 +223,7 @@ class OutputFolder(Generic[Record]):
     def _require_finished(self, plan: OutputPlan, record: Record) -> Record:
         """Return the record if it is of this request and its files are there. Raises OutputError."""
         self._require_same_request(record.fingerprint, record.inputs, plan)
-        require_intact(self.path, record.files)
+        require_intact(self.path, record.files, may_replace=self._part is None)
         self._remove_leftover_work_folder()
         return record
 
@@ -471,7 +471,7 @@ class OutputFolder(Generic[Record]):
 
     def _require_same_request(self, fingerprint: str, inputs: Mapping[str, Any], plan: OutputPlan) -> None:
         if fingerprint != plan.fingerprint:
-            raise another_request(self.path, inputs, plan.inputs)
+            raise another_request(self.path, inputs, plan.inputs, may_replace=self._part is None)
 
     def _require_no_foreign_files(self, plan: OutputPlan, earlier_files: Iterable[str]) -> None:
         """Raise OutputError for a file that is not ours and that the output would replace, or be loaded with."""
