@@ -231,6 +231,9 @@ def init(
         device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
         part=part, ray=ray,
     )  # fmt: skip
+    if limits and not (chosen := options.effective_method).writes_base:
+        why = f"method {chosen.name} writes no base, so nothing is rounded and there is no {next(iter(limits))}"
+        raise UsageError(f"--fail-on has no meaning: {why}", hint="drop --fail-on")
     if private is not None and not options.push_to_hub:
         hint = "add --push-to-hub ORG/NAME, or drop it"
         raise UsageError("--private and --public are for --push-to-hub, which is not given", hint=hint)
