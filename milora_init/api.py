@@ -332,7 +332,7 @@ def convert(  # noqa: PLR0913
         out: The folder to write. If the same conversion was finished there before, nothing is done.
         model: The original model, as adapter_config.json shall name it. None is the name in the manifest.
         rank: Keep the best `rank` directions of each module. None is twice the trained rank, which is exact.
-        energy: Keep as many directions of each module as this share of its update's squared norm needs.
+        energy: Instead of `rank`: as many directions of each module as this share of its update's squared norm needs.
         for_: What reads the adapter: `peft`, `vllm` or `sglang`. They differ for models with experts.
         text_only: For a model with towers: True for the names of the class that AutoModelForCausalLM builds, False for
             those of the class in config.json. None keeps those of the training.
@@ -341,7 +341,8 @@ def convert(  # noqa: PLR0913
         cache_dir, token: As in huggingface_hub.
 
     Raises:
-        UsageError: A folder that is not there, an `energy` outside 0 to 1, or a `for_` that is not known.
+        UsageError: A folder that is not there, a `rank` below 1, an `energy` outside 0 to 1, both of them, or a `for_`
+            that is not known.
         CheckpointError: An adapter that cannot be read.
         PlanError: Adapters that do not belong together, a rank that no module has, or a module that the server would
             not read.

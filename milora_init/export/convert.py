@@ -65,7 +65,7 @@ from milora_init.manifest import (
     fingerprint,
     read_manifest,
 )
-from milora_init.options import local_path
+from milora_init.options import local_path, require_ranks
 from milora_init.plan.finished import another_request, require_intact
 from milora_init.records import (
     CONVERTED,
@@ -109,6 +109,7 @@ def convert(  # noqa: PLR0913  the options of the command
         if not value:  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
     form = _form(for_)
+    _check_cut(rank, energy)
     located = locate_pair(
         pair, only="adapter" if text_only is None else "adapter and config", cache_dir=cache_dir, token=token
     )
@@ -130,7 +131,7 @@ def convert(  # noqa: PLR0913  the options of the command
     names = _other_names(base_folder, manifest, copied, text_only)
     if names:
         modules = [_renamed(module, names) for module in modules]
-    _require_cut(modules, rank, energy)
+    _require_rank(modules, rank)
     compress = rank is not None or energy is not None
     target = local_path(out)
     for folder in (initial, after.path):
@@ -376,12 +377,21 @@ def _write_folder(out: Path, write: Callable[[Path], ConvertResult]) -> ConvertR
     return result
 
 
-def _require_cut(modules: Sequence[PlainModule], rank: int | None, energy: float | None) -> None:
-    """Raise PlanError for a `rank` that no module has, and UsageError for an `energy` that is no share."""
+def _check_cut(rank: int | None, energy: float | None) -> None:
+    """Raise UsageError for a `rank` that is no whole number above 0, an `energy` that is no share, and for both."""
+    if rank is not None and energy is not None:
+        why = "each says how far a module is cut"
+        raise UsageError(f"--rank and --energy exclude each other: {why}", hint="drop one of them")
+    if rank is not None:
+        require_ranks([rank])
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy {energy:g} is not between 0 and 1", hint="for example --energy 0.99")
+
+
+def _require_rank(modules: Sequence[PlainModule], rank: int | None) -> None:
+    """Raise PlanError for a `rank` that no module has."""
     highest = max(min(module.rank, *module.shape) for module in modules)
-    if rank is not None and not 1 <= rank <= highest:
+    if rank is not None and rank > highest:
         raise PlanError(f"rank {rank} is not between 1 and {highest}, the most of any module", hint=f"--rank {highest}")
 
 
@@ -436,7 +446,7 @@ class Updates:
         return found
 
     def ranks(self, modules: Iterable[PlainModule], rank: int | None, energy: float | None) -> dict[str, int]:
-        """The rank that each module is cut to, by key: at most `rank`, and enough for this share of its energy."""
+        """The rank that each module is cut to, by key: at most `rank`, or enough for this share of its energy."""
         found = {}
         for module in modules:
             limit = module.rank if rank is None else min(rank, module.rank, *module.shape)

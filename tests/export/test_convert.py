@@ -244,10 +244,16 @@ def test_an_existing_output_is_refused_and_unchanged(pair: Path, tmp_path: Path)
     assert [(p.name, p.read_text()) for p in (tmp_path / "plain").iterdir()] == [("mine", "keep")]
 
 
-@pytest.mark.parametrize("rank", [0, -1, 9])
-def test_an_impossible_rank_is_refused(rank: int, pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=f"rank {rank} "):
-        convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain", rank=rank)
+def test_a_rank_that_no_module_has_is_refused(pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="rank 9 "):
+        convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain", rank=9)
+
+
+@pytest.mark.parametrize("cut", [{"rank": 0}, {"rank": -1}, {"energy": 1.5}, {"rank": 2, "energy": 0.9}])
+def test_an_impossible_cut_is_refused_before_anything_is_read(cut: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^(rank is|--energy|--rank and)") as caught:
+        convert(tmp_path / "absent", tmp_path / "absent", tmp_path / "plain", **cut)
+    assert caught.value.hint
 
 
 def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Path) -> None:
