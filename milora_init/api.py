@@ -330,7 +330,8 @@ def convert(  # noqa: PLR0913
         pair: The folder that `initialize` wrote, or its Hub id; also the folder of the initial adapter alone.
         adapter: The trained adapter.
         out: The folder to write. If the same conversion was finished there before, nothing is done.
-        model: The original model, as adapter_config.json shall name it. None is the name in the manifest.
+        model: The original model, as adapter_config.json shall name it. None is the name in the manifest. A folder
+            must have the recorded weights; a Hub id is not fetched.
         rank: Keep the best `rank` directions of each module. None is twice the trained rank, which is exact.
         energy: Instead of `rank`: as many directions of each module as this share of its update's squared norm needs.
         for_: What reads the adapter: `peft`, `vllm` or `sglang`. They differ for models with experts.
@@ -343,7 +344,7 @@ def convert(  # noqa: PLR0913
     Raises:
         UsageError: A folder that is not there, a `rank` below 1, an `energy` outside 0 to 1, both of them, or a `for_`
             that is not known.
-        CheckpointError: An adapter that cannot be read.
+        CheckpointError: An adapter that cannot be read, or another model than the original.
         PlanError: Adapters that do not belong together, a rank that no module has, or a module that the server would
             not read.
         OutputError: `out` holds something else, or cannot be written.

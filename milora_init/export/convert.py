@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from milora_init import __version__
-from milora_init.checkpoint.folder import Checkpoint, open_checkpoint
+from milora_init.checkpoint.folder import Checkpoint, open_checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header, TensorInfo, plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
@@ -83,6 +83,7 @@ from milora_init.run.output_folder import (
     require_writable,
 )
 from milora_init.serving import FORMS, Form, serving_notices
+from milora_init.verification.tensors import require_original
 
 
 def convert(  # noqa: PLR0913  the options of the command
@@ -105,8 +106,8 @@ def convert(  # noqa: PLR0913  the options of the command
     See `api.convert`. The folder is written under another name and renamed when it is complete.
     """
     started = time.monotonic()
-    for name, value in (("PAIR", pair), ("--adapter", adapter), ("--out", out)):
-        if not value:  # an unset variable of a shell, for example
+    for name, value in (("PAIR", pair), ("--adapter", adapter), ("--out", out), ("--model", model)):
+        if value == "":  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
     form = _form(for_)
     _check_cut(rank, energy)
@@ -118,6 +119,7 @@ def convert(  # noqa: PLR0913  the options of the command
     before, after = _read_adapters(initial, trained, manifest, pair=pair, adapter=adapter)
     if model is None and manifest is None:
         raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")
+    not_compared = [] if model is None else _check_model(model, manifest)
     source = manifest.source if manifest else {"model": None, "revision": None, "architecture": ""}
     revision = source["revision"] if model in (None, source["model"]) else None
     from_hub = revision is not None or (
@@ -177,7 +179,7 @@ def convert(  # noqa: PLR0913  the options of the command
             hashes={},
             elapsed_s=0.0,
             form=form,
-            notices=(*beside_notices, *_serving_notices(modules, form, str(source["architecture"]))),
+            notices=(*not_compared, *beside_notices, *_serving_notices(modules, form, str(source["architecture"]))),
         )
         if dry_run:
             return replace(result, modules=tuple(_module_result(updates, module, compress) for module in modules),
@@ -213,6 +215,29 @@ def _form(given: str) -> Form:
         if given == form:
             return form
     raise UsageError(f"--for {given!r} is not known", hint=f"choose one of {', '.join(FORMS)}")
+
+
+def _check_model(given: str, manifest: Manifest | None) -> list[str]:
+    """Check that a model is the original one; return a sentence on what was not compared, if there is something.
+
+    The weights in a folder are compared. A repository on the Hub is not fetched.
+
+    Raises:
+        UsageError: A folder that is not there.
+        CheckpointError: A folder that holds another model, or cannot be read.
+    """
+    folder = local_path(given)
+    if not folder.is_dir() and (folder.exists() or not is_hub_id(given)):
+        raise UsageError(f"{given}: no such folder", hint="name the original model: a folder, or a Hub id org/name")
+    if manifest is None:
+        return []
+    if folder.is_dir():
+        require_original(open_model(folder), manifest, given)
+        return []
+    recorded = manifest.source["model"]
+    if given == recorded:
+        return []
+    return [f"{given} was not compared with the recorded original, {recorded}: it must have the same weights"]
 
 
 def _config_bytes(config: Mapping[str, Any]) -> bytes:

@@ -265,6 +265,20 @@ def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Pat
     assert config["base_model_name_or_path"] == "me/model"
 
 
+def test_a_model_that_is_not_the_original_is_refused(
+    pair: Path, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for model, error in (("./nothere", UsageError), ("", UsageError), (checkpoint("gpt2"), CheckpointError)):
+        with pytest.raises(error, match=r"no such folder|is empty|not what this output was made from"):
+            convert(pair / "out", pair / "trained", tmp_path / "plain", model=str(model))
+    assert not (tmp_path / "plain").exists()
+    shutil.copytree(checkpoint("llama"), tmp_path / "moved")
+    assert not convert(pair / "out", pair / "trained", tmp_path / "plain", model="moved").notices
+    named = convert(pair / "out", pair / "trained", tmp_path / "named", model="me/model", dry_run=True)
+    assert "me/model was not compared with the recorded original" in named.notices[0]
+
+
 def test_other_files_in_the_parent_folder_are_unchanged(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.partial").mkdir()
     (tmp_path / "plain.partial" / "mine.txt").write_bytes(b"mine")
