@@ -45,7 +45,7 @@ _BESIDE_FACTORS = ("bias", *EXTRA_WEIGHT_KEYS)  # a trainer may train these too
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MOST_NAMES = 3  # in one message
-_MOST_MODULES = 20  # with a finding of their own
+_MOST_MODULES = 20  # with a finding of their own; more are one finding
 # An edit of the config would not help: the factors were trained for the function that it describes.
 _TRAIN_AGAIN = "train again from the initial adapter, with its config unchanged"
 _KEPT = "trained beside the factors, and kept by merge and convert"
@@ -285,9 +285,10 @@ def _check_trained(pair: Pair, folder: Path, modules: Collection[str], *, compar
         dora = bool(read_config(config).get("use_dora"))
     header_findings = check_adapter_header(weights, records, trained=True, dora=dora)
     findings += header_findings
-    foreign = _most_factors_differ(weights, records)
+    other_base = ""
     with suppress(CheckpointError):  # a config that cannot be read is a finding above
-        foreign = foreign or bool(other_base_in_config(read_config(config), pair.manifest))
+        other_base = other_base_in_config(read_config(config), pair.manifest)
+    foreign = bool(other_base) or _most_factors_differ(weights, records)
     if compare_values and not any(finding.problem for finding in header_findings):
         unrelated: dict[str, str] = {}
         try:
@@ -295,12 +296,14 @@ def _check_trained(pair: Pair, folder: Path, modules: Collection[str], *, compar
         except PlanError as error:
             findings.append(Finding(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
         foreign = foreign or len(unrelated) > len(records) / 2
-        if unrelated:
+        if foreign and unrelated or len(unrelated) > _MOST_MODULES:
             findings.append(Finding(str(weights), summarise_modules(unrelated), OTHER_OUTPUT_HINT))
-            listed = list(unrelated.items())[:_MOST_MODULES]
-            findings += [Finding(module, f"unrelated: {why}", OTHER_OUTPUT_HINT) for module, why in listed]
+        else:
+            what = "unrelated to the initial adapter of this output"
+            findings += [Finding(module, f"{what}: {why}", OTHER_OUTPUT_HINT) for module, why in unrelated.items()]
     if foreign:  # the hints of the checks would only make it look as if it were of this base
-        return [replace(f, hint=OTHER_OUTPUT_HINT, problem="foreign_adapter") if f.problem else f for f in findings]
+        hint = f"by its config it was trained from {other_base}: give that" if other_base else OTHER_OUTPUT_HINT
+        return [replace(f, hint=hint, problem="foreign_adapter") if f.problem else f for f in findings]
     return [replace(f, problem="adapter_misfit") if f.problem else f for f in findings]
 
 

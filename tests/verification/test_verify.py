@@ -339,6 +339,8 @@ def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, finished: B
     other = finished(mode="max")
     verdict = verify(str(other), adapter=str(trained))
     require(verdict, "foreign_adapter", "unrelated to the initial adapter", "base_model_name_or_path")
+    assert len(verdict.differences) == 2  # no module is listed twice
+    assert {d.hint for d in verdict.differences} == {f"by its config it was trained from {finished()}: give that"}
 
 
 def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, finished: Built) -> None:
