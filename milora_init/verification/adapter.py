@@ -296,7 +296,7 @@ def _check_trained(pair: Pair, folder: Path, modules: Collection[str], *, compar
         except PlanError as error:
             findings.append(Finding(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
         foreign = foreign or len(unrelated) > len(records) / 2
-        if foreign and unrelated or len(unrelated) > _MOST_MODULES:
+        if (foreign and unrelated) or len(unrelated) > _MOST_MODULES:
             findings.append(Finding(str(weights), summarise_modules(unrelated), OTHER_OUTPUT_HINT))
         else:
             what = "unrelated to the initial adapter of this output"
