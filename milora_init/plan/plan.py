@@ -373,8 +373,8 @@ def make_plan(
 def _refuse_our_own_output(folder: Path, given: str) -> None:
     """Raise CheckpointError if the folder is an output of this program, whose components are taken out already.
 
-    It may be unfinished, or hold the files of some parts only. `given` is the folder or the Hub id as the user wrote it.
-    The hint names the original model if the manifest does.
+    It may be unfinished, or hold the files of some parts only. The hint names the original model if the manifest does.
+    `given` is the folder or the Hub id as the user wrote it.
     """
     found = next((name for name in (MANIFEST, LORA_CONFIG) if os.path.lexists(folder / name)), None)
     if found is None:
