@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from milora_init.errors import UsageError
@@ -135,18 +136,19 @@ def run(
 
     folder, remote = locate_model(options)
     if finished := finished_output(options, folder, remote):
-        return InitResult(options.out, "unchanged", finished)
+        return InitResult(options.out, "unchanged", replace(finished, out=options.out))  # it may have been moved
     from milora_init.plan.plan import make_plan
     from milora_init.run.initialize import carry_out
     from milora_init.run.scan import measured_targets
 
-    replace = options.overwrite if overwrite_repository is None else overwrite_repository
+    if overwrite_repository is None:
+        overwrite_repository = options.overwrite
     with _receiver(progress) as receiver:
         measured = measured_targets(options, folder, remote, progress=receiver)
         plan = make_plan(options, folder, remote, measured=measured)
-        manifest, status, pushed = carry_out(plan, progress=receiver, overwrite_repository=replace)
+        manifest, status, pushed = carry_out(plan, progress=receiver, overwrite_repository=overwrite_repository)
     out = manifest.out if manifest.out == options.push_to_hub else options.out  # nothing may be kept here
-    return InitResult(out, status, manifest, pushed)
+    return InitResult(out, status, replace(manifest, out=out), pushed)
 
 
 def scan(  # noqa: PLR0913  the options of the command
@@ -328,9 +330,10 @@ def convert(  # noqa: PLR0913
         pair: The folder that `initialize` wrote, or its Hub id; also the folder of the initial adapter alone.
         adapter: The trained adapter.
         out: The folder to write. If the same conversion was finished there before, nothing is done.
-        model: The original model, as adapter_config.json shall name it. None is the name in the manifest.
+        model: The original model, as adapter_config.json shall name it. None is the name in the manifest. A folder
+            must have the recorded weights; a Hub id is not fetched.
         rank: Keep the best `rank` directions of each module. None is twice the trained rank, which is exact.
-        energy: Keep as many directions of each module as this share of its update's squared norm needs.
+        energy: Instead of `rank`: as many directions of each module as this share of its update's squared norm needs.
         for_: What reads the adapter: `peft`, `vllm` or `sglang`. They differ for models with experts.
         text_only: For a model with towers: True for the names of the class that AutoModelForCausalLM builds, False for
             those of the class in config.json. None keeps those of the training.
@@ -339,8 +342,9 @@ def convert(  # noqa: PLR0913
         cache_dir, token: As in huggingface_hub.
 
     Raises:
-        UsageError: A folder that is not there, an `energy` outside 0 to 1, or a `for_` that is not known.
-        CheckpointError: An adapter that cannot be read.
+        UsageError: A folder that is not there, a `rank` below 1, an `energy` outside 0 to 1, both of them, or a `for_`
+            that is not known.
+        CheckpointError: An adapter that cannot be read, or another model than the original.
         PlanError: Adapters that do not belong together, a rank that no module has, or a module that the server would
             not read.
         OutputError: `out` holds something else, or cannot be written.

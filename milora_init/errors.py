@@ -59,9 +59,12 @@ def _rebuild(cls: type[MiloraError], message: str, hint: str) -> MiloraError:
 
 
 class UsageError(MiloraError):
-    """A wrong option, recipe key or path, or options that exclude each other."""
+    """A wrong option, recipe key or path, or options that exclude each other. It always has a hint."""
 
     exit_code = 2
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
 
 
 class CheckpointError(MiloraError):

@@ -25,6 +25,7 @@ OUTPUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASES = ("dense", "mixed")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _LIMIT = 2**63  # every whole number must be below it
+_AT_LEAST_1 = "expected a whole number of at least 1 and below 2^63"
 
 # Names that PEFT and trainers use for our options. A recipe, the Python functions and the command line accept them.
 SYNONYMS: Mapping[str, str] = {
@@ -124,7 +125,7 @@ class InitOptions:
         self._check_numbers()
         for name in ("rslora", "text_only", "trust_remote_code", "low_disk", "private", "overwrite"):
             value = getattr(self, name)
-            _require(isinstance(value, bool), f"{name} is {_short(value)}, expected true or false")
+            _require(isinstance(value, bool), f"{name} is {_short(value)}, expected true or false", "give one of both")
         choices_of: Mapping[str, Iterable[str | None]] = {
             "method": (None, *METHODS), "mode": (None, *MODES), "dtype": OUTPUT_DTYPES, "base": BASES,
             "task_type": (None, *TASK_TYPES),
@@ -151,7 +152,8 @@ class InitOptions:
             if isinstance(value, str):
                 raise UsageError(f"{name} is the string {_short(value)}", hint=f"give a list: {name}: [{value}]")
             if value is not None or name != "target":
-                _require(isinstance(value, list | tuple), f"{name} is {_short(value)}, expected a list")
+                is_list = isinstance(value, list | tuple)
+                _require(is_list, f"{name} is {_short(value)}, expected a list", f"give a list: {name}: [...]")
                 self._set(name, tuple(_TARGET_SYNONYMS.get(item, item) if name == "target" else item for item in value))
         self._set("token", clean_token(self.token))
 
@@ -204,9 +206,11 @@ class InitOptions:
 
     def _check_targets(self) -> None:
         _require(self.target != (), "no target is named", "name at least one, e.g. --target q_proj")
+        module_hint = "name a module, e.g. q_proj"
         for name in (*(self.target or ()), *self.exclude):
-            _require(isinstance(name, str) and bool(name), f"target {_short(name)} is not a module name")
-            _require(measured_target(name) is None or name not in self.exclude, f"exclude {name} is not a module name")
+            _require(isinstance(name, str) and bool(name), f"target {_short(name)} is not a module name", module_hint)
+            ok = measured_target(name) is None or name not in self.exclude
+            _require(ok, f"exclude {name} is not a module name", module_hint)
         measured = next((name for name in self.target or () if measured_target(name)), None)
         why = f"target {measured} is chosen by a scan of the whole model, which low_disk does not keep"
         _require(not (measured and self.low_disk), why, "drop --low-disk, or name the modules")
@@ -220,16 +224,16 @@ class InitOptions:
             _require(ok, f"{option} is {_short(pattern)}", hint)
 
     def _check_numbers(self) -> None:
-        at_least_1 = "expected a whole number of at least 1 and below 2^63"
-        _require(_is_int(self.rank) and 1 <= self.rank < _LIMIT, f"rank is {_short(self.rank)}, {at_least_1}")
+        rank_ok = _is_int(self.rank) and 1 <= self.rank < _LIMIT
+        _require(rank_ok, f"rank is {_short(self.rank)}, {_AT_LEAST_1}", "for example rank 64")
         alpha_ok = self.alpha is None or (_is_int(self.alpha) and 1 <= self.alpha < _LIMIT)
-        _require(alpha_ok, f"alpha is {_short(self.alpha)}, {at_least_1}")
+        _require(alpha_ok, f"alpha is {_short(self.alpha)}, {_AT_LEAST_1}", "drop it: then it is the rank")
         dropout_ok = self.dropout is None or (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1)
-        _require(dropout_ok, f"dropout is {_short(self.dropout)}, expected 0 <= dropout < 1")
+        _require(dropout_ok, f"dropout is {_short(self.dropout)}, expected 0 <= dropout < 1", "for example 0.05")
         nf4_ok = _is_int(self.nf4) and 0 <= self.nf4 <= 100
-        _require(nf4_ok, f"nf4 is {_short(self.nf4)}, expected a number of rounds from 0 to 100")
+        _require(nf4_ok, f"nf4 is {_short(self.nf4)}, expected a number of rounds from 0 to 100", "5 is a good choice")
         seed_ok = _is_int(self.seed) and 0 <= self.seed < _LIMIT
-        _require(seed_ok, f"seed is {_short(self.seed)}, expected 0 <= seed < 2^63")
+        _require(seed_ok, f"seed is {_short(self.seed)}, expected 0 <= seed < 2^63", "for example seed 0")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -378,14 +382,14 @@ def require_ranks(ranks: Sequence[object]) -> tuple[int, ...]:
     found = []
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < _LIMIT:
-            raise UsageError(f"rank is {_short(rank)}, expected a whole number of at least 1 and below 2^63")
+            raise UsageError(f"rank is {_short(rank)}, {_AT_LEAST_1}", hint="for example rank 64")
         found.append(rank)
     return tuple(sorted(set(found)))
 
 
 def clean_token(token: str | None) -> str | None:
     """A Hub token without the line end of a pasted secret. Raises UsageError, whose message does not show it."""
-    _require(isinstance(token, str | None), "the Hub token is not text")
+    _require(isinstance(token, str | None), "the Hub token is not text", "give it as text, or run `hf auth login`")
     token = token.strip() if token else None
     ok = token is None or (token.isascii() and token.isprintable() and " " not in token)
     _require(ok, "the Hub token has characters that no token has", "check HF_TOKEN or --token, or run `hf auth login`")
@@ -422,7 +426,7 @@ def recipe_text(recipe: str) -> str:
         hint = f"name one of {', '.join(recipe_names())}, or the path of a YAML file"
         raise UsageError(f"no recipe {recipe!r}", hint=hint) from None
     except ValueError as error:
-        raise UsageError(f"recipe {recipe} is not text: {error}") from None
+        raise UsageError(f"recipe {recipe} is not text: {error}", hint="save it as UTF-8") from None
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
@@ -431,7 +435,8 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"recipe {recipe} is not YAML: {' '.join(str(error).split())}") from None
+        message = f"recipe {recipe} is not YAML: {' '.join(str(error).split())}"
+        raise UsageError(message, hint="write lines like `rank: 64`") from None
     if not isinstance(values, dict):
         raise UsageError(f"recipe {recipe} is not a mapping of options", hint="write lines like `rank: 64`")
     options = canonical(values, f"recipe {recipe}: ", known=_RECIPE_KEYS)
@@ -469,6 +474,6 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require(ok: bool, message: str, hint: str = "") -> None:
+def _require(ok: bool, message: str, hint: str) -> None:
     if not ok:
         raise UsageError(message, hint=hint)

@@ -47,7 +47,7 @@ class InitResult(Result):
     Attributes:
         out: The output folder as given, or the repository if nothing was kept on the disk.
         status: `done`, or `unchanged` if the same request was finished before.
-        manifest: The content of milora_init.json: a record of every weight.
+        manifest: The content of milora_init.json: a record of every weight. Its `out` is that of the result.
         pushed: What was uploaded; None if nothing was.
     """
 

@@ -30,6 +30,12 @@ def test_initialize_takes_paths_and_the_words_of_the_command_line(checkpoint: Bu
     )
     assert again.status == "unchanged"
     assert again.fingerprint == result.fingerprint
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = milora_init.initialize(
+        checkpoint("llama"), tmp_path / "moved", rank=4, target="q_proj,v_proj", device=["cpu"], progress=False
+    )
+    assert (moved.status, moved.manifest.out) == ("unchanged", str(tmp_path / "moved"))
+    assert moved.load == result.load.replace("/out", "/moved")
 
 
 def test_initialize_takes_checked_options_too(checkpoint: Built, tmp_path: Path) -> None:

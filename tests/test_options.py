@@ -133,6 +133,7 @@ def test_an_invalid_value_is_a_usage_error_that_shows_it(field: str, value: obje
         request(**{field: value})
     shown = value if not isinstance(value, tuple) or not value else value[0]
     assert repr(shown) in caught.value.message or value in ("", ())  # an empty value has nothing to show
+    assert caught.value.hint
     assert caught.value.exit_code == 2
 
 

@@ -12,7 +12,7 @@ import typer
 from milora_init.cli import output
 from milora_init.cli.params import CacheDir, Json, Model, Quiet, Revision, Token, Verbose
 from milora_init.cli.streams import may_be_lost
-from milora_init.errors import UsageError
+from milora_init.errors import OutputError, UsageError
 from milora_init.options import InitOptions, split_names
 
 if TYPE_CHECKING:
@@ -231,6 +231,9 @@ def init(
         device=device or None, seed=seed, overwrite=overwrite or None, push_to_hub=push_to_hub, private=private,
         part=part, ray=ray,
     )  # fmt: skip
+    if limits and not (chosen := options.effective_method).writes_base:
+        why = f"method {chosen.name} writes no base, so nothing is rounded and there is no {next(iter(limits))}"
+        raise UsageError(f"--fail-on has no meaning: {why}", hint="drop --fail-on")
     if private is not None and not options.push_to_hub:
         hint = "add --push-to-hub ORG/NAME, or drop it"
         raise UsageError("--private and --public are for --push-to-hub, which is not given", hint=hint)
@@ -307,6 +310,7 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         from milora_init.plan.peft_check import require_loadable
         from milora_init.plan.plan import describe, make_plan
         from milora_init.run.devices import multiply_rate
+        from milora_init.run.initialize import look
         from milora_init.run.pool import solver_devices, weights_in_memory
         from milora_init.run.scan import measured_targets
 
@@ -315,10 +319,20 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         require_loadable(plan)
         estimate_s = plan.solve_flops / multiply_rate(solver_devices(plan)[0][0])
         at_once, others = weights_in_memory(plan)
+        state: str = "refused"
+        refusal: OutputError | None = None
+        try:
+            state = look(plan)
+        except OutputError as error:
+            refusal = error
     if as_json:
-        output.json_output.give(describe(plan, at_once, estimate_s, others))
+        planned = describe(plan, at_once, estimate_s, others)
+        if refusal:
+            planned["warnings"] = [*planned["warnings"], f"the run would be refused: {refusal.message}; {refusal.hint}"]
+        output.json_output.give({**planned, "out_state": state})
     elif not quiet:
         output.print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once, others))
+        output.print_out_state(options.out, state, refusal)
 
 
 def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_json: bool, quiet: bool) -> None:

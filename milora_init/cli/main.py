@@ -169,13 +169,13 @@ def run(argv: list[str]) -> int:
     resume = "run the same command again" if _command_of(argv) in _NOT_RESUMED else "run the same command to resume"
     try:
         if any("\0" in word for word in argv):
-            raise UsageError("an option contains a NUL character, which no path and no name can have")
+            what = "an option contains a NUL character, which no path and no name can have"
+            raise UsageError(what, hint=_usage_hint(argv))
         status = int(command(argv, standalone_mode=False, prog_name="milora-init") or 0)
         # Some versions of typer return a bare status for an interruption.
         return _fail(argv, "interrupted", resume, 130, KeyboardInterrupt()) if status == 130 else status
     except MiloraError as error:
-        hint = error.hint or (_usage_hint(argv) if isinstance(error, UsageError) else "")
-        return _fail(argv, error.message, hint, error.exit_code, error)
+        return _fail(argv, error.message, error.hint, error.exit_code, error)
     except (KeyboardInterrupt, typer.Abort) as error:
         return _fail(argv, "interrupted", resume, 130, error)
     except _Terminated as error:

@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from milora_init.errors import UsageError
+from milora_init.errors import MiloraError, UsageError
 from milora_init.methods import DROPOUT, method_of_inputs
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
@@ -201,7 +201,21 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         target = "" if job.target == job.source.name or not job.header else f" -> {job.target}"
         console.print(f"  {job.source.name}{target}  ({count_weights(job.splits)})")
     print_warnings(plan.notices)
-    console.print("nothing was written")
+
+
+def print_out_state(out: str, state: str, refusal: MiloraError | None) -> None:
+    """Print the last lines of `--dry-run`: what the run would do with the output folder."""
+    would = {
+        "unfinished": f"; the run would resume the unfinished output in {out}",
+        "replaced": f"; the run would replace the earlier output in {out}",
+        "finished": f"; {out} is already done, the run would do nothing",
+    }
+    console = _stdout()
+    if refusal is None:
+        console.print(f"nothing was written{would.get(state, '')}")
+    else:
+        console.print(f"nothing was written; the run would be refused: {refusal.message}")
+        console.print(f"hint: {refusal.hint}")
 
 
 def print_part(result: PartResult, *, elapsed_s: float) -> None:

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from milora_init import __version__
-from milora_init.checkpoint.folder import Checkpoint, open_checkpoint
+from milora_init.checkpoint.folder import Checkpoint, open_checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import Header, TensorInfo, plan_header
 from milora_init.checkpoint.writer import SafetensorsWriter, extended, sync_folder, writing
@@ -65,7 +65,7 @@ from milora_init.manifest import (
     fingerprint,
     read_manifest,
 )
-from milora_init.options import local_path
+from milora_init.options import local_path, require_ranks
 from milora_init.plan.finished import another_request, require_intact
 from milora_init.records import (
     CONVERTED,
@@ -83,6 +83,7 @@ from milora_init.run.output_folder import (
     require_writable,
 )
 from milora_init.serving import FORMS, Form, serving_notices
+from milora_init.verification.tensors import require_original
 
 
 def convert(  # noqa: PLR0913  the options of the command
@@ -105,10 +106,11 @@ def convert(  # noqa: PLR0913  the options of the command
     See `api.convert`. The folder is written under another name and renamed when it is complete.
     """
     started = time.monotonic()
-    for name, value in (("PAIR", pair), ("--adapter", adapter), ("--out", out)):
-        if not value:  # an unset variable of a shell, for example
+    for name, value in (("PAIR", pair), ("--adapter", adapter), ("--out", out), ("--model", model)):
+        if value == "":  # an unset variable of a shell, for example
             raise UsageError(f"{name} is empty", hint="name a folder")
     form = _form(for_)
+    _check_cut(rank, energy)
     located = locate_pair(
         pair, only="adapter" if text_only is None else "adapter and config", cache_dir=cache_dir, token=token
     )
@@ -117,6 +119,7 @@ def convert(  # noqa: PLR0913  the options of the command
     before, after = _read_adapters(initial, trained, manifest, pair=pair, adapter=adapter)
     if model is None and manifest is None:
         raise UsageError(f"no {MANIFEST} beside {initial} names the original model", hint="add --model MODEL")
+    not_compared = [] if model is None else _check_model(model, manifest)
     source = manifest.source if manifest else {"model": None, "revision": None, "architecture": ""}
     revision = source["revision"] if model in (None, source["model"]) else None
     from_hub = revision is not None or (
@@ -130,7 +133,7 @@ def convert(  # noqa: PLR0913  the options of the command
     names = _other_names(base_folder, manifest, copied, text_only)
     if names:
         modules = [_renamed(module, names) for module in modules]
-    _require_cut(modules, rank, energy)
+    _require_rank(modules, rank)
     compress = rank is not None or energy is not None
     target = local_path(out)
     for folder in (initial, after.path):
@@ -176,13 +179,13 @@ def convert(  # noqa: PLR0913  the options of the command
             hashes={},
             elapsed_s=0.0,
             form=form,
-            notices=(*beside_notices, *_serving_notices(modules, form, str(source["architecture"]))),
+            notices=(*not_compared, *beside_notices, *_serving_notices(modules, form, str(source["architecture"]))),
         )
         if dry_run:
             return replace(result, modules=tuple(_module_result(updates, module, compress) for module in modules),
                            files=_planned_sizes(modules, copied, config), dry_run=True)  # fmt: skip
         if finished := _finished(target, inputs, overwrite=overwrite):
-            return finished
+            return replace(finished, out=out)  # the folder may have been moved
 
         def write(folder: Path) -> ConvertResult:
             written = _write_weights(updates, modules, copied, folder / WEIGHTS_FILE, compress=compress)
@@ -212,6 +215,29 @@ def _form(given: str) -> Form:
         if given == form:
             return form
     raise UsageError(f"--for {given!r} is not known", hint=f"choose one of {', '.join(FORMS)}")
+
+
+def _check_model(given: str, manifest: Manifest | None) -> list[str]:
+    """Check that a model is the original one; return a sentence on what was not compared, if there is something.
+
+    The weights in a folder are compared. A repository on the Hub is not fetched.
+
+    Raises:
+        UsageError: A folder that is not there.
+        CheckpointError: A folder that holds another model, or cannot be read.
+    """
+    folder = local_path(given)
+    if not folder.is_dir() and (folder.exists() or not is_hub_id(given)):
+        raise UsageError(f"{given}: no such folder", hint="name the original model: a folder, or a Hub id org/name")
+    if manifest is None:
+        return []
+    if folder.is_dir():
+        require_original(open_model(folder), manifest, given)
+        return []
+    recorded = manifest.source["model"]
+    if given == recorded:
+        return []
+    return [f"{given} was not compared with the recorded original, {recorded}: it must have the same weights"]
 
 
 def _config_bytes(config: Mapping[str, Any]) -> bytes:
@@ -376,12 +402,21 @@ def _write_folder(out: Path, write: Callable[[Path], ConvertResult]) -> ConvertR
     return result
 
 
-def _require_cut(modules: Sequence[PlainModule], rank: int | None, energy: float | None) -> None:
-    """Raise PlanError for a `rank` that no module has, and UsageError for an `energy` that is no share."""
+def _check_cut(rank: int | None, energy: float | None) -> None:
+    """Raise UsageError for a `rank` that is no whole number above 0, an `energy` that is no share, and for both."""
+    if rank is not None and energy is not None:
+        why = "each says how far a module is cut"
+        raise UsageError(f"--rank and --energy exclude each other: {why}", hint="drop one of them")
+    if rank is not None:
+        require_ranks([rank])
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy {energy:g} is not between 0 and 1", hint="for example --energy 0.99")
+
+
+def _require_rank(modules: Sequence[PlainModule], rank: int | None) -> None:
+    """Raise PlanError for a `rank` that no module has."""
     highest = max(min(module.rank, *module.shape) for module in modules)
-    if rank is not None and not 1 <= rank <= highest:
+    if rank is not None and rank > highest:
         raise PlanError(f"rank {rank} is not between 1 and {highest}, the most of any module", hint=f"--rank {highest}")
 
 
@@ -436,7 +471,7 @@ class Updates:
         return found
 
     def ranks(self, modules: Iterable[PlainModule], rank: int | None, energy: float | None) -> dict[str, int]:
-        """The rank that each module is cut to, by key: at most `rank`, and enough for this share of its energy."""
+        """The rank that each module is cut to, by key: at most `rank`, or enough for this share of its energy."""
         found = {}
         for module in modules:
             limit = module.rank if rank is None else min(rank, module.rank, *module.shape)

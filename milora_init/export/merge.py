@@ -40,7 +40,7 @@ from milora_init.run.makers import LocalMakers
 from milora_init.run.output_folder import OutputFolder, require_no_other_output, require_outside
 from milora_init.run.pool import FilePool, SolverPool, weights_at_once
 from milora_init.run.shard import ShardWriter
-from milora_init.verification.tensors import count_bit_equal, model_hint
+from milora_init.verification.tensors import count_bit_equal, require_original
 
 _SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)B", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -109,7 +109,7 @@ def merge(  # noqa: PLR0913  the options of the command
     folder = OutputFolder(local_path(out), MERGED, read_merged)
     _require_own_folder(folder.path, plan)
     if finished := folder.prepare(plan):
-        merged = replace(finished, unchanged=True)
+        merged = replace(finished, out=out, unchanged=True)  # the folder may have been moved
     else:
         try:
             hashes = _write_files(plan, folder, progress)
@@ -160,11 +160,7 @@ def _shard_bytes(size: str | None) -> int | None:
 def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     """The original model of a base. Raises CheckpointError for another model."""
     original = open_model(fetch_original(manifest, options))
-    if not original.has_weights(manifest.inputs["source"]):
-        raise CheckpointError(
-            f"{options.model} is not what this output was made from: another model, or another commit",
-            hint=model_hint(manifest),
-        )
+    require_original(original, manifest, options.model)
     return original
 
 

@@ -19,7 +19,7 @@ from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.source import is_hub_id
 from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_files
-from milora_init.manifest import Manifest
+from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import clean_token, local_path
 from milora_init.records import CONVERTED, MERGED, RECORDS, Output, require_output, require_pair
 
@@ -113,7 +113,7 @@ def locate_adapter(given: str, *, cache_dir: str | None = None, token: str | Non
 
     Raises:
         UsageError: A folder that is not there.
-        PlanError: A merged model or a converted adapter, which no pair can be used with.
+        PlanError: A model, a pair or a converted adapter, which no pair can be used with.
         HubError: A Hub id that is not there; no permission, or no connection and not in the cache.
     """
     found = _find(given, name="--adapter", hint=_TRAINED, cache_dir=cache_dir, token=token)
@@ -123,8 +123,11 @@ def locate_adapter(given: str, *, cache_dir: str | None = None, token: str | Non
         no_adapter = OutputError(f"{given} has no {CONFIG_FILE}: it is no adapter", hint=_TRAINED)
         folder = found.fetch_first([CONFIG_FILE], no_adapter)
         found.fetch(folder, [WEIGHTS_FILE, CONVERTED])
-    for record, what in ((MERGED, "a merged model"), (CONVERTED, "a converted adapter")):
-        if (folder / record).is_file():
+    kinds = [(MERGED, "a merged model"), (CONVERTED, "a converted adapter")]
+    if not (folder / CONFIG_FILE).exists():
+        kinds += [(MANIFEST, "a pair"), ("config.json", "a model")]
+    for file, what in kinds:
+        if (folder / file).is_file():
             raise PlanError(f"{given} is {what}, not the adapter that a trainer saved", hint=_TRAINED)
     return folder
 

@@ -59,10 +59,14 @@ def locate_model(options: InitOptions) -> tuple[Path, RemoteFiles | None]:
         The local folder and None; or the snapshot in the cache and the weight files on the Hub.
 
     Raises:
-        UsageError: A revision is given for a local folder.
+        UsageError: A revision is given for a local folder, or as a part of a Hub id.
         HubError, CheckpointError: See `open_snapshot`.
     """
     folder = local_path(options.model)
+    repo, at, revision = options.model.partition("@")
+    if at and is_hub_id(repo) and not folder.exists():
+        hint = f"for a model on the Hub, name its revision apart: {repo} --revision {revision}"
+        raise UsageError(f"{options.model}: no such folder", hint=hint)
     if folder.exists() or not is_hub_id(options.model):
         if options.revision:
             raise UsageError(

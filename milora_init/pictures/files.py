@@ -26,7 +26,8 @@ def prepared(path: str | os.PathLike[str] | None, option: str) -> Callable[[byte
 
     Raises:
         UsageError: The file's name has another ending; for `--plot`, matplotlib is not installed.
-        OutputError: The folder is not there, or the file is there and milora-init did not write it.
+        OutputError: The folder is not there or cannot be written, or the file is there and milora-init did not write
+            it.
     """
     if path is None:
         return None
@@ -40,6 +41,9 @@ def prepared(path: str | os.PathLike[str] | None, option: str) -> Callable[[byte
         require_matplotlib()
     if not target.parent.is_dir():
         raise OutputError(f"{option} {path}: the folder {target.parent} is not there", hint="make it, or name another")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        what = f"{option} {path} cannot be written: no permission in {target.parent}"
+        raise OutputError(what, hint="name another file")
     _require_ours(target, option)
 
     def write(content: bytes) -> None:

@@ -98,20 +98,25 @@ def option_inputs(options: InitOptions) -> dict[str, Any]:
     }
 
 
-def another_request(out: Path, recorded: Mapping[str, Any], inputs: Mapping[str, Any]) -> OutputError:
-    """The error for a folder with the output of another request: it names the inputs that differ from the recorded."""
+def another_request(
+    out: Path, recorded: Mapping[str, Any], inputs: Mapping[str, Any], *, may_replace: bool = True
+) -> OutputError:
+    """The error for a folder with the output of another request: it names the inputs that differ from the recorded.
+
+    `may_replace` is False for a part, which excludes --overwrite.
+    """
     differences = "; ".join(
         _difference(name, recorded.get(name), value) for name, value in inputs.items() if recorded.get(name) != value
     )
     hint = "choose another --out, or replace it with --overwrite"
     earlier, now = recorded_method(recorded), recorded_method(inputs)
-    if earlier and now and earlier.writes_base != now.writes_base:
+    if not may_replace or (earlier and now and earlier.writes_base != now.writes_base):
         hint = "choose another --out, or remove the folder"  # --overwrite replaces no pair by an adapter alone
     return OutputError(f"{out} holds the output of another request: {differences}", hint=hint)
 
 
-def require_intact(out: Path, files: Mapping[str, int]) -> None:
-    """Raise OutputError unless every file of a finished output is there with its size."""
+def require_intact(out: Path, files: Mapping[str, int], *, may_replace: bool = True) -> None:
+    """Raise OutputError unless every file of a finished output is there with its size; see `another_request`."""
     for name, size_bytes in files.items():
         try:
             path = path_inside(out, name)
@@ -120,7 +125,7 @@ def require_intact(out: Path, files: Mapping[str, int]) -> None:
         if not path.is_file() or path.stat().st_size != size_bytes:
             raise OutputError(
                 f"{out} was finished, but {name} has since been changed or removed",
-                hint="make it again with --overwrite",
+                hint="make it again with --overwrite" if may_replace else "remove the folder, and make it again",
             )
 
 

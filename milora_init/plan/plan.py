@@ -322,7 +322,7 @@ def make_plan(
         CheckpointError: The model cannot be read, or its files contradict each other.
         PlanError: The options do not fit the model.
     """
-    _refuse_our_own_output(folder)
+    _refuse_our_own_output(folder, options.model)
     checkpoint = open_model(folder, remote)
     # Before read_structure: this checks the paths that transformers then opens.
     copied = copied_side_files(checkpoint)
@@ -370,16 +370,17 @@ def make_plan(
     return plan
 
 
-def _refuse_our_own_output(folder: Path) -> None:
+def _refuse_our_own_output(folder: Path, given: str) -> None:
     """Raise CheckpointError if the folder is an output of this program, whose components are taken out already.
 
     It may be unfinished, or hold the files of some parts only. The hint names the original model if the manifest does.
+    `given` is the folder or the Hub id as the user wrote it.
     """
     found = next((name for name in (MANIFEST, LORA_CONFIG) if os.path.lexists(folder / name)), None)
     if found is None:
         if (folder / WORK_FOLDER).is_dir():
             raise CheckpointError(
-                f"{folder} is an unfinished output of milora-init, not a model",
+                f"{given} is an unfinished output of milora-init, not a model",
                 hint="name the original model; to finish this output, run its command again, without --part",
             )
         return
@@ -396,9 +397,9 @@ def _refuse_our_own_output(folder: Path) -> None:
     inputs = manifest.get("inputs")
     method = METHODS.get(str(inputs.get("method"))) if isinstance(inputs, dict) else None
     if method and not method.writes_base:
-        raise CheckpointError(f"{folder} holds {found}: it is an adapter of milora-init, not a model", hint=hint)
+        raise CheckpointError(f"{given} holds {found}: it is an adapter of milora-init, not a model", hint=hint)
     raise CheckpointError(
-        f"{folder} holds {found}: it is a residual base of milora-init, whose components are in its adapter", hint=hint
+        f"{given} holds {found}: it is a residual base of milora-init, whose components are in its adapter", hint=hint
     )
 
 

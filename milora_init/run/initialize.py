@@ -39,7 +39,7 @@ from milora_init.run.adapter_file import assemble_adapter, part_name
 from milora_init.run.devices import memory_bytes, resolve_devices
 from milora_init.run.journal import Entry
 from milora_init.run.makers import LocalMakers, Makers
-from milora_init.run.output_folder import OutputFolder
+from milora_init.run.output_folder import FolderState, OutputFolder
 from milora_init.run.parts import with_parts
 from milora_init.run.pool import FilePool, SolverPool, solver_devices
 from milora_init.run.prefetch import Prefetcher
@@ -65,6 +65,13 @@ class ShardUploader(Protocol):
 
     def push(self, folder: Path, manifest: Manifest, *, pushed_before: Collection[str]) -> object:
         """Upload all other files: the output is finished."""
+
+
+def look(plan: Plan) -> FolderState:
+    """What `carry_out` would find in the output folder. Nothing is written. Raises OutputError where it would."""
+    out = OutputFolder(plan.out, MANIFEST, read_manifest, plan.options.part_numbers)
+    _require_same_output_kind(plan, out)
+    return out.look(plan)
 
 
 def carry_out(

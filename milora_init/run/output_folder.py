@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from milora_init.checkpoint.side_files import would_be_loaded
 from milora_init.checkpoint.writer import partial_of, sync_folder, writing
@@ -82,6 +82,8 @@ class OutputRecord(Protocol):
 
 
 Record = TypeVar("Record", bound=OutputRecord)
+# What a run finds: nothing of its own; an output to resume, to replace (--overwrite), or that it need not make again.
+FolderState = Literal["new", "unfinished", "replaced", "finished"]
 
 
 def require_outside(out: Path, folder: Path, instead: str) -> None:
@@ -145,36 +147,54 @@ class OutputFolder(Generic[Record]):
         self._locks: list[int] = []
         self._has_part = False  # whether the part is locked by this object
 
+    def look(self, plan: OutputPlan) -> FolderState:
+        """What a run of the plan would find. Nothing is written, and no lock is taken. Raises as `prepare`."""
+        state, *_ = self._look(plan)
+        return state
+
+    def _look(
+        self, plan: OutputPlan
+    ) -> tuple[FolderState, Record | None, tuple[Head | None, tuple[Entry, ...]], list[str]]:
+        """The state, the record, the content of the journal, and the files of an earlier output that is replaced."""
+        self._require_outside_source(plan.source)
+        self._require_no_links(plan.files)
+        record, journal = self._read_record(self.path), self.journal.read()
+        head, _ = journal
+        state: FolderState = "new"
+        earlier_files: list[str] = []
+        if (record or head) and plan.overwrite:
+            state, earlier_files = "replaced", list(record.files if record else head.files if head else ())
+        elif record:
+            self._require_finished(plan, record)
+            return "finished", record, journal, []
+        elif head:
+            self._require_same_request(head.fingerprint, head.inputs, plan)
+            state = "unfinished"
+        if state != "unfinished":
+            self._require_no_foreign_files(plan, earlier_files)
+        self._require_disk_space(plan, earlier_files)
+        return state, record, journal, earlier_files
+
     def prepare(self, plan: OutputPlan) -> Record | None:
         """Lock the folder for a plan, which starts or is resumed. If the plan was finished before, return its record.
 
         Raises:
             OutputError: The folder holds something else, or cannot be written, or the disk is too small.
         """
-        self._require_outside_source(plan.source)
-        self._require_no_links(plan.files)
+        state, record, journal, earlier_files = self._look(plan)
+        if state == "finished":
+            self._remove_leftover_work_folder()
+            return record
         if self._part is not None:
             return self._prepare_part(plan)
-        record, journal = self._read_record(self.path), self.journal.read()
         head, _ = journal
-        earlier_files: list[str] = []  # of an earlier output that is to be replaced
-        if (record or head) and plan.overwrite:
-            earlier_files = list(record.files if record else head.files if head else ())
-        elif record:
-            return self._require_finished(plan, record)
-        elif head:
-            self._require_same_request(head.fingerprint, head.inputs, plan)
-        resuming = head is not None and not earlier_files
-        if not resuming:
-            self._require_no_foreign_files(plan, earlier_files)
-        self._require_disk_space(plan, earlier_files)
         # Every check that may refuse is done; from here on the folder belongs to this run.
         self._take_lock()
         if self.journal.read() != journal or self._read_record(self.path) != record:
             raise self._release_busy()
         for attempts in self.work.glob(f"*{self.attempts.name}"):  # of runs and parts that were killed
             shutil.rmtree(attempts, ignore_errors=True)
-        if resuming:
+        if state == "unfinished":
             return None
         try:
             if earlier_files:
@@ -191,22 +211,15 @@ class OutputFolder(Generic[Record]):
     def _prepare_part(self, plan: OutputPlan) -> Record | None:
         """Lock this part of the folder; see `prepare`. The first part writes the head of the folder's journal."""
         assert self._part is not None
-        # What refuses this request is found before anything is written: another output, a wrong path.
-        if record := self._read_record(self.path):
-            return self._require_finished(plan, record)
-        head, _ = self.journal.read()
-        if head:
-            self._require_same_request(head.fingerprint, head.inputs, plan)
-        else:
-            self._require_no_foreign_files(plan, ())
-        self._require_disk_space(plan, ())
         try:
             self._take_lock(_LOCK, shared=True)
             with self._alone():
                 self._take_part_lock(*self._part)
                 if record := self._read_record(self.path):
                     self._release_lock()
-                    return self._require_finished(plan, record)
+                    self._require_finished(plan, record)
+                    self._remove_leftover_work_folder()
+                    return record
                 head, _ = self.journal.read()
                 if head:
                     self._require_same_request(head.fingerprint, head.inputs, plan)
@@ -220,12 +233,10 @@ class OutputFolder(Generic[Record]):
             raise
         return None
 
-    def _require_finished(self, plan: OutputPlan, record: Record) -> Record:
-        """Return the record if it is of this request and its files are there. Raises OutputError."""
+    def _require_finished(self, plan: OutputPlan, record: Record) -> None:
+        """Raise OutputError unless the record is of this request and its files are there."""
         self._require_same_request(record.fingerprint, record.inputs, plan)
-        require_intact(self.path, record.files)
-        self._remove_leftover_work_folder()
-        return record
+        require_intact(self.path, record.files, may_replace=self._part is None)
 
     def _take_part_lock(self, number: int, count: int) -> None:
         """Lock this part. Raises OutputError while it is made elsewhere, or while parts of another count are made.
@@ -471,7 +482,7 @@ class OutputFolder(Generic[Record]):
 
     def _require_same_request(self, fingerprint: str, inputs: Mapping[str, Any], plan: OutputPlan) -> None:
         if fingerprint != plan.fingerprint:
-            raise another_request(self.path, inputs, plan.inputs)
+            raise another_request(self.path, inputs, plan.inputs, may_replace=self._part is None)
 
     def _require_no_foreign_files(self, plan: OutputPlan, earlier_files: Iterable[str]) -> None:
         """Raise OutputError for a file that is not ours and that the output would replace, or be loaded with."""

@@ -225,7 +225,8 @@ class RayMakers:
         """The nodes that can run tasks. Raises UsageError where there is none."""
         found = [node for node in self._nodes() if node["Resources"].get("CPU", 0) >= 1]
         if not found:
-            raise UsageError(f"no node of the Ray cluster at {self._address} has a CPU for tasks")
+            what = f"no node of the Ray cluster at {self._address} has a CPU for tasks"
+            raise UsageError(what, hint="add a node with CPUs to the cluster")
         return found
 
     def _nodes(self) -> list[dict[str, Any]]:

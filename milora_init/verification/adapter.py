@@ -45,7 +45,7 @@ _BESIDE_FACTORS = ("bias", *EXTRA_WEIGHT_KEYS)  # a trainer may train these too
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MOST_NAMES = 3  # in one message
-_MOST_MODULES = 20  # with a finding of their own
+_MOST_MODULES = 20  # with a finding of their own; more are one finding
 # An edit of the config would not help: the factors were trained for the function that it describes.
 _TRAIN_AGAIN = "train again from the initial adapter, with its config unchanged"
 _KEPT = "trained beside the factors, and kept by merge and convert"
@@ -86,7 +86,10 @@ def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | N
             findings.append(Finding(name, what, f"remove {key}" if trained is None else _TRAIN_AGAIN))
     findings += _check_targets(name, config, wanted, modules)
     path = config.get("base_model_name_or_path")
-    findings += (_check_base_path if pair.manifest.method.writes_base else _check_model_path)(name, path, pair)
+    if not pair.manifest.method.writes_base:
+        findings += _check_model_path(name, path, pair)
+    else:
+        findings += _check_base_path(name, path, pair, trained=trained is not None)
     return findings
 
 
@@ -116,8 +119,11 @@ def _check_targets(
     return findings
 
 
-def _check_base_path(name: str, path: object, pair: Pair) -> list[Finding]:
-    """base_model_name_or_path must be this folder, the recorded one, or a repository on the Hub."""
+def _check_base_path(name: str, path: object, pair: Pair, *, trained: bool) -> list[Finding]:
+    """base_model_name_or_path must be this folder, the recorded one, or a repository on the Hub.
+
+    A trained adapter may name another place, where its base was during the training: its factors tell the base.
+    """
     key = "base_model_name_or_path"
     recorded, original = pair.manifest.adapter[key], pair.manifest.source["model"]
     hint = _set_field(key, pair.given)
@@ -131,6 +137,8 @@ def _check_base_path(name: str, path: object, pair: Pair) -> list[Finding]:
         return [note(name, f"{key} is {path}, where the pair was made, not this folder; to load it from here, {hint}")]
     if isinstance(path, str) and _HUB_ID.fullmatch(path) and not Path(path).exists():
         return [note(name, f"{key} is {path}, a repository on the Hub, as `milora-init push` writes it")]
+    if trained and isinstance(path, str) and path and not other_base_in_config({key: path}, pair.manifest):
+        return [note(name, f"{key} is {path}, not {pair.given}: the factors tell what it was trained from")]
     return [Finding(name, f"{key} is {path!r}, not this base", hint)]
 
 
@@ -277,9 +285,10 @@ def _check_trained(pair: Pair, folder: Path, modules: Collection[str], *, compar
         dora = bool(read_config(config).get("use_dora"))
     header_findings = check_adapter_header(weights, records, trained=True, dora=dora)
     findings += header_findings
-    foreign = _most_factors_differ(weights, records)
+    other_base = ""
     with suppress(CheckpointError):  # a config that cannot be read is a finding above
-        foreign = foreign or bool(other_base_in_config(read_config(config), pair.manifest))
+        other_base = other_base_in_config(read_config(config), pair.manifest)
+    foreign = bool(other_base) or _most_factors_differ(weights, records)
     if compare_values and not any(finding.problem for finding in header_findings):
         unrelated: dict[str, str] = {}
         try:
@@ -287,12 +296,14 @@ def _check_trained(pair: Pair, folder: Path, modules: Collection[str], *, compar
         except PlanError as error:
             findings.append(Finding(str(weights), error.message.removeprefix(f"{weights}: "), error.hint))
         foreign = foreign or len(unrelated) > len(records) / 2
-        if unrelated:
+        if (foreign and unrelated) or len(unrelated) > _MOST_MODULES:
             findings.append(Finding(str(weights), summarise_modules(unrelated), OTHER_OUTPUT_HINT))
-            listed = list(unrelated.items())[:_MOST_MODULES]
-            findings += [Finding(module, f"unrelated: {why}", OTHER_OUTPUT_HINT) for module, why in listed]
+        else:
+            what = "unrelated to the initial adapter of this output"
+            findings += [Finding(module, f"{what}: {why}", OTHER_OUTPUT_HINT) for module, why in unrelated.items()]
     if foreign:  # the hints of the checks would only make it look as if it were of this base
-        return [replace(f, hint=OTHER_OUTPUT_HINT, problem="foreign_adapter") if f.problem else f for f in findings]
+        hint = f"by its config it was trained from {other_base}: give that" if other_base else OTHER_OUTPUT_HINT
+        return [replace(f, hint=hint, problem="foreign_adapter") if f.problem else f for f in findings]
     return [replace(f, problem="adapter_misfit") if f.problem else f for f in findings]
 
 

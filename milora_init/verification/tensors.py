@@ -23,6 +23,7 @@ from milora_init.checkpoint.folder import Checkpoint
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource
+from milora_init.errors import CheckpointError
 from milora_init.linalg.certificate import EPS
 from milora_init.linalg.nf4 import nf4
 from milora_init.linalg.svd import Triplets, singular_triplets
@@ -79,6 +80,15 @@ def compare_with_model(
 def model_hint(manifest: Manifest) -> str:
     """The hint where another model than the original was given."""
     return f"name the model that it was made from: --model {manifest.source['model']}"
+
+
+def require_original(model: Checkpoint, manifest: Manifest, given: str) -> None:
+    """Raise CheckpointError unless a model has the weights that an output was made from; `given` is its name."""
+    if not model.has_weights(manifest.inputs["source"]):
+        raise CheckpointError(
+            f"{given} is not what this output was made from: another model, or another commit",
+            hint=model_hint(manifest),
+        )
 
 
 def _compare(

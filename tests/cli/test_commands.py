@@ -340,6 +340,11 @@ def test_a_limit_that_is_none_is_a_usage_error(limit: str, tmp_path: Path, said:
     assert f"--fail-on {limit} is not a limit" in error
 
 
+def test_a_limit_of_a_figure_that_the_method_does_not_have_is_a_usage_error(tmp_path: Path, said: Said) -> None:
+    status, _, error = said("m", "-o", tmp_path / "out", "--method", "rlmo", "--fail-on", "leak=0.1")
+    assert (status, "method rlmo writes no base, so nothing is rounded and there is no leak" in error) == (2, True)
+
+
 # Answers without the model class
 
 

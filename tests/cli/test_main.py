@@ -150,7 +150,23 @@ def test_a_dry_run_as_json_is_one_object(cli: Cli, checkpoint: Built) -> None:
     assert said.json["status"] == "planned"
     assert said.json["estimate_s"] >= 0
     assert len(said.json["weights"]) == 10
+    assert said.json["out_state"] == "new"
     assert contents(Path()) == {}
+
+
+def test_a_dry_run_says_what_the_run_would_do_with_the_folder(cli: Cli, checkpoint: Built) -> None:
+    source = checkpoint("llama")
+    cli(source)
+    before = contents(Path())
+    assert cli(source, "--dry-run").stdout.endswith("out is already done, the run would do nothing\n")
+    other = cli(source, "--dry-run", "--seed", 1)
+    assert other.status == 0
+    assert "the run would be refused: out holds the output of another request: seed was 0, now 1" in other.stdout
+    as_json = cli(source, "--dry-run", "--seed", 1, "--json").json
+    assert as_json["out_state"] == "refused"
+    assert "another request: seed was 0, now 1" in as_json["warnings"][-1]
+    assert cli(source, "--dry-run", "--seed", 1, "--overwrite", "--json").json["out_state"] == "replaced"
+    assert contents(Path()) == before
 
 
 def test_options_reach_the_output(cli: Cli, checkpoint: Built) -> None:

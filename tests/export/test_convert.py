@@ -244,10 +244,16 @@ def test_an_existing_output_is_refused_and_unchanged(pair: Path, tmp_path: Path)
     assert [(p.name, p.read_text()) for p in (tmp_path / "plain").iterdir()] == [("mine", "keep")]
 
 
-@pytest.mark.parametrize("rank", [0, -1, 9])
-def test_an_impossible_rank_is_refused(rank: int, pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=f"rank {rank} "):
-        convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain", rank=rank)
+def test_a_rank_that_no_module_has_is_refused(pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="rank 9 "):
+        convert(pair / "out" / "lora", pair / "trained", tmp_path / "plain", rank=9)
+
+
+@pytest.mark.parametrize("cut", [{"rank": 0}, {"rank": -1}, {"energy": 1.5}, {"rank": 2, "energy": 0.9}])
+def test_an_impossible_cut_is_refused_before_anything_is_read(cut: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^(rank is|--energy|--rank and)") as caught:
+        convert(tmp_path / "absent", tmp_path / "absent", tmp_path / "plain", **cut)
+    assert caught.value.hint
 
 
 def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Path) -> None:
@@ -257,6 +263,20 @@ def test_without_a_manifest_the_original_must_be_named(pair: Path, tmp_path: Pat
     convert(tmp_path / "lora", pair / "trained", tmp_path / "plain", model="me/model")
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/model"
+
+
+def test_a_model_that_is_not_the_original_is_refused(
+    pair: Path, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for model, error in (("./nothere", UsageError), ("", UsageError), (checkpoint("gpt2"), CheckpointError)):
+        with pytest.raises(error, match=r"no such folder|is empty|not what this output was made from"):
+            convert(pair / "out", pair / "trained", tmp_path / "plain", model=str(model))
+    assert not (tmp_path / "plain").exists()
+    shutil.copytree(checkpoint("llama"), tmp_path / "moved")
+    assert not convert(pair / "out", pair / "trained", tmp_path / "plain", model="moved").notices
+    named = convert(pair / "out", pair / "trained", tmp_path / "named", model="me/model", dry_run=True)
+    assert "me/model was not compared with the recorded original" in named.notices[0]
 
 
 def test_other_files_in_the_parent_folder_are_unchanged(pair: Path, tmp_path: Path) -> None:

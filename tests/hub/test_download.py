@@ -136,7 +136,7 @@ REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] =
         lambda h: h.repositories["tiny/llama"].commit(
             {**h.repositories["tiny/llama"].files, "milora_init.json": b'{"source": {"model": "tiny/original"}}'}
         ), (),
-        "holds milora_init.json: it is a residual base", "--model tiny/original",
+        "tiny/llama holds milora_init.json: it is a residual base", "--model tiny/original",
     ),
     "an adapter beside the weights": (
         lambda h: h.repositories["tiny/llama"].commit(

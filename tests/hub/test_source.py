@@ -11,9 +11,10 @@ import pytest
 from support.tiny_models import contents
 
 from milora_init.checkpoint.folder import open_checkpoint
-from milora_init.errors import CheckpointError, HubError
-from milora_init.hub.source import is_hub_id, open_snapshot
+from milora_init.errors import CheckpointError, HubError, UsageError
+from milora_init.hub.source import is_hub_id, locate_model, open_snapshot
 from milora_init.manifest import Manifest
+from milora_init.options import InitOptions
 
 Built = Callable[..., Path]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -75,6 +76,12 @@ def test_a_name_that_no_model_can_have_is_named(name: str, tmp_path: Path) -> No
     with pytest.raises(HubError) as caught:
         open_snapshot(name, revision=None, cache_dir=str(tmp_path), token=None)
     assert name in caught.value.message
+
+
+def test_a_revision_inside_the_name_is_named_with_the_option_for_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="tiny/llama@main: no such folder") as caught:
+        locate_model(InitOptions(model="tiny/llama@main", out="out", cache_dir=str(tmp_path)))
+    assert caught.value.hint.endswith("tiny/llama --revision main")
 
 
 def test_the_main_job_records_the_commit_and_leaves_the_cache_alone(

@@ -71,6 +71,14 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         prepared(tmp_path / "no" / "scan.html", "--html")
 
 
+def test_a_folder_without_permission_is_refused_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(OutputError, match="cannot be written: no permission in"):
+        prepared(tmp_path / "scan.html", "--html")
+
+
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="need matplotlib, which is not installed") as caught:

@@ -268,6 +268,8 @@ def test_the_command_line_prints_what_a_part_has_made(checkpoint: Built, tmp_pat
     with pytest.raises(OutputError, match="is an unfinished output of milora-init, begun with --part 1/2") as caught:
         api.merge(tmp_path / "out", tmp_path / "merged", progress=False)
     assert caught.value.hint == found.hint
+    other = fork_server.milora(*arguments(source, "1/2"), "--seed", "1", cwd=tmp_path)
+    assert (other.returncode, "hint: choose another --out, or remove the folder" in other.stderr) == (1, True)
     wrong = fork_server.milora(*words, "--fail-on", "leak=0.1", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "--fail-on needs all weights" in wrong.stderr

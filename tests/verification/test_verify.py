@@ -322,10 +322,25 @@ def test_a_trained_adapter_belongs_to_the_base_it_was_trained_on(trained: Path, 
     assert verdict.code == "trained_pair"
 
 
+def test_a_trained_adapter_may_name_the_place_that_its_base_had(
+    trained: Path, finished: Built, checkpoint: Built, tmp_path: Path
+) -> None:
+    """Its factors tell the base, as merge and convert find it."""
+    folder, base = Path(shutil.copytree(trained, tmp_path / "trained")), str(finished())
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="./svd_init")
+    verdict = verify(base, adapter=str(folder))
+    assert (verdict.code, verdict.differences) == ("trained_pair", ())
+    assert "the factors tell what it was trained from" in "".join(verdict.notes)
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(checkpoint("llama")))
+    require(verify(base, adapter=str(folder)), "adapter_misfit", "is the original model")
+
+
 def test_a_trained_adapter_on_another_base_is_foreign(trained: Path, finished: Built) -> None:
     other = finished(mode="max")
     verdict = verify(str(other), adapter=str(trained))
     require(verdict, "foreign_adapter", "unrelated to the initial adapter", "base_model_name_or_path")
+    assert len(verdict.differences) == 2  # no module is listed twice
+    assert {d.hint for d in verdict.differences} == {f"by its config it was trained from {finished()}: give that"}
 
 
 def test_a_trained_adapter_of_another_rank_is_foreign(trained: Path, finished: Built) -> None:
