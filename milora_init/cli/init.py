@@ -211,7 +211,8 @@ def init(
     """Split a model into a residual base and a ready-to-train LoRA adapter.
 
     The adapter gets r singular triplets of each targeted weight, the base gets the rest. The model is streamed, so it
-    need not fit in memory. An interrupted run is resumed by the same command; a finished one is left as it is.
+    need not fit in memory. The same command again keeps the files that an interrupted run has finished, and leaves a
+    finished output as it is.
 
     [bold]Examples[/bold]
 
