@@ -148,5 +148,9 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if value is None:
+        return "not set"
+    if isinstance(value, str) and len(value) > 60:
+        return json.dumps(f"{value[:57]}...")
+    text = json.dumps(value)
+    return text if len(text) <= 62 else f"{text[:59]}..."
