@@ -325,7 +325,7 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
 def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_json: bool, quiet: bool) -> None:
     from milora_init.hub.model_card import write_step_summary
 
-    write_step_summary(result.manifest)
+    write_step_summary(result.manifest, [limit.text for limit in exceeded])
     if as_json:
         limits = {"exceeded": [asdict(limit) for limit in exceeded], "exit_code": 1} if exceeded else {}
         output.json_output.give(result.to_json() | limits)

@@ -147,6 +147,11 @@ class Exceeded:
     value: float
     module: str
 
+    @property
+    def text(self) -> str:
+        """What exceeds the limit, in one sentence."""
+        return f"the {self.name} of {self.module} is {self.value:.2g}, above --fail-on {self.name}={self.limit:g}"
+
 
 def exceeded_limits(limits: Mapping[str, float], manifest: Manifest) -> list[Exceeded]:
     """The limits that a weight exceeds."""
@@ -160,11 +165,9 @@ def exceeded_limits(limits: Mapping[str, float], manifest: Manifest) -> list[Exc
 
 def print_exceeded(exceeded: Exceeded) -> None:
     """Print the error for a limit that is exceeded."""
-    name, value = exceeded.name, exceeded.value
-    message = f"the {name} of {exceeded.module} is {value:.2g}, above --fail-on {name}={exceeded.limit:g}"
     hint = "choose another --dtype, or a higher limit; the output itself is complete"
-    print_error(message, hint)
-    annotate(message, hint)
+    print_error(exceeded.text, hint)
+    annotate(exceeded.text, hint)
 
 
 def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
@@ -232,7 +235,7 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
         console.print(f"{part} are equal to the original's, bit for bit")
-    console.print(f"load it as any model: from_pretrained({json.dumps(merged.out)}, dtype=\"auto\")")
+    console.print(f'load it as any model: from_pretrained({json.dumps(merged.out)}, dtype="auto")')
 
 
 def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
