@@ -157,7 +157,7 @@ def test_a_share_is_always_in_percent(part: float, text: str) -> None:
 def test_untrainable_directions_are_counted() -> None:
     (warning,) = warnings(manifest(record("a"), record("b", untrainable=3), record("c", untrainable=1)))
     assert "4 directions of 2 weights" in warning
-    assert "of b first" in warning
+    assert "the first weight is b" in warning
 
 
 def test_notices_of_the_plan_are_warnings() -> None:
