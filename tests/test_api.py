@@ -81,7 +81,7 @@ def test_a_bar_is_the_default_and_false_prints_nothing(
     milora_init.initialize(checkpoint("llama"), tmp_path / "one", rank=4, device=["cpu"])
     said = capsys.readouterr()
     assert said.out == ""
-    assert "weights split" in said.err
+    assert "weights done" in said.err
     milora_init.initialize(checkpoint("llama"), tmp_path / "two", rank=4, device=["cpu"], progress=False)
     assert capsys.readouterr() == ("", "")
 

@@ -30,7 +30,9 @@ def convert(
     energy: Annotated[
         float | None,
         typer.Option(
-            metavar="SHARE", help="Keep this share of the energy of each module's update, such as 0.99.", show_default=False
+            metavar="SHARE",
+            help="Keep this share of the energy of each module's update, such as 0.99.",
+            show_default=False,
         ),
     ] = None,
     for_: Annotated[
