@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import are_progress_bars_disabled
 from support import fork_server
 from support.hub_server import Command, Hub, client, fetched
 from support.training import load, logits
@@ -340,6 +339,8 @@ def test_python_pushes_what_it_was_told_to_push(
 def tell_whether_bars_are_drawn(*words: str) -> None:
     """Run the command line in a process that has not imported huggingface_hub yet."""
     fork_server.forget("huggingface_hub", "milora_init")
+    from huggingface_hub.utils import are_progress_bars_disabled
+
     from milora_init.cli.main import run
 
     sys.stderr.isatty = lambda: "--terminal" in words  # type: ignore[method-assign]

@@ -358,7 +358,7 @@ def test_a_value_beyond_the_dtype_of_the_base_ends_the_run(
         if name in stored:
             stored[name][:1] = 448.0
         if f"{name}_scale_inv" in stored:
-            stored[f"{name}_scale_inv"][:1] = 3.395e38 / 448
+            stored[f"{name}_scale_inv"][:1] = 3.4e38 / 448
         save_file(stored, path, metadata={"format": "pt"})
     with pytest.raises(SolveError, match=f"{name} overflows bfloat16") as caught:
         start(source, target=("q_proj",))

@@ -188,8 +188,7 @@ def test_a_failure_of_a_library_is_the_next_algorithm(
 
 def test_a_device_that_fails_altogether_is_an_error_that_names_it(model: Path, on_gpus: Callable[..., Any]) -> None:
     error = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`")
-    with pytest.raises(
-        SolveError, match=r"cuda:0 failed: CUDA error: an illegal memory access was encountered$"
-    ) as caught:
+    with pytest.raises(SolveError) as caught:
         on_gpus(model, 1, fault=Failing("linalg_cholesky_ex", error, times=10**6), target=("q_proj",))
+    assert caught.value.message.endswith("cuda:0 failed: CUDA error: an illegal memory access was encountered")
     assert "--device cpu" in caught.value.hint
