@@ -49,6 +49,9 @@ def test_an_unknown_option_names_the_closest_one() -> None:
     with pytest.raises(UsageError, match="no option `rnak`") as caught:
         milora_init.initialize("m", "o", rnak=3)
     assert caught.value.hint == "did you mean `rank`?"
+    with pytest.raises(UsageError) as caught:
+        milora_init.initialize("m", "o", rank_patern={})
+    assert caught.value.hint == "did you mean `rank_pattern`?"  # as Python spells it
 
 
 def test_verify_and_merge_follow(checkpoint: Built, tmp_path: Path) -> None:

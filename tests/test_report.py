@@ -218,6 +218,13 @@ def test_the_loading_lines_are_python_that_names_the_folder(out: str) -> None:
     assert texts.count(out) == 2
 
 
+def test_the_loading_lines_of_a_base_for_qlora_quantise_it() -> None:
+    lines = loading_lines(manifest(inputs={"nf4": 5}))
+    ast.parse(lines)
+    assert 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")' in lines
+    assert "quantization_config=nf4" in lines
+
+
 @pytest.mark.parametrize(
     ("task", "architecture", "cls"),
     [("CAUSAL_LM", "LlamaForCausalLM", "AutoModelForCausalLM"), (None, "BertModel", "BertModel")],
