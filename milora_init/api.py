@@ -180,7 +180,7 @@ def scan(  # noqa: PLR0913  the options of the command
         rank: The ranks to give figures for. None is 8, 16, 32, 64 and 128.
         spectrum: Keep all singular values in the result.
         html: Write one self-contained HTML page to this file.
-        plot: Write a picture (PNG) to this file. Needs matplotlib: pip install 'milora-init[plot]'.
+        plot: Write a picture (PNG) to this file. Needs matplotlib.
         device, text_only, trust_remote_code: As in `initialize`.
         revision, cache_dir, token: As in huggingface_hub.
         progress: See `initialize`.

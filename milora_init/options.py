@@ -337,7 +337,8 @@ def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) ->
             value = DTYPE_FLAGS[word]
         if name not in known:
             close = get_close_matches(name, [*known, *SYNONYMS], n=1)
-            hint = f"did you mean `{_dashed(close[0])}`?" if close else f"known keys: {', '.join(map(_dashed, known))}"
+            spelled = _dashed if where else str  # arguments of Python have underscores, as the fields do
+            hint = f"did you mean `{spelled(close[0])}`?" if close else f"known keys: {', '.join(map(spelled, known))}"
             raise UsageError(f"{where}unknown key `{key}`" if where else f"no option `{key}`", hint=hint)
         if name in found:
             other = next(k for k in values if k != key and _option_name(k) == name)

@@ -278,7 +278,7 @@ def unfinished_output(folder: Path) -> tuple[str, str] | None:
         return None
     parts = parts_begun(path.name for path in work.iterdir())
     if not parts:
-        return "", "run the command that writes it again: it resumes"
+        return "", "run the command that writes it again: it keeps the files that were finished"
     begun = ", ".join(f"{number}/{count}" for number, count in parts)
     return (
         f", begun with --part {begun}",

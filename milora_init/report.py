@@ -97,8 +97,8 @@ def warnings(manifest: Manifest) -> list[str]:
     affected = [weight for weight in manifest.weights if weight.untrainable]
     if affected:
         found.append(
-            f"{_count(sum(w.untrainable for w in affected), 'direction')} of {_count(len(affected), 'weight')}, of "
-            f"{affected[0].module} first, with a singular value near zero: there is almost no gradient there"
+            f"{_count(sum(w.untrainable for w in affected), 'direction')} of {_count(len(affected), 'weight')} will "
+            f"hardly train, because the singular values are near zero; the first weight is {affected[0].module}"
         )
     return found
 
@@ -167,10 +167,15 @@ def loading_lines(manifest: Manifest, branch: str | None = None) -> str:
         )
     branch = manifest.adapter.get("revision")
     revision = f", revision={_quoted(branch)}" if branch else ""
+    more, config, quantised = "", "", ""
+    if manifest.inputs.get("nf4"):  # the adapter makes up for the rounding of this format
+        more, quantised = ", BitsAndBytesConfig", ", quantization_config=nf4"
+        config = 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")\n'
     return (
         f"from peft import PeftModel\n"
-        f"from transformers import {cls}\n\n"
-        f'base = {cls}.from_pretrained({out}, dtype="auto"{revision}{trust})\n'
+        f"from transformers import {cls}{more}\n\n"
+        f"{config}"
+        f'base = {cls}.from_pretrained({out}, dtype="auto"{quantised}{revision}{trust})\n'
         f'model = PeftModel.from_pretrained(base, {out}, subfolder="lora", is_trainable=True{revision})'
     )
 

@@ -55,6 +55,9 @@ def test_an_unknown_option_names_the_closest_one() -> None:
     with pytest.raises(UsageError, match="no option `rnak`") as caught:
         milora_init.initialize("m", "o", rnak=3)
     assert caught.value.hint == "did you mean `rank`?"
+    with pytest.raises(UsageError) as caught:
+        milora_init.initialize("m", "o", rank_patern={})
+    assert caught.value.hint == "did you mean `rank_pattern`?"  # as Python spells it
 
 
 def test_verify_and_merge_follow(checkpoint: Built, tmp_path: Path) -> None:
@@ -87,7 +90,7 @@ def test_a_bar_is_the_default_and_false_prints_nothing(
     milora_init.initialize(checkpoint("llama"), tmp_path / "one", rank=4, device=["cpu"])
     said = capsys.readouterr()
     assert said.out == ""
-    assert "weights split" in said.err
+    assert "weights done" in said.err
     milora_init.initialize(checkpoint("llama"), tmp_path / "two", rank=4, device=["cpu"], progress=False)
     assert capsys.readouterr() == ("", "")
 

@@ -157,7 +157,7 @@ def test_a_share_is_always_in_percent(part: float, text: str) -> None:
 def test_untrainable_directions_are_counted() -> None:
     (warning,) = warnings(manifest(record("a"), record("b", untrainable=3), record("c", untrainable=1)))
     assert "4 directions of 2 weights" in warning
-    assert "of b first" in warning
+    assert "the first weight is b" in warning
 
 
 def test_notices_of_the_plan_are_warnings() -> None:
@@ -216,6 +216,13 @@ def test_the_loading_lines_are_python_that_names_the_folder(out: str) -> None:
     tree = ast.parse(loading_lines(replace(manifest(), out=out)))
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     assert texts.count(out) == 2
+
+
+def test_the_loading_lines_of_a_base_for_qlora_quantise_it() -> None:
+    lines = loading_lines(manifest(inputs={"nf4": 5}))
+    ast.parse(lines)
+    assert 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")' in lines
+    assert "quantization_config=nf4" in lines
 
 
 @pytest.mark.parametrize(

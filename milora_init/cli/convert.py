@@ -31,7 +31,7 @@ def convert(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Instead of --rank: keep this share of each module's update, such as 0.99.",
+            help="Instead of --rank: keep this share of the energy of each module's update, such as 0.99.",
             show_default=False,
         ),
     ] = None,

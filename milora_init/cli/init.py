@@ -211,7 +211,8 @@ def init(
     """Split a model into a residual base and a ready-to-train LoRA adapter.
 
     The adapter gets r singular triplets of each targeted weight, the base gets the rest. The model is streamed, so it
-    need not fit in memory. An interrupted run is resumed by the same command; a finished one is left as it is.
+    need not fit in memory. The same command again keeps the files that an interrupted run has finished, and leaves a
+    finished output as it is.
 
     [bold]Examples[/bold]
 
@@ -338,7 +339,7 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
 def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_json: bool, quiet: bool) -> None:
     from milora_init.hub.model_card import write_step_summary
 
-    write_step_summary(result.manifest)
+    write_step_summary(result.manifest, [limit.text for limit in exceeded])
     if as_json:
         limits = {"exceeded": [asdict(limit) for limit in exceeded], "exit_code": 1} if exceeded else {}
         output.json_output.give(result.to_json() | limits)

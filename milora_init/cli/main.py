@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "env": env.env,
 }
 _ROOT_OPTIONS = ("--help", "-h", "--version", "-V", "--install-completion", "--show-completion")
-_NOT_RESUMED = ("scan", "verify", "report", "convert", "recipes", "env")  # commands that start anew
+_RESUMED = ("init", "merge", "push")  # commands that keep the files that were finished
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -166,7 +166,9 @@ def run(argv: list[str]) -> int:
         command(["--help"], standalone_mode=False, prog_name="milora-init")
         return 2
     output.json_output.reset()
-    resume = "run the same command again" if _command_of(argv) in _NOT_RESUMED else "run the same command to resume"
+    resume = "run the same command again"
+    if _command_of(argv) in _RESUMED:
+        resume += ": it keeps the files that were finished, and makes the others anew"
     try:
         if any("\0" in word for word in argv):
             what = "an option contains a NUL character, which no path and no name can have"

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from milora_init.errors import MiloraError, UsageError
 from milora_init.methods import DROPOUT, method_of_inputs
+from milora_init.options import local_path
 from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
@@ -146,6 +147,11 @@ class Exceeded:
     value: float
     module: str
 
+    @property
+    def text(self) -> str:
+        """What exceeds the limit, in one sentence."""
+        return f"the {self.name} of {self.module} is {self.value:.2g}, above --fail-on {self.name}={self.limit:g}"
+
 
 def exceeded_limits(limits: Mapping[str, float], manifest: Manifest) -> list[Exceeded]:
     """The limits that a weight exceeds."""
@@ -159,11 +165,9 @@ def exceeded_limits(limits: Mapping[str, float], manifest: Manifest) -> list[Exc
 
 def print_exceeded(exceeded: Exceeded) -> None:
     """Print the error for a limit that is exceeded."""
-    name, value = exceeded.name, exceeded.value
-    message = f"the {name} of {exceeded.module} is {value:.2g}, above --fail-on {name}={exceeded.limit:g}"
     hint = "choose another --dtype, or a higher limit; the output itself is complete"
-    print_error(message, hint)
-    annotate(message, hint)
+    print_error(exceeded.text, hint)
+    annotate(exceeded.text, hint)
 
 
 def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
@@ -245,20 +249,21 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
         console.print(f"{part} are equal to the original's, bit for bit")
+    console.print(f'load it as any model: from_pretrained({json.dumps(merged.out)}, dtype="auto")')
 
 
 def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
-    """Print the result of a conversion; with `verbose`, or if a rank was cut, every module."""
+    """Print the result of a conversion; with `verbose`, every module."""
     from milora_init.records import ORIGINAL_MODEL
 
     console = _stdout()
     modules = converted.modules
-    for module in modules if converted.cut or verbose else ():
-        console.print(f"{module.module}  rank {module.rank}  lost {module.lost:.2e}")
+    for module in modules if verbose else ():
+        console.print(f"{module.module}  rank {module.rank}  energy lost {percent(module.lost**2)}")
     ranks = sorted({module.rank for module in modules})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    worst = max(module.lost for module in modules)
-    lost = f", at most {worst:.2e} of a module's update lost (Frobenius norm)" if converted.cut else ""
+    worst = max(module.lost for module in modules) ** 2
+    lost = f", at most {percent(worst)} of the energy of a module's update lost" if converted.cut else ""
     console.print(f"{converted.out}: {len(modules)} modules at {rank}{lost}")
     print_warnings(converted.notices)
     if converted.dry_run:
@@ -267,7 +272,10 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     if converted.unchanged:
         console.print("already done, nothing to do")
     base = "" if converted.inputs.get("base") == ORIGINAL_MODEL else ", not on the residual base"
-    console.print(f"load it on {converted.model}{base}")
+    is_here = converted.from_hub or local_path(converted.model).exists()
+    model = converted.model if is_here else f"the original model, which was a local folder named {converted.model}"
+    line = "" if converted.serve else f": PeftModel.from_pretrained(model, {json.dumps(converted.out)})"
+    console.print(f"load it on {model}{base}{line}")
     if converted.serve:
         console.print(f"serve it with: {converted.serve}")
 

@@ -209,6 +209,6 @@ class Bar(RunProgress):
         if self._verbose or not _is_interactive(self._console):
             left = f", {self._time_left()}" if finished < of else ""
             line = (
-                f"[{finished}/{of}] {result.shard}: {count_weights(result.records)} split, {duration(elapsed_s)}{left}"
+                f"[{finished}/{of}] {result.shard}: {count_weights(result.records)} done, {duration(elapsed_s)}{left}"
             )
             self._console.print(line)

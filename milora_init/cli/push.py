@@ -17,7 +17,12 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository: org/name.", show_default=False)],
     private: Annotated[bool, typer.Option("--private/--public", help="The repository, if it is created now.")] = True,
     branch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The branch to write to. (default: main)", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The branch to write to; it is created if it is not there. (default: main)",
+            show_default=False,
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Push also to a repository that holds something else.")

@@ -124,9 +124,13 @@ def _request_error(model: str, status: int | None, error: Exception) -> HubError
             f"the Hub refuses this token for {model} (status {status})",
             hint="run `hf auth login` with a token that has access, or set HF_TOKEN",
         )
+    hint = "check the network, then run the same command again: what is already done is kept"
+    if status is not None:  # there was an answer, so the network works
+        hint = "look at status.huggingface.co, then run the same command again: what is already done is kept"
+        if status < 500:
+            hint = "check the names of the repository and the branch, and HF_ENDPOINT if it is set"
     return HubError(
-        f"a request to the Hub for {model} failed: {_one_line(error)[:300] or type(error).__name__}",
-        hint="check the network, then run the same command again: what is already done is kept",
+        f"a request to the Hub for {model} failed: {_one_line(error)[:300] or type(error).__name__}", hint=hint
     )
 
 

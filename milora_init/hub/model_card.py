@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -351,7 +351,7 @@ def _is_class(value: object) -> bool:
     return isinstance(value, str) and value.isidentifier() and value.isascii()
 
 
-def write_step_summary(manifest: Manifest) -> None:
+def write_step_summary(manifest: Manifest, exceeded: Sequence[str] = ()) -> None:
     """Append `step_summary` to the file that GITHUB_STEP_SUMMARY names; do nothing if the variable is not set.
 
     A summary that cannot be written is not an error. GitHub drops a summary that is too long, so it is cut.
@@ -360,12 +360,12 @@ def write_step_summary(manifest: Manifest) -> None:
     if path:
         with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
             free_bytes = max(0, _MAX_SUMMARY_BYTES - 1 - file.tell())
-            file.write(step_summary(manifest).encode()[:free_bytes].decode(errors="ignore"))
+            file.write(step_summary(manifest, exceeded).encode()[:free_bytes].decode(errors="ignore"))
 
 
-def step_summary(manifest: Manifest) -> str:
-    """Return the Markdown that a CI job shows about a run."""
-    remarks = "".join(f"- {_escape(text)}\n" for text in [*warnings(manifest), *notes(manifest)])
+def step_summary(manifest: Manifest, exceeded: Sequence[str] = ()) -> str:
+    """Return the Markdown that a CI job shows about a run; `exceeded` says which limits of `--fail-on` it exceeds."""
+    remarks = "".join(f"- {_escape(text)}\n" for text in [*exceeded, *warnings(manifest), *notes(manifest)])
     files = size(sum(manifest.files.values()))
     return f"""### milora-init: {_escape(manifest.out)}
 

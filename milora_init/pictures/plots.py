@@ -31,7 +31,7 @@ def has_matplotlib() -> bool:
 def require_matplotlib() -> None:
     """Raise UsageError if matplotlib is not installed."""
     if not has_matplotlib():
-        raise UsageError("pictures need matplotlib, which is not installed", hint="pip install 'milora-init[plot]'")
+        raise UsageError("pictures need matplotlib, which is not installed", hint="pip install matplotlib")
 
 
 def png(figure: Any) -> bytes:

@@ -129,8 +129,21 @@ def require_intact(out: Path, files: Mapping[str, int], *, may_replace: bool = T
             )
 
 
+_IN_WORDS: Mapping[str, str] = {  # inputs of merge and convert whose values are hashes, or tables of many modules
+    "adapter": "it was made of another adapter",
+    "initial": "it was made of another initial adapter",
+    "scales": "the scales of the adapter differ",
+    "config": "the config of the adapter differs",
+    "tokenizer": "the tokenizer differs",
+}
+
+
 def _difference(key: str, before: Any, now: Any) -> str:
     """What changed in one of the inputs, as text."""
+    if key in _IN_WORDS:
+        return _IN_WORDS[key]
+    if key == "source" and isinstance(now, str):
+        return "it was made of another pair"
     if key not in ("source", "side_files"):
         return f"{key} was {_short(before)}, now {_short(now)}"
     if isinstance(before, dict) and isinstance(now, dict):
@@ -140,5 +153,9 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, str) and len(value) > 60:
+        return json.dumps(f"{value[:57]}...")
     text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 62 else f"{text[:59]}..."

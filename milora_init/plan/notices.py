@@ -131,7 +131,7 @@ def _dropout_notices(options: InitOptions, adapter_config: Mapping[str, Any]) ->
         why = "in reinforcement learning the policy that samples and the policy that is trained would differ"
     else:
         why = "it removes a part of what A reads"
-    return [f"lora_dropout is {dropout}: {why}; --dropout 0 switches it off, and is the default without a recipe"]
+    return [f"lora_dropout is {dropout}, from the recipe or --dropout: {why}; --dropout 0 switches it off"]
 
 
 def _dtype_notices(options: InitOptions, checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> list[str]:

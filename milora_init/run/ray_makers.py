@@ -317,7 +317,7 @@ def connect(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UsageError("--ray needs Ray, which is not installed", hint="pip install 'milora-init[ray]'") from error
+        raise UsageError("--ray needs Ray, which is not installed", hint="pip install ray") from error
     _require_answer(address)
     try:
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a lost node is reported where it matters

@@ -156,7 +156,7 @@ def gpu_errors(source: TensorSource | QuantisedSource, device: torch.device) -> 
         reason = str(error).partition("\n")[0]
         raise SolveError(
             f"{source.name} in {source.path}: {device} failed: {reason}",
-            hint="run the same command again to resume, or with --device cpu",
+            hint="run the same command again, or with --device cpu: finished files are kept",
         ) from error
 
 

@@ -17,7 +17,7 @@ from milora_init.lora.folder import LORA_FOLDER
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
-from milora_init.records import read_output
+from milora_init.records import MergeResult, read_output
 from milora_init.verification.adapter import (
     check_adapter_config,
     check_adapter_header,
@@ -85,8 +85,12 @@ def verify(  # noqa: PLR0913  the options of the command
         original = InitOptions(model=model, out=pair, revision=revision, cache_dir=cache_dir, token=token)
     if not isinstance(output, Manifest):
         if all_components or adapter is not None:
-            option = "--all" if all_components else "--adapter"
-            raise UsageError(f"{pair} is no pair: {option} means nothing for it", hint=f"drop {option}")
+            option, value = ("--all", "") if all_components else ("--adapter", f" {adapter}")
+            what = "a merged model" if isinstance(output, MergeResult) else "a converted adapter"
+            raise UsageError(
+                f"{pair} is {what}: {option} is for the pair that it was made from",
+                hint=f"drop {option}, or name that pair: milora-init verify {output.pair} {option}{value}",
+            )
         return verify_plain(pair, folder, output, original)
     if not output.method.writes_base:
         return verify_adapter(

@@ -178,6 +178,7 @@ def test_a_summary_of_any_size_is_one_that_github_takes(
 ) -> None:
     manifest = start(checkpoint("llama"))
     assert "| down_proj |" in step_summary(manifest)
+    assert "- too large\n" in step_summary(manifest, ["too large"])
     many = replace(manifest, notices=("ö" * 700_000, "ü" * 700_000))
     path = tmp_path / "summary.md"
     path.write_text("# what another step said\n")

@@ -356,7 +356,7 @@ def test_an_interruption_is_status_130_and_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(weight_run, "split", interrupted)
-    require_error(cli(checkpoint("llama")), 130, "interrupted", "run the same command to resume")
+    require_error(cli(checkpoint("llama")), 130, "interrupted", "it keeps the files that were finished")
 
 
 def test_an_error_of_ours_is_reported_as_one_and_not_as_a_traceback(
@@ -572,7 +572,7 @@ def test_an_interruption_speaks_of_the_command_and_not_of_a_word(
 
     monkeypatch.setattr(weight_run, "split", interrupted)
     Path("verify").symlink_to(checkpoint("llama"))
-    require_error(cli("verify"), 130, "run the same command to resume")
+    require_error(cli("verify"), 130, "it keeps the files that were finished")
     monkeypatch.setattr("milora_init.verification.verify.verify", interrupted)
     require_error(raw(capsys, "verify", "out"), 130, "run the same command again")
 

@@ -261,7 +261,7 @@ def test_a_finished_merge_is_unchanged_and_another_request_is_refused(
     before = {path: path.stat().st_mtime_ns for path in merged.iterdir()}
     assert merge(str(out), str(merged)) == dataclasses.replace(first, unchanged=True)
     assert {path: path.stat().st_mtime_ns for path in merged.iterdir()} == before
-    with pytest.raises(OutputError, match="the output of another request: adapter was") as caught:
+    with pytest.raises(OutputError, match="another request: it was made of another adapter") as caught:
         merge(str(out), str(merged), adapter=str(trained))
     assert "--overwrite" in caught.value.hint
     assert {path: path.stat().st_mtime_ns for path in merged.iterdir()} == before

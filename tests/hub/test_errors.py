@@ -6,8 +6,10 @@ import errno
 import os
 import socket
 import ssl
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from milora_init.errors import HubError
 from milora_init.hub.errors import hub_errors
@@ -36,4 +38,12 @@ def test_an_error_of_the_network_is_told_from_one_of_a_file(error: Exception, hi
     with pytest.raises(HubError) as caught, hub_errors("tiny/llama", None, pushing=pushing):
         raise error
     assert "tiny/llama" in caught.value.message
+    assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(("status", "hint"), [(404, "check the names"), (503, "look at status.huggingface.co")])
+def test_an_answer_of_the_hub_is_not_blamed_on_the_network(status: int, hint: str) -> None:
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    with pytest.raises(HubError) as caught, hub_errors("me/out", None, pushing=True):
+        raise HfHubHTTPError("Not for you", response=response)
     assert caught.value.hint.startswith(hint)

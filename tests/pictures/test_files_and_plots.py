@@ -83,7 +83,7 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="need matplotlib, which is not installed") as caught:
         prepared(tmp_path / "scan.png", "--plot")
-    assert caught.value.hint == "pip install 'milora-init[plot]'"
+    assert caught.value.hint == "pip install matplotlib"
 
 
 def test_plots_are_png_files_that_are_known_again(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_signal_during_a_long_solve_ends_the_run_at_once_and_it_is_resumed(
         process.send_signal(number)
         assert process.wait(WAIT_S) == status
         stderr = process.stderr
-    assert f"error: {message}\n\nhint: run the same command to resume\n" in stderr
+    assert f"error: {message}\n\nhint: run the same command again: it keeps the files" in stderr
     assert "Traceback" not in stderr
     left = contents(out)
     assert f"{WORK_FOLDER}/journal.jsonl" in left

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NAMED = ("rank", "recipe", "mode", "dtype", "revision")
+NAMED = ("rank", "recipe", "method", "mode", "dtype", "revision")
 
 
 def init_command(env: Mapping[str, str]) -> list[str]:
