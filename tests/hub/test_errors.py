@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
@@ -43,7 +44,7 @@ def test_an_error_of_the_network_is_told_from_one_of_a_file(error: Exception, hi
 
 @pytest.mark.parametrize(("status", "hint"), [(404, "check the names"), (503, "look at status.huggingface.co")])
 def test_an_answer_of_the_hub_is_not_blamed_on_the_network(status: int, hint: str) -> None:
-    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
     with pytest.raises(HubError) as caught, hub_errors("me/out", None, pushing=True):
         raise HfHubHTTPError("Not for you", response=response)
     assert caught.value.hint.startswith(hint)
