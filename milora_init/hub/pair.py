@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
@@ -28,24 +36,28 @@ _NO_FOLDER = "name a folder that milora-init wrote, or its Hub id: org/name"
 _TRAINED = "name the folder that the trainer saved"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Repository:
+    """A repository to read; `failure` is why the Hub does not answer: then only the cache is read."""
+
     repo: str
     revision: str | None
     cache_dir: str | None
     token: str | None
+    failure: Exception | None = field(default=None, init=False)
 
     def fetch_first(self, names: Iterable[str], otherwise: OutputError) -> Path:
         """The snapshot folder with the first of these files that the repository has. Raises HubError, `otherwise`."""
         absent: EntryNotFoundError | None = None
         with hub_errors(self.repo, self.revision):
+            self._ask()
             for name in names:
                 try:
                     return self._download(name, self.revision).parent
                 except EntryNotFoundError as error:
                     absent = error
             if isinstance(absent, LocalEntryNotFoundError):
-                raise absent
+                raise self._cause(absent)
         raise otherwise
 
     def fetch(self, snapshot: Path, names: Iterable[str]) -> None:
@@ -54,15 +66,31 @@ class _Repository:
             for name in names:
                 try:
                     self._download(name, snapshot.name)
-                except LocalEntryNotFoundError:
-                    raise
+                except LocalEntryNotFoundError as error:
+                    raise self._cause(error) from None
                 except EntryNotFoundError:
                     continue
 
+    def _ask(self) -> None:
+        """Ask the Hub for the repository, once: without a network `hf_hub_download` would try for a minute."""
+        try:
+            HfApi(token=clean_token(self.token)).repo_info(self.repo, revision=self.revision or "main")
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+            raise
+        except Exception as error:
+            self.failure = error
+
+    def _cause(self, error: LocalEntryNotFoundError) -> Exception:
+        """Why a file is neither on the Hub nor in the cache."""
+        return self.failure if isinstance(self.failure, HfHubHTTPError | OfflineModeIsEnabled) else error
+
     def _download(self, name: str, revision: str | None) -> Path:
         return Path(
-            hf_hub_download(self.repo, name, revision=revision, cache_dir=self.cache_dir, token=clean_token(self.token))
-        )
+            hf_hub_download(
+                self.repo, name, revision=revision, cache_dir=self.cache_dir, token=clean_token(self.token),
+                local_files_only=self.failure is not None,
+            )
+        )  # fmt: skip
 
 
 def locate_output(given: str, *, cache_dir: str | None = None, token: str | None = None) -> Path:
