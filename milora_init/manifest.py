@@ -45,14 +45,15 @@ from milora_init.untrusted import path_inside, plain_names
 
 MANIFEST = "milora_init.json"
 WORK_FOLDER = ".milora-init"
-_OF_PART = re.compile(r"part-(\d+)-of-(\d+)\..+")  # a name in the work folder
+PART_PREFIX = "part-"  # of the names of a part's own files in the work folder
+_OF_PART = re.compile(rf"{PART_PREFIX}(\d+)-of-(\d+)\..+")
 FORMAT = 1
 MOST_MANIFEST_BYTES = 1 << 29  # a record has about 1,300 bytes, and the largest models have 10^5 weights
 
 
-def part_name(part: tuple[int, int], name: str) -> str:
+def file_of_part(part: tuple[int, int], name: str) -> str:
     """The name of a part's own file or folder in the work folder; the part is its number and their count."""
-    return f"part-{part[0]}-of-{part[1]}.{name}"
+    return f"{PART_PREFIX}{part[0]}-of-{part[1]}.{name}"
 
 
 def parts_begun(names: Iterable[str]) -> list[tuple[int, int]]:

@@ -35,7 +35,7 @@ SAFETENSORS_DTYPES: Mapping[str, Dtype] = {
     "U64": Dtype("uint64", 8), "U32": Dtype("uint32", 4), "U16": Dtype("uint16", 2), "U8": Dtype("uint8", 1),
     "BOOL": Dtype("bool", 1),
 }  # fmt: skip
-FLOATS = ("F32", "BF16", "F16", "F64")  # that weights can have which are computed with
+FLOATS = ("F32", "BF16", "F16", "F64")  # of weights that a model computes with
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 REFETCH = "fetch the file again: it is damaged or incomplete"
 

@@ -248,12 +248,13 @@ def _write_shards(plan: MergePlan, folder: OutputFolder[MergeResult], progress: 
         compared_lock = threading.Lock()
 
         def open_shard(name: str) -> ShardWriter[None]:
-            sources, companions = (
-                {plan.source / file: plan.base.stamps[file] for file in files[name]}
-                for files in (plan.sources, plan.companions)
+            return ShardWriter(
+                plan.stamps(plan.sources[name]),
+                attempt=folder.attempt(),
+                name=name,
+                header=plan.headers[name],
+                companions=plan.stamps(plan.companions[name]),
             )
-            attempt = folder.attempt()
-            return ShardWriter(sources, attempt=attempt, name=name, header=plan.headers[name], companions=companions)
 
         def submit(name: str, shard: ShardWriter[None]) -> list[Future[None]]:
             """Give a shard's weights to the solver pool; hash its sources meanwhile."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_init import __version__
-from milora_init.checkpoint.files import read_bytes, stamp
+from milora_init.checkpoint.files import Stamp, read_bytes, stamp
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint, open_model
 from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.header import FLOATS, SAFETENSORS_DTYPES, Header, TensorInfo, plan_header, safetensors_name
@@ -116,6 +116,10 @@ class MergePlan:
     @property
     def source(self) -> Path:
         return self.base.folder
+
+    def stamps(self, names: Iterable[str]) -> dict[Path, Stamp]:
+        """Each of these files of the base, with its stamp when it was planned."""
+        return {self.source / name: self.base.stamps[name] for name in names}
 
     @property
     def overwrite(self) -> bool:

@@ -38,13 +38,13 @@ from milora_init.errors import HubError, UsageError
 from milora_init.hub.download import download, download_tensors
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.ranges import read_range
+from milora_init.json_fields import sha256_text
 from milora_init.manifest import Manifest
 from milora_init.options import InitOptions, local_path
 from milora_init.untrusted import read_text, relative_name
 
 _FIRST_READ_BYTES = 100_000  # most headers are shorter, so one request is enough
 _HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def hide_bars() -> None:
@@ -193,7 +193,7 @@ def open_snapshot(
                 # A small file, not stored with LFS; or it does not exist, and then this call raises.
                 hf_hub_download(model, name, revision=commit, cache_dir=cache_dir, token=token)
                 continue
-            if not _SHA256.fullmatch(str(info.lfs.sha256)) or type(info.size) is not int:
+            if not sha256_text(info.lfs.sha256) or type(info.size) is not int:
                 raise HubError(
                     f"the Hub's entry for {name} of {model} has no usable SHA-256 and size: "
                     f"{info.lfs.sha256!r}, {info.size!r}",

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from milora_init.errors import HubError, OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.model_card import PICTURE
 from milora_init.hub.publication import Publication, as_published, publication
-from milora_init.json_fields import read_object
+from milora_init.json_fields import read_object, sha256_text
 from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_WEIGHTS, WEIGHTS_FILE, adapter_files
 from milora_init.manifest import (
     MANIFEST,
@@ -52,7 +51,6 @@ _COMPLETION_FILES = (
 )  # fmt: skip
 _UNFINISHED = "unfinished-by-milora-init"  # a file in a repository while its shards are pushed one by one
 _SOURCE_CARD_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_SHA256 = re.compile("[0-9a-f]{64}")
 _MOST_OBJECTS = 256  # of one request, as in huggingface_hub
 _Operation = CommitOperationAdd | CommitOperationDelete
 
@@ -242,7 +240,7 @@ class Repository:
         Args:
             shards: Size and SHA-256 of each file, by name.
         """
-        shards = {name: shard for name, shard in shards.items() if _SHA256.fullmatch(shard[1])}
+        shards = {name: shard for name, shard in shards.items() if sha256_text(shard[1])}
         with hub_errors(self.repo, self._revision, pushing=True):
             infos = self._api.get_paths_info(self.repo, list(shards), revision=self._revision) if shards else ()
             digests = {info.path: info.lfs.sha256 for info in infos if isinstance(info, RepoFile) and info.lfs}

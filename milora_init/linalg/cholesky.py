@@ -57,16 +57,11 @@ class CholeskyFactor:
         return self.L @ (self.L.mT @ B)
 
 
-def cholesky(G: Tensor, arithmetic: DeviceArithmetic, *, may_wait: bool = True) -> CholeskyFactor | None:
-    """Factor G (q, q), given by its lower triangle and overwritten. None if G is not positive definite.
-
-    Without `may_wait` the host does not wait for a GPU to know this: then the factor and its inverse are NaN.
-    """
+def cholesky(G: Tensor, arithmetic: DeviceArithmetic) -> CholeskyFactor | None:
+    """Factor G (q, q), given by its lower triangle and overwritten. None if G is not positive definite."""
     if arithmetic.inverse == "explicit":
         L, failed = torch.linalg.cholesky_ex(G)
-        if not may_wait:
-            L = torch.where(failed == 0, L, torch.nan)
-        elif int(failed):
+        if int(failed):
             return None
         return CholeskyFactor(L, [], torch.cholesky_inverse(L))
     inverses = []

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from milora_init.checkpoint.hashing import sha256
-from milora_init.checkpoint.header import Header, TensorInfo, read_header
+from milora_init.checkpoint.header import FLOATS, Header, TensorInfo, read_header
 from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import CheckpointError, PlanError
 from milora_init.expert_slot import ExpertSlot
@@ -49,7 +49,6 @@ UNSUPPORTED_KEYS = (
     "use_bdlora", "megatron_config",
 )  # fmt: skip
 _RANK_AND_ALPHA_LIMIT = 1e9
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def adapter_files(method: Method) -> tuple[str, str]:
@@ -240,7 +239,7 @@ def _sort_tensors(
     magnitudes: dict[str, str] = {}
     rest: dict[str, TensorInfo] = {}
     for key, info in header.tensors.items():
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise PlanError(f"{path / WEIGHTS_FILE}: {key} is {info.dtype}, not a floating-point tensor")
         if parsed := parse_lora_key(key):
             if len(info.shape) != 2:

@@ -26,7 +26,7 @@ from milora_init.checkpoint.header import SAFETENSORS_DTYPES, Header
 from milora_init.checkpoint.quantised_tensors import RULES_VERSION
 from milora_init.envelope import envelope
 from milora_init.errors import CheckpointError, PlanError
-from milora_init.linalg.cost import solve_flops, solve_memory_bytes, weights_at_once
+from milora_init.linalg.cost import solve_flops, solve_memory_bytes
 from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, adapter_files
 from milora_init.lora.tensor_layout import adapter_header
 from milora_init.manifest import MANIFEST, MOST_MANIFEST_BYTES, WORK_FOLDER, fingerprint
@@ -255,8 +255,9 @@ class Plan:
         """
         largest_factor = max(info.size_bytes for info in self.adapter_header.tensors.values())
         solved = sorted(map(self.memory_bytes, self.weights), reverse=True)[:weights_at_once]
-        at_a_time = self._in_a_batch if not weights_at_once else lambda _: 1
-        read = sorted((at_a_time(w) * self.stored_bytes(w) for w in self.weights), reverse=True)[:waiting]
+        mode = self.options.effective_method.mode
+        stored = ((1 if weights_at_once else w.most_at_once(mode)) * self.stored_bytes(w) for w in self.weights)
+        read = sorted(stored, reverse=True)[:waiting]
         own = PROCESS_BYTES + _WEIGHT_BYTES * len(self.weights)
         return own + max(2 * largest_factor, sum(solved) + sum(read))
 
@@ -271,11 +272,6 @@ class Plan:
         return solves * solve_flops(
             max(w.weight.shape), min(w.weight.shape), w.rank, self.options.effective_method.mode
         )
-
-    def _in_a_batch(self, w: WeightPlan) -> int:
-        """The most weights like this one that are on a GPU at a time."""
-        q, p = sorted(w.weight.shape)
-        return weights_at_once(p, q, w.rank, self.options.effective_method.mode)
 
     def memory_bytes(self, w: WeightPlan) -> int:
         """Estimate the memory for one weight on the CPU: as it is read and written, and for the solver."""

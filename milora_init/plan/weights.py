@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_init.checkpoint.folder import Checkpoint
-from milora_init.checkpoint.header import safetensors_name
+from milora_init.checkpoint.header import FLOATS, safetensors_name
 from milora_init.errors import PlanError
+from milora_init.linalg.cost import weights_at_once
 from milora_init.lora.config import lora_scale, make_adapter_config, stacked_alpha
 from milora_init.lora.targets import PeftTargets, matching, peft_targets, select, selects_experts
+from milora_init.methods import Mode
 from milora_init.model.adaptable import Adaptable, ModelStructure
 from milora_init.options import DEFAULT_TARGET, InitOptions
 
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_SOLVER_DTYPES = ("F64", "F32", "BF16", "F16")
 _PACKED_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")  # quantised formats store several values in each integer
 
 
@@ -45,6 +46,11 @@ class WeightPlan:
     scale: float
     key: str
     seed: int
+
+    def most_at_once(self, mode: Mode) -> int:
+        """How many weights like this one a GPU solves in one batch."""
+        q, p = sorted(self.weight.shape)
+        return weights_at_once(p, q, self.rank, mode)
 
 
 def plan_weights(
@@ -180,7 +186,7 @@ def _plan_weight(
 ) -> WeightPlan:
     """Plan one weight. Raises PlanError if its dtype is not one that the solver reads."""
     dtype = checkpoint.tensors[weight.tensor].dtype
-    if dtype not in _SOLVER_DTYPES:
+    if dtype not in FLOATS:
         raise PlanError(
             f"{weight.tensor} is stored as {dtype} (packed): the singular components of these numbers are not those of "
             "the weight",

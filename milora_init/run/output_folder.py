@@ -25,7 +25,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from milora_init.checkpoint.side_files import would_be_loaded
 from milora_init.checkpoint.writer import partial_of, sync_folder, writing
 from milora_init.errors import OutputError
-from milora_init.manifest import WORK_FOLDER, WeightRecord, part_name
+from milora_init.manifest import PART_PREFIX, WORK_FOLDER, WeightRecord, file_of_part
 from milora_init.plan.finished import another_request, require_intact
 from milora_init.records import RECORDS
 from milora_init.run.journal import Entry, Head, Journal
@@ -142,8 +142,8 @@ class OutputFolder(Generic[Record]):
         self.work = path / WORK_FOLDER
         self.journal = Journal(self.work / _JOURNAL, out=path)  # of the whole output; its head says what that is
         self._part = part
-        self._own = self.journal if part is None else Journal(self.work / part_name(part, _JOURNAL), out=path)
-        self.attempts = self.work / ("attempts" if part is None else part_name(part, "attempts"))
+        self._own = self.journal if part is None else Journal(self.work / file_of_part(part, _JOURNAL), out=path)
+        self.attempts = self.work / ("attempts" if part is None else file_of_part(part, "attempts"))
         self._locks: list[int] = []
         self._has_part = False  # whether the part is locked by this object
 
@@ -252,7 +252,7 @@ class OutputFolder(Generic[Record]):
                 os.close(self._locks.pop())
         self._take_lock(own, shared=True)
         busy = f"part {number}/{count} of {self.path} is being made by another process"
-        self._take_lock(part_name((number, count), _LOCK), busy=busy)
+        self._take_lock(file_of_part((number, count), _LOCK), busy=busy)
         self._has_part = True
 
     @contextmanager
@@ -268,7 +268,7 @@ class OutputFolder(Generic[Record]):
 
     def _journals(self) -> list[Journal]:
         """The journal of the output, then those of the parts. Raises OutputError for one of another request."""
-        paths = sorted(self.work.glob(f"part-*.{_JOURNAL}"))
+        paths = sorted(self.work.glob(f"{PART_PREFIX}*.{_JOURNAL}"))
         head, _ = self.journal.read()
         journals = [Journal(path, out=self.path) for path in paths]
         for journal in journals:

@@ -23,7 +23,6 @@ from milora_init.checkpoint.header import torch_name
 from milora_init.checkpoint.tensor_file import TensorSource
 from milora_init.checkpoint.writer import WriteTarget
 from milora_init.errors import SolveError
-from milora_init.linalg.cost import weights_at_once
 from milora_init.linalg.split import Split, split, split_batch
 from milora_init.manifest import WeightRecord
 from milora_init.methods import Factors, Mode
@@ -67,8 +66,7 @@ def batches(job: ShardJob, *, on_gpus: bool) -> list[list[WeightPlan]]:
         equal.setdefault(alike, []).append(plan)
     found = []
     for plans in equal.values():
-        q, p = sorted(plans[0].weight.shape)
-        count = weights_at_once(p, q, plans[0].rank, job.mode)
+        count = plans[0].most_at_once(job.mode)
         found += [plans[start : start + count] for start in range(0, len(plans), count)]
     return found
 

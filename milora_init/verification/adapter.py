@@ -86,10 +86,10 @@ def check_adapter_config(pair: Pair, modules: Collection[str], trained: Path | N
             findings.append(Finding(name, what, f"remove {key}" if trained is None else _TRAIN_AGAIN))
     findings += _check_targets(name, config, wanted, modules)
     path = config.get("base_model_name_or_path")
-    if not pair.manifest.method.writes_base:
-        findings += _check_model_path(name, path, pair)
-    else:
+    if pair.manifest.method.writes_base:
         findings += _check_base_path(name, path, pair, trained=trained is not None)
+    else:
+        findings += _check_model_path(name, path, pair)
     return findings
 
 

@@ -89,7 +89,7 @@ def compare_directions(
     """
     if not model.has_weights(manifest.inputs["source"]):
         what = "not the files that the adapter was made from: another model, or another commit"
-        return [Finding(given, what, model_hint(manifest), "other_model")]
+        return [Finding(given, what, model_hint(manifest.source["model"]), "other_model")]
     return list(_compare(adapter, model, manifest, all_components=all_components))
 
 

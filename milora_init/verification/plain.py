@@ -14,7 +14,7 @@ from milora_init.options import InitOptions
 from milora_init.records import ConvertResult, MergeResult
 from milora_init.untrusted import path_inside
 from milora_init.verification.files import changed_file, check_stray_files
-from milora_init.verification.tensors import compare_merged
+from milora_init.verification.tensors import compare_merged, model_hint
 from milora_init.verification.verdict import Code, Finding, Verdict, note
 
 _MOST_TENSORS = 20  # that differ and are listed
@@ -97,8 +97,7 @@ def _compare_with_original(
     model = open_model(fetch_model(original))
     if not model.has_weights(output.source_files):
         what = "not the files that it was made from: another model, or another commit"
-        hint = f"name the model that it was made from: --model {output.model}"
-        return [Finding(original.model, what, hint, "other_model")], "other_model"
+        return [Finding(original.model, what, model_hint(output.model), "other_model")], "other_model"
     if isinstance(output, ConvertResult):
         return [], code
     merged = open_checkpoint(folder)

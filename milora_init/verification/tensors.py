@@ -74,12 +74,12 @@ def compare_with_model(
     what = "not the files that the pair was made from: another model, or another commit"
     # Of another model every tensor would differ: only the first difference is computed.
     first = [replace(finding, problem="other_model") for finding in islice(found, 1)]
-    return [Finding(given, what, model_hint(manifest), "other_model"), *first]
+    return [Finding(given, what, model_hint(manifest.source["model"]), "other_model"), *first]
 
 
-def model_hint(manifest: Manifest) -> str:
-    """The hint where another model than the original was given."""
-    return f"name the model that it was made from: --model {manifest.source['model']}"
+def model_hint(recorded: object) -> str:
+    """The hint where another model than the recorded original was given."""
+    return f"name the model that it was made from: --model {recorded}"
 
 
 def require_original(model: Checkpoint, manifest: Manifest, given: str) -> None:
@@ -87,14 +87,14 @@ def require_original(model: Checkpoint, manifest: Manifest, given: str) -> None:
     if not model.has_weights(manifest.inputs["source"]):
         raise CheckpointError(
             f"{given} is not what this output was made from: another model, or another commit",
-            hint=model_hint(manifest),
+            hint=model_hint(manifest.source["model"]),
         )
 
 
 def _compare(
     base: Checkpoint, adapter: Path, model: Checkpoint, manifest: Manifest, *, given: str, all_components: bool
 ) -> Iterator[Finding]:
-    hint = model_hint(manifest)
+    hint = model_hint(manifest.source["model"])
     side_files = {"config.json": manifest.inputs["source"]["config.json"], **manifest.inputs["side_files"]}
     for name, recorded in side_files.items():
         path = model.folder / name  # read_manifest has checked that the name stays inside the folder
