@@ -316,7 +316,8 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
         from milora_init.run.scan import measured_targets
 
         located = locate_model(options)
-        plan = make_plan(options, *located, measured=measured_targets(options, *located))
+        measured = measured_targets(options, *located)
+        plan = make_plan(options, *located, measured=measured)
         require_loadable(plan)
         estimate_s = plan.solve_flops / multiply_rate(solver_devices(plan)[0][0])
         at_once, others = weights_in_memory(plan)
@@ -332,7 +333,7 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
             planned["warnings"] = [*planned["warnings"], f"the run would be refused: {refusal.message}; {refusal.hint}"]
         output.json_output.give({**planned, "out_state": state})
     elif not quiet:
-        output.print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once, others))
+        output.print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once, others), measured)
         output.print_out_state(options.out, state, refusal)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, JustifyMethod
@@ -68,12 +70,11 @@ class _Console(Console):
 
 
 def print_error(message: str, hint: str) -> None:
-    """Print an error and its hint on stderr, without line breaks, so that paths and commands can be copied."""
-    console = stderr_console()
-    console.print(Text("error:", "bold red"), message)
+    """Print an error and its hint on stderr."""
+    _print_sentence(Text("error:", "bold red"), message)
     if hint:
-        console.print()
-        console.print(Text("hint:", "bold cyan"), hint)
+        stderr_console().print()
+        _print_sentence(Text("hint:", "bold cyan"), hint)
 
 
 def print_traceback(error: BaseException) -> None:
@@ -170,9 +171,12 @@ def print_exceeded(exceeded: Exceeded) -> None:
     annotate(exceeded.text, hint)
 
 
-def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
-    """Print what `--dry-run` shows."""
+def print_plan(
+    plan: Plan, estimate_s: float, memory_bytes: int, measured: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> None:
+    """Print what `--dry-run` shows; `measured` are the modules that each target chose by a figure."""
     from milora_init.checkpoint.header import torch_name
+    from milora_init.lora.config import lora_scale
 
     console = _stdout()
     method = plan.options.effective_method
@@ -185,14 +189,18 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
     console.print(
         f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
     )
+    alpha = plan.options.lora_alpha
+    strength = f"alpha {alpha:g}, scale {lora_scale(plan.options.rank, alpha, rslora=plan.options.rslora):g}"
     written = size(plan.base_bytes) if plan.writes_base else "none: the adapter is for the original model"
     fields = [
         ("method", f"{method.formulas}; trained: {method.trained} ({method.source})"),
-        ("for", f"{method.use}. Reported by others: {method.reported}"),
+        ("for", method.use),
+        ("reported", f"by others: {method.reported}"),
         *(("stored", f"{count} tensors as {name}") for name, count in plan.formats.items()),
         ("base", f"{written} (model {size(plan.source_bytes)})"),
         *(("", f"{size(n)} with --base {base}") for base, n in plan.base_sizes.items() if base != plan.options.base),
-        ("adapter", size(plan.adapter_bytes)),
+        ("adapter", f"{size(plan.adapter_bytes)}; {strength}, dropout {plan.adapter_config['lora_dropout']:g}"),
+        *((target, _by_layer(names)) for target, names in measured.items()),
         ("memory", f"about {size(memory_bytes)}"),
         *([("download", size(download))] if download else []),
         ("time", f"about {duration(estimate_s)} for solving, on this machine; copying comes on top"),
@@ -205,6 +213,19 @@ def print_plan(plan: Plan, estimate_s: float, memory_bytes: int) -> None:
         target = "" if job.target == job.source.name or not job.header else f" -> {job.target}"
         console.print(f"  {job.source.name}{target}  ({count_weights(job.splits)})")
     print_warnings(plan.notices)
+
+
+def _by_layer(modules: Sequence[str]) -> str:
+    """The names of modules on one line: `self_attn.q_proj of layers 0, 3 and 5`, each kind once."""
+    kinds: dict[str, list[int]] = {}
+    others = []
+    for module in modules:
+        if found := re.fullmatch(r"(?:[^.]+\.)*?(\d+)\.(.+)", module, re.ASCII):
+            kinds.setdefault(found[2], []).append(int(found[1]))
+        else:
+            others.append(module)
+    layers = {suffix: ", ".join(map(str, sorted(numbers))) for suffix, numbers in sorted(kinds.items())}
+    return "; ".join([*(f"{suffix} of {numbers}" for suffix, numbers in layers.items()), *others])
 
 
 def print_out_state(out: str, state: str, refusal: MiloraError | None) -> None:
@@ -267,7 +288,9 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     console.print(f"{converted.out}: {len(modules)} modules at {rank}{lost}")
     print_warnings(converted.notices)
     if converted.dry_run:
-        console.print(f"would write {size(sum(converted.files.values()))}; nothing was written")
+        total = size(sum(converted.files.values()))
+        would = "is already done, the run would do nothing" if converted.unchanged else f"would have {total}"
+        console.print(f"{converted.out} {would}; nothing was written")
         return
     if converted.unchanged:
         console.print("already done, nothing to do")
@@ -283,7 +306,7 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
 def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str, warnings: Sequence[str]) -> None:
     """Print what a training did to the weights: a row for each kind of module. A warning says if there was none."""
     console = _stdout()
-    columns = ("module", "weights", "moved", "smallest", "between", "largest", "intruders")
+    columns = ("module", "weights", "moved", "minor", "middle", "principal", "intruders")
     rows = [
         (
             group.suffix,
@@ -294,11 +317,12 @@ def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str, war
         )
         for group in groups
     ]
-    _print_table(console, columns, rows, spare=("weights", "between"))
+    _print_table(console, columns, rows, spare=("weights", "middle"))
     legend = (
-        "moved: norm of the update, relative to the weight. smallest, between, largest: share of the update's squared "
-        "norm in these directions of the original weight, as many at either end as the rank. intruders: largest "
-        "directions of the trained weight that are similar to none of the original."
+        "moved: norm of the update, relative to the weight. minor, middle, principal: share of the update's squared "
+        "norm in the smallest, the other and the largest singular directions of the original weight; as many at "
+        "either end as the rank. intruders: largest directions of the trained weight that are similar to none of the "
+        "original."
     )
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     if not warnings:
@@ -439,13 +463,13 @@ def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:
     shown = verdict.differences if verbose else verdict.differences[:_MOST_DIFFERENCES]
     for hint, of_hint in groupby(shown, lambda difference: difference.hint):
         for difference in of_hint:
-            console.print(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
+            _print_sentence(Text("differs:", "bold red"), f"{difference.where}: {difference.what}")
         if hint:
-            console.print(Text("   hint:", "bold cyan"), hint)
+            _print_sentence(Text("   hint:", "bold cyan"), hint)
     if more := len(verdict.differences) - len(shown):
         console.print(f"and {more} more: --verbose or --json lists them all")
     for note in verdict.notes:
-        console.print(Text("note:", "bold"), note)
+        _print_sentence(Text("note:", "bold"), note)
 
 
 def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> None:
@@ -454,7 +478,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
     rows = [
         (
             f"{name} (default)" if name == default else name,
-            ", ".join(_short_targets(recipe["target"])),
+            ", ".join(recipe["target"]),
             str(recipe.get("rank", "")),
             str(recipe.get("alpha", recipe.get("rank", ""))),
             method.name,
@@ -464,10 +488,6 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]], *, default: str) -> 
         for method in [method_of_inputs(recipe)]
     ]
     _print_table(console, ("recipe", "target", "rank", "alpha", "method", "dropout"), rows, _SPARE_OF_RECIPES, "target")
-
-
-def _short_targets(targets: Sequence[str]) -> list[str]:
-    return [target.removesuffix("_proj") if not target.startswith("re:") else target for target in targets]
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
@@ -485,9 +505,12 @@ def print_warnings(lines: Sequence[str]) -> None:
 
 
 def _print_sentence(label: Text, text: str) -> None:
-    """Print a sentence on stderr, with line breaks between words if it is a terminal."""
+    """Print a sentence on stderr, with line breaks between words if it is a terminal.
+
+    A word that is longer than a line, such as a path, stays in one piece, so that it can be copied.
+    """
     console = stderr_console()
-    console.print(label, text, soft_wrap=not console.is_terminal)
+    console.print(label, text, soft_wrap=not console.is_terminal, overflow="ignore", crop=False)
 
 
 def _print_field(console: Console, name: str, text: str) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console, OverflowMethod
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from milora_init.plan.output_files import ShardJob
     from milora_init.plan.plan import Plan
     from milora_init.run.progress import ShardResult
+
+
+_MOST_SILENCE_S = 60  # of a run without a terminal: a reader of the log should see that it goes on
 
 
 class _Text(ProgressColumn):
@@ -85,8 +89,32 @@ def by_files(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], No
         yield file_done
 
 
+@contextmanager
+def by_weights(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar by weights on a terminal, and a line a minute elsewhere.
+
+    Yields a function to call after each weight: the number of finished weights, and of all.
+    """
+    console = stderr_console(quiet)
+    interactive = _is_interactive(console)
+    columns = (_Text("what"), BarColumn(), MofNCompleteColumn(), _Text("unit"), TimeRemainingColumn())
+    if not interactive:
+        console.print(what)
+    with Progress(*columns, console=console, transient=True, disable=quiet or not interactive) as bar:
+        task, printed = bar.add_task("", total=None, what=what, unit="weights"), time.monotonic()
+
+        def weight_done(done: int, total: int) -> None:
+            nonlocal printed
+            bar.update(task, completed=done, total=total)
+            if not interactive and time.monotonic() - printed >= _MOST_SILENCE_S:
+                printed = time.monotonic()
+                console.print(f"{what}: {done}/{total} weights")
+
+        yield weight_done
+
+
 class Bar(RunProgress):
-    """Progress on stderr: one bar by bytes on a terminal, one line for each shard elsewhere.
+    """Progress on stderr: one bar by bytes on a terminal; elsewhere one line for each shard, and a line a minute.
 
     Both show how many weights are done and how long the rest will take at the rate of this run, counted in arithmetic
     and bytes. The bar also shows which weight each device works on.
@@ -133,7 +161,7 @@ class Bar(RunProgress):
         self._planning.close()
         self._flops_per_byte = FLOPS_PER_BYTE
         self._bar.start()
-        self._started = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._flops = {w.weight.tensor: plan.flops(w) for w in plan.weights}  # of one weight in that tensor
         own_weights = [w for job in plan.own_jobs for w in job.splits]
         total_bytes = sum(map(plan.read_bytes, plan.own_jobs))
@@ -173,7 +201,12 @@ class Bar(RunProgress):
         with self._lock:
             self._done += self._flops_per_byte * size_bytes + self._flops.get(name, 0)
             self._split += name in self._flops
+            now = time.monotonic()
+            silent = now - self._printed >= _MOST_SILENCE_S and not _is_interactive(self._console)
+            self._printed = now if silent else self._printed
         self._bar.update(self._task, advance=size_bytes, weights=self._count(), left=self._time_left())
+        if silent:
+            self._console.print(f"{self._count()}, {self._time_left()}")
 
     def scanning(self) -> None:
         self._bar.update(self._task, what="scanning")

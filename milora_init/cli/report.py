@@ -96,15 +96,15 @@ def _report_training(
     from milora_init.pictures.files import prepared
 
     write_plot = prepared(plot, "--plot")
-    from milora_init.cli.progress_bar import waiting
+    from milora_init.cli.progress_bar import by_weights
 
-    with waiting("measuring", quiet=quiet or as_json):
+    with by_weights("measuring", quiet=quiet or as_json) as measured:
         from milora_init.export.merge import plan_of
         from milora_init.export.movement import groups, measure, movement_json, movement_plot
         from milora_init.lora.compatibility import UNTRAINED
 
         plan, folder = plan_of(pair, adapter, model=model, cache_dir=cache_dir, token=token)
-        weights = measure(plan, folder)
+        weights = measure(plan, folder, measured)
     warnings = [f"{adapter} {UNTRAINED}"] if plan.untrained else []
     if write_plot:
         write_plot(movement_plot(weights, f"{adapter} on {pair}"))

@@ -182,8 +182,10 @@ def convert(  # noqa: PLR0913  the options of the command
             notices=(*not_compared, *beside_notices, *_serving_notices(modules, form, str(source["architecture"]))),
         )
         if dry_run:
+            is_finished, refused = _look(target, inputs, overwrite=overwrite)
             return replace(result, modules=tuple(_module_result(updates, module, compress) for module in modules),
-                           files=_planned_sizes(modules, copied, config), dry_run=True)  # fmt: skip
+                           files=_planned_sizes(modules, copied, config), notices=(*result.notices, *refused),
+                           unchanged=is_finished, dry_run=True)  # fmt: skip
         if finished := _finished(target, inputs, overwrite=overwrite):
             return replace(finished, out=out)  # the folder may have been moved
 
@@ -373,6 +375,14 @@ def _finished(out: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> Conve
         raise another_request(out, record.inputs, inputs)
     require_intact(out, record.files)
     return replace(record, unchanged=True)
+
+
+def _look(out: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> tuple[bool, list[str]]:
+    """Whether `out` has this conversion already, and why a run would be refused, if it would."""
+    try:
+        return _finished(out, inputs, overwrite=overwrite) is not None, []
+    except OutputError as error:
+        return False, [f"the run would be refused: {error.message}; {error.hint}"]
 
 
 def _write_folder(out: Path, write: Callable[[Path], ConvertResult]) -> ConvertResult:

@@ -93,15 +93,15 @@ def merge(  # noqa: PLR0913  the options of the command
         SolveError: A merged weight that does not fit the original's dtype.
     """
     started = time.monotonic()
-    for option, value in (("PAIR", pair), ("--out", out), ("--adapter", "-" if adapter is None else adapter)):
-        if not value:  # such as an unset variable of a shell: it must not select a default
+    for option, value in (("PAIR", pair), ("--out", out), ("--adapter", adapter), ("--model", model)):
+        if value == "":  # such as an unset variable of a shell: it must not select a default
             raise UsageError(f"{option} is empty", hint="name a folder")
     options = MergeOptions(_checked_dtype(dtype), _shard_bytes(shard_size), tokenizer, overwrite)
     located = locate_pair(pair, cache_dir=cache_dir, token=token)
     trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
     manifest = require_pair(located, pair)
     original = None
-    if model or not manifest.method.writes_base:
+    if model is not None or not manifest.method.writes_base:
         name = model or str(manifest.source["model"])
         asked = InitOptions(model=name, out=out, revision=revision, cache_dir=cache_dir, token=token)
         original = _open_original(manifest, asked)

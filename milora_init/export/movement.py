@@ -59,13 +59,13 @@ class MovedGroup:
     vectors: int
 
 
-def measure(plan: MergePlan, pair: Path, progress: Callable[[str], None] = lambda _: None) -> list[MovedWeight]:
+def measure(plan: MergePlan, pair: Path, progress: Callable[[int, int], None] = lambda *_: None) -> list[MovedWeight]:
     """Measure every adapted weight of a trained adapter, one at a time.
 
     Args:
         plan: The merge of the adapter, which was checked against the pair.
         pair: The folder of the pair.
-        progress: Called with the name of each weight.
+        progress: Called after each weight, with the number of measured weights and of all.
 
     Raises:
         CheckpointError: A file that cannot be read.
@@ -82,10 +82,10 @@ def measure(plan: MergePlan, pair: Path, progress: Callable[[str], None] = lambd
         open_factors(trained.weights) as after,
     ):
         for record in manifest.weights:
-            progress(record.module)
             start, end = before.read(record), after.read(record)
             R = read_row(locate(plan.base, record.tensor), record.row).double()
             found.append(_measure(record, R.mT if record.transposed else R, start, end, manifest))
+            progress(len(found), len(manifest.weights))
     return found
 
 

@@ -57,7 +57,7 @@ def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> It
     except hub.EntryNotFoundError as error:
         raise HubError(
             f"a file of {model} is missing on the Hub: {_one_line(error)[:200]}",
-            hint="run the same command again" if pushing else "the model may be incomplete; name another --revision",
+            hint="run the same command again" if pushing else "its files may be incomplete; name another revision",
         ) from error
     except hub.HfHubHTTPError as error:
         raise _request_error(model, _http_status(error), error) from error
