@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 from support.interruptions import shards
 
-from milora_init.cli.output import _Console, _print_table, print_json
-from milora_init.cli.progress_bar import Bar, waiting
+from milora_init.cli import progress_bar
+from milora_init.cli.output import _by_layer, _Console, _print_table, print_error, print_json
+from milora_init.cli.progress_bar import Bar, by_weights, waiting
 from milora_init.manifest import Manifest
 
 Built = Callable[..., Path]
@@ -75,6 +76,42 @@ def test_several_devices_are_shown_side_by_side(capsys: pytest.CaptureFixture[st
     bar.solving("b.q_proj", "cuda:0")
     bar.solving("c.q_proj", "cuda:1")
     assert bar.current == "cuda:0 b.q_proj  cuda:1 c.q_proj"
+
+
+def test_without_a_terminal_a_long_file_gets_a_line_a_minute(
+    start: Start, checkpoint: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_bar, "_MOST_SILENCE_S", 0)  # a minute is over at every tensor
+    with Bar(quiet=False, verbose=False) as bar:
+        manifest = start(checkpoint("llama"), progress=bar)
+    with by_weights("measuring", quiet=False) as measured:
+        measured(1, 2)
+    with by_weights("measuring", quiet=True) as measured:
+        measured(1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    count = len(manifest.weights)
+    assert any(re.fullmatch(rf"\d+/{count} weights, (about [\d.]+ s|less than 1 s) left", line) for line in lines)
+    assert lines[-2:] == ["measuring", "measuring: 1/2 weights"]
+
+
+@pytest.mark.parametrize("width", [20, 60])
+def test_an_error_breaks_between_words_on_a_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_a_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", str(width))
+    path = "/a-folder-with-a-long-name" * 4
+    print_error(f"the output folder cannot be written: {path}", f"name another folder than {path}")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()
+    assert " ".join(" ".join(lines).split()) == (
+        f"error: the output folder cannot be written: {path} hint: name another folder than {path}"
+    )
+    assert all(len(line.rstrip()) <= width or line.strip() == path for line in lines)
+
+
+def test_modules_are_listed_by_kind_and_layer() -> None:
+    names = ["model.layers.10.mlp.up_proj", "model.layers.2.self_attn.q_proj", "model.layers.2.mlp.up_proj", "head"]
+    assert _by_layer(names) == "mlp.up_proj of layers 2, 10; self_attn.q_proj of layers 2; head"
 
 
 def test_quiet_says_nothing(start: Start, checkpoint: Built, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from milora_init.errors import CheckpointError, MiloraError, OutputError, PlanEr
 from milora_init.export.merge import merge
 from milora_init.linalg.low_rank import product_svd
 from milora_init.manifest import Manifest
-from milora_init.records import CONVERTED
+from milora_init.records import CONVERTED, ConvertResult
 from milora_init.verification.verify import verify
 
 Built = Callable[..., Path]
@@ -277,6 +277,20 @@ def test_a_model_that_is_not_the_original_is_refused(
     assert not convert(pair / "out", pair / "trained", tmp_path / "plain", model="moved").notices
     named = convert(pair / "out", pair / "trained", tmp_path / "named", model="me/model", dry_run=True)
     assert "me/model was not compared with the recorded original" in named.notices[0]
+
+
+def test_a_dry_run_says_what_the_run_would_do_with_the_folder(pair: Path, tmp_path: Path) -> None:
+    def planned(rank: int) -> ConvertResult:
+        return convert(pair / "out", pair / "trained", tmp_path / "plain", rank=rank, dry_run=True)
+
+    assert (planned(2).unchanged, planned(2).notices) == (False, ())
+    convert(pair / "out", pair / "trained", tmp_path / "plain", rank=2)
+    before = (tmp_path / "plain" / CONVERTED).read_bytes()
+    assert planned(2).unchanged
+    (refused,) = planned(3).notices
+    assert "the run would be refused" in refused
+    assert "rank was 2, now 3" in refused
+    assert (tmp_path / "plain" / CONVERTED).read_bytes() == before
 
 
 def test_other_files_in_the_parent_folder_are_unchanged(pair: Path, tmp_path: Path) -> None:

@@ -359,6 +359,8 @@ def test_an_unsafe_output_path_is_refused(out: Path, tmp_path: Path) -> None:
     trained = shutil.copytree(out / "lora", tmp_path / "trained")
     with pytest.raises(UsageError, match="--out is empty"):
         merge(str(out), "")
+    with pytest.raises(UsageError, match="--model is empty"):
+        merge(str(out), str(tmp_path / "merged"), model="")
     with pytest.raises(UsageError, match="--adapter is empty"):  # an empty value does not mean the adapter in OUT
         merge(str(out), str(tmp_path / "merged"), adapter="")
     with pytest.raises(OutputError, match="lies inside"):
