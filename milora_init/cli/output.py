@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -224,8 +225,11 @@ def _by_layer(modules: Sequence[str]) -> str:
             kinds.setdefault(found[2], []).append(int(found[1]))
         else:
             others.append(module)
-    layers = {suffix: ", ".join(map(str, sorted(numbers))) for suffix, numbers in sorted(kinds.items())}
-    return "; ".join([*(f"{suffix} of {numbers}" for suffix, numbers in layers.items()), *others])
+    of_layers = (
+        f"{suffix} of layer{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"
+        for suffix, numbers in sorted(kinds.items())
+    )
+    return "; ".join([*of_layers, *others])
 
 
 def print_out_state(out: str, state: str, refusal: MiloraError | None) -> None:
@@ -510,7 +514,16 @@ def _print_sentence(label: Text, text: str) -> None:
     A word that is longer than a line, such as a path, stays in one piece, so that it can be copied.
     """
     console = stderr_console()
-    console.print(label, text, soft_wrap=not console.is_terminal, overflow="ignore", crop=False)
+    if not console.is_terminal:
+        console.print(label, text)
+        return
+    indent = " " * (len(label) + 1)
+    first, *others = textwrap.wrap(
+        printable(text), console.width, initial_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+    console.print(label, first.removeprefix(indent))
+    for line in others:
+        console.print(line)
 
 
 def _print_field(console: Console, name: str, text: str) -> None:

@@ -111,7 +111,7 @@ def test_an_error_breaks_between_words_on_a_terminal(
 
 def test_modules_are_listed_by_kind_and_layer() -> None:
     names = ["model.layers.10.mlp.up_proj", "model.layers.2.self_attn.q_proj", "model.layers.2.mlp.up_proj", "head"]
-    assert _by_layer(names) == "mlp.up_proj of layers 2, 10; self_attn.q_proj of layers 2; head"
+    assert _by_layer(names) == "mlp.up_proj of layers 2, 10; self_attn.q_proj of layer 2; head"
 
 
 def test_quiet_says_nothing(start: Start, checkpoint: Built, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,7 +154,7 @@ REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] =
         lambda h: h.repositories["tiny/llama"].commit(
             {n: c for n, c in h.repositories["tiny/llama"].files.items() if "00002-of" not in n}
         ), (),
-        "a file of tiny/llama is missing on the Hub", "--revision",
+        "a file of tiny/llama is missing on the Hub", "another revision",
     ),
 }  # fmt: skip
 

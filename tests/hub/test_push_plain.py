@@ -86,12 +86,11 @@ def test_a_file_that_was_changed_in_the_repository_is_pushed_again(name: str, hu
     right = dict(repository.files)
     small = "lora/adapter_config.json" if name == "out" else "adapter_config.json" if name == "plain" else "config.json"
     large = min(file for file in right if file.endswith(".safetensors"))
-    for file in (small, large):
-        for wrong in ({**right, file: right[file] + b" "}, {n: d for n, d in right.items() if n != file}):
-            repository.commit(wrong)
-            done = milora("push", name, "me/x", "--json")
-            assert json.loads(done.stdout)["status"] == "done", done.stdout
-            assert repository.files[file] == right[file]
+    for changed, missing in ((small, large), (large, small)):
+        repository.commit({n: d + b" " * (n == changed) for n, d in right.items() if n != missing})
+        done = milora("push", name, "me/x", "--json")
+        assert json.loads(done.stdout)["status"] == "done", done.stdout
+        assert {file: repository.files[file] for file in (small, large)} == {n: right[n] for n in (small, large)}
 
 
 def test_the_cards_name_the_original_and_how_to_load(hub: Hub, milora: Command, work: Path) -> None:

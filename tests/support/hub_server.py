@@ -88,7 +88,8 @@ class Hub:
 
     def __enter__(self) -> Hub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # With the default of 0.5 s, `shutdown` would wait that long.
+        threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         return self
 
@@ -106,6 +107,7 @@ class Hub:
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a header would wait 40 ms for its body
 
         def log_message(self, *_: Any) -> None: ...
 
