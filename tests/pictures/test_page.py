@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 from support import pages
+from support.marks import wide
 
 from milora_init.pictures.page import report_page, scan_page
 
@@ -68,8 +69,8 @@ BOTH = {
         ("report", pages.LLAMA_405B),
         ("scan", pages.LLAMA_405B),
         ("report", pages.EXPERTS),
-        ("report", pages.SHUFFLED),
-        ("scan", pages.FULL),
+        wide("report", pages.SHUFFLED),
+        wide("scan", pages.FULL),
     ],
     ids=["405b-report", "405b-scan", "moe-report", "shuffled-report", "full-scan"],
 )
