@@ -19,8 +19,8 @@ from milora_init.errors import CheckpointError
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 UNQUANTISED = "start from the unquantised checkpoint, or dequantise this one with the tool that made it and save it"
-_CONFIG_KEYS = ("quantization_config", "compression_config")
-_DROPPED_KEYS = (*_CONFIG_KEYS, "expert_dtype")
+CONFIG_KEYS = ("quantization_config", "compression_config")
+_DROPPED_KEYS = (*CONFIG_KEYS, "expert_dtype")
 # quant_method by the name of the rules that read it; see `quantised_tensors`.
 METHODS: Mapping[str, str] = {
     "fp8": "fp8", "mxfp8": "fp8", "mxfp4": "mxfp4", "compressed-tensors": "compressed-tensors",
@@ -117,7 +117,7 @@ def configured_dtype(config: Mapping[str, Any]) -> str | None:
 
     A composite model may name it only in a section, such as text_config.
     """
-    sections = [config, *(v for key, v in config.items() if isinstance(v, dict) and key not in _CONFIG_KEYS)]
+    sections = [config, *(v for key, v in config.items() if isinstance(v, dict) and key not in CONFIG_KEYS)]
     for section in sections:
         for key in ("dtype", "torch_dtype"):
             if isinstance(section.get(key), str):
@@ -127,11 +127,11 @@ def configured_dtype(config: Mapping[str, Any]) -> str | None:
 
 def _configurations(section: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every quantisation in a config and the configs inside it, with the keys that lead there."""
-    for key in _CONFIG_KEYS:
+    for key in CONFIG_KEYS:
         if section.get(key):
             yield (*path, key), section[key]
     for key, inner in section.items():
-        if isinstance(inner, dict) and key not in _CONFIG_KEYS:
+        if isinstance(inner, dict) and key not in CONFIG_KEYS:
             yield from _configurations(inner, (*path, key))
 
 

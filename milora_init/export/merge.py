@@ -159,7 +159,7 @@ def _shard_bytes(size: str | None) -> int | None:
 
 def _open_original(manifest: Manifest, options: InitOptions) -> Checkpoint:
     """The original model of a base. Raises CheckpointError for another model."""
-    original = open_model(fetch_original(manifest, options))
+    original = open_model(fetch_original(manifest.source["model"], manifest.source["revision"], options))
     require_original(original, manifest, options.model)
     return original
 

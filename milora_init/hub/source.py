@@ -39,7 +39,6 @@ from milora_init.hub.download import download, download_tensors
 from milora_init.hub.errors import hub_errors
 from milora_init.hub.ranges import read_range
 from milora_init.json_fields import sha256_text
-from milora_init.manifest import Manifest
 from milora_init.options import InitOptions, local_path
 from milora_init.untrusted import read_text, relative_name
 
@@ -85,24 +84,27 @@ def fetch_model(options: InitOptions) -> Path:
     return folder
 
 
-def fetch_original(manifest: Manifest, options: InitOptions) -> Path:
+def fetch_original(recorded: str, commit: str | None, options: InitOptions) -> Path:
     """Return the folder of the model that an output was made from, with all weight files.
 
-    For the model that the manifest names, the default revision is the recorded commit. A recorded folder is not looked
-    for on the Hub.
+    For the recorded model the default revision is the recorded commit. A recorded folder is not looked for on the Hub.
+
+    Args:
+        recorded: The original model as a record names it.
+        commit: The commit in the record; None if that model was a folder.
+        options: The model that the user names, and how it is read.
 
     Raises:
         UsageError: The recorded folder is not there.
         HubError, CheckpointError: See `locate_model`.
     """
-    source = manifest.source
-    if options.model == source["model"] and options.revision is None:
-        if source["revision"] is None and not local_path(options.model).is_dir():
+    if options.model == recorded and options.revision is None:
+        if commit is None and not local_path(options.model).is_dir():
             raise UsageError(
                 f"the original model was the folder {options.model}, which is not there",
                 hint="name its place: --model DIR",
             )
-        options = dataclasses.replace(options, revision=source["revision"])
+        options = dataclasses.replace(options, revision=commit)
     return fetch_model(options)
 
 

@@ -17,7 +17,7 @@ from milora_init.checkpoint.dequantise import locate_stored
 from milora_init.checkpoint.files import Stamp, read_bytes
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX, SAFETENSORS_SINGLE, Checkpoint
 from milora_init.checkpoint.header import Header, plan_header, torch_name
-from milora_init.checkpoint.quantisation import configured_dtype, without_quantisation
+from milora_init.checkpoint.quantisation import CONFIG_KEYS, configured_dtype, without_quantisation
 from milora_init.checkpoint.quantised_tensors import QuantisedTensor
 from milora_init.checkpoint.tensor_file import TensorSource
 from milora_init.methods import Factors, Mode
@@ -188,7 +188,9 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return the content of config.json with this dtype, in torch's name."""
     changed = deepcopy(dict(config))
     # Composite models have a config for each part, such as text_config, with a dtype of its own.
-    sections = [changed, *(section for section in changed.values() if isinstance(section, dict))]
+    # What says how weights are quantised has a dtype too, which is not that of the model.
+    parts = (section for name, section in changed.items() if name not in CONFIG_KEYS)
+    sections = [changed, *(section for section in parts if isinstance(section, dict))]
     for section in sections:
         section |= dict.fromkeys(_DTYPE_KEYS & section.keys(), dtype)
     if not _DTYPE_KEYS & changed.keys():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from milora_init.checkpoint.header import TensorInfo, read_header
 from milora_init.errors import CheckpointError, MiloraError, PlanError
+from milora_init.hub.source import is_hub_id
 from milora_init.lora.compatibility import (
     OTHER_OUTPUT_HINT,
     UNTRAINED,
@@ -43,7 +43,6 @@ from milora_init.verification.verdict import Finding, note
 _FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights", "bias")
 _BESIDE_FACTORS = ("bias", *EXTRA_WEIGHT_KEYS)  # a trainer may train these too
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MOST_NAMES = 3  # in one message
 _MOST_MODULES = 20  # with a finding of their own; more are one finding
 # An edit of the config would not help: the factors were trained for the function that it describes.
@@ -135,7 +134,7 @@ def _check_base_path(name: str, path: object, pair: Pair, *, trained: bool) -> l
         return [Finding(name, f"{key} is the original model {path}, not the residual base", hint)]
     if path == recorded:
         return [note(name, f"{key} is {path}, where the pair was made, not this folder; to load it from here, {hint}")]
-    if isinstance(path, str) and _HUB_ID.fullmatch(path) and not Path(path).exists():
+    if isinstance(path, str) and "/" in path and is_hub_id(path) and not Path(path).exists():
         return [note(name, f"{key} is {path}, a repository on the Hub, as `milora-init push` writes it")]
     if trained and isinstance(path, str) and path and not other_base_in_config({key: path}, pair.manifest):
         return [note(name, f"{key} is {path}, not {pair.given}: the factors tell what it was trained from")]

@@ -63,7 +63,7 @@ def verify_adapter(
         findings += of_adapter
         checked["adapter"] = given_adapter
     if original is not None and readable:
-        model = open_model(fetch_original(manifest, original))
+        model = open_model(fetch_original(manifest.source["model"], manifest.source["revision"], original))
         findings += compare_directions(
             output.weights, model, manifest, given=original.model, all_components=all_components
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from milora_init.checkpoint.folder import open_checkpoint, open_model
 from milora_init.errors import MiloraError, UsageError
-from milora_init.hub.source import fetch_model
+from milora_init.hub.source import fetch_original
 from milora_init.options import InitOptions
 from milora_init.records import ConvertResult, MergeResult
 from milora_init.untrusted import path_inside
@@ -92,9 +91,7 @@ def _compare_with_original(
     damaged: Code,
 ) -> tuple[list[Finding], Code]:
     """What differs from the original model, and the verdict."""
-    if original.revision is None and original.model == output.model:
-        original = dataclasses.replace(original, revision=output.revision)
-    model = open_model(fetch_model(original))
+    model = open_model(fetch_original(output.model, output.revision, original))
     if not model.has_weights(output.source_files):
         what = "not the files that it was made from: another model, or another commit"
         return [Finding(original.model, what, model_hint(output.model), "other_model")], "other_model"

@@ -146,7 +146,7 @@ def _verify(
         findings += of_adapter
         checked["adapter"] = given_adapter
     if original is not None and base is not None and readable:
-        model = open_model(fetch_original(manifest, original))
+        model = open_model(fetch_original(manifest.source["model"], manifest.source["revision"], original))
         findings += compare_with_model(
             base, pair.weights, model, manifest, given=original.model, all_components=all_components
         )

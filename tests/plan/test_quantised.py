@@ -17,6 +17,7 @@ from torch import Tensor
 from milora_init.checkpoint.quantisation import METHODS, REFUSED
 from milora_init.errors import CheckpointError, PlanError, UsageError
 from milora_init.options import InitOptions
+from milora_init.plan.output_files import with_dtype
 from milora_init.plan.plan import Plan, make_plan
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -319,3 +320,10 @@ def test_few_bits_are_told_and_eight_are_not(sources: Mapping[str, Path]) -> Non
     assert not [n for n in plan(sources["fp8"]).notices if "bits" in n]
     assert not [n for n in plan(sources["int4"], mode="max").notices if "bits" in n]
     assert not [n for n in plan(sources["gpt_oss"], target=("q_proj",)).notices if "bits" in n]
+
+
+def test_the_dtype_of_a_model_is_not_that_of_its_codes() -> None:
+    config = {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "quantization_config": {"dtype": "int8"}}
+    changed = with_dtype(config, "float16")
+    assert changed["quantization_config"] == {"dtype": "int8"}
+    assert (changed["dtype"], changed["text_config"]["dtype"]) == ("float16", "float16")

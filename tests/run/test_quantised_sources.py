@@ -22,7 +22,7 @@ from milora_init import api
 from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import open_checkpoint, open_model
 from milora_init.checkpoint.header import read_header
-from milora_init.errors import CheckpointError, SolveError, UsageError
+from milora_init.errors import CheckpointError, PlanError, SolveError, UsageError
 from milora_init.export.merge import merge, plan_of
 from milora_init.export.movement import measure
 from milora_init.lora.folder import open_factors, read_lora
@@ -333,6 +333,22 @@ def test_what_a_mixed_base_keeps_is_compared_by_its_bytes(start: Start, tmp_path
     edit_json(out / "model.safetensors.index.json", **index)
     found = {finding.where for finding in api.verify(out, model=source).findings}
     assert {zero, "model.layers.0.self_attn.v_proj.activation_scale", gone} <= found
+
+
+def test_a_weight_that_was_trained_as_a_whole_is_not_merged_into_a_base_that_keeps_it_quantised(
+    start: Start, sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    out, trained, module = tmp_path / "out", tmp_path / "trained", "model.layers.0.self_attn.o_proj"
+    start(sources["fp8"], out=str(out), target=("q_proj",), base="mixed")
+    with_other_b(out / "lora", trained)
+    factors = load_file(trained / "adapter_model.safetensors")
+    W = locate(open_model(sources["fp8"]), f"{module}.weight").read()
+    factors[f"base_model.model.{module}.weight"] = W.float() + 1
+    save_file(factors, trained / "adapter_model.safetensors", metadata={"format": "pt"})
+    edit_json(trained / "adapter_config.json", modules_to_save=["o_proj"])
+    with pytest.raises(PlanError, match=rf"{module}\.weight was trained as a whole, and the base has it quantised"):
+        merge(str(out), str(tmp_path / "merged"), adapter=str(trained))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_merge_is_dense_and_has_the_plain_config(start: Start, sources: Mapping[str, Path], tmp_path: Path) -> None:

@@ -143,6 +143,13 @@ def test_another_model_is_named(outputs: Path, checkpoint: Built) -> None:
         require(verify(outputs / name, model=checkpoint("llama", "bfloat16")), "other_model", "another model")
 
 
+def test_a_recorded_folder_is_not_looked_for_on_the_hub(own_outputs: Path) -> None:
+    record = own_outputs / "merged" / MERGED
+    record.write_text(json.dumps({**json.loads(record.read_text()), "model": "models/mine"}))
+    with pytest.raises(UsageError, match="the original model was the folder models/mine, which is not there"):
+        verify(own_outputs / "merged", model="models/mine")
+
+
 def test_what_makes_no_sense_is_a_usage_error(outputs: Path, checkpoint: Built, tmp_path: Path) -> None:
     for name in ("merged", "plain"):
         with pytest.raises(UsageError, match=r"is a .*: --adapter is for the pair that it was made from"):
