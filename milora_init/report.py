@@ -97,7 +97,7 @@ def warnings(manifest: Manifest) -> list[str]:
     affected = [weight for weight in manifest.weights if weight.untrainable]
     if affected:
         found.append(
-            f"{_count(sum(w.untrainable for w in affected), 'direction')} of {_count(len(affected), 'weight')} will "
+            f"{counted(sum(w.untrainable for w in affected), 'direction')} of {counted(len(affected), 'weight')} will "
             f"hardly train, because the singular values are near zero; the first weight is {affected[0].module}"
         )
     return found
@@ -124,7 +124,8 @@ def notes(manifest: Manifest) -> list[str]:
     ]
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """A number of things as text: 1 weight, 2 weights."""
     return f"{number} {what}{'s' if number != 1 else ''}"
 
 
@@ -249,3 +250,8 @@ def duration(elapsed_s: float) -> str:
     minutes, seconds = divmod(round(elapsed_s), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def rough(estimate_s: float) -> str:
+    """An estimate of seconds as text: about 3 min 05 s, less than 1 s."""
+    return f"about {duration(estimate_s)}" if estimate_s >= 1 else "less than 1 s"

@@ -23,7 +23,7 @@ from rich.text import Text
 from milora_init.errors import MiloraError, UsageError
 from milora_init.methods import DROPOUT, method_of_inputs
 from milora_init.options import local_path
-from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
+from milora_init.report import counted, duration, loading_lines, notes, percent, rough, size, warnings, weight_groups
 from milora_init.untrusted import printable
 
 if TYPE_CHECKING:
@@ -115,10 +115,6 @@ def print_text(text: str) -> None:
     print(text, end="" if text.endswith("\n") else "\n")
 
 
-def count_weights(weights: Sequence[object]) -> str:
-    return f"{len(weights)} weight{'s' if len(weights) != 1 else ''}"
-
-
 def require_one_of_quiet_and_verbose(quiet: bool, verbose: bool) -> None:
     """Raise UsageError if both are given."""
     if quiet and verbose:
@@ -188,7 +184,8 @@ def print_plan(
     _print_table(console, ("module", "shape", "dtype", "weights", "rank"), rows, spare=("dtype", "rank"))
     download = sum(plan.downloads.values())
     console.print(
-        f"{plan.structure.architecture}, method {method.name}: {count_weights(plan.weights)} in {len(plan.jobs)} files"
+        f"{plan.structure.architecture}, method {method.name}: {counted(len(plan.weights), 'weight')} in "
+        f"{counted(len(plan.jobs), 'file')}"
     )
     alpha = plan.options.lora_alpha
     strength = f"alpha {alpha:g}, scale {lora_scale(plan.options.rank, alpha, rslora=plan.options.rslora):g}"
@@ -204,15 +201,15 @@ def print_plan(
         *((target, _by_layer(names)) for target, names in measured.items()),
         ("memory", f"about {size(memory_bytes)}"),
         *([("download", size(download))] if download else []),
-        ("time", f"about {duration(estimate_s)} for solving, on this machine; copying comes on top"),
+        ("time", f"{rough(estimate_s)} for solving, on this machine; copying comes on top"),
     ]
     for name, text in fields:
         _print_field(console, name, text)
     if plan.options.part is not None:
-        console.print(f"part {plan.options.part}: {len(plan.own_jobs)} of the {len(plan.jobs)} files")
+        console.print(f"part {plan.options.part}: {len(plan.own_jobs)} of {counted(len(plan.jobs), 'file')}")
     for job in plan.jobs if plan.options.part is None else plan.own_jobs:
         target = "" if job.target == job.source.name or not job.header else f" -> {job.target}"
-        console.print(f"  {job.source.name}{target}  ({count_weights(job.splits)})")
+        console.print(f"  {job.source.name}{target}  ({counted(len(job.splits), 'weight')})")
     print_warnings(plan.notices)
 
 
@@ -253,9 +250,8 @@ def print_part(result: PartResult, *, elapsed_s: float) -> None:
     if result.status == "unchanged":
         console.print(f"{result.out}: already done, nothing to do")
         return
-    count = len(result.made)
     console.print(
-        f"part {result.part}: {count} file{'s' if count != 1 else ''} made in {duration(elapsed_s)}; "
+        f"part {result.part}: {counted(len(result.made), 'file')} made in {duration(elapsed_s)}; "
         f"{result.out} has {result.finished} of {result.of}"
     )
     console.print("when all parts have ended, run the same command without --part: it finishes the output")
@@ -268,8 +264,8 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
         console.print(f"{name}  {size(size_bytes)}")
     total = size(sum(merged.files.values()))
     end = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
-    beside = f" and {len(merged.retrained)} retrained tensors" if merged.retrained else ""
-    console.print(f"{merged.out}: {merged.modules} modules{beside} merged, {total}, {end}")
+    beside = f" and {counted(len(merged.retrained), 'retrained tensor')}" if merged.retrained else ""
+    console.print(f"{merged.out}: {counted(merged.modules, 'module')}{beside} merged, {total}, {end}")
     print_warnings(merged.notices)
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
@@ -289,7 +285,7 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     worst = max(module.lost for module in modules) ** 2
     lost = f", at most {percent(worst)} of the energy of a module's update lost" if converted.cut else ""
-    console.print(f"{converted.out}: {len(modules)} modules at {rank}{lost}")
+    console.print(f"{converted.out}: {counted(len(modules), 'module')} at {rank}{lost}")
     print_warnings(converted.notices)
     if converted.dry_run:
         total = size(sum(converted.files.values()))
@@ -383,7 +379,7 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     total = size(sum(manifest.files.values()))
     end = "already done, nothing to do" if elapsed_s is None else f"done in {duration(elapsed_s)}"
-    console.print(f"{manifest.out}: {count_weights(manifest.weights)}, {total}, {end}")
+    console.print(f"{manifest.out}: {counted(len(manifest.weights), 'weight')}, {total}, {end}")
     print_warnings(warnings(manifest))
     for note in notes(manifest):
         _print_sentence(Text("note:", "bold"), note)
@@ -424,8 +420,8 @@ def print_scan(result: ScanResult, *, verbose: bool = False) -> None:
     legend = " ".join(f"{name}: {meaning.format(rank)}." for name, meaning in _SCAN_LEGEND.items() if name in shown)
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     console.print(
-        f"{result.model}: {count_weights(result.weights)} scanned in {duration(result.elapsed_s)}; init at rank {rank} "
-        f"would take about {duration(result.init_s)} of one core or GPU",
+        f"{result.model}: {counted(len(result.weights), 'weight')} scanned in {duration(result.elapsed_s)}; "
+        f"init at rank {rank} would take {rough(result.init_s)} of one core or GPU",
         soft_wrap=not console.is_terminal,
     )
     for note in result.notes:
@@ -584,7 +580,7 @@ def print_pushed(pushed: Published, *, verbose: bool = False) -> None:
     console = _stdout()
     console.print(f"{pushed.url} {'has this output already' if pushed.unchanged else 'has the output'}")
     if verbose:
-        console.print(f"commit {pushed.commit}, {pushed.files} files")
+        console.print(f"commit {pushed.commit}, {counted(pushed.files, 'file')}")
 
 
 class JsonOutput:

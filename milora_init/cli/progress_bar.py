@@ -22,8 +22,8 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from milora_init.cli.output import count_weights, stderr_console
-from milora_init.report import component_error, duration, percent, size
+from milora_init.cli.output import stderr_console
+from milora_init.report import component_error, counted, duration, percent, rough, size
 from milora_init.run.progress import Progress as RunProgress
 
 if TYPE_CHECKING:
@@ -214,8 +214,9 @@ class Bar(RunProgress):
     def scanned(self, name: str, weights: int, finished: int, of: int, elapsed_s: float) -> None:
         if self._verbose or not _is_interactive(self._console):
             left = f", {self._time_left()}" if finished < of else ""
-            count = f"{weights} weight{'' if weights == 1 else 's'}"
-            self._console.print(f"[{finished}/{of}] {name}: {count} scanned, {duration(elapsed_s)}{left}")
+            self._console.print(
+                f"[{finished}/{of}] {name}: {counted(weights, 'weight')} scanned, {duration(elapsed_s)}{left}"
+            )
 
     def pushing(self, repo: str) -> None:
         self._bar.start()
@@ -229,7 +230,7 @@ class Bar(RunProgress):
         if not done:
             return ""
         left_s = elapsed_s * (self._total - self._done) / done
-        return f"about {duration(left_s)} left" if left_s >= 1 else "less than 1 s left"
+        return f"{rough(left_s)} left"
 
     def shard(self, result: ShardResult[WeightRecord], finished: int, of: int, elapsed_s: float) -> None:
         if self._verbose:
@@ -241,7 +242,5 @@ class Bar(RunProgress):
                 )
         if self._verbose or not _is_interactive(self._console):
             left = f", {self._time_left()}" if finished < of else ""
-            line = (
-                f"[{finished}/{of}] {result.shard}: {count_weights(result.records)} done, {duration(elapsed_s)}{left}"
-            )
-            self._console.print(line)
+            count = counted(len(result.records), "weight")
+            self._console.print(f"[{finished}/{of}] {result.shard}: {count} done, {duration(elapsed_s)}{left}")

@@ -18,7 +18,7 @@ from typing import Any
 from milora_init.lora.peft_versions import PEFT_FOR_EXPERTS, PEFT_FOR_MODULES, TESTED_WITH_MICA
 from milora_init.manifest import Manifest
 from milora_init.records import CONVERTED, MERGED, ORIGINAL_MODEL, ConvertResult, MergeResult
-from milora_init.report import duration, loading_lines, notes, percent, size, warnings, weight_groups
+from milora_init.report import counted, duration, loading_lines, notes, percent, size, warnings, weight_groups
 from milora_init.spectra import ScanResult
 from milora_init.untrusted import printable
 
@@ -256,7 +256,7 @@ model = {cls}.from_pretrained({_quoted(repo)}, dtype="auto"{trusted})
 ## How it was made
 
 `milora-init merge` {_name(record.inputs.get("merge", ""))}, from {_inputs(record)}: \
-W' = round({added_to} + scale * B A) in {record.modules} weights. {_other_tensors(record)}
+W' = round({added_to} + scale * B A) in {counted(record.modules, "weight")}. {_other_tensors(record)}
 
 `{MERGED}` has the SHA-256 of every file; `milora-init verify` reads them.
 """
@@ -369,7 +369,7 @@ def step_summary(manifest: Manifest, exceeded: Sequence[str] = ()) -> str:
     files = size(sum(manifest.files.values()))
     return f"""### milora-init: {_escape(manifest.out)}
 
-{len(manifest.weights)} weights of {_code(manifest.source["model"])}, method {manifest.method.name}, \
+{counted(len(manifest.weights), "weight")} of {_code(manifest.source["model"])}, method {manifest.method.name}, \
 mode {_code(manifest.inputs["mode"])}, rank \
 {_name(manifest.inputs["rank"])}: {files} in {duration(manifest.elapsed_s)}. \
 Fingerprint {_code(manifest.fingerprint[:12])}.
@@ -389,7 +389,7 @@ def scan_summary(result: ScanResult) -> str:
     lines = [
         f"### Singular spectra of {_code(result.model)}",
         "",
-        f"{len(result.weights)} weights, rank {rank}, scanned in {duration(result.elapsed_s)}.",
+        f"{counted(len(result.weights), 'weight')}, rank {rank}, scanned in {duration(result.elapsed_s)}.",
         "",
         "| module | shape | weights | s_max | condition | stable rank | effective rank "
         f"| energy of the {rank} smallest | energy of the {rank} largest | leak (estimate) |",

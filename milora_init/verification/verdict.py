@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from milora_init.envelope import envelope
+from milora_init.report import counted
 from milora_init.result import Result
 
 Code = Literal[
@@ -129,15 +130,16 @@ class Verdict(Result):
     def compared(self) -> str:
         """What the verdict rests on, as text."""
         if self.code in ("merged", "converted"):
-            parts = [f"{self.checked['files']} files with the record"]
+            parts = [f"{counted(self.checked['files'], 'file')} with the record"]
         else:
-            parts = [f"{self.checked['files']} files and {self.checked['modules']} modules with the manifest"]
+            files, modules = counted(self.checked["files"], "file"), counted(self.checked["modules"], "module")
+            parts = [f"{files} and {modules} with the manifest"]
         if "components" in self.checked:
             which = "all components" if self.checked["components"] == "all" else "a sample of the components"
-            tensors = f"{self.checked['tensors']} tensors and " if "tensors" in self.checked else ""
+            tensors = f"{counted(self.checked['tensors'], 'tensor')} and " if "tensors" in self.checked else ""
             parts.append(f"{tensors}{which} with {self.checked['model']}")
         elif "tensors" in self.checked:
-            parts.append(f"{self.checked['tensors']} tensors with {self.checked['model']}")
+            parts.append(f"{counted(self.checked['tensors'], 'tensor')} with {self.checked['model']}")
         elif "model" in self.checked:
             parts.append(f"the recorded hashes of the original with {self.checked['model']}")
         if "adapter" in self.checked:
