@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import platform
 import sys
@@ -163,7 +164,8 @@ def fell_back(shape: tuple[int, int], r: int, mode: Mode, path: str, device: tor
     arithmetic = arithmetic_of(device)
     if not uses_krylov(max(shape), min(shape), r, mode, gpu=arithmetic.crossing == "gpu"):
         return path != "eigh"
-    mixed = arithmetic.mixed_precision == "both" or (arithmetic.mixed_precision == "largest" and mode == "max")
+    large = mode == "max" or math.prod(shape) > arithmetic.mixed_entries
+    mixed = arithmetic.mixed_precision == "subspace" or (arithmetic.mixed_precision == "lanczos" and large)
     return path != ("mixed" if mixed else "lanczos")
 
 

@@ -10,7 +10,7 @@ can be read without torch. The front doors are `linalg.split.split` and `linalg.
     lanczos          the largest eigenpairs of a symmetric operator
     filtered_subspace  the same by few and large products, in float32
     mixed_precision  the smallest or largest triplets by float32 work, corrected in float64
-    principal        the same for the largest triplets on a CPU
+    corrected_lanczos  the same by fewer columns and more calls, for a CPU
     certificate      how far a computed solution is from the weight's own
     svd              the solver
     rounding         one rounding to a short dtype

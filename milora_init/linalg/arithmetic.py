@@ -38,8 +38,9 @@ class DeviceArithmetic:
         product_columns: A product's columns are padded to a multiple of this, which is faster.
         krylov_block: Columns of a block of a Krylov space in float64.
         float32_krylov_block: The same in float32.
-        mixed_precision: Which triplets are sought in float32 first: "both" ends by `mixed_precision`, or the "largest"
-            by `principal`.
+        mixed_precision: How triplets are sought in float32 first: by "subspace" (`mixed_precision`), by "lanczos"
+            (`corrected_lanczos`), or not.
+        mixed_entries: With "lanczos", the smallest triplets are sought so in a weight of more entries than these.
         search_ties: Whether the entries that may be rounded wrong are searched for, or all are rounded with care.
         residual_block_bytes: Of the residual in float64, computed and rounded at a time.
     """
@@ -53,7 +54,8 @@ class DeviceArithmetic:
     product_columns: int
     krylov_block: int
     float32_krylov_block: int
-    mixed_precision: Literal["both", "largest", "none"]
+    mixed_precision: Literal["subspace", "lanczos", "none"]
+    mixed_entries: int
     search_ties: bool
     residual_block_bytes: int
 
@@ -126,7 +128,8 @@ CPU = DeviceArithmetic(
     product_columns=PRODUCT_COLUMNS,
     krylov_block=24,  # MKL is fastest on multiples of 24
     float32_krylov_block=32,
-    mixed_precision="largest",  # for the smallest 1.3 times faster at q = 4096 on a CPU without matrix units
+    mixed_precision="lanczos",
+    mixed_entries=1 << 22,  # 2048 x 2048, where both take the same time
     search_ties=True,
     residual_block_bytes=2 << 20,
 )
@@ -140,7 +143,8 @@ GPU = DeviceArithmetic(
     product_columns=1,
     krylov_block=24,
     float32_krylov_block=96,
-    mixed_precision="both",
+    mixed_precision="subspace",
+    mixed_entries=0,
     search_ties=False,
     residual_block_bytes=512 << 20,
 )

@@ -6,8 +6,8 @@ smallest ("min", what MiLoRA adapts), the largest ("max"), the middle ("mid"), o
 How. X is W or its transpose, with p rows >= q columns. The eigenvectors of the Gram matrix G = X^T X are the right
 singular vectors of X, and G is (q, q) whatever p is. For the largest triplets a Krylov space of G is built, applied as
 X^T (X v) or as G v, whichever costs less; for the smallest one of (G - shift I)^-1, by a Cholesky factor. Interior
-triplets, small matrices and large r take all the eigenvectors of G (cost.py has the limits). On a GPU both ends are
-computed in float32 first and corrected in float64 (mixed_precision.py); on a CPU the largest are (principal.py). One
+triplets, small matrices and large r take all the eigenvectors of G (cost.py has the limits). Both ends are computed in
+float32 first and corrected in float64: on a GPU by mixed_precision.py, on a CPU by corrected_lanczos.py. One
 Rayleigh-Ritz step in X itself (a QR of X V and the SVD of its small factor) then gives s and U from the weight, not
 from its square.
 
@@ -55,6 +55,7 @@ from milora_init.linalg.certificate import (
     is_accepted,
 )
 from milora_init.linalg.cholesky import CholeskyFactor
+from milora_init.linalg.corrected_lanczos import corrected_triplets
 from milora_init.linalg.cost import uses_krylov
 from milora_init.linalg.lanczos import (
     RitzPairs,
@@ -64,7 +65,6 @@ from milora_init.linalg.lanczos import (
     spectral_norm,
 )
 from milora_init.linalg.mixed_precision import extreme_triplets
-from milora_init.linalg.principal import largest_triplets
 from milora_init.linalg.shift_invert import shifted_factor
 from milora_init.methods import MODES, Mode
 
@@ -150,7 +150,7 @@ def triplets_of_batch(
     arithmetic = arithmetic or arithmetic_of(W.device)
     (b, m, n), q = W.shape, min(W.shape[1:])
     found: list[Triplets | None] = [None] * b
-    if arithmetic.mixed_precision != "both" or not uses_krylov(max(m, n), q, r, mode, gpu=True):
+    if arithmetic.mixed_precision != "subspace" or not uses_krylov(max(m, n), q, r, mode, gpu=True):
         return found
     largest = torch.stack([W.amin(dim=(1, 2)).neg(), W.amax(dim=(1, 2))]).amax(dim=0).tolist()
     usable = [item for item, entry in enumerate(largest) if math.isfinite(entry) and _exponent(entry) == 0]
@@ -223,10 +223,10 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
     (p, q), r = X.shape, wanted.numel()
     if uses_krylov(p, q, r, mode, gpu=X.arithmetic.crossing == "gpu"):
         attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: krylov_triplets(X, r, mode, tolerance)]
-        if X.arithmetic.mixed_precision == "both":
+        if X.arithmetic.mixed_precision == "subspace":
             attempts.insert(0, lambda: _mixed_triplets(X, r, mode, tolerance))
-        elif X.arithmetic.mixed_precision == "largest" and mode == "max":
-            attempts.insert(0, lambda: largest_triplets(X, r, tolerance))
+        elif X.arithmetic.mixed_precision == "lanczos" and (mode == "max" or p * q > X.arithmetic.mixed_entries):
+            attempts.insert(0, lambda: corrected_triplets(X, r, tolerance, largest=mode == "max"))
         failures: list[str] = []
         for attempt in attempts:
             try:

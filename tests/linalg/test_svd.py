@@ -16,7 +16,7 @@ from support.marks import wide
 from support.triplets import certified, check_component, check_properties, check_values, component
 from torch import Tensor
 
-from milora_init.linalg import blocked_matrix, filtered_subspace, lanczos, mixed_precision, principal, svd
+from milora_init.linalg import blocked_matrix, corrected_lanczos, filtered_subspace, lanczos, mixed_precision, svd
 from milora_init.linalg.arithmetic import CPU, GPU, DeviceArithmetic
 from milora_init.linalg.certificate import NotConverged
 from milora_init.linalg.filtered_subspace import FilteredSpace
@@ -26,6 +26,7 @@ from milora_init.methods import MODES, Mode
 
 EPS = torch.finfo(torch.float64).eps
 KRYLOV = replace(CPU, crossing="gpu")  # a Krylov space for smaller matrices than a CPU would take one for
+FLOAT32_FIRST = replace(KRYLOV, mixed_entries=0)  # in float32 first for smaller matrices, too
 ARITHMETIC = {"cpu": KRYLOV, "gpu": GPU}
 SHAPES = [(64, 64), wide((65, 64)), (192, 64), (64, 192), wide((1600, 32))]
 
@@ -122,11 +123,14 @@ def test_the_krylov_solver_agrees_with_the_full_svd(name: str, shape: tuple[int,
     check_component(W, t, r, mode)
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(
+    ("mode", "arithmetic"),
+    [("min", KRYLOV), ("min", FLOAT32_FIRST), ("max", KRYLOV)], ids=["min", "min-float32-first", "max"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["outlier", *matrices.AMBIGUOUS])
-def test_the_krylov_solver_handles_hard_spectra(name: str, mode: Mode) -> None:
+def test_the_krylov_solver_handles_hard_spectra(name: str, mode: Mode, arithmetic: DeviceArithmetic) -> None:
     W, r = {**matrices.DISTINCT, **matrices.AMBIGUOUS}[name](600, 530), 10
-    t = singular_triplets(W, r, mode=mode, arithmetic=KRYLOV)
+    t = singular_triplets(W, r, mode=mode, arithmetic=arithmetic)
     check_properties(W, t, r)
     check_values(W, t, r, mode)
     assert t.certificate.residual <= 1e-9
@@ -172,14 +176,31 @@ def test_a_lapack_failure_falls_back_or_is_a_clear_error(failing: list[str], mon
 )
 def test_mixed_precision_works_with_the_arithmetic_of_a_cpu(name: str, shape: tuple[int, int]) -> None:
     W, r = matrices.DISTINCT[name](*shape), 12
-    t = singular_triplets(W, r, arithmetic=replace(KRYLOV, mixed_precision="both"))
+    t = singular_triplets(W, r, arithmetic=replace(KRYLOV, mixed_precision="subspace"))
     assert t.certificate.path == "mixed", t.certificate.reason
     check_properties(W, t, r)
     check_values(W, t, r, "min")
     check_component(W, t, r, "min")
 
 
-@pytest.mark.parametrize("arithmetic", [replace(KRYLOV, mixed_precision="both"), GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    matrices.with_shapes(
+        [*KRYLOV_NAMES, "subnormal", "huge"], (600, 600), (560, 1700), (1700, 560), (606, 600), (2600, 520)
+    ),
+    ids=str,
+)
+def test_the_smallest_triplets_are_found_in_float32_first(name: str, shape: tuple[int, int]) -> None:
+    W, r = matrices.DISTINCT[name](*shape), 12
+    t = singular_triplets(W, r, arithmetic=FLOAT32_FIRST)
+    if name in ("gaussian", "language_model_like", "subnormal", "huge"):
+        assert t.certificate.path == "mixed", t.certificate.reason
+    check_properties(W, t, r)
+    check_values(W, t, r, "min")
+    check_component(W, t, r, "min")
+
+
+@pytest.mark.parametrize("arithmetic", [replace(KRYLOV, mixed_precision="subspace"), GPU], ids=["cpu", "gpu"])
 def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(
     arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,8 +219,11 @@ def test_mixed_precision_falls_back_if_the_probe_finds_a_missed_triplet(
     check_component(W, t, 8, "min")
 
 
+@pytest.mark.parametrize("arithmetic", [replace(KRYLOV, mixed_precision="subspace"), FLOAT32_FIRST], ids=["s", "l"])
 @pytest.mark.parametrize("error", [1e-5, 1e-1])
-def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_precision_corrects_or_refuses_a_wrong_factor(
+    error: float, arithmetic: DeviceArithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The float32 inverse only guides the search. Even if it is wrong, the result is certified."""
     true_gram = blocked_matrix.gram_of_blocks
 
@@ -210,8 +234,9 @@ def test_mixed_precision_corrects_or_refuses_a_wrong_factor(error: float, monkey
         return G
 
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(mixed_precision, "gram_of_blocks", wrong)
-    t = singular_triplets(W, 8, arithmetic=replace(KRYLOV, mixed_precision="both"))
+    for module in (mixed_precision, corrected_lanczos):
+        monkeypatch.setattr(module, "gram_of_blocks", wrong)
+    t = singular_triplets(W, 8, arithmetic=arithmetic)
     assert certified(t) <= 5e-8
     check_component(W, t, 8, "min")
 
@@ -232,7 +257,10 @@ def test_the_largest_triplets_are_found_in_float32_first(name: str, shape: tuple
     check_component(W, t, r, "max")
 
 
-def test_the_largest_triplets_fall_back_if_the_probe_finds_a_missed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_corrected_triplets_fall_back_if_the_probe_finds_a_missed_one(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     true_pairs = lanczos.largest_eigenpairs
 
     def with_missed_triplet(*args: Any, **kwargs: Any) -> RitzPairs:
@@ -240,11 +268,11 @@ def test_the_largest_triplets_fall_back_if_the_probe_finds_a_missed_one(monkeypa
         return replace(pairs, probe=1.5 * float(pairs.values[7]) * torch.eye(2))
 
     W = matrices.gaussian(600, 560)
-    monkeypatch.setattr(principal, "largest_eigenpairs", with_missed_triplet)
-    t = singular_triplets(W, 8, mode="max")
+    monkeypatch.setattr(corrected_lanczos, "largest_eigenpairs", with_missed_triplet)
+    t = singular_triplets(W, 8, mode=mode, arithmetic=FLOAT32_FIRST)
     assert t.certificate.path == "lanczos"
     assert "missed" in t.certificate.reason
-    check_component(W, t, 8, "max")
+    check_component(W, t, 8, mode)
 
 
 @pytest.mark.parametrize("error", [1e-5, 1e-2, 1.0])
