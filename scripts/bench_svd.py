@@ -1,9 +1,9 @@
 """Time the solver against other methods, in one run, on the layer shapes of known models.
 
 For the minor components the other methods are a full `torch.linalg.svd` in float32, as in the reference implementation,
-and a float64 `eigh` of the Gram matrix; for the principal components also `torch.svd_lowrank` with niter=16. The eigh
-result, after a Rayleigh-Ritz step in float64, is the truth for the component errors. On CUDA the full SVD is timed with
-each of cuSOLVER's drivers gesvd and gesvdj too.
+a float64 `eigh` of the Gram matrix, and our own solver in float64 alone; for the principal components also
+`torch.svd_lowrank` with niter=16. The eigh result, after a Rayleigh-Ritz step in float64, is the truth for the errors of
+the components. On CUDA the full SVD is timed with each of cuSOLVER's drivers gesvd and gesvdj too.
 
 With --simulate no time is measured: the solver runs on a simulated GPU, which counts kernel launches, waits, bytes and
 operations. Small weights of one shape are counted as a GPU solves them, in batches. The milliseconds printed with the
@@ -28,7 +28,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -103,6 +103,11 @@ def ours_rough(W: Tensor, r: int, mode: Mode) -> Triplets:
     return singular_triplets(W, r, mode=mode, tolerance=1e-3)
 
 
+def ours_in_float64(W: Tensor, r: int, mode: Mode) -> Triplets:
+    """The solver without the search in float32."""
+    return singular_triplets(W, r, mode=mode, arithmetic=replace(arithmetic_of(W.device), mixed_precision="none"))
+
+
 def svd_float32(W: Tensor, r: int, mode: Mode) -> Factors:
     U, s, Vh = torch.linalg.svd(W.to(torch.float32), full_matrices=False)
     end = slice(-r, None) if mode == "min" else slice(r)
@@ -135,6 +140,7 @@ def lowrank_niter_16(W: Tensor, r: int, _mode: Mode) -> Factors:
 
 SOLVERS: dict[str, Callable[[Tensor, int, Mode], Factors | Triplets]] = {
     "milora-init": ours,
+    "milora-init float64": ours_in_float64,
     "svd float32": svd_float32,
     "gesvd float32": with_driver("gesvd"),
     "gesvdj float32": with_driver("gesvdj"),

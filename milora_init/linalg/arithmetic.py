@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from milora_init.linalg.cost import FLOAT32_ENTRIES
+
 PRODUCT_COLUMNS = 24  # MKL multiplies so many columns at a time: 72 columns take half the time of 64
 _CHOLESKY_QR_SHIFT = 1e-14  # times the trace of a Gram matrix: above the rounding errors in it
 
@@ -129,7 +131,7 @@ CPU = DeviceArithmetic(
     krylov_block=24,  # MKL is fastest on multiples of 24
     float32_krylov_block=32,
     mixed_precision="lanczos",
-    mixed_entries=1 << 22,  # 2048 x 2048, where both take the same time
+    mixed_entries=FLOAT32_ENTRIES,
     search_ties=True,
     residual_block_bytes=2 << 20,
 )

@@ -176,8 +176,9 @@ class _SmallEnd:
     ) -> None:
         self._factor, self._shift, self._noise, self._largest = factor, shift, noise, largest
         self._deflated = deflated
-        block = 48 if deflated is None else 32  # after a deflation fewer steps are needed
-        self.search = _Search(block=block, angle=1e-3, beyond=72, ritz=8, margin=0.25, reduction=1e-5)
+        # After a deflation fewer steps are needed, and a better start often saves a correction.
+        block, ritz = (48, 8) if deflated is None else (32, 72)
+        self.search = _Search(block=block, angle=1e-3, beyond=72, ritz=ritz, margin=0.25, reduction=1e-5)
         self._rounded = None if deflated is None else (deflated[0].float(), deflated[1].float())
 
     def apply(self, B: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from milora_init.methods import Mode
 
+FLOAT32_ENTRIES = 1 << 22  # 2048 x 2048: in a larger weight a CPU seeks the smallest triplets in float32 first
 MOST_AT_ONCE = 8  # weights of one batch
 _SMALL = 2048  # rows or columns, whichever are fewer: a larger weight keeps a GPU busy alone
 _BATCH_ENTRIES = 1 << 25  # 256 MiB in float64
@@ -47,8 +48,10 @@ def weights_at_once(p: int, q: int, r: int, mode: Mode) -> int:
 
 def solve_flops(p: int, q: int, r: int, mode: Mode) -> int:
     """Estimate of the multiply-adds of one solve and of the residual."""
-    rest = 4 * q * q * 12 * r if uses_krylov(p, q, r, mode) else 9 * q**3
-    return round(1.3 * (0.8 * p * q * q + 0.4 * q**3 + rest + 500 * p * q))
+    krylov = uses_krylov(p, q, r, mode)
+    rest = 4 * q * q * 12 * r if krylov else 9 * q**3
+    factor = 1.0 if krylov and mode == "min" and p * q > FLOAT32_ENTRIES else 1.3  # float32 work counts for less
+    return round(factor * (0.8 * p * q * q + 0.4 * q**3 + rest + 500 * p * q))
 
 
 def solve_memory_bytes(p: int, q: int, r: int, mode: Mode, stored_bytes: int) -> int:
