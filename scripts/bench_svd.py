@@ -2,8 +2,8 @@
 
 For the minor components the other methods are a full `torch.linalg.svd` in float32, as in the reference implementation,
 a float64 `eigh` of the Gram matrix, and our own solver in float64 alone; for the principal components also
-`torch.svd_lowrank` with niter=16. The eigh result, after a Rayleigh-Ritz step in float64, is the truth for the errors of
-the components. On CUDA the full SVD is timed with each of cuSOLVER's drivers gesvd and gesvdj too.
+`torch.svd_lowrank` with niter=16. The eigh result, after a Rayleigh-Ritz step in float64, is the truth for the errors
+of the components. On CUDA the full SVD is timed with each of cuSOLVER's drivers gesvd and gesvdj too.
 
 With --simulate no time is measured: the solver runs on a simulated GPU, which counts kernel launches, waits, bytes and
 operations. Small weights of one shape are counted as a GPU solves them, in batches. The milliseconds printed with the
