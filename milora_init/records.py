@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_init.envelope import Status, envelope
-from milora_init.errors import OutputError
+from milora_init.errors import OutputError, UsageError
 from milora_init.json_fields import (
     Check,
     all_of,
@@ -31,7 +31,7 @@ from milora_init.json_fields import (
 )
 from milora_init.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint, parts_begun, read_manifest
 from milora_init.result import Result
-from milora_init.serving import FORMS, serving_command
+from milora_init.serving import FORMS, NO_LORA, serving_command
 
 MERGED = "milora_merge.json"
 CONVERTED = "milora_convert.json"
@@ -166,7 +166,9 @@ class ConvertResult(_Recorded):
 
     @property
     def serve(self) -> str:
-        """The command that serves it; empty for PEFT."""
+        """The command that serves it; empty for PEFT, and where the server has no LoRA for the model."""
+        if any(notice.startswith(NO_LORA) for notice in self.notices):
+            return ""
         return serving_command(max(module.rank for module in self.modules), self.form, self.model, self.out)
 
     def summary(self) -> Mapping[str, object]:
@@ -302,9 +304,19 @@ def require_output(folder: Path, given: str) -> Output:
     if unfinished := unfinished_output(folder):
         what, hint = unfinished
         raise OutputError(f"{given} is an unfinished output of milora-init{what}", hint=hint)
+    require_no_part(folder, given)
+    if (folder / "adapter_config.json").is_file():
+        hint = "name the pair that it belongs to; a trained adapter is given with --adapter"
+        raise OutputError(f"{given} is an adapter, and no output of milora-init", hint=hint)
     raise OutputError(
         f"{given} has no {MANIFEST}: it is no finished output of milora-init", hint="name the --out of a finished run"
     )
+
+
+def require_no_part(folder: Path, given: str) -> None:
+    """Raise UsageError for the folder of the initial adapter in a pair."""
+    if folder.name == "lora" and (folder.parent / MANIFEST).is_file():
+        raise UsageError(f"{given} is a part of a pair: its initial adapter", hint=f"name the pair: {folder.parent}")
 
 
 def require_pair(folder: Path, given: str) -> Manifest:

@@ -13,6 +13,7 @@ from typing import Any
 
 from milora_init.envelope import envelope
 from milora_init.manifest import Manifest, WeightRecord
+from milora_init.options import local_path
 from milora_init.untrusted import printable
 
 LEAK_LIMIT = 0.1  # above it a note is given; see `Rounding.leak`
@@ -151,7 +152,11 @@ def loading_lines(manifest: Manifest, branch: str | None = None) -> str:
     auto_builds_other = manifest.source.get("other_class") and not manifest.inputs.get("text_only")
     causal = manifest.adapter["task_type"] == "CAUSAL_LM" and not auto_builds_other
     cls = architecture if architecture.isidentifier() and not causal else "AutoModelForCausalLM"
-    out = _quoted(manifest.out)
+    # `report` may have been given org/name@revision.
+    repo, _, named = manifest.out.partition("@")
+    is_at_revision = bool(named) and not local_path(manifest.out).exists()
+    out = _quoted(repo if is_at_revision else manifest.out)
+    branch = named if is_at_revision else branch
     trust = ", trust_remote_code=True" if manifest.source.get("trust_remote_code") else ""
     if not manifest.method.writes_base:
         model = _quoted(str(manifest.adapter["base_model_name_or_path"]))
@@ -166,7 +171,7 @@ def loading_lines(manifest: Manifest, branch: str | None = None) -> str:
             f'base = {cls}.from_pretrained({model}, dtype="auto"{of_commit}{trust})\n'
             f"model = PeftModel.from_pretrained(base, {out}{of_branch}, is_trainable=True{no_svd})"
         )
-    branch = manifest.adapter.get("revision")
+    branch = branch or manifest.adapter.get("revision")
     revision = f", revision={_quoted(branch)}" if branch else ""
     more, config, quantised = "", "", ""
     if manifest.inputs.get("nf4"):  # the adapter makes up for the rounding of this format

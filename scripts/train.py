@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         start = find_start(args.method, args.base, rank=args.rank, alpha=args.alpha, dropout=args.dropout)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         settings |= {"start": asdict(start), "finished": False}
+        _require_files([args.data, *(entry.partition("=")[2] for entry in args.eval_data)])
         finished = first and _finished(args, settings)
     except MismatchError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -85,17 +86,20 @@ def main(argv: list[str] | None = None) -> int:
     if finished:
         print(f"{args.save_root} holds this training, finished.")
         return 0
-    if first:
-        args.save_root.mkdir(parents=True, exist_ok=True)
-        _write(args.save_root / RECORD, settings)
-
     if not sys.stderr.isatty():
         import datasets
         import transformers
 
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    trainer = make_trainer(args, start)
+    try:
+        trainer = make_trainer(args, start)
+    except ValueError as error:  # nothing was trained, and nothing is recorded
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    if first:
+        args.save_root.mkdir(parents=True, exist_ok=True)
+        _write(args.save_root / RECORD, settings)
     before = _losses(trainer)
     checkpoints = list((args.save_root / "checkpoints").glob("checkpoint-*"))
     result = trainer.train(resume_from_checkpoint=bool(args.resume and checkpoints))
@@ -228,6 +232,13 @@ def read_rows(source: str, args: argparse.Namespace) -> Any:
         },
         remove_columns=rows.column_names,
     )
+
+
+def _require_files(sources: list[str]) -> None:
+    """Raise MismatchError for a file of data that is not there. Data sets on the Hub are not looked for."""
+    for source in sources:
+        if Path(source).suffix in (".json", ".jsonl") and not Path(source).is_file():
+            raise MismatchError(f"{source}: no such file of data")
 
 
 def _describe(start: Start, args: argparse.Namespace) -> str:

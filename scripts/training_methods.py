@@ -111,6 +111,8 @@ def find_start(
         targets = tuple(recipe["target"])
         return Start(method, base, None, rank=rank, alpha=alpha, scale=scale, dropout=dropout, targets=targets)
     if manifest is None:
+        if not Path(base).is_dir() and not _may_be_pushed(base):
+            raise MismatchError(f"{base}: no such folder")
         raise MismatchError(
             f"{base} has no {MANIFEST}: make the base first, with "
             f"milora-init --model {base} --method {name} --out FOLDER"
@@ -149,6 +151,8 @@ def folder_of(base: str) -> str:
     """The local folder of an output of milora-init; of a Hub repository its snapshot. Empty where there is none."""
     if Path(base).is_dir():
         return base
+    if not _may_be_pushed(base):
+        return ""
     from huggingface_hub import snapshot_download
     from transformers.utils.hub import cached_file
 
@@ -156,6 +160,11 @@ def folder_of(base: str) -> str:
     if found is None:
         return ""
     return str(snapshot_download(base, allow_patterns=[MANIFEST, "lora/*", "adapter_*"]))
+
+
+def _may_be_pushed(base: str) -> bool:
+    """Whether a name is one of a repository that `milora-init push` writes to: `org/name`."""
+    return base.count("/") == 1 and not base.startswith((".", "/", "~"))
 
 
 def make_start(method: Method, model: str, out: Path, *, rank: int) -> None:

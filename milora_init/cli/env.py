@@ -57,7 +57,7 @@ def _facts() -> dict[str, Any]:
             "platform": platform.platform(),
             "processors": os.cpu_count(),
             "devices": ", ".join(gpus) or "cpu",
-            "cuda": torch.version.cuda,
+            "cuda": torch.version.cuda or "not in this build of torch",
             "python_executable": sys.executable,
         },
         "environment": {**set_variables, "HF_TOKEN": "set" if os.environ.get("HF_TOKEN") else "not set"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -187,7 +188,7 @@ def run(argv: list[str]) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             _hide_suggestions(error)
             message = error.format_message() + _offending_value(argv, getattr(error, "param", None))
-            return _fail(argv, message, _usage_hint(argv), error.exit_code, error)
+            return _fail(argv, message, _usage_hint(argv, message), error.exit_code, error)
         message, hint = explain(error) or (
             f"{type(error).__name__}: {error}",
             "please report this, with the output of `milora-init env`; MILORA_DEBUG=1 prints the traceback",
@@ -205,9 +206,22 @@ def _command_of(argv: list[str]) -> str:
     return argv[0] if argv and argv[0] in COMMANDS else DEFAULT_COMMAND
 
 
-def _usage_hint(argv: list[str]) -> str:
+def _option_before_extra(argv: list[str], message: str) -> str:
+    """The option whose values stand one after another, as in `--target q_proj v_proj`; empty for another error."""
+    found = re.match(r"Got unexpected extra arguments? \(([^ )]+)", message)
+    if not found or found[1] not in argv[2:]:
+        return ""
+    place = argv.index(found[1], 2) - 1
+    while place > 0 and not argv[place].startswith("-"):
+        place -= 1
+    return argv[place] if argv[place].startswith("-") and "=" not in argv[place] else ""
+
+
+def _usage_hint(argv: list[str], message: str = "") -> str:
     """Where to read on after a usage error of typer's."""
     later = next((word for word in argv if word in COMMANDS), None)
+    if option := _option_before_extra(argv, message):
+        return f"give each value with its own option: {option} A {option} B"
     if later and argv[0].startswith("-"):
         return f"options come after the command: milora-init {later} ...; see milora-init {later} --help"
     return f"milora-init {_command_of(argv)} --help"
@@ -229,7 +243,7 @@ def _fail(argv: list[str], message: str, hint: str, status: int, error: BaseExce
     print_error(message, hint)
     annotate(message, hint)
     if "--json" in argv:
-        kind = type(error).__name__ if isinstance(error, MiloraError) else None
+        kind = type(error).__name__ if isinstance(error, MiloraError) else "UsageError" if status == 2 else None
         output.json_output.give(
             envelope(_command_of(argv), "failed", error=message, hint=hint, error_type=kind, exit_code=status)
         )

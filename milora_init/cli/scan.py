@@ -22,9 +22,9 @@ def scan(
         list[str] | None, typer.Option(metavar="NAME", help="Which weights not. Repeatable.", show_default=False)
     ] = None,
     rank: Annotated[
-        list[int] | None,
+        list[str] | None,
         typer.Option(
-            "--rank", "-r", metavar="N", help="Give figures for this rank. Repeatable. (default: 8, 16, 32, 64, 128)"
+            "--rank", "-r", metavar="N", help="Give figures for these ranks: 8,16. (default: 8, 16, 32, 64, 128)"
         ),
     ] = None,
     spectrum: Annotated[
@@ -74,7 +74,7 @@ def scan(
         from milora_init.api import scan as scan_model
 
         result = scan_model(
-            model, target=_names(target), exclude=_names(exclude) or (), rank=rank or None, spectrum=spectrum,
+            model, target=_names(target), exclude=_names(exclude) or (), rank=_ranks(rank), spectrum=spectrum,
             html=html, plot=plot, device=device or ("auto",), text_only=text_only, revision=revision,
             trust_remote_code=trust_remote_code, cache_dir=cache_dir, token=token, progress=bar,
         )  # fmt: skip
@@ -89,6 +89,15 @@ def scan(
     elif not quiet:
         output.print_scan(result, verbose=verbose)
         output.print_written(html, plot)
+
+
+def _ranks(given: list[str] | None) -> list[int] | None:
+    """The ranks, which may be separated by commas. Raises UsageError."""
+    words = [word.strip() for text in given or () for word in text.split(",")]
+    for word in words:
+        if not word.isdecimal():
+            raise UsageError(f"--rank {word!r} is not a number", hint="for example --rank 8,16,32")
+    return [*map(int, words)] or None
 
 
 def _names(given: list[str] | None) -> list[str] | None:

@@ -259,8 +259,14 @@ def _beside_factors(
     factors = {name for module in adapter.modules.values() for name in (module.A, module.B)}
     copied = {name: info for name, info in adapter.header.tensors.items() if name not in factors}
     base = _base(pair) if pair and adapter.others else None
+    notices = []
     if base and manifest:  # without the base nothing is checked, and copies are kept, which is right for PEFT
-        trained_parameters(adapter, base, base.config, manifest)
+        trained = trained_parameters(adapter, base, base.config, manifest)
+        if trained.new_class and trained.config:
+            notices.append(
+                f"the adapter has a new head: load the original model with {trained.new_class}.from_pretrained(..., "
+                f"num_labels={len(trained.config['id2label'])}) first"
+            )
         for name in unchanged_copies(adapter, base, manifest):
             del copied[name]
     if form != "peft" and adapter.config.get("use_dora"):
@@ -274,7 +280,7 @@ def _beside_factors(
             hint=MERGE_INSTEAD,
         )
     rows = {other.shape[0] for other in adapter.others if other.kind == "copy" and other.key in copied}
-    notices = [
+    notices += [
         f"embeddings and head are in the adapter, with {row} rows: call "
         f"model.resize_token_embeddings({row}) before it is loaded, if the model has another number"
         for row in sorted(rows)

@@ -228,7 +228,7 @@ def plan_merge(
         config_bytes=config_bytes if changed == config else (json.dumps(changed, indent=2) + "\n").encode(),
         index=layout.index(),
         trained=trained,
-        notices=notices,
+        notices=(*notices, *([f"it has a new head: load it with {trained.new_class}"] if trained.new_class else [])),
         untrained=adapter is not None and is_untrained(initial.weights, lora.weights),
         options=options,
     )

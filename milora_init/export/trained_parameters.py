@@ -72,12 +72,14 @@ class TrainedParameters:
         removed: Tensors of the base that the merged model's class does not have.
         config: The new content of config.json; None if it is the original model's.
         vocabulary: The number of rows of the embeddings before and after; None if it did not change.
+        new_class: The class of transformers that has a new head; empty if there is none.
     """
 
     tensors: Mapping[str, NewTensor] = field(default_factory=dict)
     removed: frozenset[str] = frozenset()
     config: Mapping[str, Any] | None = None
     vocabulary: tuple[int, int] | None = None
+    new_class: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,8 @@ def trained_parameters(
         shapes = {name: info.shape for name, info in base.tensors.items() if name not in removed}
         shapes |= {name: tensor.shape for name, tensor in tensors.items()}
         _require_loadable(_built(changed, text_only=text_only), shapes, manifest)
-    return TrainedParameters(tensors, removed, changed if changed != config else None, vocabulary)
+    new_class = str(changed["architectures"][0]) if unknown else ""
+    return TrainedParameters(tensors, removed, changed if changed != config else None, vocabulary, new_class)
 
 
 def unchanged_copies(adapter: LoraAdapter, base: Checkpoint, manifest: Manifest) -> set[str]:

@@ -49,11 +49,7 @@ def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> It
         status = _http_status(error)
         if pushing or status is not None:
             raise _request_error(model, status, error) from error
-        name = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
-        raise HubError(
-            f"{name} is neither a local folder nor in the local cache, and the Hub cannot be reached",
-            hint=f"name an existing folder, or download the model when there is a network: hf download {model}",
-        ) from error
+        raise _not_in_cache(model, revision) from error
     except hub.EntryNotFoundError as error:
         raise HubError(
             f"a file of {model} is missing on the Hub: {_one_line(error)[:200]}",
@@ -64,10 +60,7 @@ def hub_errors(model: str, revision: str | None, *, pushing: bool = False) -> It
     except hub.OfflineModeIsEnabled as error:
         if pushing:
             raise HubError(f"{model} cannot be written to: HF_HUB_OFFLINE is set", hint="unset it") from error
-        raise HubError(
-            f"{model!r} is not complete in the local cache, and HF_HUB_OFFLINE is set",
-            hint=f"unset it, or download the model when there is a network: hf download {model}",
-        ) from error
+        raise _offline(model) from error
     except Exception as error:
         hub_error = _from_foreign_exception(error, model, pushing=pushing)
         if hub_error is None:
@@ -146,3 +139,20 @@ def _http_status(error: BaseException | None) -> int | None:
             return status
         error = error.__cause__ or error.__context__
     return None
+
+
+def _not_in_cache(model: str, revision: str | None) -> HubError:
+    if constants.HF_HUB_OFFLINE:
+        return _offline(model)
+    name = repr(model) if revision is None else f"{model!r} at revision {revision!r}"
+    return HubError(
+        f"{name} is neither a local folder nor in the local cache, and the Hub cannot be reached",
+        hint=f"name an existing folder, or download the model when there is a network: hf download {model}",
+    )
+
+
+def _offline(model: str) -> HubError:
+    return HubError(
+        f"{model!r} is neither a local folder nor complete in the local cache, and HF_HUB_OFFLINE is set",
+        hint=f"unset it, or download the model when there is a network: hf download {model}",
+    )

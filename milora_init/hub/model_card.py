@@ -222,6 +222,7 @@ def plain_card_data(record: MergeResult | ConvertResult) -> dict[str, Any]:
 def merged_card(record: MergeResult, config: Mapping[str, Any], repo: str) -> str:
     """The card's text of a merged model, for the repository that it is written for."""
     name = _original(record)
+    tuned = f"A fine-tuned {name}" if record.from_hub else f"{name[0].upper()}{name[1:]}, fine-tuned"
     names = config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else ""
     remote = bool(config.get("auto_map"))
@@ -231,13 +232,13 @@ def merged_card(record: MergeResult, config: Mapping[str, Any], repo: str) -> st
     what = (
         f"{name} again, up to rounding: the initial adapter was merged into its residual base."
         if record.initial
-        else f"A fine-tuned {name}: an adapter that was trained on a residual base was merged into that base."
+        else f"{tuned}: an adapter that was trained on a residual base was merged into that base."
     )
     added_to = "residual"
     if record.inputs.get("base") == ORIGINAL_MODEL:
         added_to = "W"
         again = f"{name} again, unchanged: the initial adapter, which adds nothing, was merged into it."
-        what = again if record.initial else f"A fine-tuned {name}: a LoRA adapter was merged into it."
+        what = again if record.initial else f"{tuned}: a LoRA adapter was merged into it."
     return f"""
 # {_escape(repo.rpartition("/")[2])}
 

@@ -25,6 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
+from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.side_files import brings_weights
 from milora_init.envelope import Status, envelope
 from milora_init.errors import HubError, OutputError, PlanError, UsageError
@@ -356,6 +357,9 @@ def push(
         # adapter_config.json may differ: trainers rewrite it, and `Repository.push` writes its own.
         if not (out / name).is_file() or (name not in names[:1] and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
+    for name in output.files:  # an adapter that was trained in its place is found before the repository is made
+        if name.endswith(WEIGHTS_FILE) and sha256(out / name) != output.hashes.get(name):
+            raise OutputError(f"{folder}: {name} was changed after the run", hint=f"milora-init verify {folder}")
     repository = Repository(repo, private=private, revision=branch, token=token)
     record = output.to_json() if isinstance(output, Manifest) else output.content()
     repository.prepare(kind_of(record_name(output), record), _model_name(record), overwrite=overwrite)

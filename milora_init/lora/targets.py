@@ -108,7 +108,7 @@ def selects_experts(target: str, matches: Collection[str], parameter: str) -> bo
 def _no_match_error(structure: ModelStructure, target: str, matches: Collection[str]) -> PlanError:
     """The error for a target that selects no weight, with the reason if one is known."""
     reason = ""
-    hint = f"modules that can be adapted: {', '.join(suffixes(structure))}"
+    hint = f"--target all-linear, or some of the modules that can be adapted: {', '.join(suffixes(structure))}"
     refused_matches = (name for name in structure.refused if name in matches or selects_experts(target, matches, name))
     if refused := next(refused_matches, None):
         reason = f" that can be adapted: {refused} is {structure.refused[refused]}"

@@ -105,9 +105,9 @@ def another_request(
 
     `may_replace` is False for a part, which excludes --overwrite.
     """
-    differences = "; ".join(
-        _difference(name, recorded.get(name), value) for name, value in inputs.items() if recorded.get(name) != value
-    )
+    changed = [name for name, value in inputs.items() if recorded.get(name) != value]
+    named = [name for name in changed if name != "config"] or changed  # the config follows from the other inputs
+    differences = "; ".join(_difference(name, recorded.get(name), inputs[name]) for name in named)
     hint = "choose another --out, or replace it with --overwrite"
     earlier, now = recorded_method(recorded), recorded_method(inputs)
     if not may_replace or (earlier and now and earlier.writes_base != now.writes_base):

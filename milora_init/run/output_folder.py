@@ -488,6 +488,7 @@ class OutputFolder(Generic[Record]):
         """Raise OutputError for a file that is not ours and that the output would replace, or be loaded with."""
         if not self.path.is_dir():
             return
+        require_no_other_output(self.path, self._record_name)
         planned = {Path(name).parts[0] for name in (*plan.files, self._record_name)}
         ours = {Path(name).parts[0] for name in (*earlier_files, self._record_name)} if earlier_files else set()
         ours |= {partial_of(Path(name)).name for name in ours}

@@ -13,11 +13,10 @@ from milora_init.checkpoint.folder import Checkpoint, open_checkpoint, open_mode
 from milora_init.errors import MiloraError, UsageError
 from milora_init.hub.pair import locate_adapter, locate_output
 from milora_init.hub.source import fetch_original
-from milora_init.lora.folder import LORA_FOLDER
-from milora_init.manifest import MANIFEST, Manifest
+from milora_init.manifest import Manifest
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
-from milora_init.records import MergeResult, read_output
+from milora_init.records import MergeResult, read_output, require_no_part
 from milora_init.verification.adapter import (
     check_adapter_config,
     check_adapter_header,
@@ -76,9 +75,8 @@ def verify(  # noqa: PLR0913  the options of the command
     folder = locate_output(pair, cache_dir=cache_dir, token=token)
     trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
     output = read_output(folder)
-    if output is None and folder.name == LORA_FOLDER and (folder.parent / MANIFEST).is_file():
-        raise UsageError(f"{pair} is a part of a pair: its initial adapter", hint=f"milora-init verify {folder.parent}")
     if output is None:
+        require_no_part(folder, pair)
         return verify_without_manifest(pair, folder, trained, trust_remote_code=trust_remote_code)
     original = None
     if model is not None:

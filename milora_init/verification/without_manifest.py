@@ -19,7 +19,7 @@ from milora_init.checkpoint.dequantise import locate
 from milora_init.checkpoint.folder import Checkpoint, open_checkpoint
 from milora_init.checkpoint.tensor_file import SafetensorsShard
 from milora_init.errors import MiloraError
-from milora_init.lora.folder import LORA_CONFIG, LORA_FOLDER, LoraAdapter, read_lora
+from milora_init.lora.folder import CONFIG_FILE, LORA_CONFIG, LORA_FOLDER, LoraAdapter, read_lora
 from milora_init.manifest import MANIFEST
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.records import MERGED, unfinished_output
@@ -45,6 +45,8 @@ def verify_without_manifest(given: str, folder: Path, adapter: Path | None, *, t
         missing = Finding(given, what + unfinished[0], unfinished[1])
         return Verdict(given, "unfinished", (missing,), checked)
     hint = "if milora-init made this folder, copy milora_init.json from where it was made"
+    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        hint = f"if this adapter was trained: milora-init verify PAIR --adapter {given}"
     missing = Finding(MANIFEST, "missing: nothing says what was written", hint)
     lora_folder = folder / LORA_FOLDER if (folder / LORA_CONFIG).is_file() else folder
     lora_folder = adapter or lora_folder

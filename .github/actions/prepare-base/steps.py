@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_USAGE = 2  # the exit status of milora-init for wrong options
+
 NAMED = ("rank", "recipe", "method", "mode", "dtype", "revision")
 
 
@@ -44,6 +46,8 @@ def init(env: Mapping[str, str]) -> int:
     """Make the output, or find it finished; write its report to a file, and the name of the file to GITHUB_OUTPUT."""
     limits = [f"--fail-on={limit}" for limit in env.get("FAIL_ON", "").split()]
     made = subprocess.run([*init_command(env), *limits], check=False).returncode  # its table goes to the log
+    if made == _USAGE:  # the message is about these options, and nothing was made
+        return made
     status, text = _run(["milora-init", "report", "--json", "--", env["OUT"]])
     if status == 0:  # also for an output that exceeds a limit, which is complete
         result = Path(env["RUNNER_TEMP"]) / "milora-init-report.json"
