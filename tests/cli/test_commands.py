@@ -77,6 +77,33 @@ def test_a_mistyped_command_is_named_with_the_one_that_was_meant(word: str, mean
     assert (status, error) == (2, f"error: no command {word!r}\n\nhint: did you mean `milora-init {meant}`?\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["m", "-o", "o", "-t", "q_proj", "v_proj"], "give each value with its own option: -t A -t B"),
+        (["scan", "m", "--rank", "8", "16"], "give each value with its own option: --rank A --rank B"),
+        (["verify", "m", "n"], "milora-init verify --help"),
+    ],
+)  # fmt: skip
+def test_values_that_stand_one_after_another_are_explained(words: list[str], hint: str, said: Said) -> None:
+    status, _, error = said(*words)
+    assert (status, error.splitlines()[-1]) == (2, f"hint: {hint}")
+
+
+@pytest.mark.parametrize("words", [["verify"], ["scan", "m", "--bogus"], ["m", "--out", "o", "--rank", "x"]])
+def test_a_parse_error_has_its_class_in_the_json(words: list[str], said: Said) -> None:
+    status, text, _ = said(*words, "--json")
+    failed = json.loads(text)
+    assert (status, failed["exit_code"], failed["error_type"]) == (2, 2, "UsageError")
+
+
+def test_ranks_of_a_scan_may_be_separated_by_commas(checkpoint: Built, said: Said) -> None:
+    status, text, _ = said("scan", checkpoint("llama"), "--rank", "2,4", "--device", "cpu", "--json")
+    assert (status, json.loads(text)["ranks"]) == (0, [2, 4])
+    status, _, error = said("scan", checkpoint("llama"), "--rank", "2,x")
+    assert (status, "--rank 'x' is not a number" in error) == (2, True)
+
+
 def test_a_folder_with_the_name_of_a_mistyped_command_is_a_model(
     checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:

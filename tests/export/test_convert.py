@@ -332,7 +332,7 @@ def test_the_convert_command_prints_json_or_nothing_and_refuses_an_existing_outp
     assert run(["convert", *again, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
     assert run(["convert", *words]) == 1
-    assert "holds the output of another request: rank was 2, now not set" in capsys.readouterr().err
+    assert "holds the output of another request: rank was 2, now not set\n" in capsys.readouterr().err
 
 
 def test_an_output_name_of_255_bytes_is_written(pair: Path, tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_experts_that_are_stored_fused_keep_the_form_of_peft_and_need_both_proje
 
 def test_what_a_server_does_not_apply_is_told(trained: Any, tmp_path: Path) -> None:
     gpt2 = convert_for(trained("gpt2", "c_proj"), "vllm", tmp_path / "gpt2")
+    assert gpt2.serve == ""
     assert any("no LoRA for GPT2LMHeadModel" in line for line in gpt2.notices)
     assert convert_for(trained("gpt2", "c_proj"), "peft", tmp_path / "peft").notices == ()
     mla = convert_for(trained("deepseek_v3", "kv_b_proj"), "vllm", tmp_path / "mla")

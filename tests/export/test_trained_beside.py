@@ -229,6 +229,11 @@ def test_a_new_classification_head_is_merged_and_converted(name: str, made: Any,
     assert config["architectures"][0].endswith("ForSequenceClassification")
     assert len(config["id2label"]) == 3
     assert "lm_head.weight" not in tensors(tmp_path / "merged")
+    cls = config["architectures"][0]
+    merged = merge(str(folder / "out"), str(tmp_path / "again"), adapter=str(trained))
+    assert f"it has a new head: load it with {cls}" in merged.notices
+    (notice,) = convert(folder / "out", trained, tmp_path / "converted").notices
+    assert f"load the original model with {cls}.from_pretrained(..., num_labels=3) first" in notice
 
 
 def test_what_servers_cannot_read_is_refused_with_the_reason(made: Any, tmp_path: Path) -> None:

@@ -113,8 +113,15 @@ def test_without_a_network_the_cache_is_used_and_what_is_not_in_it_is_named(hub:
 
 def test_a_folder_that_is_here_is_not_looked_for_on_the_hub(hub: Hub, milora: Command, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "trained", tmp_path / "me" / "out")
-    assert "me/out has no milora_init.json" in milora("report", "me/out").stderr
+    assert "me/out is an adapter, and no output of milora-init" in milora("report", "me/out").stderr
     assert not hub.requests
+
+
+def test_the_lines_of_a_report_load_the_revision_that_was_named(hub: Hub, milora: Command, outputs: Path) -> None:
+    for commit, _ in hub.repositories["me/out"].commits:
+        said = json.loads(milora("report", f"me/out@{commit}", "--json").stdout)["load"]
+        assert f'from_pretrained("me/out", dtype="auto", revision="{commit}")' in said
+        assert f'"me/out", subfolder="lora", is_trainable=True, revision="{commit}")' in said
 
 
 @pytest.mark.parametrize("name", ["absent", "./me/out", "/me/out", "a/b/c", "../out", "me/out@", "me/..", ""])

@@ -126,7 +126,7 @@ def test_a_local_model_is_no_base_model(hub: Hub, milora: Command) -> None:
         assert milora("push", name, f"me/{name}").returncode == 0
         card = ModelCard(hub.repositories[f"me/{name}"].files["README.md"].decode())
         assert "base_model" not in {key for key, value in vars(card.data).items() if value}
-        assert "a local model" in card.text
+        assert "a local model" in card.text.lower()
         assert vars(card.data)["license"] == "llama2"
     config = json.loads(hub.repositories["me/plain"].files["adapter_config.json"])
     assert config["base_model_name_or_path"] == "source"
@@ -162,7 +162,10 @@ def test_the_guards_are_those_of_a_pair(name: str, hub: Hub, milora: Command, wo
     changed = milora("push", name, "me/x")
     assert changed.returncode == 1
     assert f"{weights.name} was changed" in changed.stderr
-    assert set(hub.repositories["me/x"].files) == {".gitattributes"}
+    if name == "plain":  # a small file is compared before the repository is made
+        assert "me/x" not in hub.repositories
+    else:
+        assert set(hub.repositories["me/x"].files) == {".gitattributes"}
     weights.unlink()
     weights.symlink_to(work / "source" / "config.json")
     linked = milora("push", name, "me/x")
@@ -171,7 +174,7 @@ def test_the_guards_are_those_of_a_pair(name: str, hub: Hub, milora: Command, wo
     small = work / name / ("adapter_config.json" if name == "plain" else "config.json")
     shutil.copy(work / "out" / "config.json", small)
     assert milora("push", name, "me/x").returncode == 1
-    assert set(hub.repositories["me/x"].files) == {".gitattributes"}
+    assert name == "plain" or set(hub.repositories["me/x"].files) == {".gitattributes"}
 
 
 def test_what_is_unfinished_or_foreign_is_refused(hub: Hub, milora: Command, work: Path) -> None:

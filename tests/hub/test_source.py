@@ -49,7 +49,10 @@ def test_a_model_in_the_cache_is_found_without_a_network(
 
 
 def test_a_model_that_is_nowhere_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HubError, match="'tiny/llama' is neither a local folder nor in the local cache") as caught:
+    with pytest.raises(
+        HubError,
+        match="'tiny/llama' is neither a local folder nor complete in the local cache, and HF_HUB_OFFLINE is set",
+    ) as caught:
         get(tmp_path)
     assert "hf download tiny/llama" in caught.value.hint
 

@@ -203,7 +203,7 @@ def test_a_push_of_shards_that_was_cut_off_goes_on(
     ("arguments", "message", "status"),
     [
         (("push", "nowhere", "me/x"), "nowhere: no such folder", 2),
-        (("push", "out/lora", "me/x"), "out/lora has no milora_init.json", 1),
+        (("push", "out/lora", "me/x"), "out/lora is a part of a pair", 2),
         (("push", "out", "me/not a name"), "is no repository on the Hub that this token can access", 1),
     ],
 )

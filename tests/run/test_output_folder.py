@@ -38,6 +38,18 @@ Start = Callable[..., Manifest]
 pytestmark = pytest.mark.usefixtures("file_by_file")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_merged_model_is_not_replaced_by_a_pair(
+    overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
+) -> None:
+    start(checkpoint("llama"))
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    before = contents(tmp_path / "merged")
+    with pytest.raises(OutputError, match=r"merged holds another output of milora-init: milora_merge\.json"):
+        start(checkpoint("llama"), out=str(tmp_path / "merged"), overwrite=overwrite)
+    assert contents(tmp_path / "merged") == before
+
+
 def states(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 

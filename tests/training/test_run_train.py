@@ -88,12 +88,17 @@ def test_a_failed_training_is_not_evaluated(tmp_path: Path) -> None:
 
 
 def test_data_without_a_field_and_another_method_than_the_pair_s_are_refused(
-    training_folders: TrainingFolders, tmp_path: Path
+    training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = lines(tmp_path / "bad.jsonl", [{"question": "w1", "answer": "w2"}])
     pair = str(training_folders.pair)
-    with pytest.raises(ValueError, match="has no field 'query'; it has question, answer"):
-        train.main(["milora", pair, str(tmp_path / "run"), "--data", str(data)])
-    assert not (tmp_path / "run" / "adapter").exists()
+    for given, message in (
+        (str(data), "has no field 'query'; it has question, answer"), ("nosuch.jsonl", "nosuch.jsonl: no such file"),
+    ):  # fmt: skip
+        assert train.main(["milora", pair, str(tmp_path / "run"), "--data", given]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run" / "training.json").exists()  # the corrected command is not refused
+    assert train.main(["milora", "svd_int", str(tmp_path / "run")]) == 2
+    assert "svd_int: no such folder" in capsys.readouterr().err
     assert train.main(["pissa", pair, str(tmp_path / "other"), "--data", str(training_folders.data)]) == 2
     assert not (tmp_path / "other").exists()

@@ -498,4 +498,4 @@ def test_an_adapter_that_was_not_trained_is_named_in_the_same_words_by_every_com
 def test_the_adapter_inside_a_pair_is_told_from_a_foreign_folder(finished: Built) -> None:
     with pytest.raises(UsageError, match="is a part of a pair") as caught:
         verify(str(finished() / "lora"))
-    assert caught.value.hint == f"milora-init verify {finished()}"
+    assert caught.value.hint == f"name the pair: {finished()}"
