@@ -208,7 +208,7 @@ def _command_of(argv: list[str]) -> str:
 
 def _option_before_extra(argv: list[str], message: str) -> str:
     """The option whose values stand one after another, as in `--target q_proj v_proj`; empty for another error."""
-    found = re.match(r"Got unexpected extra arguments? \(([^ )]+)", message)
+    found = re.match(r"Got unexpected extra argument(?:s|\(s\))? \(([^ )]+)", message)
     if not found or found[1] not in argv[2:]:
         return ""
     place = argv.index(found[1], 2) - 1
