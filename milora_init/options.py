@@ -143,10 +143,8 @@ class InitOptions:
         for name in ("model", "out", "revision", "cache_dir", "token", "push_to_hub"):
             if isinstance(getattr(self, name), os.PathLike):
                 self._set(name, os.fspath(getattr(self, name)))
-        for name, synonyms in _VALUE_SYNONYMS.items():
-            value = str(getattr(self, name)).removeprefix("torch.")
-            if value in (*OUTPUT_DTYPES, *synonyms):
-                self._set(name, synonyms.get(value, value))
+        self._set("dtype", dtype_name(str(self.dtype)))
+        self._set("mode", _VALUE_SYNONYMS["mode"].get(str(self.mode), self.mode))
         for name in ("target", "exclude", "device"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -353,6 +351,12 @@ def _option_name(key: object) -> str:
     """The name of the option that a key of a recipe, or a keyword, stands for."""
     word = str(key).replace("-", "_")
     return "dtype" if word in DTYPE_FLAGS else SYNONYMS.get(word, word)
+
+
+def dtype_name(given: str) -> str:
+    """A dtype by torch's name: `bf16`, `torch.bfloat16` and `bfloat16` are one. What is not known is returned."""
+    value = given.removeprefix("torch.")
+    return _VALUE_SYNONYMS["dtype"].get(value, value if value in OUTPUT_DTYPES else given)
 
 
 def split_names(text: str) -> list[str]:

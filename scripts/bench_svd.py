@@ -170,9 +170,7 @@ def fell_back(shape: tuple[int, int], r: int, mode: Mode, path: str, device: tor
     arithmetic = arithmetic_of(device)
     if not uses_krylov(max(shape), min(shape), r, mode, gpu=arithmetic.crossing == "gpu"):
         return path != "eigh"
-    large = mode == "max" or math.prod(shape) > arithmetic.mixed_entries
-    mixed = arithmetic.mixed_precision == "subspace" or (arithmetic.mixed_precision == "lanczos" and large)
-    return path != ("mixed" if mixed else "lanczos")
+    return path != ("mixed" if arithmetic.float32_first(math.prod(shape), mode) else "lanczos")
 
 
 def timed(solve: Callable[[Tensor, int, Mode], Result], W: Tensor, r: int, mode: Mode) -> tuple[float, Result]:

@@ -69,34 +69,35 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, load, train, save."""
-    args = parser().parse_args(argv)
-    first = os.environ.get("RANK", "0") == "0"
+    """Train; return the exit status."""
     try:
-        start = find_start(args.method, args.base, rank=args.rank, alpha=args.alpha, dropout=args.dropout)
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        settings |= {"start": asdict(start), "finished": False}
-        _require_files([args.data, *(entry.partition("=")[2] for entry in args.eval_data)])
-        finished = first and _finished(args, settings)
+        train(parser().parse_args(argv))
     except MismatchError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    """Check, load, train, save. Raises MismatchError before anything is recorded or trained."""
+    first = os.environ.get("RANK", "0") == "0"
+    start = find_start(args.method, args.base, rank=args.rank, alpha=args.alpha, dropout=args.dropout)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings |= {"start": asdict(start), "finished": False}
+    _require_files([args.data, *(entry.partition("=")[2] for entry in args.eval_data)])
+    finished = first and _finished(args, settings)
     if first:
         print(_describe(start, args), flush=True)
     if finished:
         print(f"{args.save_root} holds this training, finished.")
-        return 0
+        return
     if not sys.stderr.isatty():
         import datasets
         import transformers
 
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    try:
-        trainer = make_trainer(args, start)
-    except ValueError as error:  # nothing was trained, and nothing is recorded
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+    trainer = make_trainer(args, start)
     if first:
         args.save_root.mkdir(parents=True, exist_ok=True)
         _write(args.save_root / RECORD, settings)
@@ -114,14 +115,13 @@ def main(argv: list[str] | None = None) -> int:
         _write(args.save_root / RECORD, settings | {"finished": True, **figures, "before": before, "after": after})
         for name, loss in after.items():
             print(f"loss on {name}: {before[name]:.4f} before, {loss:.4f} after")
-    return 0
 
 
 def make_trainer(args: argparse.Namespace, start: Start) -> Any:
     """The SFTTrainer of this run: model loaded, data read, nothing trained.
 
     Raises:
-        ValueError: The batch cannot be divided, or a row lacks a field.
+        MismatchError: The batch cannot be divided, or a row lacks a field.
         RuntimeError: PEFT did not load every tensor of the initial adapter.
     """
     import torch
@@ -131,7 +131,7 @@ def make_trainer(args: argparse.Namespace, start: Start) -> Any:
 
     at_once = min(args.device_batch, args.total_batch) * int(os.environ.get("WORLD_SIZE", "1"))
     if args.total_batch % at_once:
-        raise ValueError(f"--total-batch {args.total_batch} is no multiple of {at_once}, the sequences at one time")
+        raise MismatchError(f"--total-batch {args.total_batch} is no multiple of {at_once}, the sequences at one time")
     gpu = torch.cuda.is_available()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(args.save_root / "tensorboard")
     # TRL's own defaults differ from the authors' in most of these: all are set.
@@ -211,7 +211,7 @@ def load_model(start: Start, dtype: str = "auto") -> Any:
 
 
 def read_rows(source: str, args: argparse.Namespace) -> Any:
-    """Rows of `prompt` and `completion`, from a Hub data set or a file of JSON lines. Raises ValueError."""
+    """Rows of `prompt` and `completion`, from a Hub data set or a file of JSON lines. Raises MismatchError."""
     from datasets import load_dataset
 
     if Path(source).suffix in (".json", ".jsonl"):
@@ -224,7 +224,7 @@ def read_rows(source: str, args: argparse.Namespace) -> Any:
         return rows.map(lambda row: {"prompt": "", "completion": row["text"]}, remove_columns=rows.column_names)
     for field in (args.prompt_field, args.response_field):
         if field not in rows.column_names:
-            raise ValueError(f"{source} has no field {field!r}; it has {', '.join(rows.column_names)}")
+            raise MismatchError(f"{source} has no field {field!r}; it has {', '.join(rows.column_names)}")
     return rows.map(
         lambda row: {
             "prompt": PROMPT.format(instruction=row[args.prompt_field]),

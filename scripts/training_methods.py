@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from milora_init.hub.source import is_repository
 from milora_init.lora.folder import adapter_folder
 from milora_init.manifest import MANIFEST, Manifest, read_manifest
 from milora_init.methods import METHODS as INITIAL
@@ -50,8 +51,8 @@ METHODS = {
 }
 
 
-class MismatchError(Exception):
-    """METHOD, BASE and the options do not fit together. The message says what to do."""
+class MismatchError(ValueError):
+    """METHOD, BASE, the data and the options do not fit together. The message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def find_start(
         targets = tuple(recipe["target"])
         return Start(method, base, None, rank=rank, alpha=alpha, scale=scale, dropout=dropout, targets=targets)
     if manifest is None:
-        if not Path(base).is_dir() and not _may_be_pushed(base):
+        if not Path(base).is_dir() and not is_repository(base):
             raise MismatchError(f"{base}: no such folder")
         raise MismatchError(
             f"{base} has no {MANIFEST}: make the base first, with "
@@ -151,7 +152,7 @@ def folder_of(base: str) -> str:
     """The local folder of an output of milora-init; of a Hub repository its snapshot. Empty where there is none."""
     if Path(base).is_dir():
         return base
-    if not _may_be_pushed(base):
+    if not is_repository(base):  # `milora-init push` writes to no other
         return ""
     from huggingface_hub import snapshot_download
     from transformers.utils.hub import cached_file
@@ -160,11 +161,6 @@ def folder_of(base: str) -> str:
     if found is None:
         return ""
     return str(snapshot_download(base, allow_patterns=[MANIFEST, "lora/*", "adapter_*"]))
-
-
-def _may_be_pushed(base: str) -> bool:
-    """Whether a name is one of a repository that `milora-init push` writes to: `org/name`."""
-    return base.count("/") == 1 and not base.startswith((".", "/", "~"))
 
 
 def make_start(method: Method, model: str, out: Path, *, rank: int) -> None:

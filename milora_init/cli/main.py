@@ -219,9 +219,9 @@ def _option_before_extra(argv: list[str], message: str) -> str:
 
 def _usage_hint(argv: list[str], message: str = "") -> str:
     """Where to read on after a usage error of typer's."""
-    later = next((word for word in argv if word in COMMANDS), None)
     if option := _option_before_extra(argv, message):
         return f"give each value with its own option: {option} A {option} B"
+    later = next((word for word in argv if word in COMMANDS), None)
     if later and argv[0].startswith("-"):
         return f"options come after the command: milora-init {later} ...; see milora-init {later} --help"
     return f"milora-init {_command_of(argv)} --help"

@@ -33,7 +33,7 @@ from milora_init.hub.source import fetch_original
 from milora_init.lora.compatibility import UNTRAINED
 from milora_init.lora.folder import adapter_files, adapter_folder
 from milora_init.manifest import Manifest
-from milora_init.options import DTYPE_FLAGS, OUTPUT_DTYPES, InitOptions, local_path
+from milora_init.options import OUTPUT_DTYPES, InitOptions, dtype_name, local_path
 from milora_init.records import MERGED, MergeResult, read_merged, require_pair
 from milora_init.run import dense
 from milora_init.run.makers import LocalMakers
@@ -141,7 +141,7 @@ def plan_of(
 
 def _checked_dtype(dtype: str) -> str:
     """The dtype by torch's name. Raises UsageError for one that is not known."""
-    dtype = DTYPE_FLAGS.get(dtype, dtype.removeprefix("torch."))
+    dtype = dtype_name(dtype)
     if dtype not in OUTPUT_DTYPES:
         raise UsageError(f"--dtype {dtype!r} is not known", hint=f"choose one of {', '.join(OUTPUT_DTYPES)}")
     return dtype

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
-from milora_init.hub.source import is_hub_id
+from milora_init.hub.source import is_repository
 from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import clean_token, local_path
@@ -174,8 +174,8 @@ def _find(
     if folder.is_dir():
         return folder
     repo, at, revision = given.partition("@")
-    is_repository = "/" in repo and is_hub_id(repo) and (not at or _REVISION.fullmatch(revision))
-    if folder.exists() or not is_repository:
+    is_named = is_repository(repo) and (not at or _REVISION.fullmatch(revision))
+    if folder.exists() or not is_named:
         raise UsageError(f"{given}: no such folder", hint=hint)
     return _Repository(repo, revision or None, cache_dir, token)
 

@@ -125,6 +125,11 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name has the form `org/name`. A folder of that name goes first."""
+    return "/" in name and is_hub_id(name)
+
+
 def connected(remote: RemoteFiles, token: str | None) -> RemoteFiles:
     """The files with a `read` for this machine."""
 

@@ -25,7 +25,6 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
 from milora_init.checkpoint.folder import SAFETENSORS_INDEX
-from milora_init.checkpoint.hashing import sha256
 from milora_init.checkpoint.side_files import brings_weights
 from milora_init.envelope import Status, envelope
 from milora_init.errors import HubError, OutputError, PlanError, UsageError
@@ -46,6 +45,7 @@ from milora_init.options import clean_token, local_path, require_repository
 from milora_init.records import MERGED, RECORDS, Output, record_name, require_output
 from milora_init.result import Result
 
+_CARD = "README.md"
 # Files that make a repository look like a complete model or adapter.
 _COMPLETION_FILES = (
     "config.json", SAFETENSORS_INDEX, MANIFEST, LORA_CONFIG, LORA_WEIGHTS, CONFIG_FILE, WEIGHTS_FILE,
@@ -171,13 +171,18 @@ class Repository:
             HubError: A request failed. The same call again uploads only what is missing.
             OutputError: A file is not the one that the record describes.
         """
+        return self.commit(output, *self.collect(folder, output, pushed_before=pushed_before))
+
+    def collect(
+        self, folder: Path, output: Output, *, pushed_before: Collection[str] = ()
+    ) -> tuple[Publication, list[CommitOperationAdd]]:
+        """The first half of `push`: read the files and compare them with the record. The Hub is not asked."""
         with hub_errors(self.repo, self._revision, pushing=True):
             plan = publication(folder, output, self.repo, self._revision)
-            generated = {**plan.contents, "README.md": self._model_card(plan).encode()}
+            generated = {*plan.contents, _CARD}
             names = [name for name in output.files if name not in generated and name not in pushed_before]
             require_inside(folder, names)
-            additions = [CommitOperationAdd(name, content) for name, content in generated.items()]
-            additions += [_uploaded(name, output.files[name], output.hashes[name]) for name in pushed_before]
+            additions = [_uploaded(name, output.files[name], output.hashes[name]) for name in pushed_before]
             for name in names:
                 addition = CommitOperationAdd(name, folder / name)
                 if addition.upload_info.sha256.hex() != output.hashes.get(name):
@@ -185,6 +190,13 @@ class Repository:
                         f"{folder}: {name} was changed after the run", hint=f"milora-init verify {folder}"
                     )
                 additions.append(addition)
+        return plan, additions
+
+    def commit(self, output: Output, plan: Publication, files: Sequence[CommitOperationAdd]) -> Published:
+        """The second half of `push`: upload what `collect` has found."""
+        with hub_errors(self.repo, self._revision, pushing=True):
+            generated = {**plan.contents, _CARD: self._model_card(plan).encode()}
+            additions = [*(CommitOperationAdd(name, content) for name, content in generated.items()), *files]
             deletions = self._outdated_files(output.files.keys() | generated.keys())
             unchanged = not deletions and self._has(plan, additions)
             operations: list[_Operation] = [*additions, *map(CommitOperationDelete, deletions)]
@@ -357,13 +369,11 @@ def push(
         # adapter_config.json may differ: trainers rewrite it, and `Repository.push` writes its own.
         if not (out / name).is_file() or (name not in names[:1] and (out / name).stat().st_size != size_bytes):
             raise OutputError(f"{folder}: {name} was changed or removed", hint=f"milora-init verify {folder}")
-    for name in output.files:  # an adapter that was trained in its place is found before the repository is made
-        if name.endswith(WEIGHTS_FILE) and sha256(out / name) != output.hashes.get(name):
-            raise OutputError(f"{folder}: {name} was changed after the run", hint=f"milora-init verify {folder}")
     repository = Repository(repo, private=private, revision=branch, token=token)
+    collected = repository.collect(out, output)  # first: an output that was changed leaves no empty repository
     record = output.to_json() if isinstance(output, Manifest) else output.content()
     repository.prepare(kind_of(record_name(output), record), _model_name(record), overwrite=overwrite)
-    return repository.push(out, output)
+    return repository.commit(output, *collected)
 
 
 def kind_of(name: str, record: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from milora_init.linalg.cost import FLOAT32_ENTRIES
+from milora_init.methods import Mode
 
 PRODUCT_COLUMNS = 24  # MKL multiplies so many columns at a time: 72 columns take half the time of 64
 _CHOLESKY_QR_SHIFT = 1e-14  # times the trace of a Gram matrix: above the rounding errors in it
@@ -60,6 +61,12 @@ class DeviceArithmetic:
     mixed_entries: int
     search_ties: bool
     residual_block_bytes: int
+
+    def float32_first(self, entries: int, mode: Mode) -> bool:
+        """Whether the triplets of a weight with so many entries are sought in float32 before float64."""
+        if self.mixed_precision == "lanczos":
+            return mode == "max" or entries > self.mixed_entries
+        return self.mixed_precision == "subspace"
 
     def orthonormalise(self, Y: Tensor, *, condition: float = math.inf) -> tuple[Tensor, Tensor]:
         """Q (..., q, b) with orthonormal columns and R (..., b, b) such that Y = Q R, for Y (..., q, b).

@@ -64,14 +64,11 @@ from milora_init.linalg.lanczos import (
     round_down,
     spectral_norm,
 )
-from milora_init.linalg.shift_invert import SHIFT, SHIFT_BLOCK
+from milora_init.linalg.shift_invert import DEFLATED, GRAM_NOISE, SHIFT, SHIFT_BLOCK, ends_above_zero
 
-_EPS32 = torch.finfo(torch.float32).eps
-_NOISE = 0.1  # of eps * ||G||: four times and more what was measured on the eigenvectors of the smallest eigenvalues
 _PRODUCTS = 12  # vectors that G is applied to, for each wanted one
 _MOST_STEPS = 12
 _MOST_CORRECTIONS = 5
-_DEFLATED = 72  # large directions that are taken out of X before its Gram matrix is rounded
 _BELOW_ZERO = 10  # times the noise: the shift where the spectrum reaches down to zero
 
 
@@ -182,12 +179,7 @@ class _SmallEnd:
         self._rounded = None if deflated is None else (deflated[0].float(), deflated[1].float())
 
     def apply(self, B: Tensor) -> Tensor:
-        if self._rounded is None:
-            return self._factor.solve(B)
-        F, Z = self._rounded
-        c = F.mT @ B
-        Y = self._factor.solve(torch.addmm(B, Z.mT, c, alpha=-1))
-        return Y.addmm_(F, c - Z @ Y)
+        return self._times(B, self._rounded)
 
     def eigenvalue_of(self, theta: Tensor) -> Tensor:
         return 1 / (theta - self._shift)
@@ -197,11 +189,15 @@ class _SmallEnd:
 
     def precondition(self, R: Tensor) -> Tensor:
         # The float32 errors of a basis make its residual large along the large directions: these stay in float64.
-        if self._deflated is None:
-            return self._factor.solve(R.to(torch.float32)).to(torch.float64)
-        F, Z = self._deflated
-        c = F.mT @ R
-        Y = self._factor.solve(torch.addmm(R, Z.mT, c, alpha=-1).to(torch.float32)).to(torch.float64)
+        return self._times(R, self._deflated)
+
+    def _times(self, B: Tensor, deflated: tuple[Tensor, Tensor] | None) -> Tensor:
+        """A B (q, b) in the dtype of B, F and Z; the factor is applied in float32."""
+        if deflated is None:
+            return self._factor.solve(B.to(torch.float32)).to(B.dtype)
+        F, Z = deflated
+        c = F.mT @ B
+        Y = self._factor.solve(torch.addmm(B, Z.mT, c, alpha=-1).to(torch.float32)).to(B.dtype)
         return Y.addmm_(F, c - Z @ Y)
 
     def nearest(self, s: float, residual_norm: float, weight: float) -> float:  # noqa: ARG002  the protocol's
@@ -243,13 +239,12 @@ def corrected_triplets(
     )
     kept = r + search.ritz
     theta, vectors, image = _ritz_pairs(X, pairs.vectors[:, :kept], largest=largest)
-    values = torch.cat([end.eigenvalue_of(theta), pairs.values[kept:]])
-    if not spectral_norm(pairs.probe.to(torch.float64)) < float(values[r - 1]):
+    if not spectral_norm(pairs.probe.to(torch.float64)) < float(end.eigenvalue_of(theta)[r - 1]):
         raise NotConverged("an independent block found what the Krylov space had missed")
     # From here on the triplets are in the order of A's eigenvalues, the first unwanted one last.
     right, image = vectors[:, : r + 1], image[:, : r + 1]
     if largest:
-        left, s, right, image = _rotate(image, right, largest=largest)
+        left, s, right, image = rotated(image, right)
     else:  # they are orthogonal enough for a first correction
         s = theta[: r + 1].clamp_min(1e-300).sqrt()
         left = image / s
@@ -292,14 +287,15 @@ def corrected_triplets(
         to_correct = _Equations(right, end.sigma(s), side, divisor, errors * (math.sqrt(r) / tolerance), search)
         t = _corrections(end.apply, beyond, to_correct)
         right, _ = arithmetic.orthonormalise(right + t, condition=10)
-        left, s, right, image = _rotate(X.times(right), right, largest=largest)
+        left, s, right, image = rotated(X.times(right), right)
+        if not largest:
+            left, s, right, image = left.flip(1), s.flip(0), right.flip(1), image.flip(1)
     raise NotConverged(f"corrections in float64 left an error of {error:.1e}")
 
 
 def _small_end(X: BlockedMatrix) -> _SmallEnd:
     """Raises NotConverged."""
-    p, q = X.shape
-    return _shifted(X) if 2 * p >= 3 * q else _deflated(X)
+    return _shifted(X) if ends_above_zero(X) else _deflated(X)
 
 
 def _shifted(X: BlockedMatrix) -> _SmallEnd:
@@ -328,10 +324,10 @@ def _deflated(X: BlockedMatrix) -> _SmallEnd:
     `_SmallEnd` takes that out again.
     """
     q, arithmetic = X.shape[1], X.arithmetic
-    start = torch.randn(q, _DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start = torch.randn(q, DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     blocks = list(X.float32_blocks())  # of rows; it is read three times
     V = start.to(torch.float32)
-    of_start = torch.zeros(q, _DEFLATED)
+    of_start = torch.zeros(q, DEFLATED)
     for block in blocks:
         of_start.addmm_(block.mT, block @ V)
     Q = arithmetic.normalise(of_start)
@@ -362,7 +358,7 @@ def _factor(G: Tensor, X: BlockedMatrix) -> CholeskyFactor:
 
 def _noise(G: Tensor) -> float:
     """The rounding error of an eigenvalue of a Gram matrix (q, q) in float32, given by its lower triangle."""
-    return _NOISE * _EPS32 * math.sqrt(2) * float(torch.linalg.matrix_norm(G.tril()))
+    return GRAM_NOISE * float(torch.linalg.matrix_norm(G.tril()))
 
 
 def _flipped(solution: Solution) -> Solution:
@@ -389,15 +385,10 @@ def _ritz_pairs(X: BlockedMatrix, V: Tensor, *, largest: bool) -> tuple[Tensor, 
     return theta, V @ Y, image @ Y
 
 
-def _rotate(image: Tensor, vectors: Tensor, *, largest: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The triplets within orthonormal vectors (q, k), whose image under X (p, k) is given: left, s, right, X right.
-
-    Descending for the largest, else ascending.
-    """
+def rotated(image: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The triplets within orthonormal vectors (q, k), whose image under X (p, k) is given: left, s, right, X right."""
     Q, R = torch.linalg.qr(image)
     u, s, vh = torch.linalg.svd(R)
-    if not largest:
-        u, s, vh = u.flip(1), s.flip(0), vh.flip(0)
     return Q @ u, s, vectors @ vh.mT, image @ vh.mT
 
 

@@ -64,11 +64,8 @@ from milora_init.linalg.lanczos import (
     power_projection,
     round_down,
 )
-from milora_init.linalg.shift_invert import SHIFT, SHIFT_BLOCK
+from milora_init.linalg.shift_invert import DEFLATED, GRAM_NOISE, SHIFT, SHIFT_BLOCK, ends_above_zero
 
-EPS32 = torch.finfo(torch.float32).eps
-_NOISE = 0.1  # of eps * ||G||: four times and more what was measured on the eigenvectors of the smallest eigenvalues
-_DEFLATED = 72  # large directions that are taken out of X before its Gram matrix is rounded
 _BELOW_ZERO = 100  # times the noise: the shift where the spectrum reaches down to zero
 _MOST_CHEBYSHEV_STEPS = 12
 _BEST_REDUCTION = 1e-5  # of the error by one correction: the rounding of M leaves more
@@ -431,8 +428,7 @@ def _small_end(X: BlockedMatrix) -> _SmallEnd:
     Raises:
         NotConverged: No M is positive definite.
     """
-    p, q = X.shape
-    end = _shifted_inverse(X) if 2 * p >= 3 * q else _deflated_inverse(X)
+    end = _shifted_inverse(X) if ends_above_zero(X) else _deflated_inverse(X)
     if not bool(end.largest.isfinite().any()):
         raise NotConverged("the Gram matrix is not positive definite in float32")
     return end
@@ -444,7 +440,7 @@ def _shifted_inverse(X: BlockedMatrix) -> _SmallEnd:
     G = X.float32_gram()
     norm = torch.linalg.matrix_norm(G)
     first = G.clone()
-    _diagonal(first).add_(_noise(norm)[:, None])
+    _diagonal(first).add_((GRAM_NOISE * norm)[:, None])
     L, inverse, _ = _factor_and_inverse(first)
     of_inverse = krylov_projection(
         lambda B: inverse @ B, q, block=SHIFT_BLOCK, arithmetic=arithmetic, device=device, batch=batch
@@ -454,7 +450,7 @@ def _shifted_inverse(X: BlockedMatrix) -> _SmallEnd:
     )
     on_host = largest_eigenvalues(of_inverse, of_matrix, norm[:, None, None])
     smallest, largest, norm_on_host = (x.to(torch.float64) for x in on_host)
-    noise = _noise(norm_on_host)
+    noise = GRAM_NOISE * norm_on_host
     shift = torch.tensor([round_down(x) for x in (SHIFT * (1 / smallest - noise)).nan_to_num(0.0).tolist()])
     shift = shift.to(torch.float64)
     shifted = (smallest > 0) & (shift > 4 * noise)
@@ -483,7 +479,7 @@ def _deflated_inverse(X: BlockedMatrix) -> _SmallEnd:
     Along Q, S is zero; a multiple of Q Q^T makes it definite there, and T takes that out again.
     """
     q, arithmetic = X.shape[1], X.arithmetic
-    start = torch.randn(q, _DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start = torch.randn(q, DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     V = start.to(X.stored.device, torch.float32)
     blocks = list(X.float32_blocks())  # of rows; it is read five times
     starts = list(accumulate(block.shape[-2] for block in blocks))[:-1]
@@ -499,13 +495,13 @@ def _deflated_inverse(X: BlockedMatrix) -> _SmallEnd:
     norm, trace = torch.linalg.matrix_norm(S), _diagonal(S).sum(dim=-1)
     add_product(S, Q * (4 / q * trace)[:, None, None], Q.mT)
     # An explicit inverse has an error of eps / shift, which must be small beside 1 / s_max^2.
-    _diagonal(S).add_(_noise(norm)[:, None], alpha=_BELOW_ZERO)
+    _diagonal(S).add_((GRAM_NOISE * norm)[:, None], alpha=_BELOW_ZERO)
     _, inverse, _ = _factor_and_inverse(S)
     SZ = inverse @ Z.mT
     half = plus_product(F, F, Z @ SZ).mul_(0.5).sub_(SZ)
     add_product(add_product(inverse, half, F.mT), F, half.mT)
     largest, norm_on_host, corner = largest_eigenvalues(R.mT @ R, norm[:, None, None], inverse[:, :1, :1])
-    noise = _noise(norm_on_host.to(torch.float64))
+    noise = GRAM_NOISE * norm_on_host.to(torch.float64)
     largest = largest.to(torch.float64).sqrt().where(corner.isfinite(), math.nan)
     return _SmallEnd(inverse, -_BELOW_ZERO * noise, noise, largest, (F, Z.mT))
 
@@ -528,8 +524,3 @@ def _transposed_times(blocks: Sequence[Tensor], rows: Sequence[Tensor]) -> Tenso
 def _diagonal(G: Tensor) -> Tensor:
     """The diagonals (b, q) of a batch of matrices (b, q, q), in their memory."""
     return G.diagonal(dim1=-2, dim2=-1)
-
-
-def _noise(norm: Tensor) -> Tensor:
-    """The rounding error of an eigenvalue of a float32 Gram matrix whose lower triangle has this Frobenius norm."""
-    return norm * (_NOISE * EPS32 * math.sqrt(2))

@@ -1,10 +1,14 @@
 """The shift of shift-and-invert: the smallest eigenvalues of X^T X are the largest of (X^T X - shift I)^-1.
 
 The nearer the shift is to the smallest eigenvalue, the fewer Krylov steps are needed. svd.py iterates with the factor
-of this file in float64; mixed_precision.py places its own shift in float32 by the same rule.
+of this file in float64. mixed_precision.py and corrected_lanczos.py place shifts of their own in float32, by the same
+rules. Where the spectrum reaches down to zero, these two take the largest directions out of X first: else the rounding
+of the large entries of X^T X would hide its small eigenvalues.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,6 +20,17 @@ from milora_init.linalg.lanczos import krylov_projection, largest_eigenvalues, r
 
 SHIFT_BLOCK = 48  # columns, to estimate the smallest eigenvalue in a few steps
 SHIFT = 0.95  # of the smallest eigenvalue
+DEFLATED = 72  # large directions that are taken out of X before its Gram matrix is rounded
+_EPS32 = torch.finfo(torch.float32).eps
+_NOISE = 0.1  # of eps * ||G||: four times and more what was measured on the eigenvectors of the smallest eigenvalues
+# The rounding error of an eigenvalue of a float32 Gram matrix, as a part of the Frobenius norm of its lower triangle.
+GRAM_NOISE = _NOISE * _EPS32 * math.sqrt(2)
+
+
+def ends_above_zero(X: BlockedMatrix) -> bool:
+    """Whether X is so clearly rectangular that its spectrum does not reach down to zero."""
+    p, q = X.shape
+    return 2 * p >= 3 * q
 
 
 def shifted_factor(X: BlockedMatrix, gram: Tensor | None = None) -> tuple[CholeskyFactor, float]:
@@ -28,9 +43,9 @@ def shifted_factor(X: BlockedMatrix, gram: Tensor | None = None) -> tuple[Choles
     Raises:
         NotConverged: X^T X is not positive definite.
     """
-    (p, q), arithmetic = X.shape, X.arithmetic
+    q, arithmetic = X.shape[1], X.arithmetic
     G = X.gram() if gram is None else gram
-    if 2 * p >= 3 * q:
+    if ends_above_zero(X):
         estimate = cholesky(G.to(torch.float32), arithmetic)
         if estimate is not None:
             (largest,) = largest_eigenvalues(

@@ -55,7 +55,7 @@ from milora_init.linalg.certificate import (
     is_accepted,
 )
 from milora_init.linalg.cholesky import CholeskyFactor
-from milora_init.linalg.corrected_lanczos import corrected_triplets
+from milora_init.linalg.corrected_lanczos import corrected_triplets, rotated
 from milora_init.linalg.cost import uses_krylov
 from milora_init.linalg.lanczos import (
     RitzPairs,
@@ -223,10 +223,8 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
     (p, q), r = X.shape, wanted.numel()
     if uses_krylov(p, q, r, mode, gpu=X.arithmetic.crossing == "gpu"):
         attempts: list[Callable[[], tuple[Solution, Certificate]]] = [lambda: krylov_triplets(X, r, mode, tolerance)]
-        if X.arithmetic.mixed_precision == "subspace":
-            attempts.insert(0, lambda: _mixed_triplets(X, r, mode, tolerance))
-        elif X.arithmetic.mixed_precision == "lanczos" and (mode == "max" or p * q > X.arithmetic.mixed_entries):
-            attempts.insert(0, lambda: corrected_triplets(X, r, tolerance, largest=mode == "max"))
+        if X.arithmetic.float32_first(p * q, mode):
+            attempts.insert(0, lambda: _float32_first(X, r, mode, tolerance))
         failures: list[str] = []
         for attempt in attempts:
             try:
@@ -255,8 +253,10 @@ def _solve(X: BlockedMatrix, wanted: Tensor, mode: Mode, seed: int, tolerance: f
         raise ValueError(f"no algorithm converges on it: {reason}; svd failed: {failure}") from failure
 
 
-def _mixed_triplets(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple[Solution, Certificate]:
-    """The r smallest or largest triplets of X (p, q), as a batch of one. Raises NotConverged."""
+def _float32_first(X: BlockedMatrix, r: int, mode: Mode, tolerance: float) -> tuple[Solution, Certificate]:
+    """The r smallest or largest triplets of X (p, q), sought in float32. Raises NotConverged."""
+    if X.arithmetic.mixed_precision == "lanczos":
+        return corrected_triplets(X, r, tolerance, largest=mode == "max")
     of_one = replace(X, stored=X.stored.unsqueeze(0))
     (found,) = extreme_triplets(of_one, r, tolerance, largest=mode == "max")
     if isinstance(found, NotConverged):
@@ -400,10 +400,7 @@ def _by_svd(X: BlockedMatrix, wanted: Tensor, reason: str) -> tuple[Solution, Ce
 
 def rayleigh_ritz(X: BlockedMatrix, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The triplets of X within an orthonormal basis (q, k): left (p, k), s (k,), right (q, k), X right (p, k)."""
-    image = X.times(basis)
-    Q, R = torch.linalg.qr(image)
-    u, s, vh = torch.linalg.svd(R)
-    return Q @ u, s, basis @ vh.mT, image @ vh.mT
+    return rotated(X.times(basis), basis)
 
 
 def _orthogonal_to_range(

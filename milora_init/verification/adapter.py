@@ -13,7 +13,7 @@ from torch import Tensor
 
 from milora_init.checkpoint.header import TensorInfo, read_header
 from milora_init.errors import CheckpointError, MiloraError, PlanError
-from milora_init.hub.source import is_hub_id
+from milora_init.hub.source import is_repository
 from milora_init.lora.compatibility import (
     OTHER_OUTPUT_HINT,
     UNTRAINED,
@@ -134,7 +134,7 @@ def _check_base_path(name: str, path: object, pair: Pair, *, trained: bool) -> l
         return [Finding(name, f"{key} is the original model {path}, not the residual base", hint)]
     if path == recorded:
         return [note(name, f"{key} is {path}, where the pair was made, not this folder; to load it from here, {hint}")]
-    if isinstance(path, str) and "/" in path and is_hub_id(path) and not Path(path).exists():
+    if isinstance(path, str) and is_repository(path) and not Path(path).exists():
         return [note(name, f"{key} is {path}, a repository on the Hub, as `milora-init push` writes it")]
     if trained and isinstance(path, str) and path and not other_base_in_config({key: path}, pair.manifest):
         return [note(name, f"{key} is {path}, not {pair.given}: the factors tell what it was trained from")]
