@@ -438,7 +438,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     """Read a recipe into keyword arguments of InitOptions; see `InitOptions.from_recipe` for its errors."""
     text = recipe_text(recipe)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         message = f"recipe {recipe} is not YAML: {' '.join(str(error).split())}"
         raise UsageError(message, hint="write lines like `rank: 64`") from None
@@ -447,6 +447,20 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     options = canonical(values, f"recipe {recipe}: ", known=_RECIPE_KEYS)
     _require(options.get("target", ()) is not None, f"recipe {recipe}: target is empty", "name at least one target")
     return options
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Loads a mapping only if no key stands twice in it: YAML forbids that, and PyYAML keeps the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
 
 
 def _method_name(values: Mapping[str, Any]) -> str:

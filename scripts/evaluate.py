@@ -20,6 +20,8 @@ from typing import Any
 
 from training_methods import MismatchError, find_start, manifest_of, merge_pair
 
+from milora_init.hub.source import is_hub_id, is_repository
+
 TASK_FILES = Path(__file__).parent / "evaluation"
 OWN_TASKS = ("gsm8k", "MATH")
 
@@ -108,8 +110,10 @@ def find_subject(model: str, adapter: str | None = None) -> Subject:
         adapter: A trained adapter; None for the one that belongs to the model.
 
     Raises:
-        MismatchError: The training is unfinished, or the adapter was trained on another base.
+        MismatchError: No such model or adapter, or the training is unfinished.
     """
+    if adapter and not Path(adapter).is_dir() and not is_repository(adapter):
+        raise MismatchError(f"--adapter {adapter}: no such folder")
     record = Path(model) / "training.json"
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
     if record.is_file():
@@ -123,10 +127,25 @@ def find_subject(model: str, adapter: str | None = None) -> Subject:
         return Subject(start["model"], adapter or str(Path(model) / "adapter"), pair, name, start.get("revision"))
     manifest = manifest_of(model)
     if manifest is None:
+        _require_model(model)
         return Subject(model, adapter, False, name)
     output = find_start(manifest.method.name, model)
     pair = output.method.starts_from == "pair"
     return Subject(output.model, adapter or output.adapter, pair, name, output.revision)
+
+
+def _require_model(model: str) -> None:
+    """Raise MismatchError for what is neither a folder nor a model on the Hub."""
+    if Path(model).is_dir():
+        return
+    if not is_hub_id(model):
+        raise MismatchError(f"{model}: no such folder")
+    from transformers.utils.hub import cached_file
+
+    try:
+        cached_file(model, "config.json")
+    except OSError as error:
+        raise MismatchError(f"{model} is no folder, and not found on the Hub: {str(error).splitlines()[0]}") from None
 
 
 def run(subject: Subject, args: argparse.Namespace, out: Path) -> Any:

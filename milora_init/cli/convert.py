@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from milora_init.cli import output
-from milora_init.cli.params import CacheDir, Json, Model, Overwrite, Pair, Quiet, Token, Verbose
+from milora_init.cli.params import CacheDir, Json, Model, Overwrite, Pair, Quiet, Token, Verbose, completed_from
 from milora_init.cli.streams import may_be_lost
 
 _READER = "Reader"
@@ -38,7 +38,11 @@ def convert(
     for_: Annotated[
         str,
         typer.Option(
-            "--for", metavar="NAME", help="What reads the adapter: peft, vllm or sglang.", rich_help_panel=_READER
+            "--for",
+            metavar="NAME",
+            autocompletion=completed_from(("peft", "vllm", "sglang")),
+            help="What reads the adapter: peft, vllm or sglang.",
+            rich_help_panel=_READER,
         ),
     ] = "peft",
     text_only: Annotated[

@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from milora_init.cli import output
-from milora_init.cli.params import CacheDir, Json, Model, Quiet, Revision, Token, Verbose
+from milora_init.cli.params import (
+    CacheDir,
+    Json,
+    Model,
+    Quiet,
+    Revision,
+    Token,
+    Verbose,
+    complete_recipe,
+    completed_from,
+)
 from milora_init.cli.streams import may_be_lost
 from milora_init.errors import OutputError, UsageError
-from milora_init.options import InitOptions, split_names
+from milora_init.methods import METHODS, MODES
+from milora_init.options import BASES, OUTPUT_DTYPES, InitOptions, split_names
 
 if TYPE_CHECKING:
     from milora_init.cli.progress_bar import Bar
@@ -42,6 +53,7 @@ def init(
         str | None,
         typer.Option(
             metavar="NAME",
+            autocompletion=completed_from(METHODS),
             help="milora, pissa, olora-tail; rlmo, rlpo, mica (no base is written). (default: milora)",
             rich_help_panel=_METHOD,
         ),
@@ -50,6 +62,7 @@ def init(
         str | None,
         typer.Option(
             metavar="MODE",
+            autocompletion=completed_from(MODES),
             help="Which triplets: min (MiLoRA), max (PiSSA), mid or random. (default: the method's)",
             rich_help_panel=_METHOD,
         ),
@@ -60,6 +73,7 @@ def init(
             "--recipe",
             "-c",
             metavar="NAME",
+            autocompletion=complete_recipe,
             help="A recipe of `milora-init recipes`, or a YAML file. (default: llm-adapters)",
             show_default=False,
             rich_help_panel=_METHOD,
@@ -107,6 +121,7 @@ def init(
         str | None,
         typer.Option(
             metavar="DTYPE",
+            autocompletion=completed_from(OUTPUT_DTYPES),
             help="Of the residual weights: auto, float32, bfloat16, float16. (default: auto, the model's)",
             rich_help_panel=_LORA,
         ),
@@ -115,6 +130,7 @@ def init(
         str | None,
         typer.Option(
             metavar="BASE",
+            autocompletion=completed_from(BASES),
             help="Of a quantised model: dense, or mixed, which dequantises the adapted weights alone. (default: dense)",
             rich_help_panel=_LORA,
         ),

@@ -7,6 +7,7 @@ answered at once.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import signal
@@ -44,6 +45,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
 }
 _ROOT_OPTIONS = ("--help", "-h", "--version", "-V", "--install-completion", "--show-completion")
 _RESUMED = ("init", "merge", "push")  # commands that keep the files that were finished
+_NO_NUMBER = re.compile(r"\bvalid (integer|number|float)\b")  # in the messages of typer's versions
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -167,6 +169,8 @@ def run(argv: list[str]) -> int:
         command(["--help"], standalone_mode=False, prog_name="milora-init")
         return 2
     output.json_output.reset()
+    quiet = bool({"--quiet", "-q"} & {*argv})
+    logging.getLogger("milora_init").handlers = [logging.NullHandler() if quiet else output.Notes()]
     resume = "run the same command again"
     if _command_of(argv) in _RESUMED:
         resume += ": it keeps the files that were finished, and makes the others anew"
@@ -187,7 +191,7 @@ def run(argv: list[str]) -> int:
         # Typer's own usage errors. Which package defines their class depends on its version.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             _hide_suggestions(error)
-            message = error.format_message() + _offending_value(argv, getattr(error, "param", None))
+            message = _usage_message(argv, error)
             return _fail(argv, message, _usage_hint(argv, message), error.exit_code, error)
         message, hint = explain(error) or (
             f"{type(error).__name__}: {error}",
@@ -219,11 +223,11 @@ def _option_before_extra(argv: list[str], message: str) -> str:
 
 def _usage_hint(argv: list[str], message: str = "") -> str:
     """Where to read on after a usage error of typer's."""
-    if option := _option_before_extra(argv, message):
-        return f"give each value with its own option: {option} A {option} B"
     later = next((word for word in argv if word in COMMANDS), None)
     if later and argv[0].startswith("-"):
         return f"options come after the command: milora-init {later} ...; see milora-init {later} --help"
+    if option := _option_before_extra(argv, message):
+        return f"give each value with its own option: {option} A {option} B"
     return f"milora-init {_command_of(argv)} --help"
 
 
@@ -254,9 +258,12 @@ def _terminate(*_: object) -> None:
     raise _Terminated
 
 
-def _offending_value(argv: list[str], parameter: object) -> str:
-    """The value that was given for an option that typer refuses; its messages do not always show it."""
+def _usage_message(argv: list[str], error: Any) -> str:
+    """A usage error of typer's, with the value that was given: its messages do not always show it."""
+    message = str(error.format_message())
     for option, value in pairwise([part for word in argv for part in word.split("=", 1)]):
-        if option in getattr(parameter, "opts", ()):
-            return f" (got {value!r})"
-    return ""
+        if option in getattr(getattr(error, "param", None), "opts", ()):
+            if kind := _NO_NUMBER.search(message):
+                return f"{option} {value!r} is not {'a whole' if kind[1] == 'integer' else 'a'} number"
+            return f"{message} (got {value!r})"
+    return message

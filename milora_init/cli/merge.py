@@ -7,8 +7,21 @@ from typing import Annotated
 import typer
 
 from milora_init.cli import output
-from milora_init.cli.params import Adapter, CacheDir, Json, Model, Overwrite, Pair, Quiet, Revision, Token, Verbose
+from milora_init.cli.params import (
+    Adapter,
+    CacheDir,
+    Json,
+    Model,
+    Overwrite,
+    Pair,
+    Quiet,
+    Revision,
+    Token,
+    Verbose,
+    completed_from,
+)
 from milora_init.cli.streams import may_be_lost
+from milora_init.options import OUTPUT_DTYPES
 
 
 def merge(
@@ -18,7 +31,12 @@ def merge(
     model: Model = None,
     revision: Revision = None,
     dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the merged model: auto, float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completed_from(OUTPUT_DTYPES),
+            help="Of the merged model: auto, float32, bfloat16 or float16.",
+        ),
     ] = "auto",
     shard_size: Annotated[
         str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -76,6 +77,13 @@ def print_error(message: str, hint: str) -> None:
     if hint:
         stderr_console().print()
         _print_sentence(Text("hint:", "bold cyan"), hint)
+
+
+class Notes(logging.Handler):
+    """Prints what the package logs as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _print_sentence(Text("note:", "bold"), record.getMessage())
 
 
 def print_traceback(error: BaseException) -> None:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated
 
 import typer
 
 from milora_init.errors import UsageError
-from milora_init.options import DTYPE_FLAGS, SYNONYMS
+from milora_init.options import DTYPE_FLAGS, SYNONYMS, recipe_names
+
+
+def completed_from(values: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell completes an option's value from: the values that begin as the typed word does."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """The same from the names of the recipes."""
+    return completed_from(recipe_names())(incomplete)
+
 
 Pair = Annotated[
     str,

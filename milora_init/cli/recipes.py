@@ -7,14 +7,20 @@ from typing import Annotated
 import typer
 
 from milora_init.cli import output
-from milora_init.cli.params import Json, Quiet
+from milora_init.cli.params import Json, Quiet, complete_recipe
 from milora_init.envelope import envelope
 from milora_init.options import DEFAULT_RECIPE, read_recipe, recipe_names, recipe_text
 
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this recipe's YAML.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=complete_recipe,
+            help="Print this recipe's YAML.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,

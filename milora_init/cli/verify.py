@@ -17,7 +17,6 @@ from milora_init.cli.params import (
     Revision,
     Token,
     TrustRemoteCode,
-    Verbose,
 )
 from milora_init.cli.streams import may_be_lost
 
@@ -37,7 +36,9 @@ def verify(
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print all differences, not only the first.")
+    ] = False,
 ) -> int:
     """Check that base and adapter belong together and are unchanged.
 

@@ -74,7 +74,7 @@ def measure(plan: MergePlan, pair: Path, progress: Callable[[int, int], None] = 
     """
     manifest, trained = plan.manifest, plan.adapter
     if any(factors.magnitude for factors in trained.modules.values()):
-        raise PlanError(f"{trained.path}: {_NO_DORA}", hint="milora-init merge")
+        raise PlanError(f"{trained.path}: {_NO_DORA}", hint="give an adapter that was trained without DoRA")
     initial = read_lora(adapter_folder(pair, manifest.method), manifest.weights)
     found = []
     with (

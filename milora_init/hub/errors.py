@@ -114,7 +114,7 @@ def _request_error(model: str, status: int | None, error: Exception) -> HubError
         )
     if status in (401, 403):
         return HubError(
-            f"the Hub refuses this token for {model} (status {status})",
+            f"the Hub gives no access to {model} (status {status})",
             hint="run `hf auth login` with a token that has access, or set HF_TOKEN",
         )
     hint = "check the network, then run the same command again: what is already done is kept"

@@ -12,20 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
-from milora_init.hub.source import is_repository
+from milora_init.hub.source import is_repository, tell_of_cache, why_not_reached
 from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import clean_token, local_path
@@ -50,12 +47,17 @@ class _Repository:
         """The snapshot folder with the first of these files that the repository has. Raises HubError, `otherwise`."""
         absent: EntryNotFoundError | None = None
         with hub_errors(self.repo, self.revision):
-            self._ask()
+            # Asked once: without a network `hf_hub_download` would try for a minute.
+            self.failure = why_not_reached(self.repo, self.revision, clean_token(self.token))
             for name in names:
                 try:
-                    return self._download(name, self.revision).parent
+                    snapshot = self._download(name, self.revision).parent
                 except EntryNotFoundError as error:
                     absent = error
+                    continue
+                if self.failure:
+                    tell_of_cache(self.repo, snapshot)
+                return snapshot
             if isinstance(absent, LocalEntryNotFoundError):
                 raise self._cause(absent)
         raise otherwise
@@ -70,15 +72,6 @@ class _Repository:
                     raise self._cause(error) from None
                 except EntryNotFoundError:
                     continue
-
-    def _ask(self) -> None:
-        """Ask the Hub for the repository, once: without a network `hf_hub_download` would try for a minute."""
-        try:
-            HfApi(token=clean_token(self.token)).repo_info(self.repo, revision=self.revision or "main")
-        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-            raise
-        except Exception as error:
-            self.failure = error
 
     def _cause(self, error: LocalEntryNotFoundError) -> Exception:
         """Why a file is neither on the Hub nor in the cache."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
@@ -44,6 +46,8 @@ from milora_init.untrusted import read_text, relative_name
 
 _FIRST_READ_BYTES = 100_000  # most headers are shorter, so one request is enough
 _HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_log = logging.getLogger(__name__)
 
 
 def hide_bars() -> None:
@@ -130,6 +134,22 @@ def is_repository(name: str) -> bool:
     return "/" in name and is_hub_id(name)
 
 
+def why_not_reached(repo: str, revision: str | None, token: str | None) -> Exception | None:
+    """Ask the Hub for a repository; why it did not answer, or None. Raises huggingface_hub's error for a wrong name."""
+    try:
+        HfApi(token=token).repo_info(repo, revision=revision or "main")
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
+def tell_of_cache(repo: str, snapshot: Path) -> None:
+    """Log that a snapshot was found without the Hub, which may have a newer one."""
+    _log.warning("the Hub was not reached: %s is read from the cache, at commit %s", repo, snapshot.name[:12])
+
+
 def connected(remote: RemoteFiles, token: str | None) -> RemoteFiles:
     """The files with a `read` for this machine."""
 
@@ -177,11 +197,16 @@ def open_snapshot(
     """
     with hub_errors(model, revision):
         weight_patterns = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
+        failure = None
+        if not (revision and _COMMIT.fullmatch(revision)):  # a commit is what it is, and needs no network
+            failure = why_not_reached(model, revision, token)
         folder = Path(
             snapshot_download(
                 model, revision=revision, cache_dir=cache_dir, token=token, ignore_patterns=weight_patterns
             )
         )
+        if failure:
+            tell_of_cache(model, folder)
         commit, api = folder.name, HfApi(token=token)
         files = _weight_files(folder, api, model)
         absent = [name for name in files if not (folder / name).is_file()]

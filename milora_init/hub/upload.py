@@ -62,7 +62,7 @@ class Published(Result):
 
     Attributes:
         repo: Id of the repository.
-        url: Its address.
+        url: Its address, or that of the branch.
         commit: The commit that contains the output.
         files: Number of files that the push wrote or deleted, unchanged ones included.
         unchanged: Whether the repository had the same output before.
@@ -202,7 +202,8 @@ class Repository:
             operations: list[_Operation] = [*additions, *map(CommitOperationDelete, deletions)]
             commit = self._head() if unchanged else self._commit(operations, plan.message)
         count = 0 if unchanged else len(operations)
-        self.published = Published(self.repo, f"{self._api.endpoint}/{self.repo}", commit, count, unchanged)
+        url = f"{self._api.endpoint}/{self.repo}" + (f"/tree/{self._revision}" if self._revision else "")
+        self.published = Published(self.repo, url, commit, count, unchanged)
         return self.published
 
     def mark_unfinished(self) -> None:

@@ -89,7 +89,8 @@ FolderState = Literal["new", "unfinished", "replaced", "finished"]
 def require_outside(out: Path, folder: Path, instead: str) -> None:
     """Raise OutputError where an output would be inside a folder that is read."""
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
-        raise OutputError(f"--out {out} lies inside {folder}", hint=f"write beside it: --out {instead}")
+        where = "is the folder of what is read" if out.resolve() == folder.resolve() else f"lies inside {folder}"
+        raise OutputError(f"--out {out} {where}", hint=f"write beside it: --out {instead}")
 
 
 def require_no_file(out: Path) -> None:

@@ -126,7 +126,7 @@ REFUSALS: dict[str, tuple[Callable[[Hub], object], tuple[str, ...], str, str]] =
     "rate limited": (lambda h: setattr(h, "fault", lambda *_: 429), (), "too many requests", "wait a few minutes"),
     "forbidden": (
         lambda h: setattr(h, "fault", lambda _, path: 403 if ".safetensors" in path else None), (),
-        "refuses this token for tiny/llama (status 403)", "hf auth login",
+        "gives no access to tiny/llama (status 403)", "hf auth login",
     ),
     "no weights": (
         lambda h: h.repositories["tiny/llama"].commit({"config.json": b"{}", "pytorch_model.gguf": b""}), (),
