@@ -196,6 +196,13 @@ def test_a_recipe_with_a_number_that_yaml_cannot_read_is_refused(tmp_path: Path)
             InitOptions.from_recipe(str(recipe), model="m", out="o")
 
 
+@pytest.mark.parametrize("content", ["rank: 8\nrank: 16", "rank_pattern: {q_proj: 8, q_proj: 16}"])
+def test_a_key_that_stands_twice_in_a_recipe_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(UsageError, match="stands twice"):
+        InitOptions.from_recipe(str(tmp_path / "r.yaml"), model="m", out="o")
+
+
 @pytest.mark.parametrize("name", ["model", "out", "revision", "cache_dir"])
 def test_a_nul_character_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} contains a NUL"):

@@ -97,6 +97,19 @@ def test_a_parse_error_has_its_class_in_the_json(words: list[str], said: Said) -
     assert (status, failed["exit_code"], failed["error_type"]) == (2, 2, "UsageError")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["m", "--out", "o", "--rank", "x"], "--rank 'x' is not a whole number"),
+        (["m", "--out", "o", "--rank=1.5"], "--rank '1.5' is not a whole number"),
+        (["convert", "p", "-a", "t", "-o", "c", "--energy", "most"], "--energy 'most' is not a number"),
+    ],
+)
+def test_what_is_no_number_is_named_with_its_option(words: list[str], message: str, said: Said) -> None:
+    status, _, error = said(*words)
+    assert (status, message in error) == (2, True), error
+
+
 def test_ranks_of_a_scan_may_be_separated_by_commas(checkpoint: Built, said: Said) -> None:
     status, text, _ = said("scan", checkpoint("llama"), "--rank", "2,4", "--device", "cpu", "--json")
     assert (status, json.loads(text)["ranks"]) == (0, [2, 4])
@@ -167,14 +180,27 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert done.stdout.startswith("milora-init ")
 
 
-@pytest.mark.parametrize(("typed", "expected"), [("ver", "verify"), ("--ran", "--rank"), ("--vers", "--version")])
-def test_the_shell_completes_commands_and_the_options_of_init(typed: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("ver", "verify"),
+        ("--ran", "--rank"),
+        ("--vers", "--version"),
+        ("init --method ml", ""),
+        ("init --method ol", "olora-tail"),
+        ("init -c com", "commonsense"),
+        ("recipes qlo", "qlora"),
+        ("convert --for v", "vllm"),
+    ],
+)
+def test_the_shell_completes_commands_options_and_their_values(typed: str, expected: str) -> None:
     words = {
-        "_MILORA_INIT_COMPLETE": "complete_bash", "COMP_WORDS": f"milora-init {typed}", "COMP_CWORD": "1",
+        "_MILORA_INIT_COMPLETE": "complete_bash", "COMP_WORDS": f"milora-init {typed}",
+        "COMP_CWORD": str(len(typed.split())),
     }  # fmt: skip
     command = [sys.executable, "-c", "from milora_init.cli.main import app; app(prog_name='milora-init')"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **words})
-    assert expected in done.stdout.split()
+    assert expected in done.stdout.split() if expected else not done.stdout.split()
 
 
 # Other spellings

@@ -60,6 +60,8 @@ def test_the_output_is_that_of_the_same_folder(
     }
     again = milora(*INIT, "--json", HF_HUB_OFFLINE="1")  # the cache is complete now
     assert json.loads(again.stdout)["status"] == "unchanged"
+    assert f"the Hub was not reached: tiny/llama is read from the cache, at commit {commit[:12]}" in again.stderr
+    assert "not reached" not in done.stderr
     verified = milora("verify", "out", "--against", "tiny/llama")
     assert verified.returncode == 0, verified.stdout
     copied = milora("verify", "out", "--against", str(checkpoint("llama")))  # the same weights, not from the Hub

@@ -98,11 +98,16 @@ def test_without_a_network_the_cache_is_used_and_what_is_not_in_it_is_named(hub:
     assert partly.returncode == 1
     assert "cache" in partly.stderr
     assert "differs" not in partly.stderr  # the output is not damaged, only not here
-    assert milora("verify", "me/out").returncode == 0
+    reached = milora("verify", "me/out")
+    assert reached.returncode == 0
+    assert "not reached" not in reached.stderr
+    commit = hub.repositories["me/out"].commits[-1][0]
     requests = len(hub.requests)
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = milora("verify", "me/out", **environment)
         assert done.returncode == 0, done.stderr
+        assert f"note: the Hub was not reached: me/out is read from the cache, at commit {commit[:12]}" in done.stderr
+        assert "not reached" not in milora("verify", "me/out", "--quiet", **environment).stderr
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         nowhere = milora("verify", "me/merged", **environment)
         assert nowhere.returncode == 1

@@ -54,3 +54,16 @@ def test_data_for_a_task_that_is_not_ours_is_refused(
         evaluate.main([str(training_folders.pair), "--tasks", "boolq", "--data", f"boolq={training_folders.data}"]) == 2
     )
     assert "gsm8k or MATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["./svd_int"], "./svd_int: no such folder"),
+        (["svd_int"], "svd_int is no folder, and not found on the Hub"),
+        (["svd_int", "--adapter", "./traned"], "--adapter ./traned: no such folder"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(words) == 2
+    assert message in capsys.readouterr().err
