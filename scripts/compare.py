@@ -26,7 +26,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -65,8 +64,7 @@ class Result:
     Attributes:
         variant: What was trained.
         rate, seed: Its learning rate and seed.
-        before_new, before_old: Mean loss per token on held-out word problems and docstrings before the training.
-        new, old: The same after it.
+        new, old: Mean loss per token on held-out word problems and docstrings after it.
         right: Share of held-out word problems with the right answer after "The answer is: ".
         seconds: Duration of the training, without the evaluation.
     """
@@ -74,8 +72,6 @@ class Result:
     variant: Variant
     rate: float
     seed: int
-    before_new: float
-    before_old: float
     new: float
     old: float
     right: float
@@ -108,7 +104,7 @@ def main() -> int:
     settings_file.write_text(json.dumps(settings) + "\n")
     for folder in (runs, data):
         folder.mkdir(parents=True, exist_ok=True)
-    training, held = split(2000, 100, seed=0)
+    training, held = split(args.steps * BATCH, 100, seed=0)
     write_lines(data / "train.jsonl", [problem.training_row() for problem in training])
     write_lines(data / "new.jsonl", [problem.training_row() for problem in held])
     write_lines(data / "gsm8k.jsonl", [problem.gsm8k_row() for problem in held])
@@ -130,17 +126,19 @@ def main() -> int:
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
 
+    before = json.loads((folder_of(*jobs[0], args.out) / "training.json").read_text())["before"]
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     content = {
         "settings": arguments | settings | {"warmup": WARMUP},
         "pretraining": json.loads((base / "pretraining.json").read_text()),
         "seconds": time.monotonic() - began,
+        "before": before,
         "results": [asdict(result) for result in results],
     }
     (args.out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    text = table(results)
+    text = table(results, before)
     (args.out / "results.md").write_text(text + "\n")
-    plot(results, args.out)
+    plot(results, before, args.out)
     print(f"\n{text}\n\n{time.monotonic() - began:.0f} s; {args.out}/results.json, .md, .png, .svg")
     return 0
 
@@ -168,15 +166,28 @@ def initialise(base: Path, out: Path) -> dict[str, Path]:
     return starts
 
 
+def folder_of(variant: Variant, rate: float, seed: int, out: Path) -> Path:
+    """Where a training is written."""
+    return out / "runs" / f"{variant.method}-{variant.alpha}-{rate:g}-{seed}"
+
+
 def train(variant: Variant, rate: float, seed: int, *, starts: dict[str, Path], out: Path, steps: int) -> Result:
-    """Train and evaluate, in this process and on one thread. Raises RuntimeError if a script fails."""
-    run = out / "runs" / f"{variant.method}-{variant.alpha}-{rate:g}-{seed}"
+    """Train and evaluate, in this process and on one thread.
+
+    All start from the function of the base, so its loss before the training is measured with the first variant alone.
+
+    Raises:
+        RuntimeError: A script failed.
+    """
+    run = folder_of(variant, rate, seed, out)
     adapter = {} if variant.alpha is None else {"rank": RANK, "alpha": variant.alpha, "dropout": DROPOUT}
     training: dict[str, object] = {
         **adapter, "data": out / "data" / "train.jsonl", "learning-rate": rate, "seed": seed, "max-steps": steps,
         "warmup-steps": WARMUP, "total-batch": BATCH, "device-batch": BATCH, "max-length": 256,
     }  # fmt: skip
-    held = ("--eval-data", f"new={out}/data/new.jsonl", "--eval-data", f"old={out}/base/held-out.jsonl")
+    held = ["--eval-data", f"new={out}/data/new.jsonl", "--eval-data", f"old={out}/base/held-out.jsonl"]
+    if variant != variants()[0]:
+        held.append("--no-eval-on-start")
     evaluation: dict[str, object] = {
         "tasks": "gsm8k", "data": f"gsm8k={out}/data/gsm8k.jsonl", "max-new-tokens": 24, "batch-size": 100,
         "device": "cpu",
@@ -189,10 +200,7 @@ def train(variant: Variant, rate: float, seed: int, *, starts: dict[str, Path], 
         shutil.rmtree(run / "checkpoints")
     record = json.loads((run / "training.json").read_text())
     right = json.loads(score_file.read_text())["metrics"]["exact_match,none"]
-    result = Result(
-        variant, rate, seed, record["before"]["new"], record["before"]["old"], record["after"]["new"],
-        record["after"]["old"], right, record["seconds"],
-    )  # fmt: skip
+    result = Result(variant, rate, seed, record["after"]["new"], record["after"]["old"], right, record["seconds"])
     print(f"    {variant.label}, {rate:g}, seed {seed}: {result.new:.3f} new, {result.old:.3f} old", flush=True)
     return result
 
@@ -227,11 +235,10 @@ def grouped(results: Iterable[Result]) -> dict[Variant, dict[float, list[Result]
     return groups
 
 
-def table(results: Sequence[Result]) -> str:
+def table(results: Sequence[Result], before: Mapping[str, float]) -> str:
     """The results in Markdown, a line for each variant and learning rate, every seed's value shown."""
-    first = results[0]
     lines = [
-        f"Before training: {first.before_new:.3f} on word problems (new), {first.before_old:.3f} on docstrings (old).",
+        f"Before training: {before['new']:.3f} on word problems (new), {before['old']:.3f} on docstrings (old).",
         "",
         "| method | learning rate | loss, new | loss, old | right answers |",
         "|---|---|---|---|---|",
@@ -246,7 +253,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Sequence[Result], out: Path) -> None:
+def plot(results: Sequence[Result], before: Mapping[str, float], out: Path) -> None:
     """One curve for each variant over its learning rates: the mean of the seeds, and every seed as a small point."""
     import matplotlib as mpl
 
@@ -262,8 +269,7 @@ def plot(results: Sequence[Result], out: Path) -> None:
         axes.plot(new, old, marker="o", color=color, label=variant.label)
         every = [result for seeds in rates.values() for result in seeds]
         axes.scatter([result.new for result in every], [result.old for result in every], s=10, color=color, alpha=0.5)
-    first: Any = results[0]
-    axes.axhline(first.before_old, color="grey", linewidth=0.8, linestyle="--", label="before training")
+    axes.axhline(before["old"], color="grey", linewidth=0.8, linestyle="--", label="before training")
     axes.set_xlabel("loss on new word problems (further left: learned more)")
     axes.set_ylabel("loss on held-out docstrings (lower: forgot less)")
     axes.set_title("Learning against forgetting; each point of a curve is a learning rate")

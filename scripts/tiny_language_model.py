@@ -10,10 +10,11 @@ import ast
 import importlib.util
 import json
 import math
+import multiprocessing
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,11 @@ def pretrain(folder: Path, *, tokens: int, seed: int = 0) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
+    texts = docstrings()
+
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    texts = docstrings()
     random.Random(seed).shuffle(texts)
     held, known = texts[:HELD_OUT], texts[HELD_OUT:]
     tokenizer = train_tokenizer(known)
@@ -107,22 +109,20 @@ def train_tokenizer(texts: list[str]) -> Any:
 
 def docstrings() -> list[str]:
     """The docstrings of PACKAGES with 200 to 2,000 characters, each once, in the order of their files."""
-    found: dict[str, None] = {}
+    files: list[Path] = []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
-            for file in sorted(Path(spec.origin).parent.rglob("*.py")):
-                found |= dict.fromkeys(_docstrings_of(file))
-    return list(found)
+            files += sorted(Path(spec.origin).parent.rglob("*.py"))
+    with multiprocessing.Pool() as pool:
+        return list(dict.fromkeys(chain.from_iterable(pool.imap(_docstrings_of, files, chunksize=16))))
 
 
-def _docstrings_of(file: Path) -> Iterator[str]:
+def _docstrings_of(file: Path) -> list[str]:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node) or ""
-            if 200 <= len(text) <= 2000:
-                yield text
+        return []
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    texts = (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented))
+    return [text for text in texts if 200 <= len(text) <= 2000]

@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the frozen weights; full always trains float32 weights",
     )  # fmt: skip
+    options.add_argument(
+        "--eval-on-start", action=argparse.BooleanOptionalAction, default=True,
+        help="measure the loss on --eval-data before the training too",
+    )  # fmt: skip
     options.add_argument("--gradient-checkpointing", action="store_true")
     options.add_argument("--save-steps", type=int, help="steps between checkpoints (default: one an epoch)")
     options.add_argument("--seed", type=int, default=42)
@@ -101,7 +105,7 @@ def train(args: argparse.Namespace) -> None:
     if first:
         args.save_root.mkdir(parents=True, exist_ok=True)
         _write(args.save_root / RECORD, settings)
-    before = _losses(trainer)
+    before = _losses(trainer) if args.eval_on_start else {}
     checkpoints = list((args.save_root / "checkpoints").glob("checkpoint-*"))
     result = trainer.train(resume_from_checkpoint=bool(args.resume and checkpoints))
     after = _losses(trainer)
@@ -114,7 +118,8 @@ def train(args: argparse.Namespace) -> None:
         }
         _write(args.save_root / RECORD, settings | {"finished": True, **figures, "before": before, "after": after})
         for name, loss in after.items():
-            print(f"loss on {name}: {before[name]:.4f} before, {loss:.4f} after")
+            was = f"{before[name]:.4f} before, " if name in before else ""
+            print(f"loss on {name}: {was}{loss:.4f} after")
 
 
 def make_trainer(args: argparse.Namespace, start: Start) -> Any:

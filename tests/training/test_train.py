@@ -64,6 +64,16 @@ def test_at_step_0_every_method_has_the_loss_of_the_source(training_folders: Tra
     assert verify(str(training_folders.pair), adapter=str(tmp_path / "milora" / "adapter")).code == "trained_pair"
 
 
+def test_the_loss_before_the_training_can_be_left_out(
+    training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(training_folders, "milora", tmp_path / "run", "--max-steps", "1", "--no-eval-on-start")
+    assert train.main(words) == 0
+    content = record(tmp_path / "run")
+    assert content["before"] == {}
+    assert f"loss on held: {content['after']['held']:.4f} after" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["olora-tail", "rlmo", "rlpo", "mica"])
 def test_every_method_of_milora_init_starts_from_the_loss_of_the_source(
     method: str, training_folders: TrainingFolders, tmp_path: Path
