@@ -23,7 +23,7 @@ from training_methods import MismatchError, find_start, manifest_of, merge_pair
 from milora_init.hub.source import is_hub_id, is_repository
 
 TASK_FILES = Path(__file__).parent / "evaluation"
-OWN_TASKS = ("gsm8k", "MATH")
+FIELDS = {"gsm8k": ("question", "answer"), "MATH": ("problem", "solution")}  # of the data of our tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("model", help="SAVE_ROOT of train.py, output of milora-init, or plain model")
     options.add_argument("--adapter", help="trained adapter of MODEL (default: the one that belongs to MODEL)")
-    options.add_argument("--tasks", nargs="+", default=list(OWN_TASKS))
+    options.add_argument("--tasks", nargs="+", default=list(FIELDS))
     options.add_argument(
         "--data", action="append", default=[], metavar="TASK=FILE",
         help="problems of gsm8k or MATH from a file of JSON lines instead of the Hub; repeatable",
@@ -70,16 +70,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate and write the results."""
-    args = parser().parse_args(argv)
+    """Evaluate; return the exit status."""
     try:
-        for task, _, file in (pair.partition("=") for pair in args.data):
-            if task not in OWN_TASKS or not Path(file).is_file():
-                raise MismatchError(f"--data {task}={file}: name {' or '.join(OWN_TASKS)}, and a file that exists")
-        subject = find_subject(args.model, args.adapter)
+        evaluate(parser().parse_args(argv))
     except MismatchError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate and write the results. Raises MismatchError before anything is evaluated."""
+    for task, _, file in (pair.partition("=") for pair in args.data):
+        _require_data(task, Path(file))
+    subject = find_subject(args.model, args.adapter)
     out = args.out or (Path(args.model) if Path(args.model).is_dir() else Path()) / "results"
     adapter = f" with {subject.adapter}" if subject.adapter else ""
     print(f"evaluating {subject.model}{adapter}: {', '.join(args.tasks)}", flush=True)
@@ -99,7 +103,20 @@ def main(argv: list[str] | None = None) -> int:
         path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
         figures = ", ".join(f"{key.partition(',')[0]} {value:.4f}" for key, value in content["metrics"].items())
         print(f"{task}: {figures} -> {path}")
-    return 0
+
+
+def _require_data(task: str, file: Path) -> None:
+    """Raise MismatchError for a task that is not ours, or a file that is not JSON lines with its fields."""
+    if task not in FIELDS or not file.is_file():
+        raise MismatchError(f"--data {task}={file}: name {' or '.join(FIELDS)}, and a file that exists")
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise MismatchError(f"--data {task}={file}: line {number} is not JSON") from None
+        missing = [field for field in FIELDS[task] if not isinstance(row, dict) or field not in row]
+        if missing:
+            raise MismatchError(f"--data {task}={file}: line {number} has no field {' and no '.join(missing)}")
 
 
 def find_subject(model: str, adapter: str | None = None) -> Subject:
@@ -149,7 +166,7 @@ def _require_model(model: str) -> None:
 
 
 def run(subject: Subject, args: argparse.Namespace, out: Path) -> Any:
-    """lm-evaluation-harness's results."""
+    """lm-evaluation-harness's results. Raises MismatchError for a task that is not there, or whose data is not."""
     import torch
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -162,7 +179,15 @@ def run(subject: Subject, args: argparse.Namespace, out: Path) -> Any:
         known = TaskManager(include_path=folders, include_defaults=False)
         if not set(args.tasks) <= set(known.all_tasks):
             known = TaskManager(include_path=folders)
-        tasks = list(known.load(args.tasks)["tasks"].values())
+        if unknown := sorted(set(args.tasks) - set(known.all_tasks)):
+            raise MismatchError(f"no task {', '.join(unknown)}: `lm_eval ls tasks` lists those of the harness")
+        try:
+            tasks = list(known.load(args.tasks)["tasks"].values())
+        except OSError as error:
+            raise MismatchError(
+                f"the data of {', '.join(args.tasks)} cannot be read: {error}; "
+                "for gsm8k and MATH name a file: --data TASK=FILE"
+            ) from None
         return simple_evaluate(
             model=args.backend,
             model_args=_vllm_arguments(subject, args, out) if args.backend == "vllm" else _hf_arguments(subject, args),

@@ -67,3 +67,32 @@ def test_data_for_a_task_that_is_not_ours_is_refused(
 def test_a_model_that_is_not_there_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "?", "answer": "1"}\n{"query": "?"}\n', "line 2 has no field question and no answer"),
+        ("question,answer\n", "line 1 is not JSON"),
+    ],
+)
+def test_data_without_the_fields_of_the_task_is_refused(
+    content: str, message: str, training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.jsonl").write_text(content)
+    words = [str(training_folders.pair), "--tasks", "gsm8k", "--data", f"gsm8k={tmp_path}/data.jsonl"]
+    assert evaluate.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("gsm8k", "the data of gsm8k cannot be read"), ("gsm9k", "no task gsm9k: `lm_eval ls tasks`")],
+)
+def test_a_task_that_cannot_be_had_is_named(
+    task: str, message: str, training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(training_folders.source), "--tasks", task, "--out", str(tmp_path / "results")]
+    assert evaluate.main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

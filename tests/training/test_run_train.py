@@ -81,6 +81,22 @@ def test_the_script_trains_three_steps_and_evaluates(training_folders: TrainingF
     require_three_steps_and_an_evaluation(tmp_path, done.stdout)
 
 
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["milora", "a", "b", "--", "-h"], 0),
+        ([], 2),
+        (["milora", "a"], 2),
+        (["milora", "a", "--rank"], 2),
+    ],
+)
+def test_the_usage_is_shown_and_nothing_is_run(words: list[str], status: int, tmp_path: Path) -> None:
+    done = run_train(*words, cwd=tmp_path, PYTHON="/nowhere/python")
+    assert done.returncode == status
+    assert "scripts/run_train.sh METHOD BASE SAVE_ROOT" in (done.stderr if status else done.stdout)
+
+
 def test_a_failed_training_is_not_evaluated(tmp_path: Path) -> None:
     status, commands = recorded("milora", "pair", "run", "--", "--tasks", "gsm8k", cwd=tmp_path, STATUS="3")
     assert status == 3
