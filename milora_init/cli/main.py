@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
 }
 _ROOT_OPTIONS = ("--help", "-h", "--version", "-V", "--install-completion", "--show-completion")
 _RESUMED = ("init", "merge", "push")  # commands that keep the files that were finished
+_EXTRA = re.compile(r"Got unexpected extra argument(?:s|\(s\))? \(([^ )]+)")
 _NO_NUMBER = re.compile(r"\bvalid (integer|number|float)\b")  # in the messages of typer's versions
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -212,13 +213,15 @@ def _command_of(argv: list[str]) -> str:
 
 def _option_before_extra(argv: list[str], message: str) -> str:
     """The option whose values stand one after another, as in `--target q_proj v_proj`; empty for another error."""
-    found = re.match(r"Got unexpected extra argument(?:s|\(s\))? \(([^ )]+)", message)
+    found = _EXTRA.match(message)
     if not found or found[1] not in argv[2:]:
         return ""
     place = argv.index(found[1], 2) - 1
     while place > 0 and not argv[place].startswith("-"):
         place -= 1
-    return argv[place] if argv[place].startswith("-") and "=" not in argv[place] else ""
+    command = _command_of(argv)
+    repeatable = {o for p in commands().commands[command].params if getattr(p, "multiple", False) for o in p.opts}
+    return argv[place] if current_spelling(command, [argv[place]])[0] in repeatable else ""
 
 
 def _usage_hint(argv: list[str], message: str = "") -> str:
@@ -228,6 +231,8 @@ def _usage_hint(argv: list[str], message: str = "") -> str:
         return f"options come after the command: milora-init {later} ...; see milora-init {later} --help"
     if option := _option_before_extra(argv, message):
         return f"give each value with its own option: {option} A {option} B"
+    if (extra := _EXTRA.match(message)) and _command_of(argv) == DEFAULT_COMMAND and not {"--out", "-o"} & {*argv}:
+        return f"the folder to write is an option: --out {extra[1]}"
     return f"milora-init {_command_of(argv)} --help"
 
 

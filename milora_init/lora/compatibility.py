@@ -32,7 +32,7 @@ _MOST_ROUNDING = 2**-7  # of a frozen factor that was stored in bfloat16
 _MOST_SPREAD = 3  # of the shares of the initial directions: up to 1.5 after 20 steps of AdamW at 1e-2, width 32
 _MOST_SKEW = 0.05  # of factors that came out of a residual base, after a short training
 _MAX_NAMES = 3  # in one message
-OTHER_OUTPUT_HINT = "give the output of milora-init that it was trained from"
+OTHER_OUTPUT_HINT = "give the output of milora-init that it was trained from (a new LoRA belongs to none)"
 UNTRAINED = "holds the initial factors: it was not trained, or saved before its first step"
 
 

@@ -245,7 +245,7 @@ def _has_other_singular_values(B: Tensor, A: Tensor, record: WeightRecord, facto
 
 
 def check_trained_adapter(
-    pair: Pair, folder: Path, modules: Collection[str], *, compare_values: bool
+    pair: Pair, folder: Path, modules: Collection[str], *, compare_values: bool, initial: bool
 ) -> tuple[list[Finding], bool]:
     """A trained adapter must fit an output, and must have been trained from its initial adapter.
 
@@ -253,7 +253,8 @@ def check_trained_adapter(
         pair: The folder of the output.
         folder: The trained adapter.
         modules: Names of all modules of the model.
-        compare_values: Compare its factors with the initial ones, which must be readable.
+        compare_values: Compare its factors with those in the output, which must be readable.
+        initial: Whether those in the output are still the initial ones.
 
     Returns:
         The findings, and whether it is trained: not, if it holds the initial factors alone, which is a note.
@@ -264,7 +265,7 @@ def check_trained_adapter(
     findings = _check_trained(pair, folder, modules, compare_values=compare_values)
     weights, untrained = folder / WEIGHTS_FILE, False
     with suppress(MiloraError):  # what cannot be read is a finding already
-        untrained = compare_values and weights.is_file() and is_untrained(pair.weights, weights)
+        untrained = initial and compare_values and weights.is_file() and is_untrained(pair.weights, weights)
     return ([note(str(weights), UNTRAINED)] if untrained else []) + findings, not untrained
 
 

@@ -49,17 +49,19 @@ def verify_adapter(
     modules = {record.expert.parameter if record.expert else record.module for record in manifest.weights}
     checked: dict[str, Any] = {"files": len(manifest.files), "modules": len(manifest.weights)}
     findings = [*check_files(output), *check_stray_files(output.folder, manifest.files, "adapter")]
+    is_initial = not any(finding.where == output.adapter_files[1] for finding in findings)
     readable = False
     if all((output.folder / name).is_file() for name in output.adapter_files):
         header_findings = check_adapter_header(output.weights, manifest.weights)
         readable = not header_findings
-        changed = any(finding.where == output.adapter_files[1] for finding in findings)
         findings += [*header_findings, *check_adapter_config(output, modules)]
-        if readable and changed:
+        if readable and not is_initial:
             findings += check_initial_factors(output)
     is_trained = False
     if trained is not None:
-        of_adapter, is_trained = check_trained_adapter(output, trained, modules, compare_values=readable)
+        of_adapter, is_trained = check_trained_adapter(
+            output, trained, modules, compare_values=readable, initial=is_initial
+        )
         findings += of_adapter
         checked["adapter"] = given_adapter
     if original is not None and readable:

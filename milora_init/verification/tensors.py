@@ -73,8 +73,9 @@ def compare_with_model(
         return list(found)
     what = "not the files that the pair was made from: another model, or another commit"
     # Of another model every tensor would differ: only the first difference is computed.
-    first = [replace(finding, problem="other_model") for finding in islice(found, 1)]
-    return [Finding(given, what, model_hint(manifest.source["model"]), "other_model"), *first]
+    hint = model_hint(manifest.source["model"])
+    first = [replace(finding, hint=hint, problem="other_model") for finding in islice(found, 1)]
+    return [Finding(given, what, hint, "other_model"), *first]
 
 
 def model_hint(recorded: object) -> str:

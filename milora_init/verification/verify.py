@@ -135,12 +135,13 @@ def _verify(
         findings += [*header_findings, *check_adapter_config(pair, modules)]
     of_original = check_original_weights(pair, base, file_findings) if base is not None else []
     findings = [*of_original, *findings]  # first, because it explains the others
-    if readable and not of_original and any(finding.where == pair.adapter_files[1] for finding in file_findings):
+    is_initial = not any(finding.where == pair.adapter_files[1] for finding in file_findings)
+    if readable and not of_original and not is_initial:
         findings += check_initial_factors(pair)
 
     trained = False
     if adapter is not None:
-        of_adapter, trained = check_trained_adapter(pair, adapter, modules, compare_values=readable)
+        of_adapter, trained = check_trained_adapter(pair, adapter, modules, compare_values=readable, initial=is_initial)
         findings += of_adapter
         checked["adapter"] = given_adapter
     if original is not None and base is not None and readable:

@@ -81,6 +81,10 @@ def test_a_mistyped_command_is_named_with_the_one_that_was_meant(word: str, mean
     ("words", "hint"),
     [
         (["m", "-o", "o", "-t", "q_proj", "v_proj"], "give each value with its own option: -t A -t B"),
+        (["m", "--lora_target", "q", "v"], "give each value with its own option: --lora_target A --lora_target B"),
+        (["m", "out"], "the folder to write is an option: --out out"),
+        (["m", "--rank", "8", "out"], "the folder to write is an option: --out out"),
+        (["m", "--rank", "8", "out", "-o", "x"], "milora-init init --help"),
         (["scan", "m", "--rank", "8", "16"], "give each value with its own option: --rank A --rank B"),
         (["verify", "m", "n"], "milora-init verify --help"),
     ],

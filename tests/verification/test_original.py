@@ -90,6 +90,9 @@ def test_what_was_changed_is_found(
     assert verdict.code == code
     assert not verdict.ok
     assert all(finding.hint for finding in verdict.differences)
+    if code == "replaced_adapter":  # it equals what is there, which is not the initial one
+        of_itself = api.verify(tmp_path / "out", adapter=tmp_path / "out")
+        assert "was not trained" not in " ".join(finding.what for finding in of_itself.findings)
     assert not any(re.search(r"\b(base|pair)\b", f"{found.what} {found.hint}") for found in verdict.findings)
 
 

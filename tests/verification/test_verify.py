@@ -182,6 +182,8 @@ def test_the_adapter_of_another_run_is_a_replaced_adapter(options: dict[str, Any
     other = finished(**options)
     shutil.copy(other / "lora/adapter_model.safetensors", out / "lora")
     require(verify(str(out)), "replaced_adapter", "lora/adapter_model.safetensors")
+    of_itself = verify(str(out), adapter=str(out / "lora"))  # it equals what is there, which is not the initial one
+    assert "was not trained" not in " ".join(finding.what for finding in of_itself.findings)
 
 
 def test_original_shards_with_the_adapter_of_a_residual_are_found(out: Path, checkpoint: Built) -> None:
