@@ -210,10 +210,10 @@ def _require_possible_ranks(weights: Sequence[WeightPlan]) -> None:
     if too_high:
         w = min(too_high, key=lambda w: min(w.weight.shape))  # a rank that fits the smallest weight fits all others
         shape, limit = list(w.weight.shape), min(w.weight.shape)
-        suffix = w.weight.target.rpartition(".")[2]
+        suffixes = dict.fromkeys(w.weight.target.rpartition(".")[2] for w in too_high)
         raise PlanError(
             f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}",
-            hint=f"--rank {limit}, or --exclude {suffix}, or a rank_pattern for {suffix} in a recipe",
+            hint=f"--rank {limit}, or --exclude {','.join(suffixes)}, or a rank_pattern for them in a recipe",
         )
 
 

@@ -253,7 +253,7 @@ def test_a_failure_as_json_is_one_object_on_stdout(cli: Cli, checkpoint: Built) 
 def test_an_error_is_the_value_a_blank_line_and_the_repair(cli: Cli, checkpoint: Built) -> None:
     said = cli(checkpoint("llama"), "--rank", 17)
     limit = "rank 17 is above the 16 that model.layers.0.self_attn.k_proj allows: its shape is [16, 32]"
-    hint = "--rank 16, or --exclude k_proj, or a rank_pattern for k_proj in a recipe"
+    hint = "--rank 16, or --exclude k_proj,v_proj, or a rank_pattern for them in a recipe"
     assert said.stderr.splitlines()[1:] == [f"error: {limit}", "", f"hint: {hint}"]
 
 

@@ -91,7 +91,7 @@ def test_a_rank_too_high_names_the_smallest_weight_and_its_shape(checkpoint: Bui
         plan(checkpoint("llama"), rank=20, target=("q_proj", "v_proj", "up_proj"))
     assert "rank 20 is above the 16 that model.layers.0.self_attn.v_proj allows" in caught.value.message
     assert "[16, 32]" in caught.value.message
-    assert caught.value.hint == "--rank 16, or --exclude v_proj, or a rank_pattern for v_proj in a recipe"
+    assert caught.value.hint == "--rank 16, or --exclude v_proj, or a rank_pattern for them in a recipe"
 
 
 def test_a_rank_as_high_as_the_smallest_weight_is_planned(checkpoint: Built) -> None:
