@@ -14,6 +14,7 @@ from peft import PeftModel
 from support import architectures, reference
 from support.families import FAMILIES, Family
 from support.family_training import initialize_family, load, load_on_original, model_output, train, train_model
+from support.marks import wide
 from support.runs import initialize
 from support.tiny_models import contents, edit_json, tensors
 
@@ -63,7 +64,14 @@ def trained_with(tmp_path_factory: pytest.TempPathFactory) -> TrainedWith:
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("llama", "rlmo"), ("llama", "mica"), ("gpt2", "mica"), ("gpt2", "rlpo"), ("mixtral", "rlmo"), ("gemma3", "rlmo")],
+    [
+        ("llama", "rlmo"),
+        wide("llama", "mica"),
+        ("gpt2", "mica"),
+        wide("gpt2", "rlpo"),
+        ("mixtral", "rlmo"),
+        wide("gemma3", "rlmo"),
+    ],
 )
 def test_merge_and_convert_compute_what_the_trained_adapter_computes(name: str, method: str, tmp_path: Path) -> None:
     family, source, out, trained = trained_output(name, tmp_path, method)

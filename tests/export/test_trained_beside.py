@@ -104,8 +104,8 @@ def settings_of(name: str, what: str) -> dict[str, Any]:
     [
         ("llama", "both"), ("llama", "tokens of both"), ("llama", "a module"), ("llama", "DoRA"),
         ("tied llama", "head"), wide("tied llama", "embeddings"), ("tied llama", "both, kept tied"),
-        wide("tied llama", "tokens"), ("tied llama", "tokens of both"),
-        ("gpt2", "both"), wide("gpt2", "DoRA"), ("mixtral", "both"), wide("qwen3_moe", "head"), ("llava", "both"),
+        wide("tied llama", "tokens"), wide("tied llama", "tokens of both"),
+        wide("gpt2", "both"), wide("gpt2", "DoRA"), ("mixtral", "both"), wide("qwen3_moe", "head"), ("llava", "both"),
         ("gemma3", "tokens of embeddings"),
     ],
 )  # fmt: skip

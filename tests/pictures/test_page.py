@@ -66,7 +66,7 @@ BOTH = {
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("report", pages.LLAMA_405B),
+        wide("report", pages.LLAMA_405B),
         ("scan", pages.LLAMA_405B),
         ("report", pages.EXPERTS),
         wide("report", pages.SHUFFLED),

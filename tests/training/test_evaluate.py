@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import evaluate
+import huggingface_hub.constants
 import pytest
 from support.training_folders import TrainingFolders, lines, sentence
 
@@ -90,8 +91,17 @@ def test_data_without_the_fields_of_the_task_is_refused(
     [("gsm8k", "the data of gsm8k cannot be read"), ("gsm9k", "no task gsm9k: `lm_eval ls tasks`")],
 )
 def test_a_task_that_cannot_be_had_is_named(
-    task: str, message: str, training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str,
+    message: str,
+    training_folders: TrainingFolders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    import datasets.config
+
+    for module in (datasets.config, huggingface_hub.constants):  # read when they were imported
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     words = [str(training_folders.source), "--tasks", task, "--out", str(tmp_path / "results")]
     assert evaluate.main(words) == 2
     assert message in capsys.readouterr().err
