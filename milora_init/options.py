@@ -38,6 +38,10 @@ _VALUE_SYNONYMS: Mapping[str, Mapping[str, str]] = {
     "mode": {"milora": "min", "pissa": "max"},
     "dtype": {**DTYPE_FLAGS, "half": "float16", "float": "float32"},
 }
+_OF_LORA_CONFIG = (  # fields without an option of ours
+    "bias", "peft_type", "inference_mode", "modules_to_save", "init_lora_weights", "fan_in_fan_out", "use_dora",
+    "layers_to_transform", "layers_pattern", "lora_bias", "base_model_name_or_path", "loftq_config",
+)  # fmt: skip
 _TARGET_SYNONYMS: Mapping[str, str] = {"all": "all-linear"}
 
 
@@ -304,12 +308,16 @@ def _part_of_environment() -> str:
             try:
                 values = [int(os.environ[key]) for key in (name, count)]
                 start, stride = int(os.environ.get(first or "", 0)), int(os.environ.get(step or "", 1))
-                return f"{(values[0] - start) // max(stride, 1) + 1}/{values[1]}"
+                number = (values[0] - start) // max(stride, 1) + 1
+                if 1 <= number <= values[1]:
+                    return f"{number}/{values[1]}"
             except ValueError:
-                message = (
-                    f"--part auto: {name} is {_short(os.environ[name])} and {count} is {_short(os.environ[count])}"
-                )
-                raise UsageError(message, hint="give the numbers: --part 1/4") from None
+                pass
+            message = f"--part auto: {name} is {_short(os.environ[name])} and {count} is {_short(os.environ[count])}"
+            raise UsageError(message, hint="give the numbers: --part 1/4")
+        if name in os.environ or count in os.environ:
+            there, absent = (name, count) if name in os.environ else (count, name)
+            raise UsageError(f"--part auto: {there} is set and {absent} is not", hint="give the numbers: --part 1/4")
     known = ", ".join(f"{name} and {count}" for name, _, _, count in _LAUNCHERS)
     raise UsageError(f"--part auto: none of these is set: {known}", hint="give the numbers: --part 1/4")
 
@@ -334,10 +342,13 @@ def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) ->
                 continue
             value = DTYPE_FLAGS[word]
         if name not in known:
+            what = f"{where}unknown key `{key}`" if where else f"no option `{key}`"
+            if word in _OF_LORA_CONFIG:
+                raise UsageError(what, hint="it is a field of PEFT's LoraConfig that milora-init does not set: drop it")
             close = get_close_matches(name, [*known, *SYNONYMS], n=1)
             spelled = _dashed if where else str  # arguments of Python have underscores, as the fields do
             hint = f"did you mean `{spelled(close[0])}`?" if close else f"known keys: {', '.join(map(spelled, known))}"
-            raise UsageError(f"{where}unknown key `{key}`" if where else f"no option `{key}`", hint=hint)
+            raise UsageError(what, hint=hint)
         if name in found:
             other = next(k for k in values if k != key and _option_name(k) == name)
             raise UsageError(f"{where}`{other}` and `{key}` are two names of one option", hint="keep one of them")
@@ -402,7 +413,9 @@ def clean_token(token: str | None) -> str | None:
 
 
 def local_path(given: str) -> Path:
-    """The path that a user gave, whose `~` is a home directory. Raises UsageError if that user is not known."""
+    """The path that a user gave, whose first `~` is a home directory. Raises UsageError if that user is not known."""
+    if not given.startswith("~"):  # `./~x` is a folder with this name
+        return Path(given).absolute() if given.startswith("./~") else Path(given)
     try:
         return Path(given).expanduser()
     except RuntimeError:
@@ -429,7 +442,8 @@ def recipe_text(recipe: str) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         hint = f"name one of {', '.join(recipe_names())}, or the path of a YAML file"
-        raise UsageError(f"no recipe {recipe!r}", hint=hint) from None
+        what = f"recipe {recipe}: no such file" if path.suffix in (".yaml", ".yml") else f"no recipe {recipe!r}"
+        raise UsageError(what, hint=hint) from None
     except ValueError as error:
         raise UsageError(f"recipe {recipe} is not text: {error}", hint="save it as UTF-8") from None
 

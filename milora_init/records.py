@@ -306,7 +306,10 @@ def require_output(folder: Path, given: str) -> Output:
         raise OutputError(f"{given} is an unfinished output of milora-init{what}", hint=hint)
     require_no_part(folder, given)
     if (folder / "adapter_config.json").is_file():
-        hint = "name the pair that it belongs to; a trained adapter is given with --adapter"
+        hint = (
+            "name the pair that it belongs to; a trained adapter is given to verify, report, merge and convert "
+            "with --adapter"
+        )
         raise OutputError(f"{given} is an adapter, and no output of milora-init", hint=hint)
     raise OutputError(
         f"{given} has no {MANIFEST}: it is no finished output of milora-init", hint="name the --out of a finished run"

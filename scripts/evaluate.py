@@ -20,6 +20,7 @@ from typing import Any
 
 from training_methods import MismatchError, find_start, manifest_of, merge_pair
 
+from milora_init import verify
 from milora_init.hub.source import is_hub_id, is_repository
 
 TASK_FILES = Path(__file__).parent / "evaluation"
@@ -35,6 +36,7 @@ class Subject:
         adapter: Folder of the adapter; None for a plain model.
         is_residual: Whether the weights are a residual base, which must not be evaluated without the adapter.
         name: Of the result files.
+        is_ours: Whether the folder was written by train.py or milora-init, so that the results may lie in it.
         revision: Commit of a model on the Hub; None for the newest, and for a folder.
     """
 
@@ -42,6 +44,7 @@ class Subject:
     adapter: str | None
     is_residual: bool
     name: str
+    is_ours: bool
     revision: str | None = None
 
 
@@ -56,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help="problems of gsm8k or MATH from a file of JSON lines instead of the Hub; repeatable",
     )  # fmt: skip
     options.add_argument("--include", help="folder with more task files of lm-evaluation-harness")
-    options.add_argument("--out", type=Path, help="(default: MODEL/results, or ./results for a Hub id)")
+    options.add_argument("--out", type=Path, help="(default: MODEL/results, or ./results for a plain model or Hub id)")
     options.add_argument("--name", help="of the result files (default: the method, or the folder's name)")
     options.add_argument("--limit", type=int, help="only the first LIMIT problems of each task")
     options.add_argument("--batch-size", default="8")
@@ -84,13 +87,16 @@ def evaluate(args: argparse.Namespace) -> None:
     for task, _, file in (pair.partition("=") for pair in args.data):
         _require_data(task, Path(file))
     subject = find_subject(args.model, args.adapter)
-    out = args.out or (Path(args.model) if Path(args.model).is_dir() else Path()) / "results"
+    out = args.out or (Path(args.model) if subject.is_ours else Path()) / "results"
+    name = args.name or subject.name
+    for task in args.tasks:
+        _require_own(out / task / f"{name}.json", subject)
     adapter = f" with {subject.adapter}" if subject.adapter else ""
     print(f"evaluating {subject.model}{adapter}: {', '.join(args.tasks)}", flush=True)
     results = run(subject, args, out)
     # Under `accelerate launch` the harness gives the results to the first process only.
     for task, metrics in (results or {"results": {}})["results"].items():
-        path = out / task / f"{args.name or subject.name}.json"
+        path = out / task / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "task": task,
@@ -103,6 +109,15 @@ def evaluate(args: argparse.Namespace) -> None:
         path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
         figures = ", ".join(f"{key.partition(',')[0]} {value:.4f}" for key, value in content["metrics"].items())
         print(f"{task}: {figures} -> {path}")
+
+
+def _require_own(path: Path, subject: Subject) -> None:
+    """Raise MismatchError if a file has the results of another model or adapter."""
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if (earlier["model"], earlier["adapter"]) != (subject.model, subject.adapter):
+            of = earlier["adapter"] or earlier["model"]
+            raise MismatchError(f"{path} has the results of {of}: give these another name, with --name NAME")
 
 
 def _require_data(task: str, file: Path) -> None:
@@ -127,7 +142,7 @@ def find_subject(model: str, adapter: str | None = None) -> Subject:
         adapter: A trained adapter; None for the one that belongs to the model.
 
     Raises:
-        MismatchError: No such model or adapter, or the training is unfinished.
+        MismatchError: No such model or adapter, both do not belong together, or the training is unfinished.
     """
     if adapter and not Path(adapter).is_dir() and not is_repository(adapter):
         raise MismatchError(f"--adapter {adapter}: no such folder")
@@ -139,21 +154,46 @@ def find_subject(model: str, adapter: str | None = None) -> Subject:
             raise MismatchError(f"the training in {model} is not finished: run train.py with --resume")
         name, start = training["method"], training["start"]
         if start["method"]["starts_from"] == "full":
-            return Subject(str(Path(model) / "model"), None, False, name)
+            return Subject(str(Path(model) / "model"), None, False, name, True)
         pair = start["method"]["starts_from"] == "pair"
-        return Subject(start["model"], adapter or str(Path(model) / "adapter"), pair, name, start.get("revision"))
+        if adapter:
+            _require_match(start["model"], adapter)
+        return Subject(start["model"], adapter or str(Path(model) / "adapter"), pair, name, True, start.get("revision"))
     manifest = manifest_of(model)
     if manifest is None:
         _require_model(model)
-        return Subject(model, adapter, False, name)
+    if adapter:
+        _require_match(model, adapter)
+    if manifest is None:
+        return Subject(model, adapter, False, name, False)
     output = find_start(manifest.method.name, model)
     pair = output.method.starts_from == "pair"
-    return Subject(output.model, adapter or output.adapter, pair, name, output.revision)
+    return Subject(output.model, adapter or output.adapter, pair, name, Path(model).is_dir(), output.revision)
+
+
+def _require_match(model: str, adapter: str) -> None:
+    """Raise MismatchError if an adapter was not trained on this model, as far as its config and its factors tell."""
+    if manifest_of(model) is not None:
+        verdict = verify(model, adapter=adapter)
+        if not verdict.ok:
+            first = verdict.differences[0]
+            raise MismatchError(f"{model} and {adapter} do not belong together: {first.what}; {first.hint}")
+        return
+    config = Path(adapter) / "adapter_config.json"
+    trained_on = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else ""
+    if trained_on and trained_on != model and (other := manifest_of(trained_on)) and other.method.writes_base:
+        raise MismatchError(
+            f"{adapter} was trained on {trained_on}, a residual base: evaluate {trained_on}, not {model}"
+        )
 
 
 def _require_model(model: str) -> None:
     """Raise MismatchError for what is neither a folder nor a model on the Hub."""
     if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            adapter = (Path(model) / "adapter_config.json").is_file()
+            what = f"is an adapter: name its pair, and --adapter {model}" if adapter else "is no model: no config.json"
+            raise MismatchError(f"{model} {what}")
         return
     if not is_hub_id(model):
         raise MismatchError(f"{model}: no such folder")

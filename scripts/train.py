@@ -219,10 +219,13 @@ def read_rows(source: str, args: argparse.Namespace) -> Any:
     """Rows of `prompt` and `completion`, from a Hub data set or a file of JSON lines. Raises MismatchError."""
     from datasets import load_dataset
 
-    if Path(source).suffix in (".json", ".jsonl"):
-        rows = load_dataset("json", data_files=source, split="train")
-    else:
-        rows = load_dataset(source, split="train")
+    try:
+        if Path(source).suffix in (".json", ".jsonl"):
+            rows = load_dataset("json", data_files=source, split="train")
+        else:
+            rows = load_dataset(source, split="train")
+    except OSError as error:
+        raise MismatchError(f"the data {source} cannot be read: {error}; name a file: --data FILE") from None
     if args.rows:
         rows = rows.select(range(min(args.rows, len(rows))))
     if rows.column_names == ["text"]:

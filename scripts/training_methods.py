@@ -114,6 +114,8 @@ def find_start(
     if manifest is None:
         if not Path(base).is_dir() and not is_repository(base):
             raise MismatchError(f"{base}: no such folder")
+        if (Path(base).parent / MANIFEST).is_file():
+            raise MismatchError(f"{base} is a part of the pair {Path(base).parent}: name that")
         raise MismatchError(
             f"{base} has no {MANIFEST}: make the base first, with "
             f"milora-init --model {base} --method {name} --out FOLDER"

@@ -231,8 +231,11 @@ def _usage_hint(argv: list[str], message: str = "") -> str:
         return f"options come after the command: milora-init {later} ...; see milora-init {later} --help"
     if option := _option_before_extra(argv, message):
         return f"give each value with its own option: {option} A {option} B"
-    if (extra := _EXTRA.match(message)) and _command_of(argv) == DEFAULT_COMMAND and not {"--out", "-o"} & {*argv}:
+    extra, command = _EXTRA.match(message), _command_of(argv)
+    if extra and command == DEFAULT_COMMAND and not {"--out", "-o"} & {*argv}:
         return f"the folder to write is an option: --out {extra[1]}"
+    if extra and command in ("verify", "report", "merge", "convert") and not {"--adapter", "-a"} & {*argv}:
+        return f"a trained adapter is an option: --adapter {extra[1]}"
     return f"milora-init {_command_of(argv)} --help"
 
 

@@ -16,7 +16,12 @@ def scan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model: a folder or a Hub id.", show_default=False)],
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", "-t", metavar="NAME", help="Which weights, as in init. (default: what init adapts)"),
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="NAME",
+            help="Which weights: names and patterns as in init. (default: what init adapts)",
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Which weights not. Repeatable.", show_default=False)

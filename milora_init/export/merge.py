@@ -29,7 +29,7 @@ from milora_init.export import merge_weight
 from milora_init.export.merge_plan import MergeOptions, MergePlan, plan_merge
 from milora_init.export.merge_weight import MergedWeight, MergeJob
 from milora_init.hub.pair import locate_adapter, locate_pair
-from milora_init.hub.source import fetch_original
+from milora_init.hub.source import fetch_original, require_model_of_revision
 from milora_init.lora.compatibility import UNTRAINED
 from milora_init.lora.folder import adapter_files, adapter_folder
 from milora_init.manifest import Manifest
@@ -101,6 +101,8 @@ def merge(  # noqa: PLR0913  the options of the command
     trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
     manifest = require_pair(located, pair)
     original = None
+    if manifest.method.writes_base:
+        require_model_of_revision(model, revision)
     if model is not None or not manifest.method.writes_base:
         name = model or str(manifest.source["model"])
         asked = InitOptions(model=name, out=out, revision=revision, cache_dir=cache_dir, token=token)

@@ -7,6 +7,7 @@ one sentence about the model and one command that helps.
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,8 @@ def _request_error(model: str, status: int | None, error: Exception) -> HubError
             f"the Hub gives no access to {model} (status {status})",
             hint="run `hf auth login` with a token that has access, or set HF_TOKEN",
         )
-    hint = "check the network, then run the same command again: what is already done is kept"
+    endpoint = f" and HF_ENDPOINT ({os.environ['HF_ENDPOINT']})" if os.environ.get("HF_ENDPOINT") else ""
+    hint = f"check the network{endpoint}, then run the same command again: what is already done is kept"
     if status is not None:  # there was an answer, so the network works
         hint = "look at status.huggingface.co, then run the same command again: what is already done is kept"
         if status < 500:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from milora_init.errors import OutputError, PlanError, UsageError
 from milora_init.hub.errors import hub_errors
-from milora_init.hub.source import is_repository, tell_of_cache, why_not_reached
+from milora_init.hub.source import is_repository, require_no_address, tell_of_cache, why_not_reached
 from milora_init.lora.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from milora_init.manifest import MANIFEST, Manifest
 from milora_init.options import clean_token, local_path
@@ -144,6 +144,8 @@ def locate_adapter(given: str, *, cache_dir: str | None = None, token: str | Non
         no_adapter = OutputError(f"{given} has no {CONFIG_FILE}: it is no adapter", hint=_TRAINED)
         folder = found.fetch_first([CONFIG_FILE], no_adapter)
         found.fetch(folder, [WEIGHTS_FILE, CONVERTED])
+    if not (folder / CONFIG_FILE).exists() and (folder / "adapter" / CONFIG_FILE).is_file():
+        raise UsageError(f"{given} is not the adapter", hint=f"it is in that folder: --adapter {given}/adapter")
     kinds = [(MERGED, "a merged model"), (CONVERTED, "a converted adapter")]
     if not (folder / CONFIG_FILE).exists():
         kinds += [(MANIFEST, "a pair"), ("config.json", "a model")]
@@ -163,9 +165,12 @@ def _find(
 ) -> Path | _Repository:
     if not given:  # such as an unset variable of a shell
         raise UsageError(f"{name} is empty", hint="name a folder")
+    require_no_address(given)
     folder = local_path(given)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UsageError(f"{given} is a file", hint=hint)
     repo, at, revision = given.partition("@")
     is_named = is_repository(repo) and (not at or _REVISION.fullmatch(revision))
     if folder.exists() or not is_named:

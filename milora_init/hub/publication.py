@@ -26,8 +26,10 @@ from milora_init.hub.model_card import (
     merged_card,
     plain_card_data,
 )
+from milora_init.hub.source import is_repository
 from milora_init.lora.folder import CONFIG_FILE, adapter_files, read_config
 from milora_init.manifest import MANIFEST, Manifest, fingerprint
+from milora_init.options import local_path
 from milora_init.pictures import plots
 from milora_init.records import CONVERTED, MERGED, ConvertResult, MergeResult, Output
 
@@ -60,9 +62,8 @@ def publication(folder: Path, output: Output, repo: str, branch: str | None) -> 
     if isinstance(output, Manifest):
         return _of_pair(output, repo, branch)
     model = output.model if output.from_hub else Path(output.model).name
-    published = dataclasses.replace(
-        output, out=repo, pair=Path(output.pair).name, adapter=Path(output.adapter).name, model=model, unchanged=False
-    )
+    pair, adapter = _named_elsewhere(output.pair), _named_elsewhere(output.adapter)
+    published = dataclasses.replace(output, out=repo, pair=pair, adapter=adapter, model=model, unchanged=False)
     if isinstance(published, MergeResult):
         config = read_json_object(folder / "config.json")
         contents: dict[str, bytes] = {}
@@ -77,6 +78,12 @@ def publication(folder: Path, output: Output, repo: str, branch: str | None) -> 
     return Publication(
         record, published, contents, plain_card_data(published), text, output.model, revision, message
     )  # fmt: skip
+
+
+def _named_elsewhere(given: str) -> str:
+    """What a record names, as it is named outside this machine: a Hub id, and of a folder its last part."""
+    is_here = local_path(given).exists()
+    return given if is_repository(given.partition("@")[0]) and not is_here else Path(given).name
 
 
 def _of_pair(manifest: Manifest, repo: str, branch: str | None) -> Publication:

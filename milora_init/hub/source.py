@@ -65,6 +65,7 @@ def locate_model(options: InitOptions) -> tuple[Path, RemoteFiles | None]:
         UsageError: A revision is given for a local folder, or as a part of a Hub id.
         HubError, CheckpointError: See `open_snapshot`.
     """
+    require_no_address(options.model)
     folder = local_path(options.model)
     repo, at, revision = options.model.partition("@")
     if at and is_hub_id(repo) and not folder.exists():
@@ -122,6 +123,23 @@ def fetch_tensors(options: InitOptions, remote: RemoteFiles | None, name: str, p
     """Download some tensors of a weight file of a model on the Hub; see `download_tensors`."""
     assert remote is not None
     return download_tensors(remote, name, part, token=options.token, into=into)
+
+
+def require_model_of_revision(model: str | None, revision: str | None) -> None:
+    """Raise UsageError for a revision of the original model without that model."""
+    if revision is not None and model is None:
+        raise UsageError(
+            f"--revision {revision} is of the original model, which is not given",
+            hint=f"add --model MODEL; a revision of the pair itself is named with it: ORG/NAME@{revision}",
+        )
+
+
+def require_no_address(given: str) -> None:
+    """Raise UsageError for the address of a web page in place of a folder or a Hub id."""
+    if "://" in given and not local_path(given).exists():
+        repo = "/".join(given.partition("://")[2].split("/")[1:3])
+        hint = f"write its Hub id: {repo}" if is_repository(repo) else "write the folder, or the Hub id: org/name"
+        raise UsageError(f"{given} is an address, not a folder or a Hub id", hint=hint)
 
 
 def is_hub_id(name: str) -> bool:

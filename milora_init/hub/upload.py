@@ -362,7 +362,10 @@ def push(
         raise UsageError("PAIR is empty", hint="name a folder")
     out = local_path(folder)
     if not out.is_dir():
-        raise UsageError(f"{folder}: no such folder", hint="name a folder that milora-init wrote")
+        hint = "name a folder that milora-init wrote"
+        if local_path(repo).is_dir():
+            hint = f"the folder comes first: milora-init push {repo} {folder}"
+        raise UsageError(f"{folder}: no such folder", hint=hint)
     output = require_output(out, folder)
     names = adapter_files(output.method) if isinstance(output, Manifest) else ()
     require_inside(out, (*output.files, *names))

@@ -71,7 +71,7 @@ def plan_weights(
     weights = tuple(
         _plan_weight(weight, checkpoint, options, ranks_and_alphas[weight.target], targets) for weight in selected
     )
-    _require_possible_ranks(weights)
+    _require_possible_ranks(weights, options.rank)
     if options.nf4 and (expert := next((w for w in weights if w.weight.expert or w.weight.transposed), None)):
         raise PlanError(
             f"--nf4: bitsandbytes does not quantise {expert.weight.module} as a linear layer", hint="--exclude it"
@@ -204,15 +204,18 @@ def _plan_weight(
     )
 
 
-def _require_possible_ranks(weights: Sequence[WeightPlan]) -> None:
-    """Raise PlanError if a rank is above min(m, n) of its weight."""
+def _require_possible_ranks(weights: Sequence[WeightPlan], rank: int) -> None:
+    """Raise PlanError if a rank is above min(m, n) of its weight; `rank` is that of the weights without a pattern."""
     too_high = [w for w in weights if w.rank > min(w.weight.shape)]
     if too_high:
         w = min(too_high, key=lambda w: min(w.weight.shape))  # a rank that fits the smallest weight fits all others
         shape, limit = list(w.weight.shape), min(w.weight.shape)
         suffixes = dict.fromkeys(w.weight.target.rpartition(".")[2] for w in too_high)
+        what = f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}"
+        if w.rank != rank:
+            raise PlanError(what, hint=f"lower the rank in rank_pattern, to {limit} or less")
         raise PlanError(
-            f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}",
+            what,
             hint=f"--rank {limit}, or --exclude {','.join(suffixes)}, or a rank_pattern for them in a recipe",
         )
 

@@ -71,7 +71,7 @@ def verify_adapter(
         )
         checked |= {"model": original.model, "components": "all" if all_components else "sample"}
     code = verdict_code(findings, trained=is_trained, has_base=False)
-    return Verdict(output.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
+    return Verdict(output.given, code, tuple(dict.fromkeys(findings)), checked, manifest.fingerprint, manifest.source)
 
 
 def compare_directions(

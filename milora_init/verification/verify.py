@@ -12,7 +12,7 @@ from typing import Any
 from milora_init.checkpoint.folder import Checkpoint, open_checkpoint, open_model
 from milora_init.errors import MiloraError, UsageError
 from milora_init.hub.pair import locate_adapter, locate_output
-from milora_init.hub.source import fetch_original
+from milora_init.hub.source import fetch_original, require_model_of_revision
 from milora_init.manifest import Manifest
 from milora_init.model.adaptable import ModelStructure, read_structure
 from milora_init.options import InitOptions
@@ -72,6 +72,7 @@ def verify(  # noqa: PLR0913  the options of the command
     """
     if all_components and model is None:
         raise UsageError("--all needs the original model to compute the components from", hint="add --model MODEL")
+    require_model_of_revision(model, revision)
     folder = locate_output(pair, cache_dir=cache_dir, token=token)
     trained = None if adapter is None else locate_adapter(adapter, cache_dir=cache_dir, token=token)
     output = read_output(folder)
@@ -152,7 +153,7 @@ def _verify(
         components = "all" if all_components else "sample"
         checked |= {"model": original.model, "tensors": len(base.tensors), "components": components}
     code = verdict_code(findings, trained=trained)
-    return Verdict(pair.given, code, tuple(findings), checked, manifest.fingerprint, manifest.source)
+    return Verdict(pair.given, code, tuple(dict.fromkeys(findings)), checked, manifest.fingerprint, manifest.source)
 
 
 def _read_structure(pair: Pair, base: Checkpoint, *, trust_remote_code: bool) -> ModelStructure:
