@@ -303,23 +303,25 @@ _LAUNCHERS = (
 
 def _part_of_environment() -> str:
     """The part that a launcher has given to this process. Raises UsageError."""
+    hint = "give the numbers: --part 1/4"
     for name, first, step, count in _LAUNCHERS:
         if name in os.environ and count in os.environ:
             try:
                 values = [int(os.environ[key]) for key in (name, count)]
                 start, stride = int(os.environ.get(first or "", 0)), int(os.environ.get(step or "", 1))
                 number = (values[0] - start) // max(stride, 1) + 1
-                if 1 <= number <= values[1]:
-                    return f"{number}/{values[1]}"
             except ValueError:
-                pass
-            message = f"--part auto: {name} is {_short(os.environ[name])} and {count} is {_short(os.environ[count])}"
-            raise UsageError(message, hint="give the numbers: --part 1/4")
-        if name in os.environ or count in os.environ:
-            there, absent = (name, count) if name in os.environ else (count, name)
-            raise UsageError(f"--part auto: {there} is set and {absent} is not", hint="give the numbers: --part 1/4")
+                number, values = 0, [0, 0]
+            if not 1 <= number <= values[1]:
+                what = f"{name} is {_short(os.environ[name])} and {count} is {_short(os.environ[count])}"
+                raise UsageError(f"--part auto: {what}", hint=hint)
+            return f"{number}/{values[1]}"
+    for name, _, _, count in _LAUNCHERS:
+        for there, absent in ((name, count), (count, name)):
+            if there in os.environ:
+                raise UsageError(f"--part auto: {there} is set and {absent} is not", hint=hint)
     known = ", ".join(f"{name} and {count}" for name, _, _, count in _LAUNCHERS)
-    raise UsageError(f"--part auto: none of these is set: {known}", hint="give the numbers: --part 1/4")
+    raise UsageError(f"--part auto: none of these is set: {known}", hint=hint)
 
 
 def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) -> dict[str, Any]:

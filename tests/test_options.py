@@ -12,7 +12,7 @@ import yaml
 
 from milora_init.errors import UsageError
 from milora_init.methods import METHODS
-from milora_init.options import DEFAULT_RECIPE, DEFAULT_TARGET, InitOptions, read_recipe, recipe_names
+from milora_init.options import DEFAULT_RECIPE, DEFAULT_TARGET, InitOptions, local_path, read_recipe, recipe_names
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 Q_K_V_UP_DOWN = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -264,3 +264,18 @@ def test_the_rl_recipe_writes_no_base_and_has_no_dropout() -> None:
     assert (made.effective_method.name, made.rank, made.lora_alpha, made.lora_dropout) == ("rlmo", 16, 32, 0.0)
     assert made.target
     assert len(made.target) == 7
+
+
+@pytest.mark.parametrize("key", ["bias", "modules_to_save", "use_dora"])
+def test_a_field_of_peft_s_config_without_an_option_is_explained(key: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        InitOptions.from_recipe(None, model="m", out="o", **{key: "none"})
+    assert "LoraConfig" in caught.value.hint
+
+
+def test_only_a_first_tilde_is_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_path("~/x") == Path("/home/me/x")
+    assert local_path("./~x") == tmp_path / "~x"
+    assert local_path("a/~x") == Path("a/~x")

@@ -86,7 +86,7 @@ def test_a_mistyped_command_is_named_with_the_one_that_was_meant(word: str, mean
         (["m", "--rank", "8", "out"], "the folder to write is an option: --out out"),
         (["m", "--rank", "8", "out", "-o", "x"], "milora-init init --help"),
         (["scan", "m", "--rank", "8", "16"], "give each value with its own option: --rank A --rank B"),
-        (["verify", "m", "n"], "milora-init verify --help"),
+        (["verify", "m", "n", "-a", "t"], "milora-init verify --help"),
     ],
 )  # fmt: skip
 def test_values_that_stand_one_after_another_are_explained(words: list[str], hint: str, said: Said) -> None:
@@ -480,3 +480,19 @@ def test_a_recipe_may_name_the_model_and_the_output(checkpoint: Built, tmp_path:
 
 def test_all_commands_are_registered() -> None:
     assert [command.name for command in app.registered_commands] == list(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["verify", "p", "--revision", "v2"], "--revision v2 is of the original model, which is not given"),
+        (["verify", "https://huggingface.co/org/llama"], "is an address, not a folder or a Hub id"),
+        (["https://huggingface.co/org/llama", "-o", "o"], "hint: write its Hub id: org/llama"),
+        (["m", "-o", "o", "--private", "--public"], "--private and --public exclude each other"),
+        (["push", "me/x", "."], "hint: the folder comes first: milora-init push . me/x"),
+        (["verify", "p", "t"], "hint: a trained adapter is an option: --adapter t"),
+    ],
+)
+def test_a_mistake_in_the_words_is_named_with_its_repair(words: list[str], message: str, said: Said) -> None:
+    status, _, error = said(*words)
+    assert (status, message in error) == (2, True), error

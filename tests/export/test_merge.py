@@ -507,3 +507,18 @@ def test_a_merge_record_with_an_outside_path_is_refused(name: str, out: Path, tm
     with pytest.raises(OutputError, match="is not a record that this version reads"):
         merge(str(out), str(tmp_path / "merged"), overwrite=True)
     assert contents(tmp_path) == before
+
+
+def test_a_revision_needs_the_model(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    with pytest.raises(UsageError, match="--revision v2 is of the original model, which is not given"):
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"), revision="v2")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_folder_of_a_training_is_told_from_its_adapter(start: Start, checkpoint: Built, tmp_path: Path) -> None:
+    start(checkpoint("llama"))
+    train(tmp_path / "out", tmp_path / "run" / "adapter")
+    with pytest.raises(UsageError, match="is not the adapter") as caught:
+        merge(str(tmp_path / "out"), str(tmp_path / "merged"), adapter=str(tmp_path / "run"))
+    assert caught.value.hint == f"it is in that folder: --adapter {tmp_path}/run/adapter"

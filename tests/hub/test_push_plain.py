@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from support.runs import make_outputs
 from support.training import load, logits, train
 
 from milora_init.api import merge, verify
+from milora_init.hub.publication import publication
+from milora_init.records import MergeResult, read_merged
 
 Built = Callable[..., Path]
 NAMES = ("out", "merged", "again", "plain")
@@ -184,3 +187,12 @@ def test_what_is_unfinished_or_foreign_is_refused(hub: Hub, milora: Command, wor
     assert unfinished.returncode == 1
     assert "merged is an unfinished output" in unfinished.stderr
     assert not hub.repositories
+
+
+def test_a_pushed_record_names_a_pair_on_the_hub_and_no_folder(work: Path) -> None:
+    merged = read_merged(work / "merged")
+    assert merged is not None
+    for pair, name in (("me/pair@v2", "me/pair@v2"), ("/home/me/pair", "pair"), ("pair", "pair")):
+        published = publication(work / "merged", dataclasses.replace(merged, pair=pair), "me/merged", None)
+        assert isinstance(published.output, MergeResult)
+        assert published.output.pair == name

@@ -94,6 +94,12 @@ def test_a_rank_too_high_names_the_smallest_weight_and_its_shape(checkpoint: Bui
     assert caught.value.hint == "--rank 16, or --exclude v_proj, or a rank_pattern for them in a recipe"
 
 
+def test_a_rank_of_a_pattern_that_is_too_high_is_told_from_the_rank(checkpoint: Built) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(checkpoint("llama"), rank=4, target=("k_proj",), rank_pattern={"k_proj": 20})
+    assert caught.value.hint == "lower the rank in rank_pattern, to 16 or less"
+
+
 def test_a_rank_as_high_as_the_smallest_weight_is_planned(checkpoint: Built) -> None:
     made = plan(checkpoint("llama"), rank=16)
     assert min(min(w.weight.shape) for w in made.weights) == 16

@@ -273,3 +273,22 @@ def test_the_command_line_prints_what_a_part_has_made(checkpoint: Built, tmp_pat
     wrong = fork_server.milora(*words, "--fail-on", "leak=0.1", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "--fail-on needs all weights" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is '5' and WORLD_SIZE is '2'"),
+        ({"RANK": "0"}, "RANK is set and WORLD_SIZE is not"),
+        ({"SLURM_ARRAY_TASK_COUNT": "4"}, "SLURM_ARRAY_TASK_COUNT is set and SLURM_ARRAY_TASK_ID is not"),
+    ],
+)
+def test_numbers_of_a_launcher_that_cannot_be_are_named(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SKYPILOT_NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        InitOptions(model="m", out="o", part="auto")

@@ -85,3 +85,34 @@ def test_the_base_of_a_pair_is_never_evaluated_alone(training_folders: TrainingF
     subject = evaluate.find_subject(str(training_folders.pair))
     assert (subject.adapter, subject.is_residual) == (str(training_folders.pair / "lora"), True)
     assert evaluate.find_subject(str(training_folders.source)).adapter is None
+
+
+def test_the_initial_adapter_of_a_pair_is_no_base(training_folders: TrainingFolders) -> None:
+    with pytest.raises(MismatchError, match=f"a part of the pair {training_folders.pair}: name that"):
+        find_start("milora", str(training_folders.pair / "lora"))
+
+
+def test_an_adapter_of_another_base_is_not_evaluated(training_folders: TrainingFolders, tmp_path: Path) -> None:
+    source, pair = training_folders.source, training_folders.pair
+    make_start(METHODS["milora"], str(source), tmp_path / "other", rank=8)
+    for model, adapter, message in (
+        (source, pair / "lora", "was trained on the base"),
+        (tmp_path / "other", pair / "lora", "do not belong together"),
+        (pair / "lora", "", "is an adapter: name its pair"),
+        (training_folders.data.parent, "", "is no model"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            evaluate.find_subject(str(model), str(adapter) or None)
+    assert evaluate.find_subject(str(pair), str(pair / "lora")).is_residual
+
+
+def test_results_of_another_adapter_are_kept(
+    training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "results" / "gsm8k" / "x.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"model": "m", "adapter": "a"}')
+    words = ["--tasks", "gsm8k", "--out", str(tmp_path / "results"), "--name", "x"]
+    assert evaluate.main([str(training_folders.pair), *words]) == 2
+    assert "has the results of a: give these another name" in capsys.readouterr().err
+    assert earlier.read_text() == '{"model": "m", "adapter": "a"}'
