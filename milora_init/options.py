@@ -347,6 +347,8 @@ def canonical(values: Mapping[Any, Any], where: str, *, known: Iterable[str]) ->
             what = f"{where}unknown key `{key}`" if where else f"no option `{key}`"
             if word in _OF_LORA_CONFIG:
                 raise UsageError(what, hint="it is a field of PEFT's LoraConfig that milora-init does not set: drop it")
+            if where and name in _OPTIONS:
+                raise UsageError(what, hint=f"give it on the command line: --{_dashed(name)}")
             close = get_close_matches(name, [*known, *SYNONYMS], n=1)
             spelled = _dashed if where else str  # arguments of Python have underscores, as the fields do
             hint = f"did you mean `{spelled(close[0])}`?" if close else f"known keys: {', '.join(map(spelled, known))}"

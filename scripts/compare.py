@@ -82,8 +82,8 @@ def main() -> int:
     """Pre-train, initialise, train all, report."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path("compare"))
-    options.add_argument("--tokens", type=int, default=1_000_000, help="of the pre-training")
-    options.add_argument("--steps", type=int, default=50)
+    options.add_argument("--tokens", type=int, default=1_500_000, help="of the pre-training")
+    options.add_argument("--steps", type=int, default=60)
     options.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the adapters")
     options.add_argument("--full-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="of full")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -104,7 +104,7 @@ def main() -> int:
     settings_file.write_text(json.dumps(settings) + "\n")
     for folder in (runs, data):
         folder.mkdir(parents=True, exist_ok=True)
-    training, held = split(args.steps * BATCH, 100, seed=0)
+    training, held = split(2000, 100, seed=0)
     write_lines(data / "train.jsonl", [problem.training_row() for problem in training])
     write_lines(data / "new.jsonl", [problem.training_row() for problem in held])
     write_lines(data / "gsm8k.jsonl", [problem.gsm8k_row() for problem in held])

@@ -94,6 +94,8 @@ def with_command(words: list[str]) -> list[str]:
     if not words or words[0] in COMMANDS or words[0].partition("=")[0] in _ROOT_OPTIONS:
         return words
     first = words[0]
+    if first == "help" and not Path(first).exists():
+        return [*(word for word in words[1:2] if word in COMMANDS), "--help"]
     close = get_close_matches(first, COMMANDS, n=1, cutoff=0.7)
     if close and not first.startswith("-") and not Path(first).exists():
         raise UsageError(f"no command {first!r}", hint=f"did you mean `milora-init {close[0]}`?")
@@ -221,7 +223,7 @@ def _option_before_extra(argv: list[str], message: str) -> str:
         place -= 1
     command = _command_of(argv)
     repeatable = {o for p in commands().commands[command].params if getattr(p, "multiple", False) for o in p.opts}
-    return argv[place] if current_spelling(command, [argv[place]])[0] in repeatable else ""
+    return argv[place] if {*current_spelling(command, [argv[place]])} & repeatable else ""
 
 
 def _usage_hint(argv: list[str], message: str = "") -> str:

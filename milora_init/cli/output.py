@@ -273,11 +273,11 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
     total = size(sum(merged.files.values()))
     end = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
     beside = f" and {counted(len(merged.retrained), 'retrained tensor')}" if merged.retrained else ""
-    console.print(f"{merged.out}: {counted(merged.modules, 'module')}{beside} merged, {total}, {end}")
+    _print_words(console, f"{merged.out}: {counted(merged.modules, 'module')}{beside} merged, {total}, {end}")
     print_warnings(merged.notices)
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"
-        console.print(f"{part} are equal to the original's, bit for bit")
+        _print_words(console, f"{part} are equal to the original's, bit for bit")
     console.print(f'load it as any model: from_pretrained({json.dumps(merged.out)}, dtype="auto")')
 
 
@@ -293,12 +293,12 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     worst = max(module.lost for module in modules) ** 2
     lost = f", at most {percent(worst)} of the energy of a module's update lost" if converted.cut else ""
-    console.print(f"{converted.out}: {counted(len(modules), 'module')} at {rank}{lost}")
+    _print_words(console, f"{converted.out}: {counted(len(modules), 'module')} at {rank}{lost}")
     print_warnings(converted.notices)
     if converted.dry_run:
         total = size(sum(converted.files.values()))
         would = "is already done, the run would do nothing" if converted.unchanged else f"would have {total}"
-        console.print(f"{converted.out} {would}; nothing was written")
+        _print_words(console, f"{converted.out} {would}; nothing was written")
         return
     if converted.unchanged:
         console.print("already done, nothing to do")
@@ -306,7 +306,7 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
     is_here = converted.from_hub or local_path(converted.model).exists()
     model = converted.model if is_here else f"the original model, which was a local folder named {converted.model}"
     line = "" if converted.serve else f": PeftModel.from_pretrained(model, {json.dumps(converted.out)})"
-    console.print(f"load it on {model}{base}{line}")
+    _print_words(console, f"load it on {model}{base}{line}")
     if converted.serve:
         console.print(f"serve it with: {converted.serve}")
 
@@ -334,7 +334,7 @@ def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str, war
     )
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     if not warnings:
-        console.print(f"{adapter}: trained from {pair}")
+        _print_words(console, f"{adapter}: trained from {pair}")
     print_warnings(warnings)
 
 
@@ -387,7 +387,7 @@ def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool 
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
     total = size(sum(manifest.files.values()))
     end = "already done, nothing to do" if elapsed_s is None else f"done in {duration(elapsed_s)}"
-    console.print(f"{manifest.out}: {counted(len(manifest.weights), 'weight')}, {total}, {end}")
+    _print_words(console, f"{manifest.out}: {counted(len(manifest.weights), 'weight')}, {total}, {end}")
     print_warnings(warnings(manifest))
     for note in notes(manifest):
         _print_sentence(Text("note:", "bold"), note)
@@ -427,10 +427,10 @@ def print_scan(result: ScanResult, *, verbose: bool = False) -> None:
     shown = _print_table(console, [*columns, *(["spectrum"] * drawn)], rows, spare=(*spare, *(["spectrum"] * drawn)))
     legend = " ".join(f"{name}: {meaning.format(rank)}." for name, meaning in _SCAN_LEGEND.items() if name in shown)
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
-    console.print(
+    _print_words(
+        console,
         f"{result.model}: {counted(len(result.weights), 'weight')} scanned in {duration(result.elapsed_s)}; "
         f"init at rank {rank} would take {rough(result.init_s)} of one core or GPU",
-        soft_wrap=not console.is_terminal,
     )
     for note in result.notes:
         _print_sentence(Text("note:", "bold"), note)
@@ -464,9 +464,9 @@ def print_written(*paths: str | None) -> None:
 def print_verdict(verdict: Verdict, *, verbose: bool = False) -> None:
     """Print a verdict: what the folder is, on stdout; the differences and their hints, on stderr."""
     console = _stdout()
-    console.print(f"{verdict.folder}: {verdict.text}")
+    _print_words(console, f"{verdict.folder}: {verdict.text}")
     if verdict.ok:
-        console.print(f"compared: {verdict.compared}")
+        _print_words(console, f"compared: {verdict.compared}")
     console = stderr_console()
     shown = verdict.differences if verbose else verdict.differences[:_MOST_DIFFERENCES]
     for hint, of_hint in groupby(shown, lambda difference: difference.hint):
@@ -513,19 +513,24 @@ def print_warnings(lines: Sequence[str]) -> None:
 
 
 def _print_sentence(label: Text, text: str) -> None:
-    """Print a sentence on stderr, with line breaks between words if it is a terminal.
+    """Print a sentence on stderr; see `_print_words`."""
+    _print_words(stderr_console(), text, label)
+
+
+def _print_words(console: Console, text: str, label: Text | None = None) -> None:
+    """Print a sentence, with line breaks between words if it goes to a terminal.
 
     A word that is longer than a line, such as a path, stays in one piece, so that it can be copied.
     """
-    console = stderr_console()
+    labels = [] if label is None else [label]
     if not console.is_terminal:
-        console.print(label, text)
+        console.print(*labels, text)
         return
-    indent = " " * (len(label) + 1)
+    indent = "" if label is None else " " * (len(label) + 1)
     first, *others = textwrap.wrap(
         printable(text), console.width, initial_indent=indent, break_long_words=False, break_on_hyphens=False
     ) or [""]
-    console.print(label, first.removeprefix(indent))
+    console.print(*labels, first.removeprefix(indent))
     for line in others:
         console.print(line)
 
@@ -586,7 +591,10 @@ def stderr_console(quiet: bool = False) -> Console:
 def print_pushed(pushed: Published, *, verbose: bool = False) -> None:
     """Print where an output was pushed to; with `verbose`, the commit."""
     console = _stdout()
-    console.print(f"{pushed.url} {'has this output already' if pushed.unchanged else 'has the output'}")
+    replaced = "; an earlier one is in the repository's history" if pushed.replaced else ""
+    _print_words(
+        console, f"{pushed.url} {'has this output already' if pushed.unchanged else 'has the output'}{replaced}"
+    )
     if verbose:
         console.print(f"commit {pushed.commit}, {counted(pushed.files, 'file')}")
 

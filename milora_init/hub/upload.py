@@ -66,6 +66,7 @@ class Published(Result):
         commit: The commit that contains the output.
         files: Number of files that the push wrote or deleted, unchanged ones included.
         unchanged: Whether the repository had the same output before.
+        replaced: Whether it had another output of the same model before, which is in the repository's history now.
     """
 
     repo: str
@@ -73,6 +74,7 @@ class Published(Result):
     commit: str
     files: int
     unchanged: bool = False
+    replaced: bool = False
 
     def summary(self) -> Mapping[str, object]:
         return {"status": "unchanged" if self.unchanged else "done", "url": self.url, "commit": self.commit[:12]}
@@ -198,12 +200,14 @@ class Repository:
             generated = {**plan.contents, _CARD: self._model_card(plan).encode()}
             additions = [*(CommitOperationAdd(name, content) for name, content in generated.items()), *files]
             deletions = self._outdated_files(output.files.keys() | generated.keys())
-            unchanged = not deletions and self._has(plan, additions)
+            earlier = self._record_fields(plan.record)
+            unchanged = not deletions and self._has(plan, additions, earlier)
             operations: list[_Operation] = [*additions, *map(CommitOperationDelete, deletions)]
             commit = self._head() if unchanged else self._commit(operations, plan.message)
         count = 0 if unchanged else len(operations)
         url = f"{self._api.endpoint}/{self.repo}" + (f"/tree/{self._revision}" if self._revision else "")
-        self.published = Published(self.repo, url, commit, count, unchanged)
+        replaced = earlier.get("fingerprint") not in (None, plan.output.fingerprint)
+        self.published = Published(self.repo, url, commit, count, unchanged, replaced)
         return self.published
 
     def mark_unfinished(self) -> None:
@@ -306,11 +310,10 @@ class Repository:
         """Return the newest commit of the branch."""
         return str(self._api.repo_info(self.repo, revision=self._revision or "main").sha)
 
-    def _has(self, plan: Publication, additions: Sequence[CommitOperationAdd]) -> bool:
+    def _has(self, plan: Publication, additions: Sequence[CommitOperationAdd], record: Mapping[str, Any]) -> bool:
         """Return whether the repository has the same output: its record, and every file with its hash."""
         if _UNFINISHED in self._list_files():
             return False
-        record = self._record_fields(plan.record)
         if any(record.get(name) != getattr(plan.output, name) for name in ("fingerprint", "files", "hashes")):
             return False
         infos = self._api.get_paths_info(self.repo, list(plan.output.files), revision=self._revision)

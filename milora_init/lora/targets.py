@@ -124,7 +124,7 @@ def _no_match_error(structure: ModelStructure, target: str, matches: Collection[
     if "," in target and not target.startswith(REGEX):
         hint = f"give each target its own option: {' '.join(f'--target {part.strip()}' for part in target.split(','))}"
     return PlanError(
-        f"target {target!r} matches no module of {structure.architecture}{reason}",
+        f"target '{target}' matches no module of {structure.architecture}{reason}",
         hint=hint,
     )
 

@@ -191,7 +191,7 @@ def _find_modules(
         if not name or not isinstance(weight, nn.Parameter):
             continue
         if weight.dim() > 2:
-            refused[name] = f"a {type(module).__name__}, not a linear layer"
+            refused[name] = f"{_with_article(module)}, not a linear layer"
             continue
         source = sources.get(f"{name}.weight", ParameterSource())
         if reason := refusals.reason(name, module) or _reason_not_one_tensor(source, packed_modules.get(name, "")):
@@ -272,11 +272,11 @@ class _Refusals:
         """The reason, as a text that completes "NAME is ..."; empty if the module can be adapted."""
         parent = self._model.get_submodule(name.rpartition(".")[0])
         if not isinstance(module, nn.Linear) and not _is_conv1d(module):
-            return f"a {type(module).__name__}, not a linear layer"
+            return f"{_with_article(module)}, not a linear layer"
         if isinstance(parent, nn.MultiheadAttention) or name in self._uncalled:
-            return f"never called: its parent, a {type(parent).__name__}, reads the weight directly"
+            return f"never called: its parent, {_with_article(parent)}, reads the weight directly"
         if not _computes_linear_product(module):
-            return f"a {type(module).__name__}, which does not compute x @ W.T"
+            return f"{_with_article(module)}, which does not compute x @ W.T"
         if module is self._output_head:
             return "the output head"
         if tied := [other for other in self._names_by_parameter[id(module.weight)] if other != f"{name}.weight"]:
@@ -378,7 +378,7 @@ def _expert_weights(
     transposed = bool(getattr(owner, "is_transposed", False))
     rows, columns = reversed(matrix) if transposed else matrix
     if not _is_named_experts(name):
-        return f"a parameter of a {type(owner).__name__} whose name is not `{EXPERTS}`"
+        return f"a parameter of {_with_article(owner)} whose name is not `{EXPERTS}`"
     if count < 2:
         return "a single expert, which PEFT treats as an ordinary layer"
     if not source.tensors:
@@ -495,3 +495,9 @@ def _refuse_more_layers_than_tensors(folder: Path, config: Mapping[str, Any], co
                 f"{folder}/config.json: {key} is {value}, but the checkpoint has only {count} tensors",
                 hint=_ONE_MODEL_HINT,
             )
+
+
+def _with_article(module: object) -> str:
+    """The name of a module's class, for a sentence: `a Conv2d`, `an Embedding`."""
+    name = type(module).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

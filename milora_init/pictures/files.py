@@ -34,7 +34,7 @@ def prepared(path: str | os.PathLike[str] | None, option: str) -> Callable[[byte
     target = local_path(os.fspath(path))
     if target.suffix.lower() not in _SUFFIXES[option]:
         ending = _SUFFIXES[option][0]
-        raise UsageError(f"{option} {path} does not end in {ending}", hint=f"name a file such as scan{ending}")
+        raise UsageError(f"{option} {path} does not end in {ending}", hint=f"name it {Path(path).stem}{ending}")
     if option == "--plot":
         from milora_init.pictures.plots import require_matplotlib
 

@@ -490,9 +490,16 @@ def test_all_commands_are_registered() -> None:
         (["https://huggingface.co/org/llama", "-o", "o"], "hint: write its Hub id: org/llama"),
         (["m", "-o", "o", "--private", "--public"], "--private and --public exclude each other"),
         (["push", "me/x", "."], "hint: the folder comes first: milora-init push . me/x"),
+        (["scan", "--model", "a", "b"], "hint: milora-init scan --help"),
         (["verify", "p", "t"], "hint: a trained adapter is an option: --adapter t"),
     ],
 )
 def test_a_mistake_in_the_words_is_named_with_its_repair(words: list[str], message: str, said: Said) -> None:
     status, _, error = said(*words)
     assert (status, message in error) == (2, True), error
+
+
+@pytest.mark.parametrize(("words", "usage"), [(["help"], "COMMAND"), (["help", "merge"], "merge")])
+def test_the_word_help_is_the_option(words: list[str], usage: str, said: Said) -> None:
+    status, text, _ = said(*words)
+    assert (status, usage in text.splitlines()[1]) == (0, True), text

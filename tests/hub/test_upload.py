@@ -122,6 +122,10 @@ def test_another_output_of_ours_is_replaced_as_a_whole(
     assert "me/x holds another output of milora-init: a pair of " in refused.stderr
     assert milora("push", "two", "me/x", "--overwrite").returncode == 0
     assert verify(str(fetched(hub, "me/x", tmp_path / "there"))).ok
+    start(checkpoint("gpt2"), out=str(tmp_path / "three"), target=("c_attn",), rank=2)
+    third = milora("push", "three", "me/x")  # of the same model
+    assert "has the output; an earlier one is in the repository's history" in third.stdout
+    assert "earlier" not in milora("push", "three", "me/x").stdout
 
 
 def test_from_hub_to_hub_a_model_larger_than_the_disk(
