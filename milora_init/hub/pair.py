@@ -169,8 +169,6 @@ def _find(
     folder = local_path(given)
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        raise UsageError(f"{given} is a file", hint=hint)
     repo, at, revision = given.partition("@")
     is_named = is_repository(repo) and (not at or _REVISION.fullmatch(revision))
     if folder.exists() or not is_named:

@@ -96,7 +96,7 @@ def test_an_adapter_of_another_base_is_not_evaluated(training_folders: TrainingF
     source, pair = training_folders.source, training_folders.pair
     make_start(METHODS["milora"], str(source), tmp_path / "other", rank=8)
     for model, adapter, message in (
-        (source, pair / "lora", "was trained on the base"),
+        (source, pair / "lora", "a residual base: evaluate"),
         (tmp_path / "other", pair / "lora", "do not belong together"),
         (pair / "lora", "", "is an adapter: name its pair"),
         (training_folders.data.parent, "", "is no model"),
