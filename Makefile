@@ -41,7 +41,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-wide: $(READY)
-	$(BIN)/python -m pytest -m wide -n auto --dist worksteal
+	$(BIN)/python -m pytest -m 'wide and not slow' -n auto --dist worksteal
 
 test-ray: $(READY)
 	$(BIN)/python -m pytest tests/run/test_ray.py -m ray -n 0

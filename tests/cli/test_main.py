@@ -465,7 +465,7 @@ def test_a_run_is_done_whether_or_not_anybody_can_be_told(
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("redirected", ["2> >(true)", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirected", [pytest.param("2> >(true)", marks=pytest.mark.slow), "<&- >&- 2>&-"])
 def test_a_run_that_a_shell_starts_is_done_too(redirected: str, checkpoint: Built, tmp_path: Path) -> None:
     done = shell(f'milora -m "$1" -o "$2" -r 4 --device cpu {redirected}', checkpoint("llama"), tmp_path / "out")
     assert done.returncode == 0
@@ -499,7 +499,7 @@ def test_a_reader_that_has_had_enough_is_no_failure(out: Path) -> None:
 MAKE = "run(['-m', source, '-o', out, '-r', '4', '--device', 'cpu']) or run(['verify', out]) or "
 
 
-@pytest.mark.parametrize("before", ["", pytest.param(MAKE, marks=pytest.mark.wide)], ids=["report", "init and verify"])
+@pytest.mark.parametrize("before", ["", pytest.param(MAKE, marks=pytest.mark.slow)], ids=["report", "init and verify"])
 def test_an_ascii_locale_can_name_any_folder(before: str, checkpoint: Built, finished: Built, tmp_path: Path) -> None:
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
     source, out = tmp_path / "sürce", tmp_path / "öut"

@@ -57,7 +57,7 @@ def test_scales_in_a_file_that_comes_later_are_read_by_range(
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("low_disk", [False, True])
+@pytest.mark.parametrize("low_disk", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_parts_read_scales_of_files_that_other_parts_make_and_push(
     low_disk: bool, hub: Hub, source: Path, start: Callable[..., Any], tmp_path: Path
 ) -> None:

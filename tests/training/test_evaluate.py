@@ -8,7 +8,6 @@ from pathlib import Path
 import evaluate
 import huggingface_hub.constants
 import pytest
-from support.marks import wide
 from support.training_folders import TrainingFolders, lines, sentence
 
 from milora_init.export.merge import merge
@@ -89,7 +88,10 @@ def test_data_without_the_fields_of_the_task_is_refused(
 
 @pytest.mark.parametrize(
     ("task", "message"),
-    [("gsm8k", "the data of gsm8k cannot be read"), wide("gsm9k", "no task gsm9k: `lm_eval ls tasks`")],
+    [
+        ("gsm8k", "the data of gsm8k cannot be read"),
+        pytest.param("gsm9k", "no task gsm9k: `lm_eval ls tasks`", marks=pytest.mark.slow),
+    ],
 )
 def test_a_task_that_cannot_be_had_is_named(
     task: str,
