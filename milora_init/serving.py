@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 Form = Literal["peft", "vllm", "sglang"]
 FORMS: tuple[Form, ...] = get_args(Form)
-# What vLLM accepts as --max-lora-rank, and its default.
 NO_LORA = "vLLM has no LoRA for"  # how a notice begins
+# What vLLM accepts as --max-lora-rank, and its default.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT_RANK = 16
 # vLLM has no LoRA for these classes.

@@ -22,7 +22,9 @@ from training_methods import MismatchError, find_start, manifest_of, merge_pair
 
 from milora_init import verify
 from milora_init.hub.source import is_hub_id, is_repository
+from milora_init.manifest import MANIFEST, Manifest
 
+RECORD = "training.json"  # of train.py
 TASK_FILES = Path(__file__).parent / "evaluation"
 FIELDS = {"gsm8k": ("question", "answer"), "MATH": ("problem", "solution")}  # of the data of our tasks
 
@@ -36,7 +38,6 @@ class Subject:
         adapter: Folder of the adapter; None for a plain model.
         is_residual: Whether the weights are a residual base, which must not be evaluated without the adapter.
         name: Of the result files.
-        is_ours: Whether the folder was written by train.py or milora-init, so that the results may lie in it.
         revision: Commit of a model on the Hub; None for the newest, and for a folder.
     """
 
@@ -44,7 +45,6 @@ class Subject:
     adapter: str | None
     is_residual: bool
     name: str
-    is_ours: bool
     revision: str | None = None
 
 
@@ -87,7 +87,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for task, _, file in (pair.partition("=") for pair in args.data):
         _require_data(task, Path(file))
     subject = find_subject(args.model, args.adapter)
-    out = args.out or (Path(args.model) if subject.is_ours else Path()) / "results"
+    is_ours = any((Path(args.model) / name).is_file() for name in (RECORD, MANIFEST))
+    out = args.out or (Path(args.model) if is_ours else Path()) / "results"
     name = args.name or subject.name
     for task in args.tasks:
         _require_own(out / task / f"{name}.json", subject)
@@ -146,7 +147,7 @@ def find_subject(model: str, adapter: str | None = None) -> Subject:
     """
     if adapter and not Path(adapter).is_dir() and not is_repository(adapter):
         raise MismatchError(f"--adapter {adapter}: no such folder")
-    record = Path(model) / "training.json"
+    record = Path(model) / RECORD
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
     if record.is_file():
         training = json.loads(record.read_text(encoding="utf-8"))
@@ -154,26 +155,26 @@ def find_subject(model: str, adapter: str | None = None) -> Subject:
             raise MismatchError(f"the training in {model} is not finished: run train.py with --resume")
         name, start = training["method"], training["start"]
         if start["method"]["starts_from"] == "full":
-            return Subject(str(Path(model) / "model"), None, False, name, True)
+            return Subject(str(Path(model) / "model"), None, False, name)
         pair = start["method"]["starts_from"] == "pair"
         if adapter:
-            _require_match(start["model"], adapter)
-        return Subject(start["model"], adapter or str(Path(model) / "adapter"), pair, name, True, start.get("revision"))
+            _require_match(start["model"], manifest_of(start["model"]), adapter)
+        return Subject(start["model"], adapter or str(Path(model) / "adapter"), pair, name, start.get("revision"))
     manifest = manifest_of(model)
     if manifest is None:
         _require_model(model)
     if adapter:
-        _require_match(model, adapter)
+        _require_match(model, manifest, adapter)
     if manifest is None:
-        return Subject(model, adapter, False, name, False)
+        return Subject(model, adapter, False, name)
     output = find_start(manifest.method.name, model)
     pair = output.method.starts_from == "pair"
-    return Subject(output.model, adapter or output.adapter, pair, name, Path(model).is_dir(), output.revision)
+    return Subject(output.model, adapter or output.adapter, pair, name, output.revision)
 
 
-def _require_match(model: str, adapter: str) -> None:
+def _require_match(model: str, manifest: Manifest | None, adapter: str) -> None:
     """Raise MismatchError if an adapter was not trained on this model, as far as its config and its factors tell."""
-    if manifest_of(model) is not None:
+    if manifest is not None:
         verdict = verify(model, adapter=adapter)
         if not verdict.ok:
             first = verdict.differences[0]

@@ -9,6 +9,7 @@ import typer
 from milora_init.cli import output
 from milora_init.cli.params import CacheDir, Json, Model, Overwrite, Pair, Quiet, Token, Verbose, completed_from
 from milora_init.cli.streams import may_be_lost
+from milora_init.serving import FORMS
 
 _READER = "Reader"
 
@@ -40,7 +41,7 @@ def convert(
         typer.Option(
             "--for",
             metavar="NAME",
-            autocompletion=completed_from(("peft", "vllm", "sglang")),
+            autocompletion=completed_from(FORMS),
             help="What reads the adapter: peft, vllm or sglang.",
             rich_help_panel=_READER,
         ),

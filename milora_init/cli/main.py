@@ -62,7 +62,12 @@ class _Command(TyperCommand):
         return _without_type_of_flags(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, current_spelling(ctx.info_name or "", args))
+        words = current_spelling(ctx.info_name or "", args)
+        for flag in self.params:  # `--private/--public`
+            one, other = ({*names} & {*words} for names in (flag.opts, flag.secondary_opts))
+            if one and other:
+                raise UsageError(f"{min(one)} and {min(other)} exclude each other", hint="drop one of them")
+        return super().parse_args(ctx, words)
 
 
 class _Commands(TyperGroup):

@@ -591,10 +591,9 @@ def stderr_console(quiet: bool = False) -> Console:
 def print_pushed(pushed: Published, *, verbose: bool = False) -> None:
     """Print where an output was pushed to; with `verbose`, the commit."""
     console = _stdout()
+    has = "has this output already" if pushed.unchanged else "has the output"
     replaced = "; an earlier one is in the repository's history" if pushed.replaced else ""
-    _print_words(
-        console, f"{pushed.url} {'has this output already' if pushed.unchanged else 'has the output'}{replaced}"
-    )
+    _print_words(console, f"{pushed.url} {has}{replaced}")
     if verbose:
         console.print(f"commit {pushed.commit}, {counted(pushed.files, 'file')}")
 

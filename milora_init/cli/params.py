@@ -69,18 +69,13 @@ _OTHER_SPELLINGS: Mapping[str, Mapping[str, str | None]] = {
     "push": {"--revision": "--branch", "--yes": "--overwrite"},
 }
 
-_OPPOSITES = (("--private", "--public"), ("--rslora", "--no-rslora"), ("--text-only", "--no-text-only"))
-
 
 def current_spelling(command: str, words: list[str]) -> list[str]:
     """The words of a command with the option names that `--help` shows.
 
     Raises:
-        UsageError: One option is given by two names, or with both of its values.
+        UsageError: One option is given by two names.
     """
-    for one, other in _OPPOSITES:
-        if one in words and other in words:
-            raise UsageError(f"{one} and {other} exclude each other", hint="drop one of them")
     spellings = _OTHER_SPELLINGS.get(command, {})
     found: list[str] = []
     given: dict[str | None, str] = {}  # the spelling of each option

@@ -16,8 +16,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from milora_init.errors import OutputError, PlanError, UsageError
@@ -49,6 +52,8 @@ class _Repository:
         with hub_errors(self.repo, self.revision):
             # Asked once: without a network `hf_hub_download` would try for a minute.
             self.failure = why_not_reached(self.repo, self.revision, clean_token(self.token))
+            if isinstance(self.failure, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError):
+                raise self.failure
             for name in names:
                 try:
                     snapshot = self._download(name, self.revision).parent
@@ -56,7 +61,7 @@ class _Repository:
                     absent = error
                     continue
                 if self.failure:
-                    tell_of_cache(self.repo, snapshot)
+                    tell_of_cache(self.repo, snapshot, self.failure)
                 return snapshot
             if isinstance(absent, LocalEntryNotFoundError):
                 raise self._cause(absent)

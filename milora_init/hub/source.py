@@ -21,7 +21,7 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
@@ -153,19 +153,18 @@ def is_repository(name: str) -> bool:
 
 
 def why_not_reached(repo: str, revision: str | None, token: str | None) -> Exception | None:
-    """Ask the Hub for a repository; why it did not answer, or None. Raises huggingface_hub's error for a wrong name."""
+    """Ask the Hub for a repository; the error if it does not give it, else None."""
     try:
         HfApi(token=token).repo_info(repo, revision=revision or "main")
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-        raise
     except Exception as error:
         return error
     return None
 
 
-def tell_of_cache(repo: str, snapshot: Path) -> None:
+def tell_of_cache(repo: str, snapshot: Path, failure: Exception) -> None:
     """Log that a snapshot was found without the Hub, which may have a newer one."""
-    _log.warning("the Hub was not reached: %s is read from the cache, at commit %s", repo, snapshot.name[:12])
+    why = "refused it" if isinstance(failure, HfHubHTTPError) else "was not reached"
+    _log.warning("the Hub %s: %s is read from the cache, at commit %s", why, repo, snapshot.name[:12])
 
 
 def connected(remote: RemoteFiles, token: str | None) -> RemoteFiles:
@@ -215,20 +214,18 @@ def open_snapshot(
     """
     with hub_errors(model, revision):
         weight_patterns = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
-        failure = None
-        if not (revision and _COMMIT.fullmatch(revision)):  # a commit is what it is, and needs no network
-            failure = why_not_reached(model, revision, token)
         folder = Path(
             snapshot_download(
                 model, revision=revision, cache_dir=cache_dir, token=token, ignore_patterns=weight_patterns
             )
         )
-        if failure:
-            tell_of_cache(model, folder)
         commit, api = folder.name, HfApi(token=token)
         files = _weight_files(folder, api, model)
         absent = [name for name in files if not (folder / name).is_file()]
         _require_no_pickles(model, absent)
+        is_commit = revision is not None and _COMMIT.fullmatch(revision)  # which is what it is, and needs no network
+        if not absent and not is_commit and (failure := why_not_reached(model, revision, token)):
+            tell_of_cache(model, folder, failure)
         if absent and (folder / "modules.json").is_file():
             # sentence-transformers keeps the weights of its own modules in numbered folders. They are side files.
             snapshot_download(model, revision=commit, cache_dir=cache_dir, token=token, allow_patterns="[0-9]_*/*")

@@ -85,6 +85,16 @@ def test_a_commit_that_moves_during_the_run_changes_nothing(hub: Hub, milora: Co
     assert all(first in path for method, path in hub.requests if "/resolve/" in path and ".safetensors" in path)
 
 
+@pytest.mark.parametrize("status", [401, 404, 503])
+def test_a_complete_cache_is_used_where_the_hub_refuses_the_model(status: int, hub: Hub, milora: Command) -> None:
+    assert milora(*INIT).returncode == 0
+    hub.fault = lambda *_: status
+    again = milora(*INIT, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["status"] == "unchanged"
+    assert "the Hub refused it: tiny/llama is read from the cache, at commit" in again.stderr
+
+
 def test_a_connection_cut_in_the_middle_of_a_shard_is_taken_up(hub: Hub, milora: Command) -> None:
     cut: list[str] = []
 
