@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 import yaml
 from support import fork_server, shell_commands
+from support.marks import wide
 
 from milora_init.options import InitOptions
 
@@ -55,6 +56,8 @@ def snippets(*languages: str) -> list[Snippet]:
     return [snippet for snippet in found if not languages or snippet.language in languages]
 
 
+# `make test` runs the commands of these pages; those of the others are wide.
+QUICK = ("README.md", "docs/index.md", "docs/errors.md", "docs/merge-convert.md", "docs/json.md")
 RUN = [snippet for snippet in snippets("bash", "python") if not snippet.mark]
 
 
@@ -76,7 +79,7 @@ def test_a_block_that_is_not_run_here_says_why_or_where(snippet: Snippet) -> Non
         assert re.fullmatch(r"not run: \w.{5,}", snippet.mark)
 
 
-@pytest.mark.parametrize("snippet", [s for s in RUN if s.language == "bash"], ids=str)
+@pytest.mark.parametrize("snippet", [s if s.page in QUICK else wide(s) for s in RUN if s.language == "bash"], ids=str)
 def test_the_commands_run(snippet: Snippet, example_files: Files, tmp_path: Path) -> None:
     example_files(tmp_path)
     lines = [line for line in snippet.code.replace("\\\n", "").splitlines() if line.strip()]

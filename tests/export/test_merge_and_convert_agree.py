@@ -28,7 +28,7 @@ from milora_init.manifest import Manifest
 from milora_init.options import InitOptions
 from milora_init.verification.verify import verify
 
-NAMES = ["llama", "gpt2", "mixtral", "gpt_oss", *map(wide, ("qwen2", "deepseek_v3", "llava", "t5"))]
+NAMES = ["gpt2", "mixtral", *map(wide, ("llama", "gpt_oss", "qwen2", "deepseek_v3", "llava", "t5"))]
 Made = Callable[..., tuple[Path, Path, Path, Manifest]]
 
 

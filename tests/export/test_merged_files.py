@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
 from support.family_training import initialize_family, load, train
+from support.marks import wide
 from support.tiny_models import contents, tensors
 from support.training import train as train_pair
 
@@ -28,7 +29,8 @@ Start = Callable[..., Manifest]
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("llama", "float32"), ("gpt2", "float16"), ("mixtral", "float32"), ("llava", "float16")]
+    ("name", "dtype"),
+    [wide("llama", "float32"), ("gpt2", "float16"), ("mixtral", "float32"), wide("llava", "float16")],
 )
 def test_the_merged_model_is_written_in_the_dtype_that_was_asked_for(name: str, dtype: str, tmp_path: Path) -> None:
     family = FAMILIES[name]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.families import FAMILIES
 from support.family_training import initialize_family, load, train, train_model
+from support.marks import wide
 from support.tiny_models import tensors
 from support.trained_beside import load as load_model
 from support.trained_beside import train as train_beside
@@ -62,7 +63,7 @@ def test_an_update_in_the_smallest_directions_is_minor_and_strengthened_ones_are
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("llama", {}), ("gpt2", {}), ("mixtral", {}), ("llama", {"method": "rlmo"})],
+    [wide("llama", {}), ("gpt2", {}), wide("mixtral", {}), ("llama", {"method": "rlmo"})],
 )
 def test_every_weight_is_measured_against_the_original(name: str, options: dict[str, str], tmp_path: Path) -> None:
     family = FAMILIES[name]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.families import FAMILIES
 from support.family_training import initialize_family, pattern_options, train
+from support.marks import wide
 from support.tiny_models import tensors
 
 from milora_init.api import convert, verify
@@ -56,7 +57,8 @@ def pairs(plain: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "server"), [("mixtral", "vllm"), ("mixtral", "sglang"), ("qwen3_moe", "vllm"), ("deepseek_v3", "sglang")]
+    ("name", "server"),
+    [("mixtral", "vllm"), wide("mixtral", "sglang"), wide("qwen3_moe", "vllm"), ("deepseek_v3", "sglang")],
 )
 def test_a_server_that_reads_only_tensors_r_and_alpha_computes_the_merged_model(
     name: str, server: str, trained: Any, tmp_path: Path

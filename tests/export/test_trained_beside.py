@@ -102,11 +102,11 @@ def settings_of(name: str, what: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("llama", "both"), ("llama", "tokens of both"), ("llama", "a module"), ("llama", "DoRA"),
-        ("tied llama", "head"), wide("tied llama", "embeddings"), ("tied llama", "both, kept tied"),
+        wide("llama", "both"), ("llama", "tokens of both"), ("llama", "a module"), ("llama", "DoRA"),
+        wide("tied llama", "head"), wide("tied llama", "embeddings"), ("tied llama", "both, kept tied"),
         wide("tied llama", "tokens"), wide("tied llama", "tokens of both"),
-        wide("gpt2", "both"), wide("gpt2", "DoRA"), ("mixtral", "both"), wide("qwen3_moe", "head"), ("llava", "both"),
-        ("gemma3", "tokens of embeddings"),
+        wide("gpt2", "both"), wide("gpt2", "DoRA"), ("mixtral", "both"), wide("qwen3_moe", "head"),
+        wide("llava", "both"), wide("gemma3", "tokens of embeddings"),
     ],
 )  # fmt: skip
 def test_what_was_trained_beside_the_factors_is_merged_and_converted(

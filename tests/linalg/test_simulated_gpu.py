@@ -57,7 +57,7 @@ def test_small_weights_are_solved_as_on_a_cpu(name: str, shape: tuple[int, int],
     assert t.certificate.path == singular_triplets(W, r, mode=mode).certificate.path
 
 
-@pytest.mark.parametrize("shape", [(640, 640), (560, 1400), wide((1400, 560))], ids=str)
+@pytest.mark.parametrize("shape", [(640, 640), wide((560, 1400)), wide((1400, 560))], ids=str)
 @pytest.mark.parametrize("name", ["gaussian", "language_model_like", "float16_near_overflow"])
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_both_ends_are_found_in_mixed_precision(mode: Mode, name: str, shape: tuple[int, int]) -> None:
@@ -75,7 +75,7 @@ def test_float64_is_used_if_float32_does_not_resolve_the_smallest_values(name: s
     assert t.certificate.reason.count(";") == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, wide(torch.float16)])
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("shape", [(600, 560), (40, 64)], ids=str)
 def test_the_residual_is_rounded_once(shape: tuple[int, int], mode: Mode, dtype: torch.dtype) -> None:
@@ -98,7 +98,7 @@ def test_the_same_weight_gives_the_same_bytes_twice() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "launches", "waits", "gigabytes", "float64_gflop"),
     [
-        ("moderate_head", (2048, 2048), 400, 12, 3.1, 9),
+        wide("moderate_head", (2048, 2048), 400, 12, 3.1, 9),
         ("language_model_like", (1024, 1024), 400, 12, 1.2, 4),
         wide("moderate_head", (5632, 2048), 500, 12, 5.7, 17),
         pytest.param("moderate_head", (4096, 4096), 360, 12, 10, 25, marks=pytest.mark.slow),

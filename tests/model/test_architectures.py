@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support import architectures
-from support.families import FAMILIES, Family
-from support.marks import wide
+from support.families import FAMILIES, UNLIKE, Family
+from support.marks import mostly_wide
 from support.runs import initialize
 from support.tiny_models import as_pickles, tensors
 from torch import Tensor
@@ -26,8 +26,6 @@ from milora_init.run.shard import ShardWriter
 from milora_init.verification.verify import verify
 
 RANK = 4
-# One of each kind: linear layers, Conv1D, a fused projection, two stacks, an image tower, and three forms of experts.
-UNLIKE = ("llama", "gpt2", "bloom", "t5", "llava", "mixtral", "deepseek_v3", "gpt_oss")
 Made = tuple[Family, Path, Path, Manifest]
 
 
@@ -39,7 +37,7 @@ def make(name: str, folder: Path, dtype: str) -> Made:
     return family, source, out, initialize(options)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=mostly_wide(FAMILIES, *UNLIKE))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Each family in float32. All tests of a family run one after another, and change neither of the folders."""
     return make(request.param, tmp_path_factory.mktemp("family"), "float32")
@@ -118,7 +116,7 @@ def test_every_manifest_record_names_the_source_tensor_of_its_module(made: Made,
         assert torch.equal(held, stored), record.module
 
 
-@pytest.mark.parametrize("name", [name if name in UNLIKE else wide(name) for name in FAMILIES])
+@pytest.mark.parametrize("name", mostly_wide(FAMILIES, "llama", "gpt2", "mixtral", "gpt_oss"))
 def test_in_the_published_dtype_the_output_passes_verify_against_its_source(name: str, tmp_path: Path) -> None:
     """verify checks residuals to half a unit in the last place, solves every component again, and compares the rest."""
     family, source, out, manifest = make(name, tmp_path, FAMILIES[name].stored)

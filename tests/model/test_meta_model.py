@@ -13,7 +13,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support import architectures
-from support.families import FAMILIES
+from support.families import FAMILIES, UNLIKE
+from support.marks import mostly_wide
 from support.tiny_models import edit_json, tensors
 from torch import nn
 
@@ -38,7 +39,7 @@ def saved(cls: str, folder: Path, **sizes: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_wide(FAMILIES, *UNLIKE))
 def test_from_pretrained_maps_every_tensor_as_parameter_sources_does(name: str, tmp_path: Path) -> None:
     """`from_pretrained` on meta tensors reports unexpected and missing keys."""
     family = FAMILIES[name]
@@ -134,7 +135,7 @@ def test_only_children_of_modules_that_ran_are_reported_as_uncalled(breaks: bool
     assert missed & linears == {f"layers.{n}.{name}" for n in (0, 1) for name in ("unused", "attention.out_proj")}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_wide(FAMILIES, *UNLIKE))
 def test_no_linear_of_a_common_architecture_is_reported_as_uncalled(name: str, tmp_path: Path) -> None:
     opened = open_checkpoint(architectures.save(tmp_path, FAMILIES[name], "bfloat16"))
     model = meta_model.build_meta_model(tmp_path, opened.config)

@@ -16,6 +16,7 @@ import transformers
 from peft import PeftModel
 from support import architectures
 from support.families import FAMILIES
+from support.marks import mostly_wide
 from support.runs import initialize
 from support.tiny_models import edit_json
 from support.training import TOKENS, logits
@@ -120,7 +121,7 @@ def plan(folder: Path, **options: Any) -> Plan:
 
 
 @pytest.mark.parametrize("text_only", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_wide(MODELS, "qwen3_5_moe"))
 def test_the_pair_computes_the_source_in_its_class_and_the_manifest_names_the_class(
     name: str, text_only: bool, made: Made
 ) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from support import architectures
-from support.families import FAMILIES
-from support.marks import wide
+from support.families import FAMILIES, UNLIKE
+from support.marks import mostly_wide, wide
 
 from milora_init.errors import PlanError
 from milora_init.model import meta_model
@@ -29,7 +29,7 @@ def plan(folder: Path, out: Path | str = "out", **options: Any) -> Plan:
 
 
 @pytest.mark.parametrize("rslora", [wide(False), True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_wide(FAMILIES, *UNLIKE))
 def test_our_rules_expect_the_same_tensors_and_scales_as_peft(name: str, rslora: bool, tmp_path: Path) -> None:
     made = plan(
         architectures.save(tmp_path, FAMILIES[name], "bfloat16"),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from support import fork_server
 from support.interruptions import shards
+from support.marks import wide
 from support.tiny_models import contents
 
 from milora_init.cli.main import run
@@ -181,7 +182,7 @@ def test_a_shard_that_changes_between_the_plan_and_the_run_is_named(
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=NAMES)
 @pytest.mark.parametrize(
-    ("when", "at"), [(CallAfterFirstTensor, 0), (CallAfterFirstShard, 1), (CallAfterFirstShard, 3)]
+    ("when", "at"), [(CallAfterFirstTensor, 0), (CallAfterFirstShard, 1), wide(CallAfterFirstShard, 3)]
 )
 def test_a_shard_that_changes_during_the_run_is_named_and_the_run_is_resumed_once_it_is_restored(
     when: Callable[..., Progress], at: int, damage: Damage, own: Built, start: Start, finished: Built, tmp_path: Path
@@ -219,7 +220,7 @@ def failing(real: Callable[..., Any], after: int) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("after", [wide(0), 1, wide(3)])
 @pytest.mark.parametrize("calls", [("preadv",), ("copy_file_range", "pread")], ids=["adapted", "copied"])
 def test_a_read_error_of_the_disk_names_the_file_and_the_tensor(
     calls: tuple[str, ...],

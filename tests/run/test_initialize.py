@@ -13,6 +13,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import reference, tiny_models
+from support.marks import wide
 from support.tiny_models import TARGETS, contents, tensors
 from torch import Tensor, nn
 
@@ -76,15 +77,15 @@ def require_correct_tensors(
 CASES = [
     *[pytest.param("llama", dtype, {}, id=f"llama {dtype}") for dtype in ("float32", "bfloat16", "float16")],
     *[pytest.param(kind, "float32", {}, id=kind) for kind in ("qwen2", "gpt2", "bert", "gemma", "tied llama")],
-    *[pytest.param(kind, "bfloat16", {}, id=f"{kind} bfloat16") for kind in ("qwen2", "gpt2", "bert")],
+    *[wide(kind, "bfloat16", {}, id=f"{kind} bfloat16") for kind in ("qwen2", "gpt2", "bert")],
     *[pytest.param("llama", "bfloat16", {"mode": mode}, id=mode) for mode in ("max", "mid", "random")],
-    *[pytest.param("gpt2", "float32", {"mode": mode}, id=f"gpt2 {mode}") for mode in ("max", "random")],
+    *[wide("gpt2", "float32", {"mode": mode}, id=f"gpt2 {mode}") for mode in ("max", "random")],
     pytest.param("llama", "float32", {"alpha": 8}, id="alpha 8"),
-    pytest.param("llama", "float32", {"alpha": 2, "mode": "max"}, id="alpha 2 max"),
-    pytest.param("llama", "float32", {"rslora": True}, id="rslora"),
+    wide("llama", "float32", {"alpha": 2, "mode": "max"}, id="alpha 2 max"),
+    wide("llama", "float32", {"rslora": True}, id="rslora"),
     pytest.param("llama", "bfloat16", {"rslora": True, "alpha": 16, "mode": "mid"}, id="rslora alpha 16 mid"),
     *[
-        pytest.param("llama", source, {"dtype": dtype}, id=f"{source} as {dtype}")
+        (pytest.param if dtype == "bfloat16" else wide)("llama", source, {"dtype": dtype}, id=f"{source} as {dtype}")
         for source in ("float32", "bfloat16", "float16")
         for dtype in ("float32", "bfloat16", "float16")
         if source != dtype
@@ -140,15 +141,15 @@ def relative_error(x: Tensor, y: Tensor) -> float:
 
 EXACT = [
     ("llama", "float32", {}),
-    ("llama", "float32", {"mode": "max", "alpha": 8}),
+    wide("llama", "float32", {"mode": "max", "alpha": 8}),
     ("llama", "float32", {"mode": "random", "rslora": True}),
     ("llama", "bfloat16", {"dtype": "float32", "mode": "max"}),
-    ("qwen2", "float32", {}),
-    ("gpt2", "float32", {"mode": "max"}),
+    wide("qwen2", "float32", {}),
+    wide("gpt2", "float32", {"mode": "max"}),
     ("gpt2", "float32", {"rslora": True, "alpha": 2}),
     ("bert", "float32", {}),
     ("bert classifier", "float32", {}),
-    ("gemma", "float32", {}),
+    wide("gemma", "float32", {}),
     ("tied llama", "float32", {"mode": "mid"}),
 ]
 

@@ -18,6 +18,7 @@ from support import architectures, reference
 from support.families import FAMILIES
 from support.family_training import initialize_family, load, load_on_original, model_output, pattern_options
 from support.interruptions import InterruptAt, InterruptedRunError, ShardLog
+from support.marks import wide
 from support.tiny_models import TARGETS, contents, edit_inputs, tensors, zero_rows
 from support.training import TOKENS
 from torch import Tensor
@@ -34,7 +35,7 @@ Start = Callable[..., Manifest]
 Made = Callable[[str, str], tuple[Path, Path, Manifest]]
 ADAPTER_ONLY = ("rlmo", "rlpo", "mica")
 FILES = {"adapter_config.json", "adapter_model.safetensors", MANIFEST}
-MODELS = ("llama", "gpt2", "mixtral", "gemma3")
+MODELS = ("llama", "gpt2", "mixtral", wide("gemma3"))
 
 
 def adapter(out: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -112,7 +113,7 @@ def test_the_output_at_step_0_is_that_of_the_original_to_the_bit(method: str, na
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("patterns", [False, True])
+@pytest.mark.parametrize("patterns", [wide(False), True])
 def test_orthonormal_factors_and_their_base_compute_the_original(
     name: str, patterns: bool, made: Made, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.interruptions import InterruptAt, InterruptedRunError, ShardLog, interrupt_after_two_shards, shards
+from support.marks import wide
 from support.runs import initialize
 from support.tiny_models import contents
 
@@ -222,7 +223,7 @@ def test_a_finished_shard_without_a_hash_is_written_again(start: Start, checkpoi
 
 @pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../mine", "a\\mine", ""])
 @pytest.mark.parametrize("where", ["head", "files", "shard"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [False, wide(True)])
 def test_a_journal_with_an_outside_path_is_damaged(
     name: object, where: str, overwrite: bool, start: Start, checkpoint: Built, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from support import simulated_cuda
+from support.marks import wide
 from support.runs import initialize
 from support.tiny_models import TARGETS, contents
 
@@ -134,7 +135,7 @@ MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", MEMORY, ids=["torch", "cusolver", "cuda"])
+@pytest.mark.parametrize("error", [MEMORY[0], *map(wide, MEMORY[1:])], ids=["torch", "cusolver", "cuda"])
 def test_a_device_out_of_memory_is_tried_again(
     error: RuntimeError, model: Path, alone: Any, on_gpus: Callable[..., Any]
 ) -> None:
@@ -176,7 +177,7 @@ LIBRARIES = [
 ]
 
 
-@pytest.mark.parametrize("error", LIBRARIES, ids=["cusolver", "cublas"])
+@pytest.mark.parametrize("error", [LIBRARIES[0], wide(LIBRARIES[1])], ids=["cusolver", "cublas"])
 def test_a_failure_of_a_library_is_the_next_algorithm(
     error: RuntimeError, model: Path, on_gpus: Callable[..., Any]
 ) -> None:

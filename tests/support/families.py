@@ -34,6 +34,8 @@ _BART = {
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+# One of each kind: linear layers, Conv1D, a fused projection, two stacks, an image tower, and three forms of experts.
+UNLIKE = ("llama", "gpt2", "bloom", "t5", "llava", "mixtral", "deepseek_v3", "gpt_oss")
 FUSED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 

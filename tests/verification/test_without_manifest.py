@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.marks import wide
 from support.tiny_models import TARGETS
 from support.training import train
 
@@ -19,7 +20,7 @@ from milora_init.verification.verify import verify
 Built = Callable[..., Path]
 
 
-@pytest.mark.parametrize("mode", ["min", "max", "mid", "random"])
+@pytest.mark.parametrize("mode", ["min", wide("max"), "mid", wide("random")])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_without_a_manifest_the_weights_show_which_adapter_fits(
