@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.marks import wide
 
 from milora_init.cli import output
 from milora_init.cli.main import COMMANDS, app, run
@@ -189,12 +190,12 @@ def test_the_module_runs_as_the_command_does() -> None:
     [
         ("ver", "verify"),
         ("--ran", "--rank"),
-        ("--vers", "--version"),
-        ("init --method ml", ""),
+        wide("--vers", "--version"),
+        wide("init --method ml", ""),
         ("init --method ol", "olora-tail"),
         ("init -c com", "commonsense"),
-        ("recipes qlo", "qlora"),
-        ("convert --for v", "vllm"),
+        wide("recipes qlo", "qlora"),
+        wide("convert --for v", "vllm"),
     ],
 )
 def test_the_shell_completes_commands_options_and_their_values(typed: str, expected: str) -> None:

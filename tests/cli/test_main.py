@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import fork_server, tiny_models
+from support.marks import wide
 from support.tiny_models import contents, tensors
 
 from milora_init import __version__
@@ -449,7 +450,7 @@ FULL = Path("/dev/full")
 @pytest.mark.parametrize(
     "streams",
     [
-        {"stderr": FULL}, {"stderr": None}, {"stdout": FULL}, {"stdout": None},
+        {"stderr": FULL}, wide({"stderr": None}), wide({"stdout": FULL}), {"stdout": None},
         {"stdin": None, "stdout": None, "stderr": None},
     ],
     ids=str,

@@ -184,8 +184,9 @@ def test_an_original_that_was_moved_is_named_with_model(own: Built, start: Start
 @pytest.mark.parametrize(
     ("made", "other"),
     [
-        ("rlmo", "milora"), ("rlmo", "olora-tail"), ("rlmo", "pissa"), ("rlmo", "rlpo"), ("rlmo", "mica"),
-        ("mica", "rlmo"), ("mica", "milora"), ("milora", "rlmo"), ("olora-tail", "rlmo"), ("olora-tail", "mica"),
+        ("rlmo", "milora"), wide("rlmo", "olora-tail"), wide("rlmo", "pissa"), ("rlmo", "rlpo"), wide("rlmo", "mica"),
+        wide("mica", "rlmo"), ("mica", "milora"), ("milora", "rlmo"), ("olora-tail", "rlmo"),
+        wide("olora-tail", "mica"),
     ],
 )  # fmt: skip
 def test_an_adapter_of_another_method_is_refused(

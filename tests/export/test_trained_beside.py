@@ -150,10 +150,10 @@ def resized(name: str, folder: Path, to: Path, rows: int, **settings: Any) -> Pa
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("llama", {}),
+        wide("llama", {}),
         ("tied llama", {"trainable_token_indices": [61, 65]}),
         ("gpt2", {"modules_to_save": ["wte", "lm_head"]}),
-        ("gemma3", {}),
+        wide("gemma3", {}),
     ],
 )
 def test_a_resized_vocabulary_is_merged_with_the_tokenizer_that_grew(

@@ -13,6 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
+from support.marks import wide
 from support.runs import initialize
 from support.training import load, logits
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -189,7 +190,7 @@ def require_a_training_of(method: str, folder: Path, model: Any) -> None:
     torch.testing.assert_close(logits(model), logits(load(folder / "own")), **NEAR)
 
 
-@pytest.mark.parametrize("method", ["rlmo", "olora-tail"])
+@pytest.mark.parametrize("method", [wide("rlmo"), "olora-tail"])
 def test_dpo_compares_with_the_original(method: str, working_folder: Path) -> None:
     model, tokenizer = rl_output(method)
     arguments = short_run(DPOConfig, max_steps=2)

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from support.families import FAMILIES
 from support.family_training import initialize_family, load, load_on_original, model_output, train_model
 from support.hub_server import Command, Hub, fetched
+from support.marks import wide
 
 from milora_init.hub.model_card import PICTURE, adapter_card
 from milora_init.hub.publication import as_published, publication
@@ -33,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["rlmo", "mica"])
+@pytest.mark.parametrize("method", ["rlmo", wide("mica")])
 def test_init_pushes_an_adapter_that_names_the_original_and_its_commit(
     method: str, hub: Hub, milora: Command, made: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from support.hub_server import Command, Hub
+from support.marks import wide
 from support.tiny_models import contents
 from support.tiny_models import tensors as load
 
@@ -85,7 +86,7 @@ def test_a_commit_that_moves_during_the_run_changes_nothing(hub: Hub, milora: Co
     assert all(first in path for method, path in hub.requests if "/resolve/" in path and ".safetensors" in path)
 
 
-@pytest.mark.parametrize("status", [401, 404, 503])
+@pytest.mark.parametrize("status", [wide(401), 404, wide(503)])
 def test_a_complete_cache_is_used_where_the_hub_refuses_the_model(status: int, hub: Hub, milora: Command) -> None:
     assert milora(*INIT).returncode == 0
     hub.fault = lambda *_: status
@@ -207,7 +208,7 @@ def test_a_server_that_does_not_send_the_range_is_refused_and_not_read(
     assert hub.sent < 16 << 20  # what the sockets between the two hold, and no more
 
 
-@pytest.mark.parametrize("ranges", ["whole", "ignored"])
+@pytest.mark.parametrize("ranges", [wide("whole"), "ignored"])
 def test_a_server_that_sends_more_than_the_range_is_read_to_its_end(
     ranges: str, hub: Hub, milora: Command, checkpoint: Built
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.hub_server import Command, Hub, client
+from support.marks import wide
 from support.runs import make_outputs
 
 Built = Callable[..., Path]
@@ -129,7 +130,9 @@ def test_the_lines_of_a_report_load_the_revision_that_was_named(hub: Hub, milora
         assert f'"me/out", subfolder="lora", is_trainable=True, revision="{commit}")' in said
 
 
-@pytest.mark.parametrize("name", ["absent", "./me/out", "/me/out", "a/b/c", "../out", "me/out@", "me/..", ""])
+@pytest.mark.parametrize(
+    "name", ["absent", "./me/out", "a/b/c", "me/out@", *map(wide, ("/me/out", "../out", "me/..", ""))]
+)
 def test_what_is_no_folder_and_no_hub_id_is_a_usage_error_in_every_command(
     name: str, hub: Hub, milora: Command
 ) -> None:
@@ -179,7 +182,7 @@ def test_the_trained_adapter_may_be_on_the_hub(hub: Hub, milora: Command, output
 
 
 @pytest.mark.parametrize("repo", ["out", "merged", "plain"])
-@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/../../evil", ".git/evil", "a\\evil"])
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", *map(wide, ("a/../../evil", ".git/evil", "a\\evil"))])
 def test_a_record_that_names_a_file_outside_fetches_nothing(
     name: str, repo: str, hub: Hub, milora: Command, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def test_a_model_on_the_hub_is_scanned_at_one_commit(hub: Hub, milora: Command, 
     assert [weight["s_min"] for weight in found["weights"]] == [weight.s_min for weight in here.weights]
 
 
+@pytest.mark.wide
 def test_a_picture_is_pushed_beside_the_card(
     hub: Hub, milora: Command, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

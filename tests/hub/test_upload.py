@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from support import fork_server
 from support.hub_server import Command, Hub, client, fetched
+from support.marks import wide
 from support.training import load, logits
 
 from milora_init import InitOptions, initialize
@@ -327,7 +328,7 @@ def push_by_the_api(model: str, *through: str) -> None:
     print(initialize(options).out)
 
 
-@pytest.mark.parametrize("through", [[], ["--low-disk"]])
+@pytest.mark.parametrize("through", [[], wide(["--low-disk"])])
 def test_python_pushes_what_it_was_told_to_push(
     through: list[str], hub: Hub, checkpoint: Built, tmp_path: Path
 ) -> None:
@@ -356,7 +357,7 @@ def tell_whether_bars_are_drawn(*words: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "bars"),
-    [(["-q", "--terminal"], False), (["--json", "--terminal"], False), ([], False), (["--terminal"], True)],
+    [wide(["-q", "--terminal"], False), (["--json", "--terminal"], False), wide([], False), (["--terminal"], True)],
 )
 def test_a_push_shows_bars_to_people_only(words: list[str], bars: bool, hub: Hub, out: Path, tmp_path: Path) -> None:
     push = client(hub, tmp_path, tell_whether_bars_are_drawn)

@@ -16,7 +16,7 @@ import transformers
 from peft import PeftModel
 from support import architectures
 from support.families import FAMILIES
-from support.marks import mostly_wide
+from support.marks import mostly_wide, wide
 from support.runs import initialize
 from support.tiny_models import edit_json
 from support.training import TOKENS, logits
@@ -266,7 +266,7 @@ def test_a_manifest_without_text_only_is_still_read(made: Made, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text_only", [False, True])
-@pytest.mark.parametrize("name", ["qwen3_5_moe", "llama4"])
+@pytest.mark.parametrize("name", ["qwen3_5_moe", wide("llama4")])
 def test_an_adapter_is_converted_to_the_names_of_the_other_class(
     name: str, text_only: bool, made: Made, tmp_path: Path
 ) -> None:

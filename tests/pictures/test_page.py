@@ -67,7 +67,7 @@ BOTH = {
     ("kind", "names"),
     [
         wide("report", pages.LLAMA_405B),
-        ("scan", pages.LLAMA_405B),
+        wide("scan", pages.LLAMA_405B),
         ("report", pages.EXPERTS),
         wide("report", pages.SHUFFLED),
         wide("scan", pages.FULL),

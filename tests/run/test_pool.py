@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import matrices
+from support.marks import wide
 from support.tiny_models import contents
 
 from milora_init.errors import UsageError
@@ -278,7 +279,7 @@ def test_every_thread_of_a_pool_computes_on_one_cpu_thread(two_threads: None) ->
     ("shape", "mode", "path"),
     [
         ((600, 600), "min", "lanczos"),
-        ((800, 1700), "min", "lanczos"),
+        wide((800, 1700), "min", "lanczos"),
         ((600, 600), "max", "mixed"),
         ((300, 200), "mid", "eigh"),
     ],

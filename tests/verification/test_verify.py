@@ -16,6 +16,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
 from support import fork_server
+from support.marks import wide
 from support.tiny_models import KINDS, TARGETS, VOCABULARY, contents, edit_inputs, edit_json, tensors
 
 from milora_init.api import merge
@@ -70,9 +71,9 @@ def require(verdict: Verdict, code: Code, *wheres: str) -> None:
     assert all(difference.hint for difference in verdict.differences)
 
 
-CASES: list[tuple[str, str, dict[str, Any]]] = [
+CASES: list[Any] = [
     *[("llama", dtype, {}) for dtype in ("float32", "bfloat16", "float16")],
-    *[("llama", "bfloat16", {"mode": mode}) for mode in ("max", "mid", "random")],
+    *[wide("llama", "bfloat16", {"mode": mode}) for mode in ("max", "mid", "random")],
     ("llama", "float32", {"rslora": True, "alpha": 16}),
     ("llama", "float32", {"dtype": "bfloat16"}),
     ("llama", "float32", {"rank": 16, "target": ("all-linear",)}),
@@ -443,7 +444,7 @@ def print_statuses(commands: list[list[str]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [MANIFEST, "config.json", "lora/adapter_config.json", "tokenizer.json", ".milora-init"]
+    "name", [MANIFEST, wide("config.json"), "lora/adapter_config.json", wide("tokenizer.json"), ".milora-init"]
 )
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_a_pipe_or_a_device_instead_of_a_file_is_an_error_and_is_never_read(
