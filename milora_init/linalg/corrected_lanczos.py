@@ -19,13 +19,14 @@ b = sigma R at the large end, with sigma = theta - shift and b = -A R at the sma
 ones, where I - sigma A is nearly singular, are eliminated. What is left takes a few steps of Chebyshev's iteration:
 zero for most triplets, and up to 12 for those next to the cut.
 
-The shift. A clearly rectangular X has a spectrum that does not reach down to zero, and a shift just below it. Else the
-rounding of the large entries of G would hide its small eigenvalues: the largest directions are deflated, in float64.
+The small end. The rounding of the large entries of G would disturb its small eigenvalues, or hide them: the largest
+directions are taken out first, in float64. A clearly rectangular X has a spectrum that does not reach down to zero: the
+shift is just below it.
 
 Precision. Steps 2 and 3 alone decide the accuracy. Each correction multiplies the error by 1e-2 to 1e-4.
 
 Cost. In float32 at the large end 4 p q for each of some 10 r products, or p q^2 and 2 q^2 for each where X is tall; at
-the small end p q^2, q^3 / 3 for each factor, and 2 q^2 for each of some 8 r products. In float64 2 p q for each vector
+the small end p q^2, q^3 / 3, and 2 q^2 for each of some 8 r products. In float64 2 p q for each vector
 of step 2, and 4 p q r for each round of steps 2 and 3, of which there are two mostly. X in float32, or the Gram matrix.
 
 Failure. `NotConverged` where float32 does not resolve the small end, or the corrections do not converge: no gap at the
@@ -38,12 +39,14 @@ Y. Saad (2003), Iterative Methods for Sparse Linear Systems, algorithm 12.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from milora_init.linalg.arithmetic import DeviceArithmetic
 from milora_init.linalg.blocked_matrix import BlockedMatrix, Operator, gram_of_blocks
 from milora_init.linalg.certificate import (
     Certificate,
@@ -56,20 +59,19 @@ from milora_init.linalg.certificate import (
 )
 from milora_init.linalg.cholesky import CholeskyFactor, cholesky
 from milora_init.linalg.lanczos import (
-    krylov_projection,
     largest_eigenpairs,
-    largest_eigenvalues,
     outside,
-    power_projection,
     round_down,
     spectral_norm,
 )
-from milora_init.linalg.shift_invert import DEFLATED, GRAM_NOISE, SHIFT, SHIFT_BLOCK, ends_above_zero
+from milora_init.linalg.shift_invert import DEFLATED, GRAM_NOISE, SHIFT, ends_above_zero
 
 _PRODUCTS = 12  # vectors that G is applied to, for each wanted one
 _MOST_STEPS = 12
 _MOST_CORRECTIONS = 5
 _BELOW_ZERO = 10  # times the noise: the shift where the spectrum reaches down to zero
+_FEW_DEFLATED = 24  # directions that are taken out where it ends above zero: they cause most of the rounding error
+_END_STEPS = 64  # of the Krylov space for the smallest eigenvalue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,29 +156,25 @@ class _LargeEnd:
 
 
 class _SmallEnd:
-    """A = (G - shift I)^-1, to within `noise` as an eigenvalue of G; see `_shifted` and `_deflated`.
+    """A = (G - shift I)^-1, to within `noise` as an eigenvalue of G, by block elimination; see `_shifted_inverse`.
 
-    With `deflated`, F (q, k) and Z (k, q) in float64 such that X F = U is orthonormal and Z = U^T X, and T = I - F Z,
+    With Q (q, k) that has about the right vectors of the largest directions, L L^T = Q^T (G - shift I) Q,
+    Z = L^-1 Q^T (G - shift I) (k, q), F = Q L^-T (q, k) and T = I - F Z,
 
-        A = T S^-1 T^T + F F^T,    S = X^T (I - U U^T) X - shift I.
+        A = T S^-1 T^T + F F^T,    S = G - shift I - Z^T Z.
 
-    S is the Schur complement, and `factor` is its factor. It has none of the large entries of G.
+    S is the Schur complement, and `factor` is its factor. It has none of the large entries of G. F and Z are float64.
     """
 
     def __init__(
-        self,
-        factor: CholeskyFactor,
-        shift: float,
-        noise: float,
-        largest: float,
-        deflated: tuple[Tensor, Tensor] | None = None,
+        self, factor: CholeskyFactor, eliminated: tuple[Tensor, Tensor], *, shift: float, noise: float, s_max: float
     ) -> None:
-        self._factor, self._shift, self._noise, self._largest = factor, shift, noise, largest
-        self._deflated = deflated
-        # After a deflation fewer steps are needed, and a better start often saves a correction.
-        block, ritz = (48, 8) if deflated is None else (32, 72)
-        self.search = _Search(block=block, angle=1e-3, beyond=72, ritz=ritz, margin=0.25, reduction=1e-5)
-        self._rounded = None if deflated is None else (deflated[0].float(), deflated[1].float())
+        self._factor, self._eliminated = factor, eliminated
+        self._shift, self._noise, self._s_max = shift, noise, s_max
+        # Where the spectrum reaches down to zero, a better start often saves a correction.
+        self.search = _Search(block=32, angle=1e-3, beyond=72, ritz=8 if shift > 0 else 72, margin=0.25, reduction=1e-5)
+        F, Z = eliminated
+        self._rounded = F.to(torch.float32), Z.to(torch.float32)
 
     def apply(self, B: Tensor) -> Tensor:
         return self._times(B, self._rounded)
@@ -189,13 +187,11 @@ class _SmallEnd:
 
     def precondition(self, R: Tensor) -> Tensor:
         # The float32 errors of a basis make its residual large along the large directions: these stay in float64.
-        return self._times(R, self._deflated)
+        return self._times(R, self._eliminated)
 
-    def _times(self, B: Tensor, deflated: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _times(self, B: Tensor, eliminated: tuple[Tensor, Tensor]) -> Tensor:
         """A B (q, b) in the dtype of B, F and Z; the factor is applied in float32."""
-        if deflated is None:
-            return self._factor.solve(B.to(torch.float32)).to(B.dtype)
-        F, Z = deflated
+        F, Z = eliminated
         c = F.mT @ B
         Y = self._factor.solve(torch.addmm(B, Z.mT, c, alpha=-1).to(torch.float32)).to(B.dtype)
         return Y.addmm_(F, c - Z @ Y)
@@ -210,7 +206,7 @@ class _SmallEnd:
         return 1 + max(0.0, above / (nearest * nearest))
 
     def s_max(self, s: Tensor) -> float:  # noqa: ARG002  the protocol's
-        return self._largest
+        return self._s_max
 
 
 def corrected_triplets(
@@ -294,66 +290,131 @@ def corrected_triplets(
 
 
 def _small_end(X: BlockedMatrix) -> _SmallEnd:
-    """Raises NotConverged."""
-    return _shifted(X) if ends_above_zero(X) else _deflated(X)
+    """A with a shift just below the smallest eigenvalue of G, where the spectrum ends above zero, or just below zero.
 
-
-def _shifted(X: BlockedMatrix) -> _SmallEnd:
-    """With a shift just below the smallest eigenvalue of G. Raises NotConverged."""
-    (_, q), arithmetic, device = X.shape, X.arithmetic, X.stored.device
-    G = X.float32_gram()
-    noise = _noise(G)
-    unshifted = G.clone()
-    unshifted.diagonal().add_(noise)
-    factor, shift = _factor(unshifted, X), -noise
-    of_inverse = krylov_projection(factor.solve, q, block=SHIFT_BLOCK, arithmetic=arithmetic, device=device)
-    of_matrix = power_projection(factor.times, q, arithmetic=arithmetic, device=device, dtype=torch.float32)
-    inverse, largest = map(float, largest_eigenvalues(of_inverse, of_matrix))
-    above_noise = round_down(SHIFT * (1 / inverse - noise)) if inverse > 0 else 0.0
-    if above_noise > 4 * noise:
-        G.diagonal().sub_(above_noise)
-        if nearer := cholesky(G, arithmetic):
-            factor, shift = nearer, above_noise
-    return _SmallEnd(factor, shift, noise, math.sqrt(max(largest, 0.0)))
-
-
-def _deflated(X: BlockedMatrix) -> _SmallEnd:
-    """With a shift just below zero, and about k of the largest directions taken out of G. Raises NotConverged.
-
-    Along them S is zero; a multiple of Q Q^T, for Q with about their right vectors, makes it definite there, and T of
-    `_SmallEnd` takes that out again.
+    Raises:
+        NotConverged: G is not positive definite in float32.
     """
+    above_zero = ends_above_zero(X)
+    rest = _without_largest(X, _FEW_DEFLATED if above_zero else DEFLATED)
+    noise, s_max = _noise(rest.S), spectral_norm(rest.R)
+    shifts = [-_BELOW_ZERO * noise]
+    if above_zero:
+        smallest, largest = _ends(rest, X.arithmetic)
+        s_max = max(s_max, math.sqrt(max(largest, 0.0)))
+        shift = round_down(SHIFT * (smallest - noise))
+        if shift > 4 * noise:
+            shifts.insert(0, shift)
+    for shift in shifts:
+        if inverse := _shifted_inverse(rest, shift, X.arithmetic):
+            return _SmallEnd(*inverse, shift=shift, noise=noise, s_max=s_max)
+    raise NotConverged("the Gram matrix is not positive definite in float32")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """G without some of its largest directions: S = G - Z^T Z, with X Q = U R and Z = U^T X.
+
+    Attributes:
+        S: (q, q), given by its lower triangle.
+        Q: (q, k), orthonormal: about the right vectors of the largest directions.
+        R: (k, k), upper triangular.
+        Z: (k, q).
+    """
+
+    S: Tensor
+    Q: Tensor
+    R: Tensor
+    Z: Tensor
+
+    @property
+    def lift(self) -> float:
+        """What S gets along Q, where it is zero: as large as its other eigenvalues."""
+        return 4 / len(self.S) * float(self.S.diagonal().sum())
+
+
+def _without_largest(X: BlockedMatrix, count: int) -> _Rest:
+    """X^T X (q, q) without about `count` of its largest directions."""
     q, arithmetic = X.shape[1], X.arithmetic
-    start = torch.randn(q, DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    blocks = list(X.float32_blocks())  # of rows; it is read three times
-    V = start.to(torch.float32)
-    of_start = torch.zeros(q, DEFLATED)
-    for block in blocks:
-        of_start.addmm_(block.mT, block @ V)
-    Q = arithmetic.normalise(of_start)
-    U, R = torch.linalg.qr(X.times(Q.to(torch.float64)))
-    F = torch.linalg.solve_triangular(R, Q.to(torch.float64), upper=True, left=False)
+    start = torch.randn(q, count, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(torch.float32)
+    of_start = torch.zeros(count, q)  # transposed, as in `BlockedMatrix.transposed_times`
+    for block in X.float32_blocks():
+        of_start.addmm_((block @ start).mT, block)
+    Q = arithmetic.normalise(of_start.mT).to(torch.float64)
+    U, R = torch.linalg.qr(X.times(Q))
     Z = X.transposed_times(U).mT
-    if not bool(F.isfinite().all()):
-        raise NotConverged("the weight has too few directions to deflate")
-    top, of_rows, of_columns = 0, U.to(torch.float32), Z.to(torch.float32)
-    for block in blocks:
-        block.addmm_(of_rows[top : top + len(block)], of_columns, alpha=-1)
-        top += len(block)
-    S = gram_of_blocks(blocks, q, arithmetic)
-    del blocks
-    noise = _noise(S)
-    S.addmm_(Q * (4 / q * float(S.diagonal().sum())), Q.mT)
-    S.diagonal().add_(_BELOW_ZERO * noise)
-    return _SmallEnd(_factor(S, X), -_BELOW_ZERO * noise, noise, spectral_norm(R), (F, Z))
+
+    def blocks() -> Iterator[Tensor]:
+        """X - U Z in blocks of rows."""
+        top, of_rows, of_columns = 0, U.to(torch.float32), Z.to(torch.float32)
+        for block in X.float32_blocks():
+            yield block.addmm_(of_rows[top : top + len(block)], of_columns, alpha=-1)
+            top += len(block)
+
+    return _Rest(gram_of_blocks(blocks(), q, arithmetic), Q, R, Z)
 
 
-def _factor(G: Tensor, X: BlockedMatrix) -> CholeskyFactor:
-    """The Cholesky factor of G (q, q), which is overwritten. Raises NotConverged."""
-    factor = cholesky(G, X.arithmetic)
+def _shifted_inverse(
+    rest: _Rest, shift: float, arithmetic: DeviceArithmetic
+) -> tuple[CholeskyFactor, tuple[Tensor, Tensor]] | None:
+    """The factor, F and Z of `_SmallEnd`; None if G - shift I is not positive definite.
+
+    By block elimination of Q: with H = Q^T (G - shift I) Q and N = Q^T (G - shift I), the Schur complement is
+    G - shift I - N^T H^-1 N. Its difference from S - shift I is of the size of the shift, and is computed without
+    the large terms, which would be rounded.
+    """
+    Q, R, Z = rest.Q, rest.R, rest.Z
+    identity = torch.eye(len(R), dtype=R.dtype)
+    L, failed = torch.linalg.cholesky_ex(R.mT @ R - shift * identity)
+    of_left, failed_left = torch.linalg.cholesky_ex(R @ R.mT - shift * identity)
+    if int(failed) or int(failed_left):
+        return None
+    of_Q = torch.cholesky_inverse(L)
+    coupling = -shift * R @ of_Q
+    middle = torch.cat(
+        [
+            torch.cat([shift * torch.cholesky_inverse(of_left), coupling], dim=1),
+            torch.cat([coupling.mT, shift**2 * of_Q], dim=1),
+        ]
+    )
+    both = torch.cat([Z, Q.mT])
+    S = torch.addmm(rest.S, both.mT.to(torch.float32), (middle @ both).to(torch.float32), alpha=-1)
+    S.addmm_((rest.lift * Q).to(torch.float32), Q.mT.to(torch.float32))
+    S.diagonal().sub_(shift)
+    factor = cholesky(S, arithmetic)
     if factor is None:
-        raise NotConverged("the Gram matrix is not positive definite in float32")
-    return factor
+        return None
+    F = torch.linalg.solve_triangular(L, Q.mT, upper=False).mT
+    N = torch.linalg.solve_triangular(L, R.mT @ Z - shift * Q.mT, upper=False)
+    return factor, (F, N)
+
+
+def _ends(rest: _Rest, arithmetic: DeviceArithmetic) -> tuple[float, float]:
+    """The smallest eigenvalue of S on the complement of Q, to a few percent, and the largest of S from below.
+
+    From a Krylov space of S. The smallest Ritz value lies above its eigenvalue. At the end of a dense spectrum the
+    distance falls as the square of the steps, so that of half the steps tells how much is left; elsewhere it falls
+    faster.
+    """
+    Q, q = rest.Q.to(torch.float32), len(rest.S)
+    S = rest.S.tril()
+    S += S.tril(-1).mT
+    S.addmm_(rest.lift * Q, Q.mT)
+    start = torch.randn(q, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    basis = newest = arithmetic.orthonormalise(start.to(torch.float32))[0]
+    images: list[Tensor] = []
+    for _ in range(_END_STEPS):
+        images.append(S @ newest)
+        newest, _ = arithmetic.orthonormalise(outside(basis, outside(basis, images[-1])))
+        basis = torch.cat([basis, newest], dim=1)
+    basis = basis[:, :-1]
+    projected, of_Q = basis.mT @ torch.cat(images, dim=1), Q.mT @ basis
+    if not bool(projected.isfinite().all()):
+        return 0.0, 0.0
+    half = len(projected) // 2
+    unlifted = torch.addmm(projected, of_Q.mT, of_Q, alpha=-rest.lift)
+    of_half, of_all, plain = (torch.linalg.eigvalsh(T) for T in (projected[:half, :half], projected, unlifted))
+    return float(of_all[0] - (of_half[0] - of_all[0]) / 3), float(plain[-1])
 
 
 def _noise(G: Tensor) -> float:
