@@ -14,6 +14,7 @@ The message names the value and what was expected. The hint is the command or th
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 _REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -65,6 +66,11 @@ class UsageError(MiloraError):
 
     def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message, hint=hint)
+
+    @classmethod
+    def no_folder(cls, given: object, path: Path, *, hint: str) -> UsageError:
+        """For a folder that is not there, or is a file: as it was given, and its path."""
+        return cls(f"{given}: {'a file, not a folder' if path.is_file() else 'no such folder'}", hint=hint)
 
 
 class CheckpointError(MiloraError):

@@ -204,7 +204,7 @@ def open_checkpoint(folder: Path, remote: RemoteFiles | None = None) -> Checkpoi
         CheckpointError: No config.json, no weights, a missing or broken shard, a wrong index.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder", hint="name a folder with a config.json, or a Hub id org/name")
+        raise UsageError.no_folder(folder, folder, hint="name a folder with a config.json, or a Hub id org/name")
     if not os.path.lexists(folder / "config.json"):
         hint = "this is an adapter: name the base model" if (folder / "adapter_config.json").is_file() else ""
         raise CheckpointError(f"{folder}: no config.json", hint=hint or "name the folder that save_pretrained wrote")

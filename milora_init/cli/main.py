@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from inspect import cleandoc
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -239,6 +239,12 @@ def _usage_hint(argv: list[str], message: str = "") -> str:
     if option := _option_before_extra(argv, message):
         return f"give each value with its own option: {option} A {option} B"
     extra, command = _EXTRA.match(message), _command_of(argv)
+    words = list(takewhile(lambda word: not word.startswith("-"), argv[1:]))
+    if message.startswith("Missing option '--out'") and len(words) > 1:
+        adapter = f"the trained adapter --adapter {words[1]} and " if len(words) > 2 else ""
+        return f"only PAIR is given without an option: {adapter}the folder to write --out {words[-1]}"
+    if message.startswith("Missing option '--adapter'") and len(words) > 1:
+        return f"a trained adapter is an option: --adapter {words[1]}"
     if extra and command == DEFAULT_COMMAND and not {"--out", "-o"} & {*argv}:
         return f"the folder to write is an option: --out {extra[1]}"
     if extra and command in ("verify", "report", "merge", "convert") and not {"--adapter", "-a"} & {*argv}:

@@ -230,7 +230,7 @@ def _check_model(given: str, manifest: Manifest | None) -> list[str]:
     """
     folder = local_path(given)
     if not folder.is_dir() and (folder.exists() or not is_hub_id(given)):
-        raise UsageError(f"{given}: no such folder", hint="name the original model: a folder, or a Hub id org/name")
+        raise UsageError.no_folder(given, folder, hint="name the original model: a folder, or a Hub id org/name")
     if manifest is None:
         return []
     if folder.is_dir():

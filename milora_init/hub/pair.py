@@ -177,7 +177,7 @@ def _find(
     repo, at, revision = given.partition("@")
     is_named = is_repository(repo) and (not at or _REVISION.fullmatch(revision))
     if folder.exists() or not is_named:
-        raise UsageError(f"{given}: no such folder", hint=hint)
+        raise UsageError.no_folder(given, folder, hint=hint)
     return _Repository(repo, revision or None, cache_dir, token)
 
 

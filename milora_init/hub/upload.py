@@ -368,7 +368,7 @@ def push(
         hint = "name a folder that milora-init wrote"
         if local_path(repo).is_dir():
             hint = f"the folder comes first: milora-init push {repo} {folder}"
-        raise UsageError(f"{folder}: no such folder", hint=hint)
+        raise UsageError.no_folder(folder, out, hint=hint)
     output = require_output(out, folder)
     names = adapter_files(output.method) if isinstance(output, Manifest) else ()
     require_inside(out, (*output.files, *names))

@@ -493,6 +493,9 @@ def test_all_commands_are_registered() -> None:
         (["push", "me/x", "."], "hint: the folder comes first: milora-init push . me/x"),
         (["scan", "--model", "a", "b"], "hint: milora-init scan --help"),
         (["verify", "p", "t"], "hint: a trained adapter is an option: --adapter t"),
+        (["convert", "p", "t"], "hint: a trained adapter is an option: --adapter t"),
+        (["merge", "p", "o"], "hint: only PAIR is given without an option: the folder to write --out o"),
+        (["merge", "p", "t", "o"], "the trained adapter --adapter t and the folder to write --out o"),
     ],
 )
 def test_a_mistake_in_the_words_is_named_with_its_repair(words: list[str], message: str, said: Said) -> None:

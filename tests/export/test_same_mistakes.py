@@ -36,7 +36,7 @@ def built(checkpoint: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"pair": "absent"}, 2, "absent: no such folder"),
         ({"pair": ""}, 2, "PAIR is empty"),
-        ({"pair": "file"}, 2, "file: no such folder"),
+        ({"pair": "file"}, 2, "file: a file, not a folder"),
         ({"pair": "foreign"}, 1, "foreign has no milora_init.json: it is no finished output of milora-init"),
         ({"pair": "unfinished"}, 1, "unfinished is an unfinished output of milora-init"),
         ({"pair": "merged"}, 1, "merged is a merged model, not a pair"),
