@@ -273,7 +273,10 @@ def print_merged(merged: MergeResult, *, verbose: bool = False) -> None:
     total = size(sum(merged.files.values()))
     end = "already done, nothing to do" if merged.unchanged else f"done in {duration(merged.elapsed_s)}"
     beside = f" and {counted(len(merged.retrained), 'retrained tensor')}" if merged.retrained else ""
-    _print_words(console, f"{merged.out}: {counted(merged.modules, 'module')}{beside} merged, {total}, {end}")
+    which = " with the initial adapter" if merged.initial else ""
+    _print_words(console, f"{merged.out}: {counted(merged.modules, 'module')}{beside} merged{which}, {total}, {end}")
+    if merged.initial:
+        _print_words(console, "this is the original model again, up to rounding; --adapter merges a trained adapter")
     print_warnings(merged.notices)
     if merged.bit_equal is not None:
         part = f"{merged.bit_equal / merged.entries:.4%} of the {merged.entries:,} entries of the merged weights"

@@ -278,10 +278,13 @@ def _notes(plan: Plan, ranks: Collection[int]) -> Iterator[str]:
         candidates = {name for name in plan.structure.adaptable.keys() - plan.structure.heads if not _tower(plan, name)}
         if others := len(candidates - scanned):
             yield f"{others} other linear layers were not scanned; --target all-linear adds them"
-    if max(ranks) > min(min(w.weight.shape) for w in plan.weights):
-        fewer = [w for w in plan.weights if min(w.weight.shape) < max(ranks)]
-        first = fewer[0].weight
-        yield f"{len(fewer)} weights have no figures of rank {max(ranks)}: {first.module} allows {min(first.shape)}"
+    least = min((w.weight for w in plan.weights), key=lambda weight: min(weight.shape))
+    if max(ranks) > min(least.shape):
+        fewer = sum(min(w.weight.shape) < max(ranks) for w in plan.weights)
+        yield (
+            f"{least.module} allows rank {min(least.shape)} at most, and init refuses a higher one for it; "
+            f"{fewer} weights have no figures of rank {max(ranks)}"
+        )
     if plan.structure.experts and not any(w.weight.expert for w in plan.weights):
         count = sum(len(group) for group in plan.structure.experts.values())
         yield f"the {count} matrices of the experts were not scanned; --target experts scans them"

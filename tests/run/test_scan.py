@@ -116,7 +116,7 @@ def test_a_rank_above_a_weight_is_left_out_with_a_note(checkpoint: Built) -> Non
     result = scan(checkpoint("llama"), rank=[4, 20])
     narrow = next(w for w in result.weights if min(w.shape) < 20)
     assert [figures.rank for figures in narrow.ranks] == [4]
-    assert any("have no figures of rank 20" in note for note in result.notes)
+    assert any("weights have no figures of rank 20" in note for note in result.notes)
     assert result.rank == 20
     assert scan(checkpoint("llama"), rank=None).rank == 32  # of 8, 16, 32, 64 and 128
     with pytest.raises(PlanError, match="rank 33 is above the 32 that the weights allow"):
