@@ -351,6 +351,8 @@ def _plan(options: InitOptions, *, as_json: bool, quiet: bool) -> None:
     elif not quiet:
         output.print_plan(plan, estimate_s, plan.peak_memory_bytes(at_once, others), measured)
         output.print_out_state(options.out, state, refusal)
+    elif refusal:
+        output.print_warnings([f"the run would be refused: {refusal.message}; {refusal.hint}"])
 
 
 def _print_result(result: InitResult, exceeded: list[output.Exceeded], *, as_json: bool, quiet: bool) -> None:

@@ -176,6 +176,9 @@ def test_a_dry_run_says_what_the_run_would_do_with_the_folder(cli: Cli, checkpoi
     assert as_json["out_state"] == "refused"
     assert "another request: seed was 0, now 1" in as_json["warnings"][-1]
     assert cli(source, "--dry-run", "--seed", 1, "--overwrite", "--json").json["out_state"] == "replaced"
+    quiet = cli(source, "--dry-run", "--seed", 1, "--quiet")
+    assert quiet.stdout == ""
+    assert "the run would be refused: out holds the output of another request" in quiet.stderr
     assert contents(Path()) == before
 
 
