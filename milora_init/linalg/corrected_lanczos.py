@@ -64,14 +64,15 @@ from milora_init.linalg.lanczos import (
     round_down,
     spectral_norm,
 )
-from milora_init.linalg.shift_invert import DEFLATED, GRAM_NOISE, SHIFT, ends_above_zero
+from milora_init.linalg.shift_invert import GRAM_NOISE, SHIFT, ends_above_zero
 
 _PRODUCTS = 12  # vectors that G is applied to, for each wanted one
 _MOST_STEPS = 12
 _MOST_CORRECTIONS = 5
 _BELOW_ZERO = 10  # times the noise: the shift where the spectrum reaches down to zero
-_FEW_DEFLATED = 24  # directions that are taken out where it ends above zero: they cause most of the rounding error
-_END_STEPS = 64  # of the Krylov space for the smallest eigenvalue
+_DEFLATED = 48  # large directions that are taken out
+_FEW_DEFLATED = 24  # where the spectrum ends above zero: they cause most of the rounding error
+_END_STEPS = 48  # of the Krylov space for the smallest eigenvalue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,7 +297,7 @@ def _small_end(X: BlockedMatrix) -> _SmallEnd:
         NotConverged: G is not positive definite in float32.
     """
     above_zero = ends_above_zero(X)
-    rest = _without_largest(X, _FEW_DEFLATED if above_zero else DEFLATED)
+    rest = _without_largest(X, _FEW_DEFLATED if above_zero else _DEFLATED)
     noise, s_max = _noise(rest.S), spectral_norm(rest.R)
     shifts = [-_BELOW_ZERO * noise]
     if above_zero:
