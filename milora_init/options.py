@@ -164,7 +164,7 @@ class InitOptions:
             value = getattr(self, name)
             _require(isinstance(value, str | None), f"{name} is {_short(value)}, expected text", "quote it")
             _require("\0" not in (value or ""), f"{name} contains a NUL character", "write it without")
-        _require(bool(self.model), "--model is empty", "name a local folder or a Hub id")
+        _require(bool(self.model), "MODEL is empty", "name a local folder or a Hub id")
         _require(bool(self.out), "--out is empty", "name the folder to write")
         if self.push_to_hub is not None:
             require_repository(self.push_to_hub)

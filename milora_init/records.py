@@ -308,7 +308,7 @@ def require_output(folder: Path, given: str) -> Output:
     if (folder / "adapter_config.json").is_file():
         hint = (
             "name the pair that it belongs to; a trained adapter is given to verify, report, merge and convert "
-            "with --adapter"
+            "with --adapter. To publish it, push what convert or merge makes of it"
         )
         raise OutputError(f"{given} is an adapter, and no output of milora-init", hint=hint)
     raise OutputError(

@@ -229,18 +229,26 @@ def run(subject: Subject, args: argparse.Namespace, out: Path) -> Any:
                 f"the data of {', '.join(args.tasks)} cannot be read: {error}; "
                 "for gsm8k and MATH name a file: --data TASK=FILE"
             ) from None
-        return simple_evaluate(
-            model=args.backend,
-            model_args=_vllm_arguments(subject, args, out) if args.backend == "vllm" else _hf_arguments(subject, args),
-            tasks=tasks,
-            task_manager=known,
-            batch_size=int(args.batch_size) if args.batch_size.isdigit() else args.batch_size,
-            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            limit=args.limit,
-            gen_kwargs={"max_gen_toks": args.max_new_tokens} if args.max_new_tokens else None,
-            log_samples=True,
-            bootstrap_iters=0,
-        )
+        of_backend = _vllm_arguments(subject, args, out) if args.backend == "vllm" else _hf_arguments(subject, args)
+        try:
+            return simple_evaluate(
+                model=args.backend,
+                model_args=of_backend,
+                tasks=tasks,
+                task_manager=known,
+                batch_size=int(args.batch_size) if args.batch_size.isdigit() else args.batch_size,
+                device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                limit=args.limit,
+                gen_kwargs={"max_gen_toks": args.max_new_tokens} if args.max_new_tokens else None,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+        except AssertionError as error:
+            if "max tokens to generate" not in str(error):
+                raise
+            raise MismatchError(
+                f"the context of {subject.model} is too short for the answers: give --max-new-tokens ({error})"
+            ) from None
 
 
 def _from_file(task: str, file: str) -> str:

@@ -179,6 +179,7 @@ def test_a_pipe_or_a_folder_named_like_the_manifest_is_refused(tmp_path: Path) -
             read_manifest(folder)
 
 
+@pytest.mark.wide
 def test_any_value_in_a_merge_record_is_read_or_refused(tmp_path: Path, pair: Path) -> None:
     merge(str(pair), str(tmp_path / "merged"))
     content = json.loads((tmp_path / "merged" / MERGED).read_text())

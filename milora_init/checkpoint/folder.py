@@ -206,7 +206,7 @@ def open_checkpoint(folder: Path, remote: RemoteFiles | None = None) -> Checkpoi
     if not folder.is_dir():
         raise UsageError.no_folder(folder, folder, hint="name a folder with a config.json, or a Hub id org/name")
     if not os.path.lexists(folder / "config.json"):
-        hint = "this is an adapter: name the base model" if (folder / "adapter_config.json").is_file() else ""
+        hint = "this is an adapter: name the original model" if (folder / "adapter_config.json").is_file() else ""
         raise CheckpointError(f"{folder}: no config.json", hint=hint or "name the folder that save_pretrained wrote")
     source_file(folder, "config.json")
     # transformers' own order: a single file wins over an index beside it, safetensors over pickles.

@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
 _ROOT_OPTIONS = ("--help", "-h", "--version", "-V", "--install-completion", "--show-completion")
 _RESUMED = ("init", "merge", "push")  # commands that keep the files that were finished
 _EXTRA = re.compile(r"Got unexpected extra argument(?:s|\(s\))? \(([^ )]+)")
+_MISSING = re.compile(r"Missing (?:option|argument) '([^']+)'")
 _NO_NUMBER = re.compile(r"\bvalid (integer|number|float)\b")  # in the messages of typer's versions
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -240,10 +241,10 @@ def _usage_hint(argv: list[str], message: str = "") -> str:
         return f"give each value with its own option: {option} A {option} B"
     extra, command = _EXTRA.match(message), _command_of(argv)
     words = list(takewhile(lambda word: not word.startswith("-"), argv[1:]))
-    if message.startswith("Missing option '--out'") and len(words) > 1:
+    if message == "no --out given" and len(words) > 1:
         adapter = f"the trained adapter --adapter {words[1]} and " if len(words) > 2 else ""
         return f"only PAIR is given without an option: {adapter}the folder to write --out {words[-1]}"
-    if message.startswith("Missing option '--adapter'") and len(words) > 1:
+    if message == "no --adapter given" and len(words) > 1:
         return f"a trained adapter is an option: --adapter {words[1]}"
     if extra and command == DEFAULT_COMMAND and not {"--out", "-o"} & {*argv}:
         return f"the folder to write is an option: --out {extra[1]}"
@@ -282,6 +283,8 @@ def _terminate(*_: object) -> None:
 def _usage_message(argv: list[str], error: Any) -> str:
     """A usage error of typer's, with the value that was given: its messages do not always show it."""
     message = str(error.format_message())
+    if missing := _MISSING.match(message):
+        return f"no {missing[1]} given"
     for option, value in pairwise([part for word in argv for part in word.split("=", 1)]):
         if option in getattr(getattr(error, "param", None), "opts", ()):
             if kind := _NO_NUMBER.search(message):

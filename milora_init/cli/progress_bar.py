@@ -21,6 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 from milora_init.cli.output import stderr_console
 from milora_init.report import component_error, counted, duration, percent, rough, size
@@ -45,6 +46,13 @@ class _Text(ProgressColumn):
 
     def render(self, task: Task) -> str:
         return str(task.fields[self._field])
+
+
+class _Bytes(DownloadColumn):
+    """The bytes that are done and those of all, once these are known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
 
 
 def _is_interactive(console: Console) -> bool:
@@ -77,7 +85,7 @@ def by_files(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], No
     Yields a function to call after each file: its name, the bytes of all finished files, the bytes of all files.
     """
     console = stderr_console(quiet)
-    columns = (_Text("what"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (_Text("what"), BarColumn(), _Bytes(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not _is_interactive(console)) as bar:
         task = bar.add_task("", total=None, what=what)
 
@@ -129,7 +137,7 @@ class Bar(RunProgress):
         wide: tuple[ProgressColumn, ...] = (
             _Text("what"),
             BarColumn(),
-            DownloadColumn(table_column=Column(no_wrap=True)),
+            _Bytes(table_column=Column(no_wrap=True)),
             TransferSpeedColumn(table_column=Column(no_wrap=True)),
         )
         module = _Text("current", style="dim", overflow="ellipsis")

@@ -37,7 +37,7 @@ from milora_init.export.other_class import OtherNames, names_in_other_class
 from milora_init.export.plain_layout import MERGE_INSTEAD, PlainModule, cut, padded, plain_modules
 from milora_init.export.trained_parameters import trained_parameters, unchanged_copies
 from milora_init.hub.pair import locate_adapter, locate_pair
-from milora_init.hub.source import is_hub_id
+from milora_init.hub.source import is_hub_id, is_repository
 from milora_init.linalg.low_rank import product_svd
 from milora_init.lora.compatibility import (
     UNTRAINED,
@@ -229,7 +229,10 @@ def _check_model(given: str, manifest: Manifest | None) -> list[str]:
         CheckpointError: A folder that holds another model, or cannot be read.
     """
     folder = local_path(given)
-    if not folder.is_dir() and (folder.exists() or not is_hub_id(given)):
+    source = manifest.source if manifest else {"model": None, "revision": None}
+    is_recorded = given == source["model"] and source["revision"] is not None
+    # A Hub id without an organisation looks like the name of a folder.
+    if not folder.is_dir() and (folder.exists() or not (is_repository(given) or (is_recorded and is_hub_id(given)))):
         raise UsageError.no_folder(given, folder, hint="name the original model: a folder, or a Hub id org/name")
     if manifest is None:
         return []

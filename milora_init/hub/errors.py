@@ -156,5 +156,5 @@ def _not_in_cache(model: str, revision: str | None) -> HubError:
 def _offline(model: str) -> HubError:
     return HubError(
         f"{model!r} is neither a local folder nor complete in the local cache, and HF_HUB_OFFLINE is set",
-        hint=f"unset it, or download the model when there is a network: hf download {model}",
+        hint=f"check the name; or unset it, or download the model when there is a network: hf download {model}",
     )

@@ -106,8 +106,8 @@ def fetch_original(recorded: str, commit: str | None, options: InitOptions) -> P
     if options.model == recorded and options.revision is None:
         if commit is None and not local_path(options.model).is_dir():
             raise UsageError(
-                f"the original model was the folder {options.model}, which is not there",
-                hint="name its place: --model DIR",
+                f"{options.model}: no such folder; the original model was there",
+                hint="name the folder that it is in now: --model DIR",
             )
         options = dataclasses.replace(options, revision=commit)
     return fetch_model(options)

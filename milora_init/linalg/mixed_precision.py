@@ -64,12 +64,13 @@ from milora_init.linalg.lanczos import (
     power_projection,
     round_down,
 )
-from milora_init.linalg.shift_invert import DEFLATED, GRAM_NOISE, SHIFT, SHIFT_BLOCK, ends_above_zero
+from milora_init.linalg.shift_invert import GRAM_NOISE, SHIFT, SHIFT_BLOCK, ends_above_zero
 
 _BELOW_ZERO = 100  # times the noise: the shift where the spectrum reaches down to zero
 _MOST_CHEBYSHEV_STEPS = 12
 _BEST_REDUCTION = 1e-5  # of the error by one correction: the rounding of M leaves more
 _MOST_CORRECTIONS = 5
+_DEFLATED = 72  # large directions that are taken out of X before its Gram matrix is rounded
 _COLUMNS = 24  # corrections are computed in multiples of this
 
 Solved = tuple[Solution, Certificate]
@@ -479,7 +480,7 @@ def _deflated_inverse(X: BlockedMatrix) -> _SmallEnd:
     Along Q, S is zero; a multiple of Q Q^T makes it definite there, and T takes that out again.
     """
     q, arithmetic = X.shape[1], X.arithmetic
-    start = torch.randn(q, DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start = torch.randn(q, _DEFLATED, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     V = start.to(X.stored.device, torch.float32)
     blocks = list(X.float32_blocks())  # of rows; it is read five times
     starts = list(accumulate(block.shape[-2] for block in blocks))[:-1]

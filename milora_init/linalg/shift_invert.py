@@ -2,8 +2,8 @@
 
 The nearer the shift is to the smallest eigenvalue, the fewer Krylov steps are needed. svd.py iterates with the factor
 of this file in float64. mixed_precision.py and corrected_lanczos.py place shifts of their own in float32, by the same
-rules. Where the spectrum reaches down to zero, these two take the largest directions out of X first: else the rounding
-of the large entries of X^T X would hide its small eigenvalues.
+rules, and take the largest directions out of X first: mixed_precision.py where the spectrum reaches down to zero,
+corrected_lanczos.py always. Else the rounding of the large entries of X^T X would hide its small eigenvalues.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from milora_init.linalg.lanczos import krylov_projection, largest_eigenvalues, r
 
 SHIFT_BLOCK = 48  # columns, to estimate the smallest eigenvalue in a few steps
 SHIFT = 0.95  # of the smallest eigenvalue
-DEFLATED = 72  # large directions that are taken out of X before its Gram matrix is rounded
 _EPS32 = torch.finfo(torch.float32).eps
 _NOISE = 0.1  # of eps * ||G||: four times and more what was measured on the eigenvectors of the smallest eigenvalues
 # The rounding error of an eigenvalue of a float32 Gram matrix, as a part of the Frobenius norm of its lower triangle.

@@ -211,12 +211,13 @@ def _require_possible_ranks(weights: Sequence[WeightPlan], rank: int) -> None:
         w = min(too_high, key=lambda w: min(w.weight.shape))  # a rank that fits the smallest weight fits all others
         shape, limit = list(w.weight.shape), min(w.weight.shape)
         suffixes = dict.fromkeys(w.weight.target.rpartition(".")[2] for w in too_high)
+        exclude = f", or --exclude {','.join(suffixes)}" if len(too_high) < len(weights) else ""
         what = f"rank {w.rank} is above the {limit} that {w.weight.module} allows: its shape is {shape}"
         if w.rank != rank:
             raise PlanError(what, hint=f"lower the rank in rank_pattern, to {limit} or less")
         raise PlanError(
             what,
-            hint=f"--rank {limit}, or --exclude {','.join(suffixes)}, or a rank_pattern for them in a recipe",
+            hint=f"--rank {limit}{exclude}, or a rank_pattern for them in a recipe",
         )
 
 

@@ -167,7 +167,7 @@ def check_adapter_header(
     try:
         tensors = read_header(path).tensors
     except MiloraError as error:
-        return [Finding(str(path), error.message, error.hint)]
+        return [Finding(str(path), error.message.removeprefix(f"{path}: "), error.hint)]
     wanted = expected_tensors(records)
     extra = sorted(key for key in tensors.keys() - wanted.keys() if trained and not _is_lora(key, dora=dora))
     missing, unexpected, resized = _differing_tensors({k: v for k, v in tensors.items() if k not in extra}, wanted)

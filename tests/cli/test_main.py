@@ -503,7 +503,9 @@ def test_a_reader_that_has_had_enough_is_no_failure(out: Path) -> None:
 MAKE = "run(['-m', source, '-o', out, '-r', '4', '--device', 'cpu']) or run(['verify', out]) or "
 
 
-@pytest.mark.parametrize("before", ["", pytest.param(MAKE, marks=pytest.mark.slow)], ids=["report", "init and verify"])
+@pytest.mark.parametrize(
+    "before", [wide(""), pytest.param(MAKE, marks=pytest.mark.slow)], ids=["report", "init and verify"]
+)
 def test_an_ascii_locale_can_name_any_folder(before: str, checkpoint: Built, finished: Built, tmp_path: Path) -> None:
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
     source, out = tmp_path / "sürce", tmp_path / "öut"

@@ -176,7 +176,7 @@ def test_an_original_that_was_moved_is_named_with_model(own: Built, start: Start
     source = own("llama")
     start(source, method="rlmo")
     source.rename(tmp_path / "moved")
-    with pytest.raises(MiloraError, match=r"the original model was the folder .*own, which is not there"):
+    with pytest.raises(MiloraError, match=r"own: no such folder; the original model was there"):
         api.merge(tmp_path / "out", tmp_path / "merged", progress=False)
     api.merge(tmp_path / "out", tmp_path / "merged", model=tmp_path / "moved", progress=False)
 
@@ -221,8 +221,8 @@ def test_a_recorded_folder_that_is_not_there_is_asked_for_and_not_looked_for_on_
     edit_json(Path("out", MANIFEST), source={**source, "model": "models/mine"})
     assert run([words[0], "out", "--adapter", str(trained), *words[1:]]) == 2
     said = capsys.readouterr().err
-    assert "the original model was the folder models/mine, which is not there" in said
-    assert "hint: name its place: --model DIR" in said
+    assert "models/mine: no such folder; the original model was there" in said
+    assert "hint: name the folder that it is in now: --model DIR" in said
     assert run([words[0], "out", "--adapter", str(trained), "--model", source["model"], *words[1:]]) == 0
 
 

@@ -120,7 +120,7 @@ def test_what_was_trained_beside_the_factors_is_merged_and_converted(
     require_equal_functions(name, folder, trained, tmp_path, peft_merges=peft_merges)
 
 
-@pytest.mark.parametrize(("name", "bias"), [("gpt2", "all"), ("qwen2", "lora_only")])
+@pytest.mark.parametrize(("name", "bias"), [("gpt2", "all"), wide("qwen2", "lora_only")])
 def test_biases_are_merged_and_converted(name: str, bias: str, made: Any, tmp_path: Path) -> None:
     folder, family = made(name), family_of(name)
     trained = train(
@@ -217,7 +217,7 @@ def test_copies_of_embeddings_that_were_not_trained_are_recognised(made: Any, tm
     assert convert(folder / "out", trained, tmp_path / "served", for_="vllm").notices == ()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", wide("gpt2")])
 def test_a_new_classification_head_is_merged_and_converted(name: str, made: Any, tmp_path: Path) -> None:
     folder, family = made(name), family_of(name)
     auto = "AutoModelForSequenceClassification"

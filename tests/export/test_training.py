@@ -130,6 +130,7 @@ def preferences() -> Dataset:
     )
 
 
+@pytest.mark.wide
 def test_the_dpo_reference_is_the_original_model_whether_given_or_not(working_folder: Path) -> None:
     given = run("dpo", run("pair", {"preferences": preferences()}), DPOConfig=short_run(DPOConfig))
     require_merge_and_convert_to_agree(working_folder)
@@ -208,7 +209,7 @@ def test_dpo_compares_with_the_original(method: str, working_folder: Path) -> No
     require_a_training_of(method, working_folder, model)
 
 
-@pytest.mark.parametrize("method", ["rlmo", "olora-tail"])
+@pytest.mark.parametrize("method", ["rlmo", wide("olora-tail")])
 def test_grpo_compares_with_the_original(method: str, working_folder: Path) -> None:
     prompts = Dataset.from_dict({"prompt": [sentence(number, 4) for number in range(8)]})
     model, tokenizer = rl_output(method)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support import quantised
 from support.hub_server import Command, Hub, client
+from support.marks import wide
 from support.tiny_models import contents
 
 INIT = ("--model", "tiny/fp8", "--out", "out", "--rank", "4", "--device", "cpu")
@@ -45,7 +46,7 @@ def test_shapes_that_bitsandbytes_keeps_in_the_weights_are_read_by_range(
     assert own_files(tmp_path / "local") == own_files(tmp_path / "out")
 
 
-@pytest.mark.parametrize("low_disk", [False, True])
+@pytest.mark.parametrize("low_disk", [False, wide(True)])
 def test_scales_in_a_file_that_comes_later_are_read_by_range(
     low_disk: bool, hub: Hub, source: Path, start: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from support import architectures
 from support.families import FAMILIES, UNLIKE, Family
-from support.marks import mostly_wide
+from support.marks import mostly_wide, wide
 from support.runs import initialize
 from support.tiny_models import as_pickles, tensors
 from torch import Tensor
@@ -125,7 +125,7 @@ def test_in_the_published_dtype_the_output_passes_verify_against_its_source(name
     assert verdict.ok, verdict.differences
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", [wide("mixtral"), "gpt_oss"])
 def test_experts_in_pickled_shards_are_initialized_in_another_dtype(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source = as_pickles(architectures.save(tmp_path / "plain", family, "bfloat16"), tmp_path / "source", shards=3)

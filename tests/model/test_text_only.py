@@ -168,7 +168,7 @@ def test_an_adapter_trained_on_the_other_class_is_refused_with_that_reason(
     assert {path.name for path in tmp_path.iterdir()} == {"trained"}
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "llama4"])
+@pytest.mark.parametrize("name", ["qwen3_5", wide("llama4")])
 def test_a_text_only_pair_can_be_trained_merged_and_converted(name: str, made: Made, tmp_path: Path) -> None:
     source, out, _ = made(name, True)
     pair = logits(train("AutoModelForCausalLM", out, tmp_path / "trained"))

@@ -86,6 +86,7 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkey
     assert caught.value.hint == "pip install matplotlib"
 
 
+@pytest.mark.wide
 def test_plots_are_png_files_that_are_known_again(tmp_path: Path) -> None:
     names = [*pages.LLAMA_405B[:2], f"model.layers.0.{pages.HOSTILE}", "lm_head"]
     for number, content in enumerate(

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from support import tiny_models
 from support.interruptions import InterruptAt, InterruptedRunError, ShardLog, interrupt_after_two_shards, shards
+from support.marks import wide
 from support.tiny_models import contents
 
 from milora_init.checkpoint.files import read_chunks
@@ -459,7 +460,7 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400, 0o444, 0o666, 0o777])
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o666, *map(wide, (0o640, 0o444, 0o777))])
 def test_a_copy_is_not_more_readable_than_its_source(mode: int, start: Start, own: Built, tmp_path: Path) -> None:
     source = own("llama")
     for path in source.iterdir():
@@ -494,7 +495,7 @@ def test_a_large_side_file_is_copied_in_chunks(tmp_path: Path) -> None:
     assert peak_bytes < 8 << 20
 
 
-@pytest.mark.parametrize("length", [247, 248, 255])
+@pytest.mark.parametrize("length", [wide(247), wide(248), 255])
 def test_file_names_of_up_to_255_bytes_are_written_resumed_and_cleared(
     length: int, start: Start, own: Built, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_any_number_of_devices_makes_the_same_bytes_and_a_pair(
     assert machine.pinned == 2 * entries + factors
 
 
+@pytest.mark.wide
 def test_equal_weights_of_a_file_are_solved_in_batches(
     model: Path, on_gpus: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,8 +153,8 @@ AMBIGUOUS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def with_shapes(names: Iterable[str], shape: Shape, other: Shape, *further: Shape) -> list[Any]:
-    """Cases (name, shape): every spectrum in one shape, a language model's in another; all further ones are wide."""
+    """Cases (name, shape): four spectra in one shape, a language model's in another; all further ones are wide."""
     names, like = tuple(names), "language_model_like"
-    rest = [wide(name, other) for name in names if name != like]
-    all_further = [wide(name, one) for one in further for name in names]
-    return [*((name, shape) for name in names), (like, other), *rest, *all_further]
+    four = [(name, shape) for name in names[:4]]
+    rest = [*((name, shape) for name in names[4:]), *((name, other) for name in names if name != like)]
+    return [*four, (like, other), *(wide(*case) for case in rest), *(wide(n, one) for one in further for n in names)]

@@ -48,6 +48,15 @@ def test_pair_source_and_merged_have_the_same_log_likelihoods(
     assert likelihoods(tmp_path / "merged", tasks, tmp_path / "of-merged") == pytest.approx(pair, abs=1e-4)
 
 
+@pytest.mark.wide
+def test_answers_that_are_longer_than_the_context_are_refused(
+    training_folders: TrainingFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--tasks", "gsm8k", "--data", f"gsm8k={training_folders.problems}", "--out", str(tmp_path / "results")]
+    assert evaluate.main([str(training_folders.source), *words]) == 2
+    assert "is too short for the answers: give --max-new-tokens" in capsys.readouterr().err
+
+
 def test_data_for_a_task_that_is_not_ours_is_refused(
     training_folders: TrainingFolders, capsys: pytest.CaptureFixture[str]
 ) -> None:

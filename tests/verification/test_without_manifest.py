@@ -21,7 +21,7 @@ Built = Callable[..., Path]
 
 
 @pytest.mark.parametrize("mode", ["min", wide("max"), "mid", wide("random")])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", wide("gpt2")])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_without_a_manifest_the_weights_show_which_adapter_fits(
     mode: str, kind: str, steps: int, checkpoint: Built, start: Callable[..., Any], own: Built, tmp_path: Path
