@@ -101,11 +101,11 @@ def test_a_folder_without_a_config_is_named(own: Built) -> None:
         open_checkpoint(folder)
 
 
-def test_an_adapter_folder_is_refused_with_a_hint_to_its_base_model(tmp_path: Path) -> None:
+def test_an_adapter_folder_is_refused_with_a_hint_to_its_original_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no config\.json") as caught:
         open_checkpoint(tmp_path)
-    assert "base model" in caught.value.hint
+    assert "original model" in caught.value.hint
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:

@@ -272,7 +272,12 @@ def test_a_model_that_is_not_the_original_is_refused(
     pair: Path, checkpoint: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wrong = (("./nothere", UsageError), ("my-mdel", UsageError), ("", UsageError), (checkpoint("gpt2"), CheckpointError))
+    wrong = (
+        ("./nothere", UsageError),
+        ("my-mdel", UsageError),
+        ("", UsageError),
+        (checkpoint("gpt2"), CheckpointError),
+    )
     for model, error in wrong:
         with pytest.raises(error, match=r"no such folder|is empty|not what this output was made from"):
             convert(pair / "out", pair / "trained", tmp_path / "plain", model=str(model))
