@@ -230,19 +230,17 @@ def _check_model(given: str, manifest: Manifest | None) -> list[str]:
     """
     folder = local_path(given)
     source = manifest.source if manifest else {"model": None, "revision": None}
-    is_recorded = given == source["model"] and source["revision"] is not None
+    is_recorded = given == source["model"]
     # A Hub id without an organisation looks like the name of a folder.
-    if not folder.is_dir() and (folder.exists() or not (is_repository(given) or (is_recorded and is_hub_id(given)))):
+    is_id = is_repository(given) or (is_recorded and source["revision"] is not None and is_hub_id(given))
+    if not folder.is_dir() and (folder.exists() or not is_id):
         raise UsageError.no_folder(given, folder, hint="name the original model: a folder, or a Hub id org/name")
-    if manifest is None:
-        return []
-    if folder.is_dir():
+    if manifest and folder.is_dir():
         require_original(open_model(folder), manifest, given)
         return []
-    recorded = manifest.source["model"]
-    if given == recorded:
+    if manifest is None or is_recorded:
         return []
-    return [f"{given} was not compared with the recorded original, {recorded}: it must have the same weights"]
+    return [f"{given} was not compared with the recorded original, {source['model']}: it must have the same weights"]
 
 
 def _config_bytes(config: Mapping[str, Any]) -> bytes:

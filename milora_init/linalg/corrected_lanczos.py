@@ -370,12 +370,12 @@ def _shifted_inverse(
     of_left, failed_left = torch.linalg.cholesky_ex(R @ R.mT - shift * identity)
     if int(failed) or int(failed_left):
         return None
-    of_Q = torch.cholesky_inverse(L)
-    coupling = -shift * R @ of_Q
+    inverse = torch.cholesky_inverse(L)  # of H
+    coupling = -shift * R @ inverse
     middle = torch.cat(
         [
             torch.cat([shift * torch.cholesky_inverse(of_left), coupling], dim=1),
-            torch.cat([coupling.mT, shift**2 * of_Q], dim=1),
+            torch.cat([coupling.mT, shift**2 * inverse], dim=1),
         ]
     )
     both = torch.cat([Z, Q.mT])
@@ -385,9 +385,9 @@ def _shifted_inverse(
     factor = cholesky(S, arithmetic)
     if factor is None:
         return None
-    F = torch.linalg.solve_triangular(L, Q.mT, upper=False).mT
-    N = torch.linalg.solve_triangular(L, R.mT @ Z - shift * Q.mT, upper=False)
-    return factor, (F, N)
+    N = R.mT @ Z - shift * Q.mT
+    of_Q, of_N = (torch.linalg.solve_triangular(L, rows, upper=False) for rows in (Q.mT, N))
+    return factor, (of_Q.mT, of_N)
 
 
 def _ends(rest: _Rest, arithmetic: DeviceArithmetic) -> tuple[float, float]:

@@ -46,6 +46,7 @@ def test_a_run_killed_at_further_steps_and_moments_is_resumed_to_the_same_bytes(
     assert output["steps"]["killed"] >= 5
     assert output["moments"]["killed"] == 5
     assert output["merges"]["killed"] >= 3
+    assert output["steps"]["completed"] == output["merges"]["completed"] == 1
     assert output["merge-moments"]["killed"] == 3
 
 
