@@ -32,8 +32,8 @@ class DeviceArithmetic:
 
     Attributes:
         qr: How a thin block is orthonormalised.
-        inverse: How the inverse of a Cholesky factor is applied: "blocks", by products with the inverses of its
-            diagonal blocks; "explicit", by one product with the inverse of the whole matrix.
+        inverse: How the inverse of a Cholesky factor is applied: "triangular", by two triangular solves; "explicit",
+            by one product with the inverse of the whole matrix.
         crossing: Which rule of `cost.uses_krylov` decides between a Krylov space and all eigenvectors.
         row_block_bytes: Of the weight in float64, read at a time.
         float32_rows: Rows of the weight that are summed into a Gram matrix at a time in float32: fewer round less.
@@ -49,7 +49,7 @@ class DeviceArithmetic:
     """
 
     qr: Literal["householder", "cholesky"]
-    inverse: Literal["blocks", "explicit"]
+    inverse: Literal["triangular", "explicit"]
     crossing: Literal["cpu", "gpu"]
     row_block_bytes: int
     float32_rows: int
@@ -129,7 +129,7 @@ def _passes(condition: float, dtype: torch.dtype) -> int:
 
 CPU = DeviceArithmetic(
     qr="householder",
-    inverse="blocks",
+    inverse="triangular",
     crossing="cpu",
     row_block_bytes=8 << 20,  # twice as fast as blocks that leave the cache
     float32_rows=512,
