@@ -34,6 +34,10 @@ $(READY): pyproject.toml tests/constraints.txt
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
+# glibc keeps the memory that it was given: asking for it anew takes a tenth of the time.
+compare: export MALLOC_ARENA_MAX = 1
+compare: export MALLOC_MMAP_MAX_ = 0
+compare: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 compare: $(READY)
 	$(BIN)/python scripts/compare.py
 

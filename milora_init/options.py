@@ -274,6 +274,7 @@ class InitOptions:
             UsageError: No such recipe, not a mapping, an unknown key, or a value out of its range.
         """
         values = read_recipe(DEFAULT_RECIPE if recipe is None else recipe)
+        of_recipe = dict(values)
         if recipe is None:
             del values["target"]
         given = {key: value for key, value in overrides.items() if value is not None}
@@ -286,7 +287,15 @@ class InitOptions:
         values |= given
         missing = [name for name in ("model", "out") if name not in values]
         _require(not missing, f"no --{' and no --'.join(missing)} given", "milora-init MODEL --out DIR")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except UsageError as error:
+            try:
+                cls(**{"model": values["model"], "out": values["out"]} | of_recipe)
+            except UsageError as of_file:
+                if str(of_file) == str(error):
+                    raise UsageError(f"recipe {recipe}: {error}", hint=error.hint) from None
+            raise
 
 
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(InitOptions))

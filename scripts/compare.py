@@ -83,7 +83,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path("compare"))
     options.add_argument("--tokens", type=int, default=1_500_000, help="of the pre-training")
-    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--steps", type=int, default=40)
     options.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the adapters")
     options.add_argument("--full-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="of full")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

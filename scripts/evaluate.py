@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training_methods import MismatchError, find_start, manifest_of, merge_pair
+from training_methods import MismatchError, find_start, manifest_of, merge_pair, require_packages
 
 from milora_init import verify
 from milora_init.hub.source import is_hub_id, is_repository
@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate and write the results. Raises MismatchError before anything is evaluated."""
+    require_packages("lm_eval", "math_verify")
     for task, _, file in (pair.partition("=") for pair in args.data):
         _require_data(task, Path(file))
     subject = find_subject(args.model, args.adapter)

@@ -52,7 +52,7 @@ def pretrain(folder: Path, *, tokens: int, seed: int = 0) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     random.Random(seed).shuffle(texts)
-    held, known = texts[:HELD_OUT], texts[HELD_OUT:]
+    held, known = sorted(texts[:HELD_OUT], key=len), texts[HELD_OUT:]  # by length: batches have little padding
     tokenizer = train_tokenizer(known)
     tokenizer.save_pretrained(folder)
     write_lines(folder / "held-out.jsonl", [{"text": text} for text in held])

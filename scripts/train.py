@@ -10,7 +10,7 @@ BASE is an output of milora-init for milora and its other methods, and an origin
     SAVE_ROOT/tensorboard      one event a step
 
 The data has prompts and responses; the loss is on the response only. Under torchrun every GPU takes its part of the
-batch. Exit status 2: METHOD, BASE and the options do not fit together; nothing was loaded.
+batch. Exit status 2: METHOD, BASE and the options do not fit together, or a package is missing; nothing was loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from training_methods import METHODS, MismatchError, Start, find_start
+from training_methods import METHODS, MismatchError, Start, find_start, require_packages
 
 # Alpaca's prompt without an input. The response follows the colon at once, then the end-of-text token.
 PROMPT = (
@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> None:
     """Check, load, train, save. Raises MismatchError before anything is recorded or trained."""
+    require_packages("peft", "accelerate", "trl", "datasets", "tensorboard")
     first = os.environ.get("RANK", "0") == "0"
     start = find_start(args.method, args.base, rank=args.rank, alpha=args.alpha, dropout=args.dropout)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,13 @@ METHODS = {
 
 class MismatchError(ValueError):
     """METHOD, BASE, the data and the options do not fit together. The message says what to do."""
+
+
+def require_packages(*names: str) -> None:
+    """Raise MismatchError if one of the packages of the extra `train` is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise MismatchError(f"the package {name} is not installed; install the extra: pip install '.[train]'")
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,16 @@ def test_a_number_that_is_too_large_is_refused(name: str) -> None:
         assert len(caught.value.message) < 400
 
 
+def test_a_wrong_value_names_the_recipe_only_if_it_is_of_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("rank: 0\n")
+    with pytest.raises(UsageError, match=r"^recipe .*r\.yaml: rank is 0"):
+        InitOptions.from_recipe(str(recipe), model="m", out="o")
+    with pytest.raises(UsageError, match=r"^dtype is 'int8'"):
+        InitOptions.from_recipe(str(recipe), model="m", out="o", rank=4, dtype="int8")
+    assert InitOptions.from_recipe(str(recipe), model="m", out="o", rank=4).rank == 4
+
+
 def test_a_recipe_with_a_number_that_yaml_cannot_read_is_refused(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     for content in (f"alpha: {'9' * 5000}", "[" * 5000, "seed: 2024-99-99"):

@@ -314,8 +314,8 @@ def print_converted(converted: ConvertResult, *, verbose: bool = False) -> None:
         console.print(f"serve it with: {converted.serve}")
 
 
-def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str, warnings: Sequence[str]) -> None:
-    """Print what a training did to the weights: a row for each kind of module. A warning says if there was none."""
+def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str) -> None:
+    """Print what a training did to the weights: a row for each kind of module."""
     console = _stdout()
     columns = ("module", "weights", "moved", "minor", "middle", "principal", "intruders")
     rows = [
@@ -336,9 +336,7 @@ def print_movement(groups: Sequence[MovedGroup], *, pair: str, adapter: str, war
         "original."
     )
     console.print(Text(legend, "dim"), soft_wrap=not console.is_terminal)
-    if not warnings:
-        _print_words(console, f"{adapter}: trained from {pair}")
-    print_warnings(warnings)
+    _print_words(console, f"{adapter}: trained from {pair}")
 
 
 def print_summary(manifest: Manifest, *, elapsed_s: float | None, verbose: bool = False) -> None:

@@ -111,5 +111,8 @@ def _report_training(
     if as_json:
         output.json_output.give(movement_json(plan.manifest, adapter, weights, warnings))
     elif not quiet:
-        output.print_movement(groups(weights), pair=pair, adapter=adapter, warnings=warnings)
+        if plan.untrained:  # the figures would be those of rounding
+            output.print_warnings(warnings)
+        else:
+            output.print_movement(groups(weights), pair=pair, adapter=adapter)
         output.print_written(None, plot)

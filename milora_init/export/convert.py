@@ -231,8 +231,8 @@ def _check_model(given: str, manifest: Manifest | None) -> list[str]:
     folder = local_path(given)
     source = manifest.source if manifest else {"model": None, "revision": None}
     is_recorded = given == source["model"]
-    # A Hub id without an organisation looks like the name of a folder.
-    is_id = is_repository(given) or (is_recorded and source["revision"] is not None and is_hub_id(given))
+    # The record tells what the recorded model was. Another Hub id without an organisation looks like a folder.
+    is_id = source["revision"] is not None if is_recorded else is_repository(given)
     if not folder.is_dir() and (folder.exists() or not is_id):
         raise UsageError.no_folder(given, folder, hint="name the original model: a folder, or a Hub id org/name")
     if manifest and folder.is_dir():

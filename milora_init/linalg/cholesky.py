@@ -2,9 +2,9 @@
 
 Two algorithms, chosen by `DeviceArithmetic.inverse`:
 
-"triangular". The factorisation is blocked here, in place, with nearly all of its work in matrix products. With MKL, on one
-thread, it takes three quarters to nine tenths of the time of LAPACK's at q = 2048 and 4096, and no second (q, q) matrix
-is held. A solve is two triangular solves of the library.
+"triangular". The factorisation is blocked here, in place, with nearly all of its work in matrix products. With MKL, on
+one thread, it takes three quarters to nine tenths of the time of LAPACK's at q = 2048 and 4096, and no second (q, q)
+matrix is held. A solve is two triangular solves of the library.
 
 "explicit". The library's factorisation, then its inverse of G, in a second (q, q) matrix: a solve is one product.
 

@@ -116,3 +116,19 @@ def test_results_of_another_adapter_are_kept(
     assert evaluate.main([str(training_folders.pair), *words]) == 2
     assert "has the results of a: give these another name" in capsys.readouterr().err
     assert earlier.read_text() == '{"model": "m", "adapter": "a"}'
+
+
+def test_a_missing_package_names_the_extra(
+    training_folders: TrainingFolders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("training_methods.find_spec", lambda name: None if name in ("trl", "lm_eval") else object())
+    words = ["--data", str(training_folders.data)]
+    assert train.main(["milora", str(training_folders.pair), str(tmp_path / "run"), *words]) == 2
+    said = capsys.readouterr().err
+    assert "train.py: the package trl is not installed; install the extra: pip install '.[train]'" in said
+    assert evaluate.main([str(training_folders.pair)]) == 2
+    assert "the package lm_eval is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -493,6 +493,7 @@ def test_an_adapter_that_was_not_trained_is_named_in_the_same_words_by_every_com
     said = capsys.readouterr()
     assert f"warning: {adapter} {UNTRAINED}" in said.err
     assert "trained from" not in said.out
+    assert "intruders" not in said.out
     with pytest.raises(PlanError, match="holds the initial factors"):
         convert(str(out), str(adapter), str(tmp_path / "plain"))
     assert not (tmp_path / "plain").exists()
