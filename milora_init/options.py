@@ -468,7 +468,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         values = yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         message = f"recipe {recipe} is not YAML: {' '.join(str(error).split())}"
-        raise UsageError(message, hint="write lines like `rank: 64`") from None
+        raise UsageError(message, hint="write lines like `rank: 64`, and patterns in single quotes") from None
     if not isinstance(values, dict):
         raise UsageError(f"recipe {recipe} is not a mapping of options", hint="write lines like `rank: 64`")
     options = canonical(values, f"recipe {recipe}: ", known=_RECIPE_KEYS)

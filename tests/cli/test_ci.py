@@ -130,6 +130,11 @@ def test_options_that_are_wrong_or_hostile_fail_the_first_step(
     assert not (tmp_path / "svd_init").exists()
 
 
+def test_a_limit_that_is_none_fails_the_first_step(runner: Runner, checkpoint: Built) -> None:
+    with pytest.raises(StepFailedError, match=r"(?s)Plan: .*--fail-on leek=1 is not a limit"):
+        runner.run(model=str(checkpoint("llama")), fail_on="leek=1")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -25,6 +25,7 @@ def init_command(env: Mapping[str, str]) -> list[str]:
     """The words of `milora-init init` for the inputs. Raises ValueError for an open quote in the input `options`."""
     words = ["milora-init", "init", f"--model={env['MODEL']}", f"--out={env['OUT']}"]
     words += [f"--{name}={value}" for name in NAMED if (value := env.get(name.upper(), "").strip())]
+    words += [f"--fail-on={limit}" for limit in env.get("FAIL_ON", "").split()]
     options = env.get("OPTIONS", "")
     try:
         return words + shlex.split(options)
@@ -44,8 +45,7 @@ def plan(env: Mapping[str, str]) -> int:
 
 def init(env: Mapping[str, str]) -> int:
     """Make the output, or find it finished; write its report to a file, and the name of the file to GITHUB_OUTPUT."""
-    limits = [f"--fail-on={limit}" for limit in env.get("FAIL_ON", "").split()]
-    made = subprocess.run([*init_command(env), *limits], check=False).returncode  # its table goes to the log
+    made = subprocess.run(init_command(env), check=False).returncode  # its table goes to the log
     if made == _USAGE:  # the message is about these options, and nothing was made
         return made
     status, text = _run(["milora-init", "report", "--json", "--", env["OUT"]])
