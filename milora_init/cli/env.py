@@ -26,7 +26,18 @@ _VARIABLES = (
     "HF_ENDPOINT",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
+    "RANK",
+    "WORLD_SIZE",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_ARRAY_TASK_MIN",
+    "SLURM_ARRAY_TASK_STEP",
+    "SLURM_ARRAY_TASK_COUNT",
+    "SKYPILOT_NODE_RANK",
+    "SKYPILOT_NUM_NODES",
+    "NO_COLOR",
+    "FORCE_COLOR",
     "GITHUB_ACTIONS",
+    "GITHUB_STEP_SUMMARY",
 )  # fmt: skip  HF_TOKEN is a secret: only whether it is set
 
 

@@ -373,6 +373,17 @@ def test_env_names_versions_and_devices_and_no_secret(said: Said, monkeypatch: p
     assert facts["environment"]["HF_TOKEN"] == "set"
 
 
+def test_env_prints_every_variable_of_its_page(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "environment.md"
+    rows = [line.split("|")[1] for line in page.read_text().splitlines() if line.startswith("| `")]
+    names = {name for row in rows for name in re.findall("`([A-Z_]+)", row)}
+    assert {"MILORA_DEBUG", "RANK", "SLURM_ARRAY_TASK_COUNT", "HF_TOKEN"} <= names
+    for name in names - {"HF_TOKEN"}:
+        monkeypatch.setenv(name, "0")
+    _, text, _ = said("env", "--json")
+    assert set(json.loads(text)["environment"]) == names
+
+
 @pytest.mark.parametrize(("limit", "status"), [("leak=1000", 0), ("leak=0", 1), ("error=0", 1), ("error=1", 0)])
 def test_fail_on_gives_status_1_and_keeps_the_output(
     limit: str, status: int, checkpoint: Built, tmp_path: Path, said: Said
