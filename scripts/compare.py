@@ -64,7 +64,7 @@ class Result:
     Attributes:
         variant: What was trained.
         rate, seed: Its learning rate and seed.
-        new, old: Mean loss per token on held-out word problems and docstrings after it.
+        new, old: Loss per token, mean over batches, on held-out word problems and docstrings after it.
         right: Share of held-out word problems with the right answer after "The answer is: ".
         seconds: Duration of the training, without the evaluation.
     """
