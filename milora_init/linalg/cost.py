@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from milora_init.methods import Mode
 
-FLOAT32_ENTRIES = 1 << 22  # 2048 x 2048: in a larger weight a CPU seeks the smallest triplets in float32 first
+FLOAT32_ENTRIES = 1 << 21  # 1448 x 1448: in a larger weight a CPU seeks the smallest triplets in float32 first
 MOST_AT_ONCE = 8  # weights of one batch
 _SMALL = 2048  # rows or columns, whichever are fewer: a larger weight keeps a GPU busy alone
 _BATCH_ENTRIES = 1 << 25  # 256 MiB in float64
